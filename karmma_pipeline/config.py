@@ -1,0 +1,212 @@
+"""Recipes: YAML read into strict typed models, overridden by ``--set a.b=value``, written back.
+
+A recipe is a pydantic model derived from `Recipe`. Every field has a description, which
+is also the comment that ``karmma init`` writes beside it.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from karmma_pipeline import files
+from karmma_pipeline.errors import ConfigError
+
+
+class Recipe(BaseModel):
+    """Base of every recipe and of every part of one: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+R = typing.TypeVar("R", bound=Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number and ``no``, ``1:30`` and dates are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
+    for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML safely.
+
+    Raises:
+        ConfigError: the text is no YAML, or asks for a Python object by a tag.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML: {reason}.") from None
+
+
+def load(model: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
+    """Read a recipe file and apply ``a.b=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; the message names all faults.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the recipe cannot be read ({error.strerror}); `karmma init` writes one."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: the recipe is not UTF-8 text.") from None
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, not {tree!r}.")
+    return build(model, tree, str(path), overrides)
+
+
+def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
+    """Make a recipe from plain data; ``where`` opens every error message."""
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(_sentence(model, fault) for fault in error.errors())
+        raise ConfigError(f"{where}: {faults}.") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: write --set a.b=value.")
+    for key in keys[:-1]:
+        child = tree.get(key)
+        if child is None:
+            child = tree[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {key}={child!r} has no keys below it.")
+        tree = child
+    tree[keys[-1]] = parse_yaml(value, f"--set {override!r}")
+
+
+def _sentence(model: type[Recipe], fault: Any) -> str:
+    location = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        keys = _keys_at(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
+        return f"{location}: unknown key, {known}"
+    if fault["type"] == "missing":
+        return f"{location}: required key is missing"
+    message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+    if isinstance(fault["input"], dict):
+        return f"{location}: {message}"
+    return f"{location}={fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
+    here: Any = model
+    for part in location:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(part))
+            here = field.annotation if field else None
+        else:
+            arguments = typing.get_args(here)
+            here = arguments[-1] if arguments else None
+        here = _unwrap(here)
+    if isinstance(here, type) and issubclass(here, BaseModel):
+        return list(here.model_fields)
+    return []
+
+
+def _unwrap(annotation: Any) -> Any:
+    """Strip Optional and Annotated down to the one type that carries keys."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in typing.get_args(annotation) if a is not type(None)]
+        models = [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
+        return models[0] if models else _unwrap(options[0])
+    if origin is typing.Annotated:
+        return _unwrap(typing.get_args(annotation)[0])
+    return annotation
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; loading it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe."""
+    files.write_text(path, dump(recipe))
+
+
+def template(model: type[Recipe]) -> str:
+    """Return a commented recipe with every key, made from the model itself.
+
+    A required field shows its first example.
+    """
+    return "\n".join(_template_lines(model, 0)) + "\n"
+
+
+def _template_lines(model: type[BaseModel], depth: int) -> Iterator[str]:
+    pad = "  " * depth
+    for name, field in model.model_fields.items():
+        for line in (field.description or "").splitlines():
+            yield f"{pad}# {line}"
+        nested = _unwrap(field.annotation)
+        value = _template_value(field)
+        if isinstance(nested, type) and issubclass(nested, BaseModel) and value is not None:
+            yield f"{pad}{name}:"
+            yield from _template_lines(
+                type(value) if isinstance(value, nested) else nested, depth + 1
+            )
+        else:
+            if isinstance(value, BaseModel):
+                value = value.model_dump(mode="json")
+            text = yaml.safe_dump({name: _plain(value)}, sort_keys=False).rstrip()
+            yield from (pad + line for line in text.splitlines())
+
+
+def _template_value(field: FieldInfo) -> Any:
+    if field.default is not PydanticUndefined:
+        return field.default
+    if field.default_factory is not None:
+        return field.default_factory()  # type: ignore[call-arg]
+    return field.examples[0] if field.examples else "???"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,56 @@
+"""What can go wrong in a way that the user can mend, one class per place to look.
+
+Every message is one sentence: where, ``field=value``, what is allowed, what to do.
+"""
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """How a ``karmma`` command ends; batch scripts branch on these."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    TOO_MANY_FAILURES = 3
+    STOPPED = 75
+
+
+class KarmmaError(ValueError):
+    """Base of all errors that are the input's, not the program's."""
+
+    exit_code = ExitCode.FAILED
+
+
+class ConfigError(KarmmaError):
+    """A recipe, an override or an option is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ManifestError(KarmmaError):
+    """A list of clips, or the labels in it, cannot be used."""
+
+
+class MediaError(KarmmaError):
+    """A video, flow or audio file cannot be read."""
+
+
+class StoreError(KarmmaError):
+    """A feature store is missing, damaged, or made with another recipe."""
+
+
+class CheckpointError(KarmmaError):
+    """A saved model, training state or teacher table cannot be used."""
+
+
+class TooManyFailuresError(KarmmaError):
+    """The work is done, but more clips failed than the recipe allows."""
+
+    exit_code = ExitCode.TOO_MANY_FAILURES
+
+
+class StoppedError(KarmmaError):
+    """A signal asked the command to stop; running it again goes on from there."""
+
+    exit_code = ExitCode.STOPPED

@@ -1,0 +1,109 @@
+"""Files that are whole or not there: every small file is written through here."""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from karmma_pipeline.errors import KarmmaError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it becomes ``path``, durably.
+
+    Raises:
+        KarmmaError: the disk or the quota is full, or the folder cannot be written.
+            What stood at ``path`` before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, quota or read-only folder into one clear error.
+
+    Libraries report a full disk in their own ways (torch.save: a RuntimeError about
+    positions), so free space and inodes are looked at, not only the errno.
+    """
+    try:
+        yield
+    except KarmmaError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL or _is_full(path):
+            raise _full(path) from error
+        if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+            raise KarmmaError(
+                f"{path}: the folder cannot be written ({error.strerror}); "
+                "choose another folder or change its permissions."
+            ) from error
+        raise
+    except Exception as error:
+        if "os error 28" in str(error) or _is_full(path):
+            raise _full(path) from error
+        raise
+
+
+def _is_full(path: Path) -> bool:
+    with suppress(OSError):
+        disk = os.statvfs(path.parent)
+        return disk.f_bavail == 0 or (disk.f_files > 0 and disk.f_favail == 0)
+    return False
+
+
+def _full(path: Path) -> KarmmaError:
+    with suppress(OSError):
+        disk = os.statvfs(path.parent)
+        left = f"{disk.f_bavail * disk.f_frsize / 1e6:.0f} MB and {disk.f_favail} inodes free"
+        return KarmmaError(
+            f"{path}: the disk or your quota is full ({left}); "
+            "free some space and run the same command again, it goes on from here."
+        )
+    return KarmmaError(f"{path}: the disk or your quota is full; free some space and try again.")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file durably, or leave the old one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file durably, or leave the old one."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON durably: sorted keys and no NaN, so that equal values are equal bytes."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")

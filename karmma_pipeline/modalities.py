@@ -1,0 +1,70 @@
+"""Modalities: their names, their order, their subsets, and why one may be absent.
+
+Nothing here assumes that there are three. ``rgb``, ``flow`` and ``audio`` are the
+paper's for EPIC-KITCHENS-100; a store may hold others, which sort after them.
+"""
+
+import enum
+from collections.abc import Iterable
+from itertools import combinations
+
+KNOWN = ("rgb", "flow", "audio")
+"""Canonical order: a mask's column is the modality's place in this order."""
+
+_LETTERS = {"rgb": "V", "flow": "F", "audio": "A"}
+
+
+class Reason(enum.IntEnum):
+    """Why a modality of a clip is absent; 0 means that it is present. Stored as uint8."""
+
+    PRESENT = 0
+    FILE_MISSING = 1
+    NO_STREAM = 2
+    DECODE_ERROR = 3
+    TIMEOUT = 4
+    OUT_OF_MEMORY = 5
+    CRASHED = 6
+    TOO_SHORT = 7
+    OUT_OF_RANGE = 8
+    BAD_VALUE = 9
+    NOT_IN_DATASET = 10
+
+    @property
+    def hint(self) -> str:
+        """What a user can do about it, in one sentence."""
+        return _HINTS[self]
+
+
+_HINTS = {
+    Reason.PRESENT: "",
+    Reason.FILE_MISSING: "Check the path in the manifest, or download the file.",
+    Reason.NO_STREAM: "The file has no such stream; nothing to do if that is how it was recorded.",
+    Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it.",
+    Reason.TIMEOUT: "Decoding took too long; raise decode.timeout_s or re-encode the file.",
+    Reason.OUT_OF_MEMORY: "Decoding took too much memory; raise decode.memory_gb.",
+    Reason.CRASHED: "The decoder died on this file; re-encode it.",
+    Reason.TOO_SHORT: "The clip holds no frame or sample; check its start and stop.",
+    Reason.OUT_OF_RANGE: "The clip lies outside its file; check start, stop and the file's length.",
+    Reason.BAD_VALUE: "The backbone gave NaN or infinity; try precision float32.",
+    Reason.NOT_IN_DATASET: "The manifest names no file for this modality.",
+}
+
+
+def canonical(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names without repeats, known ones first, the others by alphabet."""
+    unique = set(names)
+    return tuple(m for m in KNOWN if m in unique) + tuple(sorted(unique - set(KNOWN)))
+
+
+def subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Return all non-empty subsets, largest first, each in canonical order.
+
+    For three modalities this is the paper's order: VFA, VF, VA, FA, V, F, A.
+    """
+    order = canonical(names)
+    return tuple(c for size in range(len(order), 0, -1) for c in combinations(order, size))
+
+
+def label(subset: Iterable[str]) -> str:
+    """Return a short label, ``V+F+A`` as in the paper; unknown names stand as they are."""
+    return "+".join(_LETTERS.get(m, m) for m in canonical(subset))
