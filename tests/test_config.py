@@ -1,0 +1,94 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from karmma_pipeline import config
+from karmma_pipeline.errors import ConfigError
+
+
+class Optimiser(config.Recipe):
+    lr: float = Field(1e-4, description="Peak learning rate.", gt=0)
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="Which one.")
+
+
+class Example(config.Recipe):
+    store: Path = Field(description="Feature store.", examples=["features/student"])
+    optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
+    sets: dict[str, Optimiser] = Field({}, description="By name.")
+    part: Optimiser | None = Field(None, description="May be absent.")
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Example:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return config.load(Example, path, overrides)
+
+
+def test_numbers_that_plain_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    assert load(tmp_path, "store: a\noptimiser: {lr: 1e-3}").optimiser.lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["no", "off", "1:30", "2020-01-01", "012", "1_0.e", "P01"])
+def test_words_that_plain_yaml_twists_stay_text(text: str) -> None:
+    assert config.parse_yaml(f"k: {text}", "w") == {"k": text}
+
+
+def test_overrides_reach_nested_keys_and_make_missing_ones(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "store: a", "optimiser.lr=3e-4", "sets.x.kind=sgd")
+    assert recipe.optimiser.lr == 3e-4
+    assert recipe.sets["x"].kind == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "stor: a",
+            r"r\.yaml: store: required key is missing; stor: unknown key, did you mean 'store'",
+        ),
+        ("store: a\noptimiser: {ler: 1}", "optimiser.ler: unknown key, did you mean 'lr'"),
+        ("store: a\nsets: {x: {lrr: 1}}", r"sets\.x\.lrr: unknown key, did you mean 'lr'"),
+        ("store: a\npart: {kin: sgd}", r"part\.kin: unknown key, did you mean 'kind'"),
+        ("store: a\noptimiser: {lr: -1}", r"optimiser\.lr=-1: input should be greater than 0"),
+        ("store: a\noptimiser: {kind: adam}", r"optimiser\.kind='adam': input should be 'adamw'"),
+        ("- a", "a recipe is a mapping"),
+        ("a: [", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_names_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, text)
+    assert str(tmp_path / "r.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["lr", "=1", "a..b=1", "store.x=1"])
+def test_a_malformed_override_is_named(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        load(tmp_path, "store: a", override)
+
+
+def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="karmma init"):
+        config.load(Example, tmp_path / "none.yaml")
+
+
+@given(
+    lr=st.floats(1e-30, 1e30, allow_subnormal=False),
+    store=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1),
+)
+def test_a_dumped_recipe_loads_as_the_same_recipe(lr: float, store: str) -> None:
+    recipe = Example(store=Path(store), optimiser=Optimiser(lr=lr), part=Optimiser())
+    again = config.build(Example, config.parse_yaml(config.dump(recipe), "w"), "w")
+    assert again == recipe
+
+
+def test_the_template_is_a_valid_recipe_that_explains_every_key() -> None:
+    text = config.template(Example)
+    recipe = config.build(Example, config.parse_yaml(text, "w"), "w")
+    assert recipe == Example(store=Path("features/student"))
+    assert "# Peak learning rate." in text

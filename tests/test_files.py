@@ -1,0 +1,55 @@
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from karmma_pipeline import files
+from karmma_pipeline.errors import KarmmaError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": 1})
+
+    def fail_half_way() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "a.json"
+    files.write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(KarmmaError, match="disk or your quota is full"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_others_may_read_what_we_write(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "deep" / "a.txt", "x")
+    mode = stat.S_IMODE((tmp_path / "deep" / "a.txt").stat().st_mode)
+    assert mode == 0o644
+
+
+def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a", {"x": 1, "y": 2})
+    files.write_json(tmp_path / "b", {"y": 2, "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "c", float("nan"))
