@@ -1,0 +1,1 @@
+"""Networks: frozen backbones, the fusion model, saved models. Knows tensors, not files or loops."""

@@ -1,0 +1,1 @@
+"""Store to model: teacher, baselines and distilled student share one loop."""
