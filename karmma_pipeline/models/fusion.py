@@ -1,0 +1,186 @@
+"""The fusion block: tokens of several modalities in, logits per head out, any subset may be absent.
+
+The architecture is the one that reproduces the paper's FLOP bars: a linear embedding per
+modality, a learned modality token added to each token, learned tokens per position that
+stand in for an absent modality, [CLS], pre-norm transformer layers, then one shared
+multi-head MLP on CLS and on the mean of each present modality's tokens; logits are averaged.
+
+B clips in a batch, M modalities, N tokens of a modality, D width, C classes of a head,
+L length of the whole sequence.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.modalities import canonical
+
+Absent = Literal["learned", "zeros", "drop"]
+
+
+class FusionSize(Recipe):
+    """Size of a fusion model and how it treats absence."""
+
+    dim: int = Field(384, gt=0, description="Width of the tokens inside the fusion block.")
+    layers: int = Field(1, gt=0, description="Transformer layers.")
+    attention_heads: int = Field(6, gt=0, description="Attention heads; must divide dim.")
+    ffn_width: int = Field(384, gt=0, description="Hidden width of each layer's feed-forward net.")
+    head_width: int = Field(768, gt=0, description="Hidden width of the MLP that all heads share.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
+    absent: Absent = Field(
+        "learned",
+        description="What stands for an absent modality: learned (tokens of its own, KARMMA),\n"
+        "zeros (that the model takes for data, Baseline) or drop (left out of the sequence).",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> "FusionSize":
+        if self.dim % self.attention_heads:
+            raise ValueError(
+                f"dim={self.dim} must be divisible by attention_heads={self.attention_heads}"
+            )
+        return self
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer layer; `key_mask` bool [B, 1, 1, L] is False where nobody may look."""
+
+    def __init__(self, size: FusionSize) -> None:
+        super().__init__()
+        self.attention_heads = size.attention_heads
+        self.dropout = size.dropout
+        self.norm_attention = nn.LayerNorm(size.dim)
+        self.qkv = nn.Linear(size.dim, 3 * size.dim)
+        self.project = nn.Linear(size.dim, size.dim)
+        self.norm_ffn = nn.LayerNorm(size.dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(size.dim, size.ffn_width),
+            nn.GELU(),
+            nn.Dropout(size.dropout),
+            nn.Linear(size.ffn_width, size.dim),
+        )
+
+    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        B, L, D = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.attention_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
+        x = x + self.project(attended.transpose(1, 2).reshape(B, L, D))
+        return x + F.dropout(self.ffn(self.norm_ffn(x)), self.dropout, self.training)
+
+
+class FusionModel(nn.Module):
+    """Fuses cached tokens and classifies; works for any number of modalities and heads.
+
+    Args:
+        size: widths, depth and the treatment of absence.
+        modalities: name to (tokens N, backbone width).
+        heads: name to number of classes C.
+    """
+
+    def __init__(
+        self,
+        size: FusionSize,
+        modalities: Mapping[str, tuple[int, int]],
+        heads: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.modalities = canonical(modalities)
+        self.tokens = {m: modalities[m][0] for m in self.modalities}
+        self.heads = dict(heads)
+        D = size.dim
+        self.embed = nn.ModuleDict({m: nn.Linear(modalities[m][1], D) for m in self.modalities})
+        self.modality_token = nn.ParameterDict(
+            {m: nn.Parameter(torch.empty(D)) for m in self.modalities}
+        )
+        self.position_tokens = nn.ParameterDict(
+            {m: nn.Parameter(torch.empty(self.tokens[m], D)) for m in self.modalities}
+        )
+        self.cls = nn.Parameter(torch.empty(D))
+        self.layers = nn.ModuleList(_Layer(size) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(D)
+        self.hidden = nn.Sequential(
+            nn.Linear(D, size.head_width), nn.GELU(), nn.Dropout(size.dropout)
+        )
+        self.classify = nn.Linear(size.head_width, sum(self.heads.values()))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for token in (
+            self.cls,
+            *self.modality_token.values(),
+            *self.position_tokens.values(),
+        ):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    def forward(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """Classify a batch.
+
+        Args:
+            tokens: modality to features [B, N, width], any float dtype. What stands in the
+                rows of an absent modality, NaN included, has no influence.
+            mask: bool [B, M] in the order of ``self.modalities``; False is absent.
+
+        Returns:
+            Logits, head to [B, C].
+        """
+        seen = [
+            (column, m)
+            for column, m in enumerate(self.modalities)
+            if self.size.absent != "drop" or bool(mask[:, column].any())
+        ]
+        parts = [self._embed(m, tokens[m], mask[:, column]) for column, m in seen]
+        cls = self.cls.expand(len(mask), 1, -1)
+        x = torch.cat([cls.to(parts[0].dtype) if parts else cls, *parts], dim=1)
+        key_mask = self._key_mask(mask, seen)
+        for layer in self.layers:
+            x = layer(x, key_mask)
+        return self._classify(self.norm(x), mask, seen)
+
+    def _embed(self, modality: str, features: Tensor, present: Tensor) -> Tensor:
+        """Return the sequence part of a modality, [B, N, D]."""
+        embed = self.embed[modality]
+        here = present[:, None, None]
+        features = torch.where(here, features, features.new_zeros(()))
+        features = features.to(self.cls.dtype)
+        embedded = embed(features)
+        if self.size.absent == "learned":
+            embedded = torch.where(here, embedded, embedded.new_zeros(()))
+        own = self.modality_token[modality] + self.position_tokens[modality]
+        return embedded + own.to(embedded.dtype)  # type: ignore[no-any-return]
+
+    def _key_mask(self, mask: Tensor, seen: list[tuple[int, str]]) -> Tensor | None:
+        columns = [column for column, _ in seen]
+        if self.size.absent != "drop" or bool(mask[:, columns].all()):
+            return None
+        parts = [mask[:, column, None].expand(-1, self.tokens[m]) for column, m in seen]
+        keys = torch.cat([mask.new_ones(len(mask), 1), *parts], dim=1)
+        return keys[:, None, None, :]
+
+    def _classify(self, x: Tensor, mask: Tensor, seen: list[tuple[int, str]]) -> dict[str, Tensor]:
+        """Average the logits of CLS and of the mean of each modality that counts."""
+        lengths = [1, *(self.tokens[m] for _, m in seen)]
+        summaries = torch.stack(
+            [part.mean(dim=1) for part in torch.split(x, lengths, dim=1)], dim=1
+        )
+        logits = self.classify(self.hidden(summaries))  # [B, 1 + seen, all classes]
+        counts = mask[:, [column for column, _ in seen]]
+        if self.size.absent == "zeros":  # it does not know that anything is absent
+            counts = torch.ones_like(counts)
+        weight = torch.cat([counts.new_ones(len(mask), 1), counts], dim=1)[..., None]
+        total = torch.where(weight, logits, logits.new_zeros(())).sum(dim=1)
+        averaged = total / weight.sum(dim=1)
+        return dict(
+            zip(self.heads, torch.split(averaged, list(self.heads.values()), dim=-1), strict=True)
+        )
