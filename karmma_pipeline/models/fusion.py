@@ -130,23 +130,32 @@ class FusionModel(nn.Module):
         Args:
             tokens: modality to features [B, N, width], any float dtype. What stands in the
                 rows of an absent modality, NaN included, has no influence.
-            mask: bool [B, M] in the order of ``self.modalities``; False is absent.
+            mask: bool [B, M] in the order of ``self.modalities``; False is absent. Best on
+                the CPU, whatever the device of the tokens.
 
         Returns:
             Logits, head to [B, C].
         """
-        seen = [
-            (column, m)
-            for column, m in enumerate(self.modalities)
-            if self.size.absent != "drop" or bool(mask[:, column].any())
-        ]
+        seen, mixed = self._layout(mask)
+        mask = mask.to(self.cls.device)
         parts = [self._embed(m, tokens[m], mask[:, column]) for column, m in seen]
         cls = self.cls.expand(len(mask), 1, -1)
         x = torch.cat([cls.to(parts[0].dtype) if parts else cls, *parts], dim=1)
-        key_mask = self._key_mask(mask, seen)
+        key_mask = self._key_mask(mask, seen) if mixed else None
         for layer in self.layers:
             x = layer(x, key_mask)
         return self._classify(self.norm(x), mask, seen)
+
+    def _layout(self, mask: Tensor) -> tuple[list[tuple[int, str]], bool]:
+        """Return the modalities in the sequence, and whether some rows must not see them all.
+
+        Looks at values: a mask on the CPU costs no wait for the device.
+        """
+        columns = list(enumerate(self.modalities))
+        if self.size.absent != "drop":
+            return columns, False
+        seen = [(column, m) for column, m in columns if bool(mask[:, column].any())]
+        return seen, not bool(mask[:, [column for column, _ in seen]].all())
 
     def _embed(self, modality: str, features: Tensor, present: Tensor) -> Tensor:
         """Return the sequence part of a modality, [B, N, D]."""
@@ -160,10 +169,7 @@ class FusionModel(nn.Module):
         own = self.modality_token[modality] + self.position_tokens[modality]
         return embedded + own.to(embedded.dtype)  # type: ignore[no-any-return]
 
-    def _key_mask(self, mask: Tensor, seen: list[tuple[int, str]]) -> Tensor | None:
-        columns = [column for column, _ in seen]
-        if self.size.absent != "drop" or bool(mask[:, columns].all()):
-            return None
+    def _key_mask(self, mask: Tensor, seen: list[tuple[int, str]]) -> Tensor:
         parts = [mask[:, column, None].expand(-1, self.tokens[m]) for column, m in seen]
         keys = torch.cat([mask.new_ones(len(mask), 1), *parts], dim=1)
         return keys[:, None, None, :]
