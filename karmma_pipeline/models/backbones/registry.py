@@ -37,7 +37,8 @@ def _mvit(net: video.MViT, x: Tensor) -> Tensor:
     thw = (net.pos_encoding.temporal_size, *net.pos_encoding.spatial_size)
     for block in net.blocks:
         x, thw = block(x, thw)
-    return net.norm(x)[:, 1:].transpose(1, 2).unflatten(2, thw)  # without the class token
+    x = net.norm(x)[:, 1:]  # without the class token
+    return torch.unflatten(x.transpose(1, 2), 2, thw)
 
 
 def _features2d(net: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""What a clip shows and sounds like: the moving digit, its background, its tone.
+
+T frames, S audio samples, H and W height and width in px.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from sklearn.datasets import load_digits
+
+Frames = npt.NDArray[np.uint8]
+Sound = npt.NDArray[np.float32]
+
+NOUNS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
+SAMPLE_RATE = 16_000
+
+_VALIDATION_EVERY = 4
+_ROWS, _COLUMNS = (697.0, 770.0, 852.0, 941.0), (1209.0, 1336.0, 1477.0)
+_KEYPAD = "123456789*0#"
+
+
+@cache
+def _handwriting() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+
+
+def handwriting(split: str, noun: int) -> npt.NDArray[np.int64]:
+    """Return the indices of the handwriting samples of a digit; splits share none."""
+    indices = np.flatnonzero(_handwriting()[1] == noun)
+    validation = indices % _VALIDATION_EVERY == 0
+    return indices[validation if split == "val" else ~validation]
+
+
+def tone_hz(noun: int) -> tuple[float, float]:
+    """Return the two frequencies of a digit on a telephone's keypad (DTMF, ITU-T Q.23)."""
+    key = _KEYPAD.index(str(noun))
+    return _ROWS[key // 3], _COLUMNS[key % 3]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One clip of a video: which digit moves where, from when to when (seconds)."""
+
+    verb: int
+    noun: int
+    handwriting: int
+    start_s: float
+    stop_s: float
+    seed: int
+
+
+def background(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
+    """Return a smooth random texture [2H, 2W, 3] in 0..1, larger than the frame."""
+    shape = (2 * height, 2 * width)
+    texture = np.zeros((*shape, 3), np.float32)
+    for cells, weight in ((4, 0.5), (12, 0.3), (40, 0.2)):
+        noise = rng.random((cells, cells, 3), dtype=np.float32)
+        texture += weight * cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_CUBIC)
+    return np.clip(texture, 0, 1)
+
+
+def draw(
+    times: npt.NDArray[np.float64],
+    actions: list[Action],
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+) -> Frames:
+    """Return the frames [T, H, W, 3] that a camera sees at the given times (seconds)."""
+    texture = background(rng, height, width)
+    drift = rng.uniform(-3, 3, 2)  # px per second
+    frames = np.empty((len(times), height, width, 3), np.float32)
+    for frame, t in zip(frames, times, strict=True):
+        y, x = np.array([height, width]) / 2 + drift * (t - times.mean())
+        cv2.getRectSubPix(texture, (width, height), (x + width / 2, y + height / 2), patch=frame)
+    for action in actions:
+        shown = np.flatnonzero((times >= action.start_s) & (times < action.stop_s))
+        _move_digit(frames, times, shown, action)
+    frames += rng.normal(0, 0.06, frames.shape[:3]).astype(np.float32)[..., None]
+    return (np.clip(frames, 0, 1) * 255).astype(np.uint8)
+
+
+def _move_digit(
+    frames: npt.NDArray[np.float32],
+    times: npt.NDArray[np.float64],
+    shown: npt.NDArray[np.int64],
+    action: Action,
+) -> None:
+    rng = np.random.default_rng(action.seed)
+    height, width = frames.shape[1:3]
+    side = height * rng.uniform(0.34, 0.46)
+    glyph = _handwriting()[0][action.handwriting]
+    turn, size = rng.uniform(-12, 12), side / 8
+    angle = action.verb * np.pi / 4 + rng.normal(0, 0.12)
+    direction = np.array([np.cos(angle), np.sin(angle)])
+    travel = height * rng.uniform(0.3, 0.45)
+    room = np.array([width, height]) - side - np.abs(direction) * travel
+    corner = side / 2 + rng.random(2) * np.maximum(room, 0)
+    start = corner + np.maximum(-direction, 0) * travel
+    colour = rng.uniform(0.75, 1, 3) if rng.random() < 0.5 else rng.uniform(0, 0.25, 3)
+    contrast = rng.uniform(0.55, 1)
+    for index in shown:
+        progress = (times[index] - action.start_s) / (action.stop_s - action.start_s)
+        centre = start + direction * travel * progress
+        matrix = cv2.getRotationMatrix2D((3.5, 3.5), turn, size)
+        matrix[:, 2] += centre - 3.5
+        alpha = contrast * cv2.warpAffine(glyph, matrix, (width, height))[..., None]
+        frames[index] += alpha * (colour.astype(np.float32) - frames[index])
+
+
+def sing(duration_s: float, actions: list[Action], rng: np.random.Generator) -> Sound:
+    """Return mono sound [S] in -1..1 at SAMPLE_RATE: each digit's tone somewhere in noise."""
+    sound = rng.normal(0, 0.08, round(duration_s * SAMPLE_RATE)).astype(np.float32)
+    for action in actions:
+        own = np.random.default_rng((action.seed, 1))
+        length = (action.stop_s - action.start_s) * own.uniform(0.3, 0.7)
+        start = own.uniform(action.start_s, action.stop_s - length)
+        first, last = round(start * SAMPLE_RATE), round((start + length) * SAMPLE_RATE)
+        t = np.arange(last - first) / SAMPLE_RATE
+        waves = [np.sin(2 * np.pi * (f * t + own.random())) for f in tone_hz(action.noun)]
+        level = 10 ** (own.uniform(-42, -20) / 20)
+        sound[first:last] += (level * np.hanning(len(t)) ** 0.25 * sum(waves)).astype(np.float32)
+    return np.clip(sound, -1, 1)
