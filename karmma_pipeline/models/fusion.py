@@ -167,7 +167,7 @@ class FusionModel(nn.Module):
         if self.size.absent == "learned":
             embedded = torch.where(here, embedded, embedded.new_zeros(()))
         own = self.modality_token[modality] + self.position_tokens[modality]
-        return embedded + own.to(embedded.dtype)  # type: ignore[no-any-return]
+        return embedded + own.to(embedded.dtype)
 
     def _key_mask(self, mask: Tensor, seen: list[tuple[int, str]]) -> Tensor:
         parts = [mask[:, column, None].expand(-1, self.tokens[m]) for column, m in seen]

@@ -24,12 +24,12 @@ def _swin3d(net: video.SwinTransformer3d, x: Tensor) -> Tensor:
 
 
 def _s3d(net: video.S3D, x: Tensor) -> Tensor:
-    return net.features(x)  # type: ignore[no-any-return]
+    return net.features(x)
 
 
 def _resnet3d(net: video.VideoResNet, x: Tensor) -> Tensor:
     x = net.stem(x)
-    return net.layer4(net.layer3(net.layer2(net.layer1(x))))  # type: ignore[no-any-return]
+    return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
 
 def _mvit(net: video.MViT, x: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ def _mvit(net: video.MViT, x: Tensor) -> Tensor:
 
 
 def _features2d(net: Any, x: Tensor) -> Tensor:
-    return net.features(x).unsqueeze(2)  # type: ignore[no-any-return]
+    return net.features(x).unsqueeze(2)
 
 
 def _resnet2d(net: models.ResNet, x: Tensor) -> Tensor:
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-    return net.layer4(net.layer3(net.layer2(net.layer1(x)))).unsqueeze(2)  # type: ignore[no-any-return]
+    return net.layer4(net.layer3(net.layer2(net.layer1(x)))).unsqueeze(2)
 
 
 @dataclass(frozen=True)

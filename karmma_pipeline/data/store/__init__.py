@@ -1,0 +1,25 @@
+"""Feature stores: sharded token caches that are Zarr v3 and HDF5 at once, read through mmap.
+
+docs/store_format.md describes the bytes.
+"""
+
+from karmma_pipeline.data.store.catalog import Catalog, create_store
+from karmma_pipeline.data.store.check import Damage, info, verify
+from karmma_pipeline.data.store.finalize import finalize
+from karmma_pipeline.data.store.reader import FeatureStore
+from karmma_pipeline.data.store.spec import ClipRow, ModalitySpec, StoreSpec
+from karmma_pipeline.data.store.writer import ShardWriter
+
+__all__ = [
+    "Catalog",
+    "ClipRow",
+    "Damage",
+    "FeatureStore",
+    "ModalitySpec",
+    "ShardWriter",
+    "StoreSpec",
+    "create_store",
+    "finalize",
+    "info",
+    "verify",
+]
