@@ -1,0 +1,240 @@
+"""Extraction from manifest to stores: decode ahead, run the backbones, append, commit.
+
+Batches are aligned to the start of their shard, so that a clip is always computed in the same
+company: a run that was killed and goes on writes the same bytes as one that was not.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from karmma_pipeline import config, files, jobs
+from karmma_pipeline.data.manifest import Clip, Manifest, read_manifest
+from karmma_pipeline.data.store import (
+    Catalog,
+    ClipRow,
+    FeatureStore,
+    ShardWriter,
+    create_store,
+    finalize,
+)
+from karmma_pipeline.errors import TooManyFailuresError
+from karmma_pipeline.extract.decode import Decoded, Settings, input_spec
+from karmma_pipeline.extract.failures import write_failures
+from karmma_pipeline.extract.networks import Networks
+from karmma_pipeline.extract.pool import DecodePool
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.jobs import Part, StopFlag
+from karmma_pipeline.modalities import Reason
+
+_FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass
+class ExtractReport:
+    """What an extraction did; seconds by what they went to (waiting for decoders counts)."""
+
+    stores: dict[str, Path]
+    clips: int = 0
+    failed: int = 0
+    complete: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def summary(self) -> str:
+        """Return the closing lines of the command."""
+        lines = [f"store {name}: {path}" for name, path in self.stores.items()]
+        total = sum(self.seconds.values())
+        if self.clips and total:
+            shares = ", ".join(f"{k} {v / total:.0%}" for k, v in sorted(self.seconds.items()))
+            lines.append(f"{self.clips} clips, {self.clips / total:.1f} clips/s: {shares}")
+        if not self.complete:
+            lines.append("this part is done; the stores are complete when the other parts are")
+        elif self.failed:
+            lines.append(f"{self.failed} clips lost a modality to an error; see failures.csv")
+        return "\n".join(lines)
+
+
+def extract(
+    recipe: ExtractRecipe, part: Part | None = None, stop: StopFlag | None = None
+) -> ExtractReport:
+    """Run an extraction, or go on with one; what is done is not done again.
+
+    Args:
+        recipe: see `ExtractRecipe`.
+        part: which shards are mine; several jobs may run at once.
+        stop: asks for a stop between batches.
+
+    Raises:
+        StoppedError: a stop was asked for; all finished batches are kept.
+        TooManyFailuresError: done, but more clips failed than the recipe allows.
+        KarmmaError: see the message.
+    """
+    part, stop = part or Part(), stop or StopFlag()
+    manifest = read_manifest(recipe.manifest)
+    networks = Networks(recipe)
+    stores = {name: recipe.out / name for name in recipe.sets}
+    rows = [_row(clip) for clip in manifest.clips]
+    for name, path in stores.items():
+        create_store(path, networks.store_spec(name, manifest), rows)
+    config.save(recipe, recipe.out / "recipe.yaml")
+    report = ExtractReport(stores)
+    _run(recipe, part, stop, manifest, networks, report)
+    if all(_is_whole(path) for path in stores.values()):
+        _complete(recipe, report, len(rows))
+    return report
+
+
+def _row(clip: Clip) -> ClipRow:
+    stop = float("nan") if clip.stop_s is None else clip.stop_s
+    return ClipRow(clip.clip_id, clip.labels, clip.split, clip.group, clip.start_s, stop)
+
+
+def _is_whole(path: Path) -> bool:
+    catalog = Catalog(path)
+    return len(catalog.committed()) == catalog.shards
+
+
+def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
+    for path in report.stores.values():
+        finalize(path)
+    opened = {name: FeatureStore.open(path) for name, path in report.stores.items()}
+    table = recipe.out / "failures.csv"
+    report.failed = write_failures(table, opened)
+    report.complete = True
+    summary = {
+        "clips": report.clips,
+        "failed": report.failed,
+        "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
+    }
+    if report.clips:
+        files.write_json(recipe.out / "extract.json", summary)
+    if report.failed > recipe.max_failures * clips:
+        raise TooManyFailuresError(
+            f"{table}: {report.failed} of {clips} clips lost a modality to an error, "
+            f"max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; "
+            "the stores are complete, the table says what to do."
+        )
+
+
+def _run(
+    recipe: ExtractRecipe,
+    part: Part,
+    stop: StopFlag,
+    manifest: Manifest,
+    networks: Networks,
+    report: ExtractReport,
+) -> None:
+    catalogs = {name: Catalog(path) for name, path in report.stores.items()}
+    first = next(iter(catalogs.values()))
+    todo = {
+        shard: [n for n, c in catalogs.items() if shard not in c.committed()]
+        for shard in range(first.shards)
+        if part.owns(shard)
+    }
+    todo = {shard: names for shard, names in todo.items() if names}
+    clips = sum(len(first.shard_range(shard)) for shard in todo)
+    if not clips:
+        return
+    settings = Settings.of(recipe)
+    workers = recipe.decode.workers or jobs.cpu_count()
+    with (
+        DecodePool(settings, workers, recipe.decode.timeout_s, stop) as pool,
+        tqdm(total=clips, desc="extract", unit="clip") as bar,
+    ):
+        for shard, names in todo.items():
+            with ExitStack() as stack:
+                writers = {
+                    name: stack.enter_context(ShardWriter(report.stores[name], shard))
+                    for name in names
+                }
+                for batch in _shard(recipe, manifest, catalogs, shard, writers, pool, report, bar):
+                    stop.check("all finished batches are kept")
+                    for name, writer in writers.items():
+                        _append(recipe, networks, name, writer, batch, report)
+                    _show(bar, report, len(batch))
+                with _timed(report, "write"):
+                    for writer in writers.values():
+                        writer.commit()
+
+
+def _shard(
+    recipe: ExtractRecipe,
+    manifest: Manifest,
+    catalogs: dict[str, Catalog],
+    shard: int,
+    writers: dict[str, ShardWriter],
+    pool: DecodePool,
+    report: ExtractReport,
+    bar: "tqdm[Any]",
+) -> Iterator[list[Decoded]]:
+    """Yield the decoded batches of a shard that some store still lacks."""
+    numbers = next(iter(catalogs.values())).shard_range(shard)
+    size = recipe.batch_size
+    done = min(writer.next for writer in writers.values()) // size * size
+    bar.update(min(done, len(numbers)))
+    batches = (
+        [manifest.clips[i] for i in numbers[first : first + size]]
+        for first in range(done, len(numbers), size)
+    )
+    source = pool.batches(batches)
+    while True:
+        with _timed(report, "decode wait"):
+            batch = next(source, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _append(
+    recipe: ExtractRecipe,
+    networks: Networks,
+    name: str,
+    writer: ShardWriter,
+    batch: list[Decoded],
+    report: ExtractReport,
+) -> None:
+    missing = [clip for clip in batch if clip.clip_id not in writer.done]
+    if not missing:
+        return
+    choices = recipe.sets[name]
+    with _timed(report, "backbones"):
+        tokens = {m: networks.tokens(m, choice, batch) for m, choice in choices.items()}
+    with _timed(report, "write"):
+        for clip in missing:
+            arrays, reasons, times = {}, {}, {}
+            for modality, choice in choices.items():
+                spec = input_spec(modality, choice)
+                found = tokens[modality].get(clip.clip_id)
+                if found is None:
+                    reasons[modality] = clip.reasons[spec]
+                elif not np.isfinite(found).all() or (
+                    recipe.store.dtype == "float16" and np.abs(found).max() > _FP16_MAX
+                ):
+                    reasons[modality] = Reason.BAD_VALUE
+                else:
+                    arrays[modality], times[modality] = found, clip.times[spec]
+            writer.append(clip.clip_id, arrays, reasons, times)
+
+
+@contextmanager
+def _timed(report: ExtractReport, what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[what] += time.perf_counter() - started
+
+
+def _show(bar: "tqdm[Any]", report: ExtractReport, clips: int) -> None:
+    report.clips += clips
+    total = sum(report.seconds.values())
+    shares = {k: f"{v / total:.0%}" for k, v in sorted(report.seconds.items())}
+    bar.set_postfix(shares, refresh=False)
+    bar.update(clips)
