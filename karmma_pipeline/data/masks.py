@@ -1,0 +1,94 @@
+"""Modality dropout as a pure function: the same clip in the same epoch always loses the same.
+
+There is no generator with a state. Every draw is a hash (splitmix64) of
+(seed, epoch, clip, what it is for), so masks do not depend on the order of clips, the size
+of a batch, the number of threads or ranks, or on where a killed run was resumed; teacher
+and student that ask for the same clip get the same mask.
+
+B clips in a batch, M modalities, N clips in all.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from karmma_pipeline.errors import ConfigError
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
+_WORD = 2**64 - 1
+
+# Streams of draws for one clip and epoch; the columns of a mask are 0, 1, 2...
+_REPAIR = 2**32
+ORDER = 2**32 + 1
+"""Stream of `draws` that shuffles the clips of an epoch."""
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Finish splitmix64: a bijection that scatters its input over all 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def clip_keys(clip_ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
+    """Hash clip ids (fixed-width bytes [N]) to keys, uint64 [N].
+
+    A key depends on the id alone, not on the width of the array (FNV-1a, then mixed).
+    """
+    ids = np.ascontiguousarray(clip_ids, dtype=np.bytes_)
+    letters = ids.view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
+    keys = np.full(len(ids), _FNV_OFFSET, dtype=np.uint64)
+    for column in letters.T:
+        keys = np.where(column == 0, keys, (keys ^ column) * np.uint64(_FNV_PRIME))
+    return _mix(keys)
+
+
+def draws(seed: int, epoch: int, keys: NDArray[np.uint64], stream: int) -> NDArray[np.uint64]:
+    """Return one random word per clip, uint64 [B]; streams are independent of one another."""
+    word = np.zeros(1, dtype=np.uint64)
+    for part in (seed, epoch):
+        word = _mix(word + np.uint64(part & _WORD) + np.uint64(_GOLDEN))
+    return _mix(_mix(word ^ keys) + np.uint64((stream + 1) * _GOLDEN & _WORD))
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Map words to [0, 1) with 53 bits."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def modality_mask(
+    seed: int,
+    epoch: int,
+    keys: NDArray[np.uint64],
+    present: NDArray[np.bool_],
+    p: float,
+) -> NDArray[np.bool_]:
+    """Draw which of the present modalities a model may see (modality dropout).
+
+    Each present modality drops with probability p, independently. If none is left, one of
+    the present ones, drawn uniformly, is restored: the rule that fits the paper's curves.
+
+    Args:
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+        keys: uint64 [B] from `clip_keys`.
+        present: bool [B, M], what each clip natively has.
+        p: probability in 0..1; 0 keeps everything.
+
+    Returns:
+        bool [B, M], within ``present``. Only a clip with nothing present gets an empty row.
+
+    Raises:
+        ConfigError: p is no probability.
+    """
+    if not 0 <= p <= 1:
+        raise ConfigError(f"modality_dropout={p}: a probability lies in 0..1.")
+    if p == 0:
+        return present.copy()
+    columns = [_uniform(draws(seed, epoch, keys, m)) >= p for m in range(present.shape[1])]
+    mask = present & np.stack(columns, axis=1)
+    empty = ~mask.any(axis=1)
+    counts = present.sum(axis=1)
+    chosen = (_uniform(draws(seed, epoch, keys, _REPAIR)) * counts).astype(np.int64)
+    restored = present & (present.cumsum(axis=1) == chosen[:, None] + 1)
+    return np.where(empty[:, None], restored, mask)
