@@ -53,7 +53,7 @@ def draws(seed: int, epoch: int, keys: NDArray[np.uint64], stream: int) -> NDArr
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Map words to [0, 1) with 53 bits."""
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def modality_mask(
@@ -90,5 +90,6 @@ def modality_mask(
     empty = ~mask.any(axis=1)
     counts = present.sum(axis=1)
     chosen = (_uniform(draws(seed, epoch, keys, _REPAIR)) * counts).astype(np.int64)
-    restored = present & (present.cumsum(axis=1) == chosen[:, None] + 1)
+    order = np.asarray(present.cumsum(axis=1), np.int64)
+    restored = present & np.equal(order, chosen[:, None] + 1)
     return np.where(empty[:, None], restored, mask)

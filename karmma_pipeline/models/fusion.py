@@ -96,6 +96,9 @@ class FusionModel(nn.Module):
         self.tokens = {m: modalities[m][0] for m in self.modalities}
         self.heads = dict(heads)
         D = size.dim
+        for m in self.modalities:
+            self.register_buffer(f"mean_{m}", torch.zeros(modalities[m][1]))
+            self.register_buffer(f"std_{m}", torch.ones(modalities[m][1]))
         self.embed = nn.ModuleDict({m: nn.Linear(modalities[m][1], D) for m in self.modalities})
         self.modality_token = nn.ParameterDict(
             {m: nn.Parameter(torch.empty(D)) for m in self.modalities}
@@ -123,6 +126,15 @@ class FusionModel(nn.Module):
             *self.position_tokens.values(),
         ):
             nn.init.trunc_normal_(token, std=0.02)
+
+    def standardise(self, modality: str, mean: Tensor, std: Tensor) -> None:
+        """Set what is subtracted from the features of a modality and divides them, [width] each.
+
+        Frozen networks differ in scale by orders of magnitude, which one learning rate cannot
+        serve. Saved with the model; 0 and 1 until set. It costs no multiply-add.
+        """
+        self.get_buffer(f"mean_{modality}").copy_(mean)
+        self.get_buffer(f"std_{modality}").copy_(std)
 
     def forward(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Classify a batch.
@@ -163,6 +175,8 @@ class FusionModel(nn.Module):
         here = present[:, None, None]
         features = torch.where(here, features, features.new_zeros(()))
         features = features.to(self.cls.dtype)
+        mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
+        features = torch.where(here, (features - mean) / std, features)  # absent stays zero
         embedded = embed(features)
         if self.size.absent == "learned":
             embedded = torch.where(here, embedded, embedded.new_zeros(()))

@@ -1,0 +1,116 @@
+"""Accuracy as the official EPIC-KITCHENS-100 evaluator counts it, and what follows from it.
+
+Pure functions of numpy arrays. N clips, C classes of a head, M modalities.
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+Scores = npt.NDArray[np.floating]
+Labels = npt.NDArray[np.integer]
+
+_CANDIDATES = 100
+"""Classes of each head that may form an action, and action pairs that are ranked."""
+_ROWS = 256
+
+
+def topk_correct(logits: Scores, labels: Labels, k: int) -> Bools:
+    """Tell for each clip whether its label is among the k highest scores.
+
+    Args:
+        logits: [N, C]; equal scores rank by class id.
+        labels: [N], 0..C-1.
+        k: how many may be named.
+    """
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return (order == labels[:, None]).any(axis=1)
+
+
+def action_correct(logits: Mapping[str, Scores], labels: Mapping[str, Labels], k: int) -> Bools:
+    """Tell for each clip whether its action is among the k best.
+
+    With several heads an action is one class of each; its score is the product of the heads'
+    probabilities. As in the official evaluator only the 100 best classes of each head form
+    candidates. Top-1 is therefore: every head right.
+    """
+    heads = list(logits)
+    if len(heads) == 1:
+        return topk_correct(logits[heads[0]], labels[heads[0]], k)
+    if k == 1:
+        return np.stack([topk_correct(logits[h], labels[h], 1) for h in heads]).all(axis=0)
+    N = len(labels[heads[0]])
+    chunks = [
+        _action_chunk(logits, labels, slice(i, i + _ROWS), min(k, _CANDIDATES))
+        for i in range(0, N, _ROWS)
+    ]
+    return np.concatenate(chunks) if chunks else np.zeros(0, bool)
+
+
+def _action_chunk(
+    logits: Mapping[str, Scores], labels: Mapping[str, Labels], rows: slice, k: int
+) -> Bools:
+    total: npt.NDArray[np.float64] | None = None  # [rows, candidates so far]
+    right: Bools | None = None
+    for head, scores in logits.items():
+        part = np.asarray(scores[rows], np.float64)
+        best = np.argsort(-part, axis=1, kind="stable")[:, :_CANDIDATES]
+        log_p = np.take_along_axis(part - _log_sum_exp(part), best, axis=1)
+        hit = best == labels[head][rows, None]
+        if total is None or right is None:
+            total, right = log_p, hit
+        else:
+            total = (total[:, :, None] + log_p[:, None]).reshape(len(part), -1)
+            right = (right[:, :, None] & hit[:, None]).reshape(len(part), -1)
+    assert total is not None  # noqa: S101  (there is a head)
+    assert right is not None  # noqa: S101
+    ranked = np.argsort(-total, axis=1, kind="stable")[:, :k]
+    return np.asarray(np.take_along_axis(right, ranked, axis=1).any(axis=1), bool)
+
+
+def _log_sum_exp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    top = scores.max(axis=1, keepdims=True)
+    return top + np.log(np.exp(scores - top).sum(axis=1, keepdims=True))
+
+
+def mean_class_accuracy(correct: Bools, labels: Labels) -> float:
+    """Return the mean over the classes that occur of the share of right clips, 0 to 1."""
+    if not len(labels):
+        return 0.0
+    counts = np.bincount(labels)
+    hits = np.bincount(labels, correct, len(counts))
+    return float((hits[counts > 0] / counts[counts > 0]).mean())
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a share, 0 to 1; z is 1.96 for 95 %."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = correct / n, z * z
+    centre, spread = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low, high = (centre - spread) / (1 + z2 / n), (centre + spread) / (1 + z2 / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def drop_distribution(present: tuple[bool, ...], rate: float) -> dict[tuple[bool, ...], float]:
+    """Return the probability of each mask when every present modality drops with ``rate``.
+
+    If all of the present ones fall out, one of them, drawn uniformly, is restored: the rule
+    that reproduces the paper's drop curves. A clip with nothing present keeps nothing.
+    """
+    count = sum(present)
+    if count == 0:
+        return {present: 1.0}
+    chances: dict[tuple[bool, ...], float] = {}
+    for kept in product((False, True), repeat=len(present)):
+        if any(k and not p for k, p in zip(kept, present, strict=True)) or not any(kept):
+            continue
+        chance = (1 - rate) ** sum(kept) * rate ** (count - sum(kept))
+        if sum(kept) == 1:
+            chance += rate**count / count
+        chances[kept] = chance
+    return chances
