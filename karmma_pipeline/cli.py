@@ -159,9 +159,9 @@ def train_teacher(recipe: Path, overrides: tuple[str, ...], check: bool) -> None
     from karmma_pipeline.train.recipe import TeacherRecipe
 
     resolved = _load(TeacherRecipe, recipe, overrides, check)
-    from karmma_pipeline import train
+    from karmma_pipeline.train import stages
 
-    _train(train.train_teacher, resolved)
+    _train(stages.train_teacher, resolved)
 
 
 @main.command("train-baseline")
@@ -173,9 +173,9 @@ def train_baseline(recipe: Path, overrides: tuple[str, ...], check: bool) -> Non
     from karmma_pipeline.train.recipe import BaselineRecipe
 
     resolved = _load(BaselineRecipe, recipe, overrides, check)
-    from karmma_pipeline import train
+    from karmma_pipeline.train import stages
 
-    _train(train.train_baseline, resolved)
+    _train(stages.train_baseline, resolved)
 
 
 @main.command()
@@ -187,9 +187,9 @@ def distill(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
     from karmma_pipeline.train.recipe import DistillRecipe
 
     resolved = _load(DistillRecipe, recipe, overrides, check)
-    from karmma_pipeline import train
+    from karmma_pipeline.train import stages
 
-    _train(train.distill, resolved)
+    _train(stages.distill, resolved)
 
 
 @main.command()

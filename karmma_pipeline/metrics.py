@@ -42,7 +42,7 @@ def action_correct(logits: Mapping[str, Scores], labels: Mapping[str, Labels], k
     if len(heads) == 1:
         return topk_correct(logits[heads[0]], labels[heads[0]], k)
     if k == 1:
-        return np.stack([topk_correct(logits[h], labels[h], 1) for h in heads]).all(axis=0)
+        return np.stack([topk_correct(logits[h], labels[h], 1) for h in heads]).min(axis=0)
     N = len(labels[heads[0]])
     chunks = [
         _action_chunk(logits, labels, slice(i, i + _ROWS), min(k, _CANDIDATES))

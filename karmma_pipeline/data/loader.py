@@ -5,7 +5,7 @@ threads or ranks, and after a resume. B clips in a batch, M modalities, N tokens
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -44,7 +44,7 @@ class TokenSource(Protocol):
     modalities: tuple[str, ...]
     clip_ids: npt.NDArray[np.bytes_]
     present: npt.NDArray[np.bool_]
-    labels: Mapping[str, npt.NDArray[np.integer]]
+    labels: dict[str, npt.NDArray[np.int32]]
 
     def gather(self, modality: str, index: Tensor, out: Tensor | None = None) -> Tensor:
         """Return tokens [B, N, D]."""

@@ -87,7 +87,7 @@ def modality_mask(
         return present.copy()
     columns = [_uniform(draws(seed, epoch, keys, m)) >= p for m in range(present.shape[1])]
     mask = present & np.stack(columns, axis=1)
-    empty = ~mask.any(axis=1)
+    empty: NDArray[np.bool_] = np.logical_not(mask.any(axis=1))
     counts = present.sum(axis=1)
     chosen = (_uniform(draws(seed, epoch, keys, _REPAIR)) * counts).astype(np.int64)
     order = np.asarray(present.cumsum(axis=1), np.int64)

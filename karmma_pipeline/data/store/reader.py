@@ -51,7 +51,9 @@ class FeatureStore:
         N, M = self._catalog.count, len(self.modalities)
         self.reasons: npt.NDArray[np.uint8] = self._column("reason", np.uint8, (N, M))
         self.present: npt.NDArray[np.bool_] = np.asarray(self.reasons) == Reason.PRESENT
-        self.labels = {head: self._column(f"label_{head}", "<i4", (N,)) for head in self.heads}
+        self.labels: dict[str, npt.NDArray[np.int32]] = {
+            head: self._column(f"label_{head}", "<i4", (N,)) for head in self.heads
+        }
         self._regions: dict[str, Region] = {}
         self._views: dict[str, tuple[Tensor, Tensor]] = {}
 
