@@ -221,7 +221,7 @@ def evaluate(
     if out is not None:
         switches.append(f"out={str(out)!r}")
     resolved = _load(EvaluateRecipe, recipe, (*switches, *overrides), check)
-    from karmma_pipeline.evaluate import evaluate as run
+    from karmma_pipeline.evaluate.stage import evaluate as run
     from karmma_pipeline.jobs import StopFlag
 
     with StopFlag() as stop:
@@ -269,11 +269,12 @@ def _recipe_model(stage: str) -> type[Recipe]:
         return EvaluateRecipe
     from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
 
-    return {
+    models: dict[str, type[Recipe]] = {
         "train-teacher": TeacherRecipe,
         "train-baseline": BaselineRecipe,
         "distill": DistillRecipe,
-    }[stage]
+    }
+    return models[stage]
 
 
 def _load(model: type[Recipe], path: Path | None, overrides: tuple[str, ...], check: bool) -> Any:

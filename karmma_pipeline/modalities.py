@@ -41,7 +41,7 @@ _HINTS = {
     Reason.NO_STREAM: "The file has no such stream; nothing to do if that is how it was recorded.",
     Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it.",
     Reason.TIMEOUT: "Decoding took too long; raise decode.timeout_s or re-encode the file.",
-    Reason.OUT_OF_MEMORY: "Decoding took too much memory; use fewer decode.workers, or re-encode the file.",
+    Reason.OUT_OF_MEMORY: "Decoding took too much memory; use fewer decode.workers.",
     Reason.CRASHED: "The decoder died on this file; re-encode it.",
     Reason.TOO_SHORT: "The clip holds no frame or sample; check its start and stop.",
     Reason.OUT_OF_RANGE: "The clip lies outside its file; check start, stop and the file's length.",

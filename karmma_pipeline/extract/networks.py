@@ -12,28 +12,12 @@ import torch
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
-from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.device import pick_device
 
 Tokens = npt.NDArray[np.float32]
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` is the first GPU, else the CPU.
-
-    Raises:
-        ConfigError: the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name!r}: not available here ({reason}).") from None
 
 
 class Networks:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from karmma_pipeline.data.loader import Batch, FeatureLoader
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.metrics import action_correct, topk_correct
 from karmma_pipeline.models.fusion import FusionModel
@@ -40,18 +40,6 @@ class TrainReport:
         done = " (was already done)" if self.already_done else ""
         scores = ", ".join(f"{k} {v:.1f} %" for k, v in self.best.items() if "top1" in k)
         return f"run: {self.run}{done}\nbest epoch {self.best['epoch']:.0f}: {scores}"
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` is the first GPU, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name!r}: not available here ({reason}).") from None
-    return torch.device(name)
 
 
 class Trainer:

@@ -11,10 +11,11 @@ from karmma_pipeline.data.loader import Batch, FeatureLoader
 from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.runs import RunFolder
-from karmma_pipeline.train.loop import LossStep, Trainer, TrainReport, pick_device
+from karmma_pipeline.train.loop import LossStep, Trainer, TrainReport
 from karmma_pipeline.train.objective import cross_entropy, distillation
 from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe, TrainRecipe
 from karmma_pipeline.train.table import TeacherTable, teacher_table

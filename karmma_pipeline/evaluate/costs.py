@@ -1,0 +1,152 @@
+"""What one clip costs on every subset of modalities: FLOPs, parameters, peak memory.
+
+FLOPs count 2 per multiply-add (`torch.utils.flop_counter`), one clip, backbones included,
+absent modalities left out of the sequence: the convention of the paper's figures.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.evaluate import paper
+from karmma_pipeline.modalities import label, subsets
+from karmma_pipeline.models.backbones import BackboneChoice, describe
+from karmma_pipeline.models.fusion import FusionModel, FusionSize
+
+
+@dataclass(frozen=True)
+class SubsetCost:
+    """Cost of one clip with some modalities."""
+
+    modalities: tuple[str, ...]
+    gflops: float
+    parameters: int
+
+
+def subset_costs(
+    backbones: Mapping[str, BackboneChoice], size: FusionSize, heads: Mapping[str, int]
+) -> list[SubsetCost]:
+    """Count FLOPs and parameters for every subset, on the meta device: it takes no memory.
+
+    Parameters are those of the networks that run for the subset.
+    """
+    facts = {m: _describe(choice) for m, choice in backbones.items()}
+    shapes = {m: backbones[m].output_shape for m in backbones}
+    rows = []
+    for subset in subsets(backbones):
+        used = {m: shapes[m] for m in subset}
+        gflops, parameters = _fusion(size, used, heads)
+        gflops += sum(facts[m][0] for m in subset)
+        parameters += sum(facts[m][1] for m in subset)
+        rows.append(SubsetCost(subset, gflops, parameters))
+    return rows
+
+
+@cache
+def _describe(choice: BackboneChoice) -> tuple[float, int]:
+    facts = describe(choice)
+    return facts["gflops"], facts["parameters"]
+
+
+def _fusion(
+    size: FusionSize, shapes: Mapping[str, tuple[int, int]], heads: Mapping[str, int]
+) -> tuple[float, int]:
+    mask = torch.ones(1, len(shapes), dtype=torch.bool)
+    with torch.device("meta"), torch.inference_mode():
+        model = FusionModel(size, shapes, heads).eval()
+        tokens = {m: torch.empty(1, *shape) for m, shape in shapes.items()}
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, mask)
+    return counter.get_total_flops() / 1e9, sum(p.numel() for p in model.parameters())
+
+
+_PROBE = """
+import json, resource, sys
+import torch
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.fusion import FusionModel, FusionSize
+given = json.load(sys.stdin)
+cuda = given["device"].startswith("cuda")
+size, heads = FusionSize(**given["size"]), given["heads"]
+choices = {m: BackboneChoice(**c) for m, c in given["backbones"].items()}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.inference_mode():
+    nets = {m: Backbone(c).to(given["device"]) for m, c in choices.items()}
+    model = FusionModel(size, {m: c.output_shape for m, c in choices.items()}, heads)
+    model = model.eval().to(given["device"])
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    tokens = {m: nets[m](torch.zeros(1, *c.input_shape, device=given["device"]))
+              for m, c in choices.items()}
+    model(tokens, torch.ones(1, len(tokens), dtype=torch.bool))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(torch.cuda.max_memory_reserved() / 2**20 if cuda else (after - before) / 2**10)
+"""
+
+
+def peak_memory_mib(
+    backbones: Mapping[str, BackboneChoice],
+    size: FusionSize,
+    heads: Mapping[str, int],
+    device: str = "cpu",
+) -> float:
+    """Measure the peak memory of one clip in float32, in a process of its own.
+
+    On a GPU the allocator's reserved memory, as in the paper; on a CPU what the process grew
+    by while it built the networks (of random weights) and ran them.
+    """
+    plain = {
+        m: c.model_copy(update={"weights": "random:0"}).model_dump(mode="json")
+        for m, c in backbones.items()
+    }
+    given = {"backbones": plain, "size": size.model_dump(), "heads": dict(heads), "device": device}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], input=json.dumps(given), capture_output=True, text=True
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        raise KarmmaError(f"memory of {label(backbones)}: could not be measured ({reason}).")
+    return float(done.stdout)
+
+
+@dataclass(frozen=True)
+class PaperCost:
+    """One of the paper's fourteen bars beside ours."""
+
+    model: str
+    modalities: tuple[str, ...]
+    gflops: float
+    published: float
+
+    @property
+    def difference(self) -> float:
+        """Relative difference in percent."""
+        return 100 * (self.gflops / self.published - 1)
+
+
+def paper_costs() -> list[PaperCost]:
+    """Recompute the fourteen GFLOPs bars from the architectures in `paper`."""
+    return [
+        PaperCost(kind, cost.modalities, cost.gflops, paper.GFLOPS[kind][cost.modalities])
+        for kind in ("teacher", "student")
+        for cost in subset_costs(paper.BACKBONES[kind], paper.SIZES[kind], paper.HEADS)
+    ]
+
+
+def paper_table(rows: list[PaperCost]) -> str:
+    """Return a Markdown table of the bars."""
+    lines = ["| model | subset | GFLOPs | paper | difference |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {r.model} | {label(r.modalities)} | {r.gflops:.5f} | {r.published:.5f} "
+        f"| {r.difference:+.4f} % |"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""The recipe of an evaluation: which models, on which clips, and what is measured."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from karmma_pipeline.config import Recipe
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable() or not name.strip():
+        raise ValueError("a name must be printable text on one line")
+    return name
+
+
+Name = Annotated[str, Field(max_length=60), AfterValidator(_printable)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class GroupFiles(Recipe):
+    """Lists of EPIC-KITCHENS-100 that define groups of clips."""
+
+    unseen: Path | None = Field(
+        None, description="CSV of participants that training never saw; gives unseen_* scores."
+    )
+    tail: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Head -> CSV of its tail classes; gives tail_* scores. "
+        "A tail action has a tail class in any head.",
+    )
+
+
+class EvaluateRecipe(Recipe):
+    """``karmma evaluate``: accuracy on every subset, drop curves, costs, and a report."""
+
+    runs: Annotated[list[Path], Field(min_length=1)] = Field(
+        description="Run folders of train-teacher, train-baseline or distill, in legend order.",
+        examples=[["runs/teacher", "runs/baseline", "runs/baseline_delta", "runs/student"]],
+    )
+    stores: Annotated[list[Path], Field(min_length=1)] = Field(
+        description="Feature stores; each run takes the one whose features it was trained on.",
+        examples=[["stores/teacher", "stores/student"]],
+    )
+    out: Path = Field(Path("report"), description="Folder of the report.")
+    names: dict[str, Name] = Field(
+        default_factory=dict,
+        description="Run folder as written in `runs` -> name in the legend; "
+        "default: the name in the saved model.",
+    )
+    checkpoint: str = Field("best", description="Which saved model of a run: best or last.")
+    title: Annotated[str, Field(max_length=120)] = Field(
+        "", description="Name of the data in titles; default: the store's folder."
+    )
+    split: str = Field("val", description="Split to evaluate; empty: every clip.")
+    official_clips: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Size of the official split (EPIC-KITCHENS-100 val: 9668), to print."
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(64, description="Clips per forward pass.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    drop_rates: Annotated[list[Rate], Field(min_length=1)] = Field(
+        default_factory=lambda: [round(0.1 * i, 1) for i in range(10)],
+        description="Probabilities with which each modality is dropped, for the drop curve.",
+    )
+    draws: Annotated[int, Field(ge=0)] = Field(
+        20, description="Draws of the sampled drop curve; 0: the exact expected curve only."
+    )
+    seed: int = Field(0, description="Seed of the draws; every run sees the same masks.")
+    costs: bool = Field(True, description="Count FLOPs and parameters, backbones included.")
+    memory: bool = Field(
+        False, description="Measure peak memory too, in one subprocess per subset (slow)."
+    )
+    groups: GroupFiles = Field(
+        default_factory=GroupFiles, description="Groups of clips with their own scores."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if sorted(set(self.drop_rates)) != list(self.drop_rates):
+            raise ValueError("drop_rates must rise and not repeat")
+        known = {str(run) for run in self.runs}
+        if unknown := [name for name in self.names if str(Path(name)) not in known]:
+            raise ValueError(f"names has a key that is no run: {unknown[0]!r}")
+        return self
