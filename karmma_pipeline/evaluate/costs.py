@@ -68,7 +68,7 @@ def _fusion(
 
 
 _PROBE = """
-import json, resource, sys
+import json, sys
 import torch
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
@@ -76,7 +76,11 @@ given = json.load(sys.stdin)
 cuda = given["device"].startswith("cuda")
 size, heads = FusionSize(**given["size"]), given["heads"]
 choices = {m: BackboneChoice(**c) for m, c in given["backbones"].items()}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+before = resident("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here, not from the parent's
 with torch.inference_mode():
     nets = {m: Backbone(c).to(given["device"]) for m, c in choices.items()}
     model = FusionModel(size, {m: c.output_shape for m, c in choices.items()}, heads)
@@ -87,8 +91,7 @@ with torch.inference_mode():
     tokens = {m: nets[m](torch.zeros(1, *c.input_shape, device=given["device"]))
               for m, c in choices.items()}
     model(tokens, torch.ones(1, len(tokens), dtype=torch.bool))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(torch.cuda.max_memory_reserved() / 2**20 if cuda else (after - before) / 2**10)
+print(torch.cuda.max_memory_reserved() / 2**20 if cuda else resident("VmHWM:") - before)
 """
 
 

@@ -64,7 +64,7 @@ class Correct:
     def clips(self, protocol: Protocol) -> Bools:
         """Return which clips a protocol counts, bool [N]."""
         present = self.run.present
-        every: Bools = present.all(axis=1, keepdims=True)[:, 0]
+        every: Bools = np.asarray(present.all(axis=1), bool)
         return every if protocol == "complete" else np.ones(len(present), bool)
 
 

@@ -55,13 +55,13 @@ class Action:
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
-    """Return a smooth random texture [2H, 2W, 3] in 0..1, larger than the frame."""
+    """Return a smooth, rather dark random texture [2H, 2W, 3], larger than the frame."""
     shape = (2 * height, 2 * width)
     texture = np.zeros((*shape, 3), np.float32)
     for cells, weight in ((4, 0.5), (12, 0.3), (40, 0.2)):
         noise = rng.random((cells, cells, 3), dtype=np.float32)
         texture += weight * cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.clip(texture, 0, 1)
+    return np.clip(0.45 * texture, 0, 1)
 
 
 def draw(
@@ -93,17 +93,17 @@ def _move_digit(
 ) -> None:
     rng = np.random.default_rng(action.seed)
     height, width = frames.shape[1:3]
-    side = height * rng.uniform(0.34, 0.46)
+    side = height * rng.uniform(0.55, 0.7)
     glyph = _handwriting()[0][action.handwriting]
     turn, size = rng.uniform(-12, 12), side / 8
     angle = action.verb * np.pi / 4 + rng.normal(0, 0.12)
     direction = np.array([np.cos(angle), np.sin(angle)])
-    travel = height * rng.uniform(0.3, 0.45)
+    travel = height * rng.uniform(0.22, 0.32)
     room = np.array([width, height]) - side - np.abs(direction) * travel
-    corner = side / 2 + rng.random(2) * np.maximum(room, 0)
+    corner = side / 2 + rng.uniform(0.3, 0.7, 2) * np.maximum(room, 0)
     start = corner + np.maximum(-direction, 0) * travel
-    colour = rng.uniform(0.75, 1, 3) if rng.random() < 0.5 else rng.uniform(0, 0.25, 3)
-    contrast = rng.uniform(0.55, 1)
+    colour = rng.uniform(0.6, 1, 3)
+    contrast = rng.uniform(0.6, 1)
     for index in shown:
         progress = (times[index] - action.start_s) / (action.stop_s - action.start_s)
         centre = start + direction * travel * progress

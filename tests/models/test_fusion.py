@@ -1,0 +1,114 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from karmma_pipeline.models.fusion import Absent, FusionModel, FusionSize
+
+SHAPES = {"rgb": (4, 6), "flow": (4, 6), "audio": (3, 5)}
+HEADS = {"verb": 7, "noun": 3}
+
+
+def make_model(absent: Absent, seed: int = 0) -> FusionModel:
+    torch.manual_seed(seed)
+    size = FusionSize(
+        dim=16, layers=2, attention_heads=4, ffn_width=24, head_width=20, absent=absent
+    )
+    return FusionModel(size, SHAPES, HEADS).eval()
+
+
+def make_tokens(clips: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {m: torch.randn(clips, *shape, generator=generator) for m, shape in SHAPES.items()}
+
+
+def both(out: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(out.values()), dim=1)
+
+
+@pytest.mark.parametrize("absent", ["learned", "zeros", "drop"])
+def test_what_stands_in_an_absent_modality_has_no_influence(absent: Absent) -> None:
+    model, tokens = make_model(absent), make_tokens(4)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    out = both(model(tokens, mask))
+    for column, m in enumerate(model.modalities):
+        tokens[m][~mask[:, column]] = torch.nan
+    torch.testing.assert_close(both(model(tokens, mask)), out, rtol=0, atol=0)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("absent", ["learned", "zeros", "drop"])
+@settings(max_examples=20, deadline=None)
+@given(bits=st.lists(st.integers(0, 7), min_size=2, max_size=6))
+def test_a_clip_does_not_depend_on_its_batch(absent: Absent, bits: list[int]) -> None:
+    model, tokens = make_model(absent), make_tokens(len(bits))
+    mask = torch.tensor([[bool(b >> i & 1) for i in range(3)] for b in bits])
+    out = both(model(tokens, mask))
+    for row in range(len(bits)):
+        one = {m: t[row : row + 1] for m, t in tokens.items()}
+        alone = both(model(one, mask[row : row + 1]))
+        torch.testing.assert_close(out[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_dropping_a_modality_equals_a_model_that_never_had_it() -> None:
+    model, tokens = make_model("drop"), make_tokens(3)
+    mask = torch.tensor([[True, False, True]]).repeat(3, 1)
+    shapes = {m: SHAPES[m] for m in ("rgb", "audio")}
+    smaller = FusionModel(model.size, shapes, HEADS).eval()
+    own = smaller.state_dict()
+    smaller.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
+    torch.testing.assert_close(both(model(tokens, mask)), both(smaller(tokens, mask[:, [0, 2]])))
+
+
+def test_absence_is_told_apart_only_where_the_setting_says_so() -> None:
+    tokens, full = make_tokens(1), torch.ones(1, 3, dtype=torch.bool)
+    part = torch.tensor([[True, True, False]])
+    for absent in ("learned", "zeros", "drop"):
+        model = make_model(absent)
+        assert not torch.allclose(both(model(tokens, full)), both(model(tokens, part)))
+    silent = {**tokens, "audio": torch.zeros_like(tokens["audio"])}
+    zeros, learned = make_model("zeros"), make_model("learned")
+    torch.testing.assert_close(both(zeros(silent, full)), both(zeros(tokens, part)))
+    assert not torch.allclose(both(learned(silent, full)), both(learned(tokens, part)))
+
+
+def test_the_forward_pass_is_the_papers() -> None:
+    """One clip, all modalities, written out by hand from the paper's description."""
+    model, tokens = make_model("learned"), make_tokens(1)
+    model.standardise("audio", torch.full((5,), 0.5), torch.full((5,), 2.0))
+    p = dict(model.named_parameters())
+    parts = [p["cls"][None]]
+    for m in ("rgb", "flow", "audio"):
+        x = tokens[m][0] if m != "audio" else (tokens[m][0] - 0.5) / 2
+        embedded = x @ p[f"embed.{m}.weight"].T + p[f"embed.{m}.bias"]
+        parts.append(embedded + p[f"modality_token.{m}"] + p[f"position_tokens.{m}"])
+    x = torch.cat(parts)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (16,), p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    for layer in ("layers.0", "layers.1"):
+        qkv = linear(norm(x, f"{layer}.norm_attention"), f"{layer}.qkv")
+        q, k, v = torch.split(qkv, 16, dim=1)
+        heads = []
+        for h in range(4):
+            s = slice(4 * h, 4 * h + 4)
+            weights = (q[:, s] @ k[:, s].T / 4**0.5).softmax(dim=1)
+            heads.append(weights @ v[:, s])
+        x = x + linear(torch.cat(heads, dim=1), f"{layer}.project")
+        inner = F.gelu(linear(norm(x, f"{layer}.norm_ffn"), f"{layer}.ffn.0"))
+        x = x + linear(inner, f"{layer}.ffn.3")
+    x = norm(x, "norm")
+    means = torch.stack([x[0], x[1:5].mean(0), x[5:9].mean(0), x[9:12].mean(0)])
+    logits = linear(F.gelu(linear(means, "hidden.0")), "classify").mean(dim=0, keepdim=True)
+    out = both(model(tokens, torch.ones(1, 3, dtype=torch.bool)))
+    torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="dim=10 must be divisible by attention_heads=3"):
+        FusionSize(dim=10, attention_heads=3)
