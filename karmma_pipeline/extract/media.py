@@ -18,8 +18,13 @@ import decord  # isort: skip
 from karmma_pipeline.extract.sampling import Times, covering
 from karmma_pipeline.modalities import Reason
 
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,wav,flac,mp3,ogg"
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg"
 """Formats that hold media themselves; playlists, which open other files, are not among them."""
+
+
+ROUNDING_S = 1e-3
+"""A frame counts as shown from this much before its start: decord's times are float32, and an
+annotation that names a frame's own start must get that frame."""
 
 
 class MediaFaultError(Exception):
@@ -107,7 +112,7 @@ class MediaFile:
             MediaFaultError: no such stream, or it cannot be decoded.
         """
         reader, starts, _ = self._video
-        wanted = covering(starts, times)
+        wanted = covering(starts, times + ROUNDING_S)
         unique, back = np.unique(wanted, return_inverse=True)
         try:
             decoded = reader.get_batch(unique).asnumpy()
