@@ -68,30 +68,38 @@ def _fusion(
 
 
 _PROBE = """
-import json, sys
+import json, os, sys
 import torch
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 given = json.load(sys.stdin)
-cuda = given["device"].startswith("cuda")
+device, cuda = given["device"], given["device"].startswith("cuda")
 size, heads = FusionSize(**given["size"]), given["heads"]
 choices = {m: BackboneChoice(**c) for m, c in given["backbones"].items()}
+
 def resident(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
-before = resident("VmRSS:")
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here, not from the parent's
-with torch.inference_mode():
-    nets = {m: Backbone(c).to(given["device"]) for m, c in choices.items()}
-    model = FusionModel(size, {m: c.output_shape for m, c in choices.items()}, heads)
-    model = model.eval().to(given["device"])
+
+@torch.inference_mode()
+def measure(used):
+    before = resident("VmRSS:")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    nets = {m: Backbone(choices[m]).to(device) for m in used}
+    model = FusionModel(size, {m: choices[m].output_shape for m in used}, heads).eval().to(device)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    tokens = {m: nets[m](torch.zeros(1, *c.input_shape, device=given["device"]))
-              for m, c in choices.items()}
-    model(tokens, torch.ones(1, len(tokens), dtype=torch.bool))
-print(torch.cuda.max_memory_reserved() / 2**20 if cuda else resident("VmHWM:") - before)
+    tokens = {m: nets[m](torch.zeros(1, *choices[m].input_shape, device=device)) for m in used}
+    model(tokens, torch.ones(1, len(used), dtype=torch.bool))
+    return torch.cuda.max_memory_reserved() / 2**20 if cuda else resident("VmHWM:") - before
+
+for used in given["subsets"]:  # a fork each: what one leaves behind does not count for the next
+    if not os.fork():
+        print(measure(used), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"the process for {used} died")
 """
 
 
@@ -100,24 +108,39 @@ def peak_memory_mib(
     size: FusionSize,
     heads: Mapping[str, int],
     device: str = "cpu",
-) -> float:
-    """Measure the peak memory of one clip in float32, in a process of its own.
+) -> dict[tuple[str, ...], float]:
+    """Measure the peak memory of one clip in float32 for every subset, each in its own process.
 
     On a GPU the allocator's reserved memory, as in the paper; on a CPU what the process grew
-    by while it built the networks (of random weights) and ran them.
+    by while it built the networks (of random weights) and ran them. Linux only.
+
+    Raises:
+        KarmmaError: it could not be measured, for lack of memory perhaps.
     """
     plain = {
         m: c.model_copy(update={"weights": "random:0"}).model_dump(mode="json")
         for m, c in backbones.items()
     }
-    given = {"backbones": plain, "size": size.model_dump(), "heads": dict(heads), "device": device}
+    chosen = subsets(backbones)
+    given = {
+        "backbones": plain,
+        "size": size.model_dump(),
+        "heads": dict(heads),
+        "device": device,
+        "subsets": chosen,
+    }
+    return dict(zip(chosen, _probe(json.dumps(given)), strict=True))
+
+
+@cache
+def _probe(given: str) -> tuple[float, ...]:
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE], input=json.dumps(given), capture_output=True, text=True
+        [sys.executable, "-c", _PROBE], input=given, capture_output=True, text=True
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
-        raise KarmmaError(f"memory of {label(backbones)}: could not be measured ({reason}).")
-    return float(done.stdout)
+        raise KarmmaError(f"peak memory could not be measured ({reason}).")
+    return tuple(float(line) for line in done.stdout.split())
 
 
 @dataclass(frozen=True)

@@ -170,21 +170,16 @@ def _costs(card: ModelCard, recipe: EvaluateRecipe, device: torch.device) -> lis
         choices[modality] = _choice(facts)
     heads = {head: len(names) for head, names in card.heads.items()}
     size = card.size.model_copy(update={"absent": "drop"})
-    rows = []
-    for cost in subset_costs(choices, size, heads):
-        memory = None
-        if recipe.memory:
-            used = {m: choices[m] for m in cost.modalities}
-            memory = peak_memory_mib(used, size, heads, str(device))
-        rows.append(
-            Cost(
-                modalities=cost.modalities,
-                gflops=cost.gflops,
-                parameters=cost.parameters,
-                memory_mib=memory,
-            )
+    memory = peak_memory_mib(choices, size, heads, str(device)) if recipe.memory else {}
+    return [
+        Cost(
+            modalities=cost.modalities,
+            gflops=cost.gflops,
+            parameters=cost.parameters,
+            memory_mib=memory.get(cost.modalities),
         )
-    return rows
+        for cost in subset_costs(choices, size, heads)
+    ]
 
 
 def _choice(facts: dict[str, object]) -> BackboneChoice:

@@ -60,6 +60,8 @@ class MediaFile:
                     for kind in ("video", "audio")
                     for s in getattr(container.streams, kind)[:1]
                 }
+                if any(s.codec_context is None for s in container.streams.video):
+                    raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: damaged header")
                 whole_s = float((container.duration or 0) / av.time_base)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: {error}") from None
