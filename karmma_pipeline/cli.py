@@ -258,6 +258,42 @@ def backbones() -> None:
     """List, describe and download the frozen networks."""
 
 
+@backbones.command("list")
+def backbones_list() -> None:
+    """Print the shipped networks and their published weights."""
+    from karmma_pipeline.models.backbones import list_backbones
+
+    for row in list_backbones():
+        size = f"{row['parameters'] / 1e6:6.1f} M"
+        click.echo(f"{row['name']:20}{row['input']:7}{size}  {', '.join(row['weights'])}")
+
+
+@backbones.command("show")
+@click.argument("name")
+@set_option
+def backbones_show(name: str, overrides: tuple[str, ...]) -> None:
+    """Print input, tokens and cost of a network, such as --set frames=32 --set size=224."""
+    import yaml
+
+    from karmma_pipeline import config
+    from karmma_pipeline.models.backbones import BackboneChoice, describe
+
+    choice = config.build(BackboneChoice, {"name": name, "weights": "random:0"}, name, overrides)
+    click.echo(yaml.safe_dump(describe(choice), sort_keys=False).rstrip())
+
+
+@backbones.command("fetch")
+@click.argument("name")
+@click.argument("weights", default="DEFAULT")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder; default: torch's cache.")
+def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
+    """Download published weights where there is network, for nodes where there is none."""
+    from karmma_pipeline.models.backbones import BackboneChoice, fetch
+
+    path = fetch(BackboneChoice(name=name).architecture, weights, to)
+    click.echo(f"weights: {path}")
+
+
 def _recipe_model(stage: str) -> type[Recipe]:
     if stage == "extract":
         from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -295,3 +331,7 @@ def _train(run: Callable[..., Any], recipe: Recipe) -> None:
 
     with StopFlag() as stop:
         click.echo(run(recipe, stop=stop).summary())
+
+
+if __name__ == "__main__":
+    main()

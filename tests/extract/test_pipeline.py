@@ -1,0 +1,221 @@
+"""Extraction end to end on small files: presence, reasons, kills, parts."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.media_files import Maker, write_video
+
+from karmma_pipeline import config
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.store import FeatureStore, verify
+from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
+from karmma_pipeline.extract import pool
+from karmma_pipeline.extract.decode import Decoded, Settings
+from karmma_pipeline.extract.pipeline import extract
+from karmma_pipeline.extract.pool import DecodePool
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.jobs import Part, StopFlag
+from karmma_pipeline.modalities import Reason
+
+TINY: dict[str, Any] = {
+    "sampling": {"mode": "uniform"},
+    "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
+    "sets": {
+        "teacher": {
+            "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
+            "flow": {"name": "s3d", "weights": "random:1", "frames": 8, "size": 32},
+            "audio": {"name": "resnet18", "weights": "random:2", "image": [32, 32]},
+        },
+        "student": {
+            "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
+            "audio": {"name": "resnet18", "weights": "random:3", "image": [32, 32]},
+        },
+    },
+    "store": {"clips_per_shard": 4},
+    "decode": {"workers": 1},
+    "batch_size": 2,
+}
+
+
+def make_recipe(folder: Path, out: str = "out", **changes: Any) -> ExtractRecipe:
+    tree = {**TINY, "manifest": str(folder / "m.csv"), "out": str(folder / out), **changes}
+    return config.build(ExtractRecipe, tree, "test")
+
+
+def write_rows(folder: Path, rows: list[str]) -> None:
+    text = "clip_id,video,start,stop,verb,split\n" + "\n".join(rows) + "\n"
+    (folder / "m.csv").write_text(text)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_every_fault_costs_its_clip_and_is_named(make_video: Maker, tmp_path: Path) -> None:
+    make_video("fine.mp4")
+    make_video("mute.mp4", sound=False)
+    make_video("radio.mp4", video=False)
+    (tmp_path / "page.mp4").write_text("<html>")
+    write_rows(
+        tmp_path,
+        [
+            "a,fine.mp4,0,1,x,train",
+            "b,mute.mp4,0,1,x,train",
+            "c,radio.mp4,0,1,y,train",
+            "d,page.mp4,0,1,y,val",
+            "e,gone.mp4,0,1,y,val",
+            "f,fine.mp4,1,,y,val",
+            "g,fine.mp4,50,51,y,val",
+        ],
+    )
+    with pytest.raises(TooManyFailuresError, match=r"failures\.csv: 3 of 7 clips"):
+        extract(make_recipe(tmp_path))
+    store = FeatureStore.open(tmp_path / "out/teacher")
+    assert store.modalities == ("rgb", "flow", "audio")
+    names = [[Reason(r).name.lower() for r in row] for row in store.reasons]
+    assert names == [
+        ["present"] * 3,
+        ["present", "present", "no_stream"],
+        ["no_stream", "no_stream", "present"],
+        ["decode_error"] * 3,
+        ["file_missing"] * 3,
+        ["present"] * 3,
+        ["out_of_range"] * 3,
+    ]
+    with (tmp_path / "out/failures.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(r["clip_id"], r["reason"]) for r in table if r["modality"] == "audio"} == {
+        ("b", "no_stream"),
+        ("d", "decode_error"),
+        ("e", "file_missing"),
+        ("g", "out_of_range"),
+    }
+    assert all(row["hint"] for row in table)
+    report = extract(make_recipe(tmp_path, max_failures=0.5))  # nothing is done again
+    assert report.clips == 0
+    assert report.complete
+    assert verify(tmp_path / "out/student") == []
+    times = store.times("rgb")
+    np.testing.assert_allclose(times[0, 0], (np.arange(8) + 0.5) / 8)
+    np.testing.assert_allclose(times[5, 0], 1 + (np.arange(8) + 0.5) / 8, atol=0.02)
+    assert (np.abs(times[[0, 5], 0] - times[[0, 5], 1]) < 1 / 25 + 1e-3).all()
+
+
+def test_one_decode_serves_all_sets_and_equal_networks_give_equal_tokens(
+    make_video: Maker, tmp_path: Path
+) -> None:
+    make_video("fine.mp4")
+    write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
+    assert len(Settings.of(make_recipe(tmp_path)).inputs) == 3
+    extract(make_recipe(tmp_path))
+    one, other = (FeatureStore.open(tmp_path / "out" / n) for n in ("teacher", "student"))
+    index = torch.tensor([0])
+    assert torch.equal(one.gather("rgb", index), other.gather("rgb", index))
+    assert not torch.equal(one.gather("audio", index), other.gather("audio", index))
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_name(
+    make_video: Maker, tmp_path: Path
+) -> None:
+    make_video("fine.mp4")
+    write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
+    extract(make_recipe(tmp_path))
+    with pytest.raises(StoreError, match=r"rgb\.provenance\.sampling\.mode is 'uniform' there"):
+        extract(make_recipe(tmp_path, sampling={"mode": "fps"}))
+
+
+def many_clips(folder: Path, count: int = 12) -> None:
+    for number in range(count // 2):
+        write_video(folder / f"v{number}.mp4", sound=number != 1)
+    rows = [f"c{i},v{i // 2}.mp4,{i % 2},{i % 2 + 1},x,train" for i in range(count)]
+    write_rows(folder, rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set and the stores of an extraction that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    many_clips(folder)
+    extract(make_recipe(folder))
+    return folder
+
+
+def check_same_stores(found: Path, undisturbed: Path) -> None:
+    for name in ("teacher", "student"):
+        ours = {k: v for k, v in tree(found / name).items() if ".tmp" not in k}
+        assert ours == tree(undisturbed / "out" / name)
+
+
+def recipe_for(undisturbed: Path, out: Path) -> ExtractRecipe:
+    return make_recipe(undisturbed, out=str(out))
+
+
+def test_stopped_parts_in_any_order_make_the_same_store(undisturbed: Path, tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.request()
+    with pytest.raises(StoppedError, match="run the same command again"):
+        extract(recipe_for(undisturbed, tmp_path), Part(1, 2), stop)
+    for index in (1, 0):
+        report = extract(recipe_for(undisturbed, tmp_path), Part(index, 2))
+        assert report.complete == (index == 0)
+    check_same_stores(tmp_path, undisturbed)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_store(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    config.save(recipe_for(undisturbed, tmp_path / "killed"), tmp_path / "r.yaml")
+    command = [sys.executable, "-m", "karmma_pipeline.cli", "extract", str(tmp_path / "r.yaml")]
+    rng = np.random.default_rng()
+    for _ in range(2):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while process.poll() is None and not list(tmp_path.glob("killed/*/spool/*/journal")):
+            assert time.monotonic() - started < 60
+            time.sleep(0.02)
+        time.sleep(float(rng.uniform(0, 1.5)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    check_same_stores(tmp_path / "killed", undisturbed)
+
+
+def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
+    """Stand in for a decoder that hangs, dies or raises on some clips; runs in a worker."""
+    for clip in clips:
+        if clip.clip_id == "hang":
+            time.sleep(3600)
+        if clip.clip_id == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if clip.clip_id == "memory":
+            raise MemoryError
+    return [Decoded(clip.clip_id) for clip in clips]
+
+
+def test_a_decoder_that_hangs_or_dies_costs_only_its_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "decode_clips", misbehave)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    write_rows(tmp_path, ["a,x.mp4,0,1,x,train"])
+    settings = Settings.of(make_recipe(tmp_path))
+    names = ["a", "hang", "b", "die", "c", "memory", "d"]
+    video = {"rgb": tmp_path / "x.mp4"}
+    clips = [Clip(name, video, 0, 1, {}) for name in names]
+    with DecodePool(settings, workers=1, timeout_s=8, stop=StopFlag()) as workers:
+        batches = list(workers.batches([clips[:4], clips[4:]]))
+    found = {d.clip_id: set(d.reasons.values()) for batch in batches for d in batch}
+    assert list(found) == names
+    assert found["hang"] == {Reason.TIMEOUT}
+    assert found["die"] == {Reason.CRASHED}
+    assert found["memory"] == {Reason.OUT_OF_MEMORY}
+    assert not any(found[name] for name in "abcd")

@@ -1,0 +1,64 @@
+"""A store of synthetic tokens from which verb and noun can be learned, written in a moment."""
+
+from pathlib import Path
+
+import numpy as np
+
+from karmma_pipeline.data.store import (
+    ClipRow,
+    ModalitySpec,
+    ShardWriter,
+    StoreSpec,
+    create_store,
+    finalize,
+)
+from karmma_pipeline.modalities import Reason
+
+VERBS, NOUNS = 4, 3
+
+
+def write_store(
+    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.5
+) -> Path:
+    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
+    spec = StoreSpec(
+        modalities={
+            m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
+            for m, n in (("rgb", 3), ("flow", 2), ("audio", 2))
+        },
+        heads={
+            "verb": tuple(f"v{i}" for i in range(VERBS)),
+            "noun": tuple(f"n{i}" for i in range(NOUNS)),
+        },
+        clips_per_shard=32,
+    )
+    rng = np.random.default_rng(seed)
+    codes = rng.normal(size=(2, max(VERBS, NOUNS), width))
+    rows = [
+        ClipRow(
+            f"c{i:03d}",
+            {"verb": i % VERBS, "noun": i // VERBS % NOUNS},
+            "val" if i % 4 == 3 - i // 4 % 4 else "train",
+            f"P{i % 3}",
+        )
+        for i in range(clips)
+    ]
+    create_store(root, spec, rows)
+    for shard in range(-(-clips // 32)):
+        with ShardWriter(root, shard) as writer:
+            for clip_id in writer.clip_ids:
+                i = int(clip_id[1:])
+                verb, noun = codes[0, i % VERBS], codes[1, i // VERBS % NOUNS]
+                means = {"rgb": verb + noun, "flow": verb, "audio": noun}
+                tokens = {
+                    m: means[m] + noise * rng.normal(size=(s.tokens, width))
+                    for m, s in spec.modalities.items()
+                }
+                reasons = {}
+                if i % 5 == 0:
+                    del tokens["audio"]
+                    reasons["audio"] = Reason.NO_STREAM
+                writer.append(clip_id, tokens, reasons, {})
+            writer.commit()
+    finalize(root)
+    return root
