@@ -18,7 +18,7 @@ VERBS, NOUNS = 4, 3
 
 
 def write_store(
-    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.5
+    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.25
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
     spec = StoreSpec(

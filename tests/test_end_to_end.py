@@ -1,0 +1,45 @@
+"""The newcomer's road: one command from nothing to a report; run again, nothing is done twice."""
+
+import csv
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from karmma_pipeline.cli import main
+
+
+def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> None:
+    first = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick"], catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == [
+        "Teacher",
+        "Baseline",
+        "Baseline w/ δ",
+        "Student (distilled)",
+    ]
+    assert len(results["runs"][0]["subsets"]) == 2 * 7
+    assert all(cost["memory_mib"] > 0 for run in results["runs"] for cost in run["costs"])
+    page = (tmp_path / "report/index.html").read_text()
+    assert "frozen backbones have random weights" in page
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    with (tmp_path / "report/tables/drop_curve.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows[1:]] == [f"{p}%" for p in range(0, 100, 10)]
+    for name in ("drop_curve", "subsets", "costs"):
+        assert (tmp_path / f"report/figures/{name}.png").stat().st_size > 10_000
+    commands = [line for line in first.output.splitlines() if line.startswith("$ karmma")]
+    assert len(commands) == 7
+    assert all(f"{tmp_path}" in command for command in commands)
+
+    def files() -> dict[Path, int]:
+        kept = (p for p in tmp_path.rglob("*") if p.is_file() and "report" not in p.parts)
+        return {p: p.stat().st_mtime_ns for p in kept if p.suffix in {".mp4", ".safetensors"}}
+
+    before = files()
+    second = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick"], catch_exceptions=False)
+    assert second.exit_code == 0
+    assert second.output.count("was already done") == 4
+    assert files() == before

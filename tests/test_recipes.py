@@ -1,0 +1,69 @@
+"""Every recipe that we ship parses, and the ones that claim the paper's sizes have them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from karmma_pipeline import config
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.demo import RECIPES, write_recipes
+from karmma_pipeline.evaluate import paper
+from karmma_pipeline.evaluate.recipe import EvaluateRecipe
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+
+ROOT = Path(__file__).parents[1]
+TRAIN: dict[str, type[Recipe]] = {
+    "teacher": TeacherRecipe,
+    "baseline": BaselineRecipe,
+    "baseline_delta": BaselineRecipe,
+    "student": DistillRecipe,
+}
+
+
+def shipped() -> list[tuple[Path, type[Recipe]]]:
+    found: list[tuple[Path, type[Recipe]]] = []
+    for stage in ("extract", "train", "evaluate"):
+        for path in sorted((ROOT / stage).glob("*.yaml")):
+            model = {"extract": ExtractRecipe, "evaluate": EvaluateRecipe}.get(stage)
+            found.append((path, model or TRAIN[path.stem]))
+    return found
+
+
+@pytest.mark.parametrize(("path", "model"), shipped(), ids=lambda x: getattr(x, "name", ""))
+def test_a_shipped_recipe_parses_and_opens_with_its_command(
+    path: Path, model: type[Recipe]
+) -> None:
+    config.load(model, path)
+    assert path.read_text().startswith("# karmma ")
+    assert str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
+
+
+def test_the_demos_recipes_parse(tmp_path: Path) -> None:
+    values = {"out": str(tmp_path), "clips": "8", "epochs": "1", "seed": "0"}
+    paths = write_recipes(tmp_path, values)
+    for name in RECIPES:
+        config.load(TRAIN.get(name, ExtractRecipe), Path(paths[name]))
+
+
+def test_teacher_and_student_have_the_papers_sizes() -> None:
+    for kind, names in (("teacher", ["teacher"]), ("student", list(TRAIN)[1:])):
+        for name in names:
+            size = config.load(TRAIN[name], ROOT / "train" / f"{name}.yaml").size  # type: ignore[attr-defined]
+            wanted = paper.SIZES[kind].model_copy(update={"absent": size.absent})
+            assert size == wanted
+    sets = config.load(ExtractRecipe, ROOT / "extract/epic_kitchens_100.yaml").sets
+    for kind, choices in sets.items():
+        for modality, choice in choices.items():
+            ours = paper.BACKBONES[kind][modality].model_copy(update={"weights": choice.weights})
+            assert choice.output_shape == ours.output_shape
+            assert choice.input_shape == ours.input_shape
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/slurm.sbatch")), ids=lambda p: p.parent.name)
+def test_batch_scripts_are_valid_shell_and_requeue_what_was_stopped(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)  # noqa: S607
+    text = path.read_text()
+    assert "--signal=B:USR1@" in text
+    assert '"$rc" = 75' in text
