@@ -264,7 +264,7 @@ def backbones_list() -> None:
     from karmma_pipeline.models.backbones import list_backbones
 
     for row in list_backbones():
-        size = f"{row['parameters'] / 1e6:6.1f} M"
+        size = f"{row['parameters'] / 1e6:6.1f} M" if row["parameters"] else ""
         click.echo(f"{row['name']:20}{row['input']:7}{size}  {', '.join(row['weights'])}")
 
 
@@ -288,10 +288,9 @@ def backbones_show(name: str, overrides: tuple[str, ...]) -> None:
 @click.option("--to", type=click.Path(path_type=Path), help="Folder; default: torch's cache.")
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
     """Download published weights where there is network, for nodes where there is none."""
-    from karmma_pipeline.models.backbones import BackboneChoice, fetch
+    from karmma_pipeline.models.backbones import fetch
 
-    path = fetch(BackboneChoice(name=name).architecture, weights, to)
-    click.echo(f"weights: {path}")
+    click.echo(f"weights: {fetch(name, weights, to)}")
 
 
 def _recipe_model(stage: str) -> type[Recipe]:

@@ -1,17 +1,15 @@
 """Frozen feature extractors: torchvision's video and image networks, or one's own."""
 
-from karmma_pipeline.models.backbones.backbone import (
-    Backbone,
-    BackboneChoice,
-    describe,
-    list_backbones,
-)
-from karmma_pipeline.models.backbones.registry import ARCHITECTURES, Architecture
+from karmma_pipeline.models.backbones.backbone import Backbone
+from karmma_pipeline.models.backbones.choice import BackboneChoice
+from karmma_pipeline.models.backbones.describe import describe, list_backbones
+from karmma_pipeline.models.backbones.published import fetch
+from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
 from karmma_pipeline.models.backbones.transform import FrameTransform
-from karmma_pipeline.models.backbones.weights import fetch
 
 __all__ = [
     "ARCHITECTURES",
+    "ENTRY_POINTS",
     "Architecture",
     "Backbone",
     "BackboneChoice",

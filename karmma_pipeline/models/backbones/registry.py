@@ -1,4 +1,4 @@
-"""The torchvision networks that serve as frozen backbones, each cut before its head.
+"""The networks that serve as frozen backbones, each cut before its head, by name.
 
 A cut network gives its last feature map [B, D, t, h, w]; parameter names stay torchvision's,
 so that published weights load as they are.
@@ -6,13 +6,21 @@ so that published weights load as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import video
+
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones.transform import FrameTransform
+
+ENTRY_POINTS = "karmma.backbones"
+"""Entry-point group in which other packages name their factories."""
 
 Kind = Literal["video", "image"]
 FeatureMap = Callable[[Any, Tensor], Tensor]
@@ -52,7 +60,32 @@ def _resnet2d(net: models.ResNet, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network family member: how to build it, cut it, and what it accepts."""
+    """A network: how to build it, how to cut it, and what it accepts.
+
+    Bring your own by a function without arguments that returns one of these; name it in a
+    recipe as ``package.module:function``, or by an entry point in `ENTRY_POINTS`::
+
+        def tiny() -> Architecture:
+            return Architecture(
+                kind="video",
+                build=lambda weights: TinyNet(),
+                weights=None,
+                feature_map=lambda net, x: net.features(x),
+                heads=(),
+                frames=8,
+                transform=FrameTransform(resize=(128,), crop=(112, 112), mean=..., std=...),
+            )
+
+    Attributes:
+        kind: "video" takes [B, 3, T, h, w], "image" takes [B, 3, h, w].
+        build: called as ``build(weights=None)``; must also work on torch's meta device.
+        weights: torchvision's enum of published weights, or None.
+        feature_map: (network, input) to the last feature map [B, D, t, h, w]; t is 1 for images.
+        heads: attributes of the network that are replaced by the identity.
+        frames: T where a recipe gives none.
+        fixed: other frames or sizes than the network's own are refused.
+        transform: of video frames, where no published weight states it.
+    """
 
     kind: Kind
     build: Callable[..., nn.Module]
@@ -61,6 +94,7 @@ class Architecture:
     heads: tuple[str, ...]
     frames: int = 1
     fixed: bool = False
+    transform: FrameTransform | None = None
 
     def headless(self) -> nn.Module:
         """Build the network with fresh parameters and without its heads."""
@@ -94,8 +128,69 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def meta_map(architecture: Architecture, shape: tuple[int, ...]) -> torch.Size:
-    """Return the feature map's shape [1, D, t, h, w] for an input shape, computing nothing."""
-    with torch.device("meta"), torch.inference_mode():
-        net = architecture.headless().eval()
-        return architecture.feature_map(net, torch.empty(1, *shape)).shape
+@cache
+def find(name: str) -> Architecture:
+    """Return the network of a name: shipped, of an entry point, or ``package.module:factory``.
+
+    Raises:
+        ConfigError: there is none, it cannot be imported, or it is no `Architecture`.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        return _own(name, entry.load)
+    if ":" in name:
+        module, _, factory = name.partition(":")
+        return _own(name, lambda: getattr(import_module(module), factory))
+    known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
+    raise ConfigError(
+        f"name={name!r}: unknown backbone; known: {', '.join(known)}, "
+        "or your own as package.module:factory."
+    )
+
+
+def _own(name: str, load: Callable[[], Any]) -> Architecture:
+    try:
+        found = load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"name={name!r}: cannot be imported ({error}); is its package installed in this "
+            "environment, or its folder in PYTHONPATH?"
+        ) from error
+    if callable(found):
+        try:
+            found = found()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"name={name!r}: its factory failed ({reason}).") from error
+    if not isinstance(found, Architecture):
+        raise ConfigError(
+            f"name={name!r}: gave a {type(found).__name__}; a factory returns a "
+            "karmma_pipeline.models.backbones.Architecture."
+        )
+    return found
+
+
+@cache
+def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the feature map's (D, t, h, w) for an input of that shape, computing nothing.
+
+    Raises:
+        ConfigError: the network cannot take this input, or gives something else than a map.
+    """
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            net = architecture.headless().eval()
+            features = architecture.feature_map(net, torch.empty(1, *shape))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"input {list(shape)}: the backbone cannot take it ({reason}); "
+            "a larger size or more frames may help."
+        ) from error
+    if features.dim() != 5:
+        raise ConfigError(
+            f"feature_map gave the shape {list(features.shape)}; it must give [B, D, t, h, w]."
+        )
+    _, D, t, h, w = features.shape
+    return D, t, h, w

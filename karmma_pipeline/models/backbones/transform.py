@@ -32,7 +32,10 @@ class FrameTransform(Recipe):
     interpolation: str = Field(InterpolationMode.BILINEAR.value, description="Of the resize.")
 
     def scaled(self, crop: int) -> "FrameTransform":
-        """Return the same view of the picture at another crop size (square, px)."""
+        """Return the same view of the picture at another crop size (square, px).
+
+        The resize keeps its ratio to the crop: 256 before a crop of 224 becomes 73 before 64.
+        """
         if (crop, crop) == self.crop:
             return self
         resize = tuple(round(side * crop / self.crop[0]) for side in self.resize)

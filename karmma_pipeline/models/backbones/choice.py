@@ -1,0 +1,179 @@
+"""What a recipe says about a frozen backbone, and what follows from it without any weights."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones import published, registry
+from karmma_pipeline.models.backbones.random_weights import parse_seed
+from karmma_pipeline.models.backbones.registry import Architecture
+from karmma_pipeline.models.backbones.transform import FrameTransform, of_weights
+
+Source = Literal["random", "file", "published"]
+
+_FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
+
+
+class BackboneChoice(Recipe):
+    """Which frozen network turns a modality into tokens, and how."""
+
+    name: str = Field(
+        description="A name of `karmma backbones list`, or your own as package.module:factory.",
+        examples=["swin3d_t"],
+    )
+    weights: str = Field(
+        "DEFAULT",
+        description="A torchvision weight (DEFAULT, KINETICS400_V1, ...), the path of a\n"
+        "state dict, or random:SEED.",
+    )
+    frames: PositiveInt | None = Field(
+        None, description="Frames T per clip; null: the network's own."
+    )
+    size: PositiveInt | None = Field(
+        None,
+        description="Crop in px; null: that of the weights' own transform. Another size shows\n"
+        "the same part of the picture: the resize before the crop scales with it.",
+    )
+    image: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="Height and width of the log-mel image (audio networks for images)."
+    )
+    tokens: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="Pool the output to this grid (time, height, width), such as\n"
+        "[12, 5, 5] = 300; null keeps the network's own grid.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_shipped_network(self) -> Self:
+        """Find faults when the recipe is read; a package.module:factory is imported later."""
+        parse_seed(self.weights)
+        if ":" not in self.name:
+            self._check_input(self.architecture)
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network behind the name.
+
+        Raises:
+            ConfigError: the name is unknown, or the factory cannot be imported.
+        """
+        return registry.find(self.name)
+
+    @property
+    def source(self) -> Source:
+        """Where the weights come from.
+
+        Raises:
+            ConfigError: ``weights`` is none of the three.
+        """
+        if parse_seed(self.weights) is not None:
+            return "random"
+        if published.enum_member(self.architecture, self.weights) is not None:
+            return "published"
+        path = Path(self.weights)
+        if path.suffix in _FILES or len(path.parts) > 1 or path.is_file():
+            return "file"
+        raise ConfigError(
+            f"weights={self.weights!r}: neither a file nor a published weight of {self.name}; "
+            f"known: {', '.join(['random:SEED', 'a path', *published.known(self.architecture)])}."
+        )
+
+    @property
+    def frame_count(self) -> int:
+        """Frames T of one input (1 for networks on images)."""
+        return self.frames or self.architecture.frames
+
+    @property
+    def transform(self) -> FrameTransform:
+        """Resize, crop and normalisation of video frames, at ``size``.
+
+        Published weights come with theirs; a file and random weights get that of the
+        network's DEFAULT weights.
+
+        Raises:
+            ConfigError: one's own network states none.
+        """
+        own = self._own_transform()
+        return own if self.size is None else own.scaled(self.size)
+
+    def _own_transform(self) -> FrameTransform:
+        architecture = self.architecture
+        name = self.weights if self.source == "published" else "DEFAULT"
+        member = published.enum_member(architecture, name)
+        if member is not None:
+            return of_weights(member.transforms())
+        if architecture.transform is None:
+            raise ConfigError(
+                f"name={self.name!r}: its Architecture needs transform=FrameTransform(...), since "
+                "no published weights state how to prepare video frames."
+            )
+        return architecture.transform
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one network input: [3, T, h, w] for video, [3, h, w] for an image.
+
+        Raises:
+            ConfigError: the network cannot take what the recipe asks for.
+        """
+        self._check_input(self.architecture)
+        if self.image is not None:
+            return (3, *self.image)
+        return (3, self.frame_count, *self.transform.crop)
+
+    def _check_input(self, architecture: Architecture) -> None:
+        if architecture.kind == "image":
+            if self.image is None:
+                raise ConfigError(f"name={self.name!r}: needs image: [height, width].")
+            if self.frames is not None or self.size is not None:
+                raise ConfigError(
+                    f"name={self.name!r}: takes images; give image: [height, width] alone, "
+                    "without frames and size."
+                )
+        elif self.image is not None:
+            raise ConfigError(
+                f"image={list(self.image)}: {self.name} takes video frames; give frames and size."
+            )
+        elif architecture.fixed:
+            self._check_fixed(architecture)
+
+    def _check_fixed(self, architecture: Architecture) -> None:
+        side = self._own_transform().crop[0]
+        if self.frame_count != architecture.frames or self.size not in {None, side}:
+            raise ConfigError(
+                f"frames={self.frame_count}, size={self.size}: {self.name} takes "
+                f"{architecture.frames} frames of {side} px only; leave both out."
+            )
+
+    @property
+    def raw_grid(self) -> tuple[int, int, int]:
+        """The network's own output grid (t, h, w), before pooling."""
+        return registry.map_shape(self.architecture, self.input_shape)[1:]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The tokens' grid (t, h, w), after pooling.
+
+        Raises:
+            ConfigError: ``tokens`` is finer than the network's own grid, so that pooling would
+                only repeat tokens.
+        """
+        raw = self.raw_grid
+        if self.tokens is None:
+            return raw
+        if any(wanted > there for wanted, there in zip(self.tokens, raw, strict=True)):
+            raise ConfigError(
+                f"tokens={list(self.tokens)}: finer than the grid {list(raw)} that {self.name} "
+                f"gives for an input {list(self.input_shape)}; ask for at most that."
+            )
+        return self.tokens
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """Tokens N and width D of one clip, worked out without building any weights."""
+        t, h, w = self.grid
+        return t * h * w, registry.map_shape(self.architecture, self.input_shape)[0]

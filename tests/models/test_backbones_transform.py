@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
+
+VIDEO = sorted(name for name, a in ARCHITECTURES.items() if a.kind == "video")
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@settings(max_examples=5, deadline=None)
+@given(
+    frames=st.integers(1, 3),
+    height=st.integers(20, 300),
+    width=st.integers(20, 300),
+    seed=st.integers(0, 9),
+)
+def test_preprocessing_equals_torchvisions_bit_for_bit(
+    name: str, frames: int, height: int, width: int, seed: int
+) -> None:
+    video = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
+    for member in ARCHITECTURES[name].weights:
+        transform = BackboneChoice(name=name, weights=str(member)).transform
+        ours = transform.normalise(torch.from_numpy(transform.apply(video))[None])[0]
+        official = member.transforms()
+        theirs = official(torch.from_numpy(video).permute(0, 3, 1, 2).contiguous())
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resize"),
+    [("swin3d_t", 64, (73,)), ("r2plus1d_18", 56, (64, 86)), ("s3d", 112, (128, 128))],
+)
+def test_another_size_shows_the_same_part_of_the_picture(
+    name: str, size: int, resize: tuple[int, ...]
+) -> None:
+    """Resize to crop: 256 to 224 in Swin and S3D, (128, 171) to 112 in R(2+1)D."""
+    transform = BackboneChoice(name=name, weights="random:0", size=size).transform
+    assert (transform.resize, transform.crop) == (resize, (size, size))
+    frames = np.zeros((2, 40, 50, 3), np.uint8)
+    assert transform.apply(frames).shape == (2, 3, size, size)
+
+
+def test_a_batch_is_normalised_clip_by_clip() -> None:
+    transform = BackboneChoice(name="swin3d_t", weights="random:0", size=16).transform
+    clips = torch.randint(0, 256, (3, 4, 3, 16, 16), dtype=torch.uint8)
+    batch = transform.normalise(clips)
+    assert batch.shape == (3, 3, 4, 16, 16)
+    assert torch.equal(batch[1], transform.normalise(clips[1:2])[0])
