@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import published, state_dicts
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.random_weights import parse_seed, random_net, seeded
+from karmma_pipeline.models.backbones.random_weights import (
+    CALIBRATION,
+    parse_seed,
+    random_net,
+    seeded,
+)
 from karmma_pipeline.models.backbones.state_dicts import Loaded
 
 
@@ -79,7 +84,8 @@ def _load(choice: BackboneChoice) -> tuple[nn.Module, Loaded]:
         net = random_net(architecture, parse_seed(choice.weights) or 0, choice.input_shape)
         # The digest is that of the drawn parameters: running statistics differ in the last
         # bits between processors.
-        return net, Loaded(state_dicts.digest(dict(net.named_parameters())))
+        drawn = {**dict(net.named_parameters()), "calibration": torch.tensor(CALIBRATION)}
+        return net, Loaded(state_dicts.digest(drawn))
     if source == "file":
         where, tensors = choice.weights, state_dicts.read_file(Path(choice.weights))
     else:

@@ -6,6 +6,7 @@ inputs apart if its activations neither vanish nor explode on the way.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import nn
@@ -14,8 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones.registry import Architecture
 
-CALIBRATION_CLIPS = 4
-"""Inputs of noise in the calibrating pass."""
+CALIBRATION = 2
+"""Version of the calibrating pass below; part of the digest, since it decides the features."""
+
+_POSITIONS = 2**21
+"""Pixels (over all frames) of noise to calibrate with: small inputs give few positions in the
+last maps, and need more clips for sound statistics."""
 
 
 def parse_seed(weights: str) -> int | None:
@@ -48,9 +53,9 @@ def seeded(seed: int) -> Iterator[None]:
 def random_net(architecture: Architecture, seed: int, shape: tuple[int, ...]) -> nn.Module:
     """Build a network with seeded random weights that works as a random feature extractor.
 
-    Batch normalisation gets its running statistics from one pass of seeded smooth noise of
-    the input's shape, layer by layer, since each layer normalises with what it has just seen;
-    with torchvision's own start (mean 0, variance 1) activations vanish or explode.
+    Batch normalisation gets its running statistics from one pass of seeded noise of the input's
+    shape, layer by layer, since each layer normalises with what it has just seen; with
+    torchvision's own start (mean 0, variance 1) activations vanish or explode.
     """
     with seeded(seed):
         net = architecture.headless().eval()
@@ -63,10 +68,7 @@ def random_net(architecture: Architecture, seed: int, shape: tuple[int, ...]) ->
 def _calibrate(
     net: nn.Module, layers: list[_BatchNorm], architecture: Architecture, shape: tuple[int, ...]
 ) -> None:
-    coarse = torch.randn(CALIBRATION_CLIPS, 3, *(max(1, side // 8) for side in shape[1:]))
-    mode = "trilinear" if coarse.dim() == 5 else "bilinear"
-    smooth = nn.functional.interpolate(coarse, shape[1:], mode=mode)
-    noise = smooth + 0.3 * torch.randn(CALIBRATION_CLIPS, *shape)
+    noise = _noise(shape, clips=min(32, max(2, _POSITIONS // prod(shape[1:]))))
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = None  # one plain average
@@ -77,3 +79,19 @@ def _calibrate(
         layer.momentum = momentum
         if layer.running_var is not None:  # channels that noise hardly moves must not explode
             layer.running_var.clamp_(min=float(layer.running_var.mean()) / 10)
+
+
+def _noise(shape: tuple[int, ...], clips: int) -> torch.Tensor:
+    """Draw noise [clips, *shape] whose colour, contrast and coarseness vary as those of scenes do.
+
+    Statistics of noise that is all alike fit no picture: features of real clips then come out
+    hundreds of times too large.
+    """
+    one = [1] * (len(shape) - 1)
+    mode = "trilinear" if len(shape) == 4 else "bilinear"
+    noise = torch.zeros(clips, *shape)
+    for coarseness in (16, 8, 4, 1):
+        drawn = torch.randn(clips, 3, *(-(-side // coarseness) for side in shape[1:]))
+        drawn = nn.functional.interpolate(drawn, shape[1:], mode=mode)
+        noise += torch.rand(clips, 1, *one) * drawn
+    return noise * torch.rand(clips, 1, *one) + torch.randn(clips, 3, *one)
