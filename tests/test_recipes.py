@@ -20,15 +20,15 @@ TRAIN: dict[str, type[Recipe]] = {
     "baseline_delta": BaselineRecipe,
     "student": DistillRecipe,
 }
+STAGES: dict[str, type[Recipe]] = {"extract": ExtractRecipe, "evaluate": EvaluateRecipe}
 
 
 def shipped() -> list[tuple[Path, type[Recipe]]]:
-    found: list[tuple[Path, type[Recipe]]] = []
-    for stage in ("extract", "train", "evaluate"):
-        for path in sorted((ROOT / stage).glob("*.yaml")):
-            model = {"extract": ExtractRecipe, "evaluate": EvaluateRecipe}.get(stage)
-            found.append((path, model or TRAIN[path.stem]))
-    return found
+    return [
+        (path, STAGES.get(path.parent.name) or TRAIN[path.stem])
+        for stage in ("extract", "train", "evaluate")
+        for path in sorted((ROOT / stage).glob("*.yaml"))
+    ]
 
 
 @pytest.mark.parametrize(("path", "model"), shipped(), ids=lambda x: getattr(x, "name", ""))

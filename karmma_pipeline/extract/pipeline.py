@@ -4,6 +4,7 @@ Batches are aligned to the start of their shard, so that a clip is always comput
 company: a run that was killed and goes on writes the same bytes as one that was not.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from karmma_pipeline import config, files, jobs
@@ -143,8 +145,9 @@ def _run(
     if not clips:
         return
     settings = Settings.of(recipe)
-    workers = recipe.decode.workers or jobs.cpu_count()
+    workers = recipe.decode.workers or _default_workers(networks)
     with (
+        _threads(networks, jobs.cpu_count() - workers),
         DecodePool(settings, workers, recipe.decode.timeout_s, stop) as pool,
         tqdm(total=clips, desc="extract", unit="clip") as bar,
     ):
@@ -162,6 +165,27 @@ def _run(
                 with _timed(report, "write"):
                     for writer in writers.values():
                         writer.commit()
+
+
+def _default_workers(networks: Networks) -> int:
+    """Return how many CPUs decode: all but one beside a GPU, else half of them."""
+    cpus = jobs.cpu_count()
+    return max(1, cpus // 2 if networks.device.type == "cpu" else cpus - 1)
+
+
+@contextmanager
+def _threads(networks: Networks, count: int) -> Iterator[None]:
+    """Leave the decoders their CPUs: threads that outnumber CPUs spin for one another.
+
+    On two CPUs 1 + 1 extracted 2.5 times as fast as 2 + 2.
+    """
+    before = torch.get_num_threads()
+    if networks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shard(

@@ -67,7 +67,9 @@ class StoreSettings(Recipe):
 class Decode(Recipe):
     """The processes that read media."""
 
-    workers: int | None = Field(None, gt=0, description="Processes; null: one per CPU.")
+    workers: int | None = Field(
+        None, gt=0, description="Processes; null: half of the CPUs, beside a GPU all but one."
+    )
     timeout_s: float = Field(120.0, gt=0, description="Seconds for the clips of one task.")
 
 

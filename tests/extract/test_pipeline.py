@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from support.media_files import Maker, write_video
+from support.misbehave import misbehave
 
 from karmma_pipeline import config
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.store import FeatureStore, verify
 from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
 from karmma_pipeline.extract import pool
-from karmma_pipeline.extract.decode import Decoded, Settings
+from karmma_pipeline.extract.decode import Settings
 from karmma_pipeline.extract.pipeline import extract
 from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -189,23 +190,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_store(
     check_same_stores(tmp_path / "killed", undisturbed)
 
 
-def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
-    """Stand in for a decoder that hangs, dies or raises on some clips; runs in a worker."""
-    for clip in clips:
-        if clip.clip_id == "hang":
-            time.sleep(3600)
-        if clip.clip_id == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if clip.clip_id == "memory":
-            raise MemoryError
-    return [Decoded(clip.clip_id) for clip in clips]
-
-
 def test_a_decoder_that_hangs_or_dies_costs_only_its_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "decode_clips", misbehave)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     write_rows(tmp_path, ["a,x.mp4,0,1,x,train"])
     settings = Settings.of(make_recipe(tmp_path))
     names = ["a", "hang", "b", "die", "c", "memory", "d"]

@@ -235,11 +235,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
     for name, recipe in recipes.items():
         config.save(recipe, tmp_path / f"{name}.yaml")
     command = [sys.executable, "-m", "karmma_pipeline.cli", "train-teacher"]
-    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    subprocess.run([*command, str(tmp_path / "whole.yaml")], check=True, **quiet)
+    quiet = subprocess.DEVNULL
+    subprocess.run([*command, str(tmp_path / "whole.yaml")], check=True, stderr=quiet, stdout=quiet)
     rng = np.random.default_rng()
     for kill in range(3):
-        process = subprocess.Popen([*command, str(tmp_path / "killed.yaml")], **quiet)
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed.yaml")], stderr=quiet, stdout=quiet
+        )
         started = time.monotonic()
         metrics = tmp_path / "killed/metrics.jsonl"
         lines = kill * 3 + 1
@@ -251,7 +253,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
         time.sleep(float(rng.uniform(0, 0.3)))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([*command, str(tmp_path / "killed.yaml")], check=True, **quiet)
+    subprocess.run(
+        [*command, str(tmp_path / "killed.yaml")], check=True, stderr=quiet, stdout=quiet
+    )
     assert run_state(tmp_path / "killed") == run_state(tmp_path / "whole")
 
 

@@ -1,0 +1,97 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_store import write_store
+
+from karmma_pipeline.data.loader import Batch, FeatureLoader
+from karmma_pipeline.data.store import FeatureStore
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return FeatureStore.open(write_store(tmp_path_factory.mktemp("loader") / "s", clips=50))
+
+
+def flat(batches: Iterator[Batch]) -> list[tuple[list[int], list[list[bool]], float]]:
+    return [
+        (
+            b.clip_index.tolist(),
+            b.mask.tolist(),
+            float(sum(t.float().sum() for t in b.tokens.values())),
+        )
+        for b in batches
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_batches_do_not_depend_on_the_number_of_threads(store: FeatureStore, threads: int) -> None:
+    def load(n: int) -> list[tuple[list[int], list[list[bool]], float]]:
+        return flat(FeatureLoader(store, range(50), 8, p=0.5, shuffle=True, threads=n).epoch(3))
+
+    assert load(threads) == load(0)
+    assert len(load(0)) == 7
+
+
+def test_every_clip_comes_once_and_each_epoch_has_its_order_and_masks(store: FeatureStore) -> None:
+    loader = FeatureLoader(store, range(50), 8, p=0.5, shuffle=True)
+    first, second = flat(loader.epoch(0)), flat(loader.epoch(1))
+    for epoch in (first, second):
+        assert sorted(i for clips, *_ in epoch for i in clips) == list(range(50))
+    assert first != second
+    assert flat(loader.epoch(0)) == first
+
+
+def test_an_epoch_goes_on_in_the_middle_exactly(store: FeatureStore) -> None:
+    loader = FeatureLoader(store, range(50), 8, p=0.5, shuffle=True)
+    assert flat(loader.epoch(2, start_batch=4)) == flat(loader.epoch(2))[4:]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_each_batch_without_repeating_a_clip(
+    store: FeatureStore, world_size: int
+) -> None:
+    whole = flat(FeatureLoader(store, range(50), 8, p=0.5, shuffle=True).epoch(0))
+    ranks = [
+        FeatureLoader(store, range(50), 8, p=0.5, shuffle=True, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    for (clips, masks, _), *parts in zip(whole, *(flat(r.epoch(0)) for r in ranks), strict=True):
+        mask_of = dict(zip(clips, masks, strict=True))
+        assert sorted(clips) == sorted(i for part in parts for i in part[0])
+        for part_clips, part_masks, _ in parts:
+            assert [mask_of[i] for i in part_clips] == part_masks
+
+
+def test_what_is_absent_is_masked_and_labels_belong_to_their_clips(store: FeatureStore) -> None:
+    for batch in FeatureLoader(store, range(50), 16, p=0.6, shuffle=True).epoch(0):
+        index = batch.clip_index.numpy()
+        np.testing.assert_array_equal(batch.present.numpy(), store.present[index])
+        assert not (batch.mask & ~batch.present).any()
+        assert batch.mask.any(dim=1).all()
+        np.testing.assert_array_equal(batch.labels["verb"].numpy(), store.labels["verb"][index])
+        wanted = store.gather("rgb", batch.clip_index)
+        assert torch.equal(batch.tokens["rgb"], wanted)
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(FeatureStore, "gather", broken)
+    with pytest.raises(OSError, match="gone"):
+        list(FeatureLoader(store, range(50), 8).epoch(0))
+
+
+def test_a_store_pickles_as_its_path(store: FeatureStore) -> None:
+    import pickle
+
+    data = pickle.dumps(store)
+    assert len(data) < 1000
+    again: FeatureStore = pickle.loads(data)  # noqa: S301  (made one line above)
+    assert again.digest == store.digest
+    assert isinstance(again.path, Path)

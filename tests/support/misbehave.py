@@ -1,0 +1,20 @@
+"""Stands in for a decoder that hangs, dies or runs out of memory on some clips."""
+
+import os
+import signal
+import time
+
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.extract.decode import Decoded, Settings
+
+
+def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
+    """Run in a worker process; what happens depends on the clip's id."""
+    for clip in clips:
+        if clip.clip_id == "hang":
+            time.sleep(3600)
+        if clip.clip_id == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if clip.clip_id == "memory":
+            raise MemoryError
+    return [Decoded(clip.clip_id) for clip in clips]
