@@ -87,8 +87,10 @@ def demo(out: Path, quick: bool, seed: int) -> None:
 def sample(out: Path, clips: int, seed: int) -> None:
     """Write "digits in motion": labelled videos with sound, to try everything on."""
     from karmma_pipeline.data.sample import write_sample
+    from karmma_pipeline.jobs import StopFlag
 
-    click.echo(f"manifest: {write_sample(out, clips=clips, seed=seed)}")
+    with StopFlag() as stop:
+        click.echo(f"manifest: {write_sample(out, clips=clips, seed=seed, stop=stop)}")
 
 
 @main.command()
