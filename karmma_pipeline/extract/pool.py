@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import cv2
+import psutil
 import torch
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from tqdm import tqdm
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings, decode_clips, lost
@@ -26,6 +31,14 @@ _TASKS_PER_PROCESS = 200
 _GRACE_S = 0.3
 """A batch system signals workers and us together; wait that long to learn of it."""
 
+_LOOK_S = 0.2
+"""How often memory and the stop flag are looked at."""
+
+_START_S = 60.0
+"""How long a process may take to start."""
+
+_GIGABYTE = 1e9
+_SAVED = "finished batches are saved"
 
 if TYPE_CHECKING:
     _Future = ProcessFuture[list[Decoded]]
@@ -38,20 +51,37 @@ class DecodePool:
         settings: what to decode.
         workers: processes; each runs one video's clips at a time.
         timeout_s: a task is killed after that.
-        stop: looked at before a worker's death is blamed on a clip.
+        stop: looked at while waiting; before a process's death is blamed on a clip, too.
+        memory_gb: a process that takes more is killed.
+
+    Raises:
+        StoppedError: from `batches`, when a stop was asked for.
     """
 
-    def __init__(self, settings: Settings, workers: int, timeout_s: float, stop: StopFlag) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        workers: int,
+        timeout_s: float,
+        stop: StopFlag,
+        memory_gb: float = float("inf"),
+    ) -> None:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
-        self._ahead = 2 + workers
-        self._pool = ProcessPool(
-            max_workers=workers,
+        self._workers, self._ahead = workers, 2 + workers
+        self._pool = self._start()
+        self._open: set[_Future] = set()
+        self._watch = _MemoryWatch(memory_gb)
+
+    def _start(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self._workers,
             max_tasks=_TASKS_PER_PROCESS,
             initializer=_start_worker,
             context=get_context("spawn"),
         )
 
     def __enter__(self) -> Self:
+        self._watch.start()
         return self
 
     def __exit__(
@@ -60,8 +90,8 @@ class DecodePool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        self._watch.finished.set()
+        self._stop()
 
     def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[Decoded]]:
         """Yield the decoded clips of each batch, in order, a few batches ahead of the consumer."""
@@ -75,9 +105,28 @@ class DecodePool:
             yield self._collect(waiting.popleft())
 
     def _submit(self, clips: list[Clip]) -> _Future:
-        return self._pool.schedule(
+        try:
+            return self._schedule(clips)
+        except RuntimeError:  # a process died between tasks, which ends pebble's pool
+            self._restart()
+            return self._schedule(clips)
+
+    def _schedule(self, clips: list[Clip]) -> _Future:
+        future = self._pool.schedule(
             decode_clips, args=[clips, self.settings], timeout=self.timeout_s
         )
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+    def _restart(self) -> None:
+        self._open.clear()  # the old pool will not finish them
+        self._stop()
+        self._pool = self._start()
+
+    def _stop(self) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
 
     def _collect(self, tasks: list[tuple[list[Clip], _Future]]) -> list[Decoded]:
         return [decoded for clips, future in tasks for decoded in self._result(clips, future)]
@@ -96,17 +145,68 @@ class DecodePool:
         return retried
 
     def _wait(self, future: _Future) -> list[Decoded] | Reason:
+        if not self._is_done(future):
+            return Reason.CRASHED
         try:
-            decoded: list[Decoded] = future.result()
+            decoded: list[Decoded] = future.result(0)
             return decoded
-        except (FutureTimeout, TimeoutError):
+        except TimeoutError:
             return Reason.TIMEOUT
         except MemoryError:
             return Reason.OUT_OF_MEMORY
-        except ProcessExpired:
+        except (ProcessExpired, BrokenProcessPool) as death:
             time.sleep(_GRACE_S)
-            self.stop.check("finished batches are saved")
-            return Reason.CRASHED
+            self.stop.check(_SAVED)
+            too_big = getattr(death, "pid", None) in self._watch.killed
+            return Reason.OUT_OF_MEMORY if too_big else Reason.CRASHED
+        except Exception as error:  # whatever a decoder may raise
+            tqdm.write(f"decoding failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return Reason.DECODE_ERROR
+
+    def _is_done(self, future: _Future) -> bool:
+        """Wait for a task; False if it was lost with its pool.
+
+        A process killed while it sends its result leaves pebble waiting for the rest, for ever.
+        """
+        patience_s = (len(self._open) / self._workers + 2) * self.timeout_s + _START_S
+        deadline = time.monotonic() + patience_s
+        while not wait([future], _LOOK_S).done:
+            self.stop.check(_SAVED)
+            if future not in self._open:
+                return future.done()
+            if time.monotonic() > deadline:
+                self._restart()
+        return True
+
+
+class _MemoryWatch(threading.Thread):
+    """Kills decode processes that take too much memory; from outside, as decord may hang.
+
+    Attributes:
+        killed: their process ids.
+    """
+
+    def __init__(self, limit_gb: float) -> None:
+        super().__init__(daemon=True)
+        self._limit = limit_gb * _GIGABYTE
+        self.killed: set[int] = set()
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        """Look at all child processes until `finished` is set."""
+        me = psutil.Process()
+        while not self.finished.wait(_LOOK_S):
+            for child in me.children():
+                try:
+                    if child.memory_info().rss > self._limit and _is_spawned(child):
+                        self.killed.add(child.pid)
+                        child.kill()
+                except psutil.Error:
+                    continue  # it has just ended
+
+
+def _is_spawned(process: psutil.Process) -> bool:
+    return "--multiprocessing-fork" in process.cmdline()
 
 
 def _by_video(batch: list[Clip]) -> Iterator[list[Clip]]:
@@ -120,7 +220,7 @@ def _by_video(batch: list[Clip]) -> Iterator[list[Clip]]:
 
 
 def _start_worker() -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the main process decides
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

@@ -16,10 +16,14 @@ class Sampling(Recipe):
     mode: Literal["uniform", "fps"] = Field(
         "uniform",
         description="uniform: the centres of T equal segments of the clip (short clips repeat\n"
-        "frames). fps: T frames at a fixed rate around the clip's centre; times outside the\n"
-        "clip are clamped to its borders, so a short clip repeats its first and last frame.",
+        "frames). fps: T frames at a fixed rate around the clip's centre.",
     )
     fps: float = Field(15.0, gt=0, description="Frames per second of mode fps.")
+    short: Literal["repeat_last", "repeat_ends"] = Field(
+        "repeat_last",
+        description="What mode fps does with a clip shorter than T frames. repeat_last: start at\n"
+        "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
+    )
 
 
 class Flow(Recipe):
@@ -27,7 +31,12 @@ class Flow(Recipe):
 
     source: Literal["dis"] = Field("dis", description="dis: OpenCV's DIS, on the CPU.")
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
-    gap_s: float = Field(1 / 15, gt=0, description="Seconds between the two frames.")
+    gap_s: float = Field(
+        1 / 15,
+        gt=0,
+        description="Seconds between the two frames. A file has none at exactly that distance:\n"
+        "the nearest other frame is taken and the motion scaled to gap_s.",
+    )
     bound_px: float = Field(
         20.0,
         gt=0,
@@ -71,6 +80,9 @@ class Decode(Recipe):
         None, gt=0, description="Processes; null: half of the CPUs, beside a GPU all but one."
     )
     timeout_s: float = Field(120.0, gt=0, description="Seconds for the clips of one task.")
+    memory_gb: float = Field(
+        8.0, gt=0, description="A process that takes more is killed; its clips are out_of_memory."
+    )
 
 
 class ExtractRecipe(Recipe):

@@ -10,12 +10,13 @@ Times = npt.NDArray[np.float64]
 
 def sample_times(settings: Sampling, start_s: float, stop_s: float, count: int) -> Times:
     """Return ``count`` moments of a clip in seconds [T], within its borders."""
-    centre = (np.arange(count) + 0.5) / count
     if settings.mode == "uniform":
-        return start_s + (stop_s - start_s) * centre
-    middle = (start_s + stop_s) / 2
-    offsets = (np.arange(count) - (count - 1) / 2) / settings.fps
-    return np.clip(middle + offsets, start_s, np.nextafter(stop_s, start_s))
+        return start_s + (stop_s - start_s) * (np.arange(count) + 0.5) / count
+    first = (start_s + stop_s) / 2 - (count - 1) / 2 / settings.fps
+    if settings.short == "repeat_last":
+        first = max(first, start_s)
+    times = first + np.arange(count) / settings.fps
+    return np.clip(times, start_s, np.nextafter(stop_s, start_s))
 
 
 def covering(starts: Times, times: Times) -> npt.NDArray[np.int64]:
@@ -27,3 +28,18 @@ def covering(starts: Times, times: Times) -> npt.NDArray[np.int64]:
     """
     found = np.searchsorted(starts, times, side="right") - 1
     return np.clip(found, 0, len(starts) - 1).astype(np.int64)
+
+
+def partners(
+    starts: Times, first: npt.NDArray[np.int64], gap_s: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return pairs of different frames [T] as close to ``gap_s`` apart as the file has them.
+
+    The second is the frame whose start is nearest to the first's + gap_s; where the file ends
+    before it, the pair moves back.
+    """
+    wanted = starts[first] + gap_s
+    after = np.clip(np.searchsorted(starts, wanted), 1, len(starts) - 1)
+    nearest = np.where(wanted - starts[after - 1] < starts[after] - wanted, after - 1, after)
+    second = np.minimum(np.maximum(nearest, first + 1), len(starts) - 1)
+    return np.minimum(first, second - 1), second
