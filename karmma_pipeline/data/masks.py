@@ -92,4 +92,4 @@ def modality_mask(
     chosen = (_uniform(draws(seed, epoch, keys, _REPAIR)) * counts).astype(np.int64)
     order = np.asarray(present.cumsum(axis=1), np.int64)
     restored = present & np.equal(order, chosen[:, None] + 1)
-    return np.where(empty, restored, mask)
+    return np.where(empty[:, None], restored, mask)
