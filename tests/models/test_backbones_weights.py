@@ -196,8 +196,8 @@ def test_what_is_not_published_cannot_be_fetched() -> None:
 
 
 def test_random_weights_depend_on_their_seed_alone() -> None:
-    torch.manual_seed(1)
     a = Backbone(BackboneChoice(**SMALL))
+    torch.manual_seed(1)
     before = torch.get_rng_state()
     b = Backbone(BackboneChoice(**SMALL))
     assert torch.equal(torch.get_rng_state(), before)
