@@ -13,7 +13,9 @@ import torch
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
 from karmma_pipeline.extract.decode import Decoded, input_spec
+from karmma_pipeline.extract.media import ROUNDING_S
 from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.extract.sampling import PAIRS
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
@@ -33,7 +35,8 @@ class Networks:
         self._backbones: dict[str, Backbone] = {}
         for choices in recipe.sets.values():
             for choice in choices.values():
-                self._backbones.setdefault(_key(choice), Backbone(choice).to(self.device))
+                if _key(choice) not in self._backbones:
+                    self._backbones[_key(choice)] = Backbone(choice).to(self.device)
 
     def store_spec(self, name: str, manifest: Manifest) -> StoreSpec:
         """Return what the store of a set looks like, provenance included."""
@@ -59,8 +62,10 @@ class Networks:
         facts["sampling"] = recipe.sampling.model_dump(mode="json")
         facts["precision"] = self.precision
         facts["decoder"] = f"decord {version('decord')}"
+        facts["rounding_s"] = ROUNDING_S
         if modality == "flow":
             facts["flow"] = recipe.flow.model_dump(mode="json")
+            facts["flow"]["pairs"] = PAIRS
             facts["flow"]["opencv"] = version("opencv-python-headless")
         if modality == "audio":
             facts["audio"] = recipe.audio.model_dump(mode="json")

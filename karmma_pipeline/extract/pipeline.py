@@ -6,7 +6,7 @@ company: a run that was killed and goes on writes the same bytes as one that was
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -41,13 +41,25 @@ _FP16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass
 class ExtractReport:
-    """What an extraction did; seconds by what they went to (waiting for decoders counts)."""
+    """What an extraction did; seconds by what they went to (waiting for decoders counts).
+
+    padded: audio windows that reach past their track; audio_rates: clips by the rate, in Hz,
+    at which their sound was recorded.
+    """
 
     stores: dict[str, Path]
     clips: int = 0
     failed: int = 0
     complete: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    padded: int = 0
+    audio_rates: Counter[int] = field(default_factory=Counter)
+
+    def count(self, batch: list[Decoded]) -> None:
+        """Take note of a batch that is done."""
+        self.clips += len(batch)
+        self.padded += sum(clip.padded for clip in batch)
+        self.audio_rates.update(clip.audio_rate for clip in batch if clip.audio_rate)
 
     def summary(self) -> str:
         """Return the closing lines of the command."""
@@ -113,6 +125,8 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     summary = {
         "clips": report.clips,
         "failed": report.failed,
+        "audio_windows_padded": report.padded,
+        "audio_native_rates": {str(hz): n for hz, n in sorted(report.audio_rates.items())},
         "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
     }
     if report.clips:
@@ -163,6 +177,7 @@ def _run(
                     stop.check("all finished batches are kept")
                     for name, writer in writers.items():
                         _append(recipe, networks, name, writer, batch, report)
+                    report.count(batch)
                     _show(bar, report, len(batch))
                 with _timed(report, "write"):
                     for writer in writers.values():
@@ -259,7 +274,6 @@ def _timed(report: ExtractReport, what: str) -> Iterator[None]:
 
 
 def _show(bar: "tqdm[Any]", report: ExtractReport, clips: int) -> None:
-    report.clips += clips
     total = sum(report.seconds.values())
     shares = {k: f"{v / total:.0%}" for k, v in sorted(report.seconds.items())}
     bar.set_postfix(shares, refresh=False)

@@ -7,6 +7,9 @@ from karmma_pipeline.extract.recipe import Sampling
 
 Times = npt.NDArray[np.float64]
 
+PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip; scaled to gap_s"
+"""The rule of `partners` in words, as stores record it."""
+
 
 def sample_times(settings: Sampling, start_s: float, stop_s: float, count: int) -> Times:
     """Return ``count`` moments of a clip in seconds [T], within its borders."""

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.media_files import Maker, write_video
@@ -190,20 +192,58 @@ def test_killed_at_random_moments_it_ends_with_the_same_store(
     check_same_stores(tmp_path / "killed", undisturbed)
 
 
-def test_a_decoder_that_hangs_or_dies_costs_only_its_clip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def clips_named(*names: str) -> list[Clip]:
+    return [Clip(name, {"rgb": Path("x.mp4")}, 0, 1, {}) for name in names]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(pool, "decode_clips", misbehave)
     write_rows(tmp_path, ["a,x.mp4,0,1,x,train"])
-    settings = Settings.of(make_recipe(tmp_path))
-    names = ["a", "hang", "b", "die", "c", "memory", "d"]
-    video = {"rgb": tmp_path / "x.mp4"}
-    clips = [Clip(name, video, 0, 1, {}) for name in names]
-    with DecodePool(settings, workers=1, timeout_s=8, stop=StopFlag()) as workers:
-        batches = list(workers.batches([clips[:4], clips[4:]]))
+    return Settings.of(make_recipe(tmp_path))
+
+
+def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: Settings) -> None:
+    names = ["a", "hang", "b", "die", "c", "memory", "d", "raise", "e", "grow", "f"]
+    clips = clips_named(*names)
+    with DecodePool(settings, 1, timeout_s=8, stop=StopFlag(), memory_gb=1.5) as workers:
+        batches = list(workers.batches([clips[:4], clips[4:8], clips[8:]]))
     found = {d.clip_id: set(d.reasons.values()) for batch in batches for d in batch}
     assert list(found) == names
     assert found["hang"] == {Reason.TIMEOUT}
     assert found["die"] == {Reason.CRASHED}
     assert found["memory"] == {Reason.OUT_OF_MEMORY}
-    assert not any(found[name] for name in "abcd")
+    assert found["raise"] == {Reason.DECODE_ERROR}
+    assert found["grow"] == {Reason.OUT_OF_MEMORY}
+    assert not any(found[name] for name in "abcdef")
+
+
+def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
+    settings: Settings,
+) -> None:
+    me = psutil.Process()
+    with DecodePool(settings, 1, timeout_s=30, stop=StopFlag()) as workers:
+        batches = workers.batches([clips_named(name) for name in "abcdefgh"])
+        found = [next(batches)]
+        time.sleep(1)  # until the process has nothing to do
+        (process,) = (c for c in me.children() if "--multiprocessing-fork" in c.cmdline())
+        process.send_signal(signal.SIGTERM)
+        found.append(next(batches))
+        assert process.is_running()
+        process.kill()
+        time.sleep(1)
+        found += batches
+    assert [d.clip_id for batch in found for d in batch] == list("abcdefgh")
+    assert not any(d.reasons for batch in found for d in batch)
+
+
+def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: Settings) -> None:
+    stop = StopFlag()
+    threading.Timer(1, stop.request).start()
+    started = time.monotonic()
+    with (
+        DecodePool(settings, 1, timeout_s=120, stop=stop) as workers,
+        pytest.raises(StoppedError, match="run the same command again"),
+    ):
+        list(workers.batches([clips_named("hang")]))
+    assert time.monotonic() - started < 30

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 
 CLOCK = 90_000
@@ -25,6 +26,14 @@ def read_counter(picture: np.ndarray) -> int:
     return sum(1 << i for i, level in enumerate(gray) if level > 128)
 
 
+def panned(px: float) -> np.ndarray:
+    """A 48x96 cut out of a texture that has moved to the right."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 96, 3), np.uint8)
+    texture = cv2.resize(noise, (384, 64), interpolation=cv2.INTER_CUBIC)
+    moved = cv2.warpAffine(texture, np.array([[1, 0, px], [0, 1, 0]], np.float32), (384, 64))
+    return np.ascontiguousarray(moved[8:56, 200:296])
+
+
 def write_video(
     path: Path,
     times: Sequence[float] | None = None,
@@ -34,7 +43,9 @@ def write_video(
     sound: bool = True,
     video: bool = True,
     video_delay_s: float = 0.0,
+    pan_px_s: float | None = None,
 ) -> Path:
+    """Write pictures at ``times`` or ``fps``: a counter, or a texture that moves to the right."""
     shown = np.arange(round(seconds * fps)) / fps if times is None else np.asarray(times)
     with av.open(str(path), "w") as container:
         stream = track = None
@@ -46,7 +57,8 @@ def write_video(
             track = container.add_stream("aac", rate=RATE, layout="mono")
         if stream is not None:
             for number, t in enumerate(shown):
-                frame = av.VideoFrame.from_ndarray(counter_picture(number), format="rgb24")
+                picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts = round((t + video_delay_s) * CLOCK)
                 frame.time_base = Fraction(1, CLOCK)
                 container.mux(stream.encode(frame))

@@ -1,4 +1,4 @@
-"""Stands in for a decoder that hangs, dies or runs out of memory on some clips."""
+"""Stands in for a decoder that hangs, dies, raises or takes all memory on some clips."""
 
 import os
 import signal
@@ -17,4 +17,10 @@ def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
             os.kill(os.getpid(), signal.SIGKILL)
         if clip.clip_id == "memory":
             raise MemoryError
+        if clip.clip_id == "raise":
+            raise KeyError("from deep inside a decoder")
+        if clip.clip_id == "grow":
+            hoard = bytearray(2 << 30)
+            hoard[:: 1 << 12] = b"x" * len(hoard[:: 1 << 12])
+            time.sleep(3600)
     return [Decoded(clip.clip_id) for clip in clips]
