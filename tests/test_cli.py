@@ -8,7 +8,8 @@ from click.testing import CliRunner, Result
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
-from karmma_pipeline.cli import STAGES, _recipe_model, main
+from karmma_pipeline.cli import main
+from karmma_pipeline.cli.init import STAGES, recipe_model
 
 
 def run(*arguments: Any) -> Result:
@@ -26,7 +27,7 @@ def test_help_names_every_command() -> None:
 def test_init_writes_a_recipe_that_parses(stage: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     assert run("init", stage, "--out", path).exit_code == 0
-    config.load(_recipe_model(stage), path)
+    config.load(recipe_model(stage), path)
     assert path.read_text() in run("init", stage).output + "\n"
     again = run("init", stage, "--out", path)
     assert again.exit_code == 2

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import files
+from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
 
 RESERVED = ("clip_id", "video", "audio", "flow", "start", "stop", "split", "group")
@@ -33,7 +34,7 @@ class Clip:
     """
 
     clip_id: str
-    media: Mapping[str, Path]
+    media: Mapping[str, Source]
     start_s: float
     stop_s: float | None
     labels: Mapping[str, int]
@@ -154,10 +155,11 @@ def _clip(row: Mapping[str, str], folder: Path, ids: Mapping[str, Mapping[str, i
         raise ValueError(f"clip_id={row['clip_id']!r}: {error}") from None
     if not row["video"]:
         raise ValueError("video is empty")
-    media = dict.fromkeys(("rgb", "flow", "audio"), folder / row["video"])
+    video: Source = FileSource(folder / row["video"])
+    media = dict.fromkeys(("rgb", "flow", "audio"), video)
     for modality in ("flow", "audio"):
         if row.get(modality):
-            media[modality] = folder / row[modality]
+            media[modality] = FileSource(folder / row[modality])
         elif modality in row:
             del media[modality]
     start_s, stop_s = _time(row, "start") or 0.0, _time(row, "stop")

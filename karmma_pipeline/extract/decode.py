@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.extract.flow import as_pictures, dis_flow
 from karmma_pipeline.extract.media import MediaFaultError, MediaFile
 from karmma_pipeline.extract.recipe import Audio, ExtractRecipe, Flow, Sampling
@@ -106,7 +107,7 @@ def decode_clips(clips: list[Clip], settings: Settings) -> list[Decoded]:
 
 def _decode(clip: Clip, settings: Settings, media: dict[Path, MediaFile]) -> Decoded:
     decoded = Decoded(clip.clip_id)
-    files = {m: media.setdefault(path, MediaFile(path)) for m, path in clip.media.items()}
+    files = {m: _open(source, media) for m, source in clip.media.items()}
     plans: dict[InputSpec, _Plan] = {}
     for spec in settings.inputs:
         with _faults_of(decoded, spec):
@@ -122,6 +123,12 @@ def _decode(clip: Clip, settings: Settings, media: dict[Path, MediaFile]) -> Dec
             decoded.arrays[spec] = pictures.input(spec, plan, settings.flow)
             decoded.times[spec] = plan.times
     return decoded
+
+
+def _open(source: Source, media: dict[Path, MediaFile]) -> MediaFile:
+    if not isinstance(source, FileSource):
+        raise NotImplementedError(f"{type(source).__name__} cannot be read yet")
+    return media.setdefault(source.path, MediaFile(source.path))
 
 
 @contextmanager

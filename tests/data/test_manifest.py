@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_pipeline.data.manifest import Clip, parse_time, read_manifest
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ManifestError
 
 HEADER = "clip_id,video,start,stop,verb,noun,split\n"
@@ -41,10 +42,10 @@ def test_a_manifest_becomes_clips_with_class_ids_over_all_splits(tmp_path: Path)
     assert manifest.heads == {"verb": ("cut", "open"), "noun": ("10", "door")}
     first, second = manifest.clips
     assert (first.start_s, first.stop_s) == (1.5, 3.25)
-    assert first.media["rgb"] == tmp_path / "v/x.mp4"
+    assert first.media["rgb"] == FileSource(tmp_path / "v/x.mp4")
     assert first.labels == {"verb": 1, "noun": 1}
     assert (second.start_s, second.stop_s) == (0.0, None)
-    assert second.media["audio"] == Path("/abs/y.mp4")
+    assert second.media["audio"] == FileSource(Path("/abs/y.mp4"))
 
 
 def test_numbered_classes_keep_their_order(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_numbered_classes_keep_their_order(tmp_path: Path) -> None:
 def test_separate_and_missing_audio(tmp_path: Path) -> None:
     text = "clip_id,video,audio,start,stop\na,x.mp4,x.wav,0,1\nb,x.mp4,,0,1\n"
     first, second = read(tmp_path, text)
-    assert first.media["audio"] == tmp_path / "x.wav"
+    assert first.media["audio"] == FileSource(tmp_path / "x.wav")
     assert set(second.media) == {"rgb", "flow"}
 
 

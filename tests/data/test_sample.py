@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from karmma_pipeline.data.manifest import Manifest, read_manifest
+from karmma_pipeline.data.manifest import Clip, Manifest, read_manifest
 from karmma_pipeline.data.sample import write_sample
 from karmma_pipeline.data.sample.scene import NOUNS, VERBS, handwriting, tone_hz
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError
 
 
@@ -22,6 +23,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(root: Path) -> Manifest:
     return read_manifest(root / "manifest.csv")
+
+
+def path_of(clip: Clip, modality: str) -> Path:
+    source = clip.media[modality]
+    assert isinstance(source, FileSource)
+    return source.path
 
 
 def decode(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +103,7 @@ def test_the_tone_is_the_digits(root: Path, manifest: Manifest) -> None:
     """The two telephone frequencies stand out of the spectrum; the loudest clip of each video."""
     right = []
     for clip in manifest.clips:
-        with av.open(str(clip.media["audio"])) as container:
+        with av.open(str(path_of(clip, "audio"))) as container:
             if not container.streams.audio:
                 continue
             sound = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
@@ -115,7 +122,7 @@ def test_the_tone_is_the_digits(root: Path, manifest: Manifest) -> None:
 def test_the_digit_moves_where_the_verb_says(manifest: Manifest) -> None:
     errors = []
     for clip in manifest.clips[::2]:
-        times, frames = decode(clip.media["rgb"])
+        times, frames = decode(path_of(clip, "rgb"))
         chosen = frames[(times >= clip.start_s) & (times < (clip.stop_s or 0))]
         first, last = (cv2.GaussianBlur(f.astype(np.float32), (0, 0), 2) for f in chosen[[0, -1]])
         places = []

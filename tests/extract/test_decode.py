@@ -8,6 +8,7 @@ import pytest
 from support.media_files import RATE, Maker
 
 from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extract.decode import Decoded, InputSpec, Settings, decode_clips
 from karmma_pipeline.extract.media import MediaFile
 from karmma_pipeline.extract.recipe import Audio, Flow, Sampling
@@ -28,7 +29,7 @@ def decode(clips: list[Clip], *inputs: InputSpec, **changes: Any) -> list[Decode
 
 
 def clip(path: Path, start: float, stop: float | None, name: str = "c") -> Clip:
-    return Clip(name, dict.fromkeys(("rgb", "flow", "audio"), path), start, stop, {})
+    return Clip(name, dict.fromkeys(("rgb", "flow", "audio"), FileSource(path)), start, stop, {})
 
 
 def test_sound_that_starts_late_is_padded_counted_and_present(make_video: Maker) -> None:

@@ -19,6 +19,7 @@ from support.misbehave import misbehave
 
 from karmma_pipeline import config
 from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.data.store import FeatureStore, verify
 from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
 from karmma_pipeline.extract import pool
@@ -193,7 +194,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_store(
 
 
 def clips_named(*names: str) -> list[Clip]:
-    return [Clip(name, {"rgb": Path("x.mp4")}, 0, 1, {}) for name in names]
+    return [Clip(name, {"rgb": FileSource(Path("x.mp4"))}, 0, 1, {}) for name in names]
 
 
 @pytest.fixture

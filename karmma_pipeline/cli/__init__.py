@@ -1,0 +1,45 @@
+"""The ``karmma`` command: load a recipe, call one function, say where the result lies.
+
+Stages are imported inside the commands, so that ``karmma --help`` answers at once.
+"""
+
+import click
+
+from karmma_pipeline import __version__
+from karmma_pipeline.cli.evaluate import costs, evaluate
+from karmma_pipeline.cli.extract import backbones, extract
+from karmma_pipeline.cli.init import init
+from karmma_pipeline.cli.options import Commands
+from karmma_pipeline.cli.samples import demo, sample
+from karmma_pipeline.cli.store import store
+from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="karmma")
+def main() -> None:
+    r"""Action recognition that survives missing sensors: extract, train, evaluate.
+
+    Clips become tokens once (extract), tokens become models many times (train-teacher,
+    distill), models become tables and pictures (evaluate). Start with `karmma demo`.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
+    clips failed, 75 stopped by a signal (run the same command again to go on).
+    """
+
+
+for _command in (
+    demo,
+    sample,
+    extract,
+    store,
+    train_teacher,
+    train_baseline,
+    distill,
+    evaluate,
+    costs,
+    init,
+    backbones,
+):
+    main.add_command(_command)

@@ -1,0 +1,53 @@
+"""`karmma evaluate` and `karmma costs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from karmma_pipeline.cli.options import check_option, load_recipe, set_option
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Feature store; with several, each run takes the one it was trained on.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Recipe for all other settings.")
+@set_option
+@check_option
+def evaluate(
+    runs: tuple[Path, ...],
+    stores: tuple[Path, ...],
+    out: Path | None,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    check: bool,
+) -> None:
+    """Report accuracy and cost on every subset of modalities and under missing sensors."""
+    from karmma_pipeline.evaluate.recipe import EvaluateRecipe
+
+    given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
+    switches = [f"{key}={value}" for key, value in given.items() if value]
+    if out is not None:
+        switches.append(f"out={str(out)!r}")
+    resolved = load_recipe(EvaluateRecipe, recipe, (*switches, *overrides), check)
+    from karmma_pipeline.evaluate.stage import evaluate as run
+    from karmma_pipeline.jobs import StopFlag
+
+    with StopFlag() as stop:
+        click.echo(run(resolved, stop).summary())
+
+
+@click.command()
+def costs() -> None:
+    """Compute the paper's fourteen GFLOPs bars and compare them with the published ones."""
+    from karmma_pipeline.evaluate.costs import paper_costs, paper_table
+
+    click.echo(paper_table(paper_costs()))

@@ -1,0 +1,73 @@
+"""`karmma extract` and `karmma backbones`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from karmma_pipeline.cli.options import (
+    Commands,
+    check_option,
+    load_recipe,
+    recipe_argument,
+    set_option,
+)
+
+
+@click.command()
+@recipe_argument
+@set_option
+@check_option
+@click.option("--part", metavar="I/N", help="Do part I of N only; Slurm arrays set it themselves.")
+def extract(recipe: Path, overrides: tuple[str, ...], check: bool, part: str | None) -> None:
+    """Turn the clips of a manifest into feature stores."""
+    from karmma_pipeline.extract.recipe import ExtractRecipe
+
+    resolved = load_recipe(ExtractRecipe, recipe, overrides, check)
+    from karmma_pipeline.extract.pipeline import extract as run
+    from karmma_pipeline.jobs import Part, StopFlag
+
+    with StopFlag() as stop:
+        share = Part.parse(part) if part else Part.from_environment()
+        click.echo(run(resolved, share, stop).summary())
+
+
+@click.group(cls=Commands)
+def backbones() -> None:
+    """List, describe and download the frozen networks."""
+
+
+@backbones.command("list")
+def backbones_list() -> None:
+    """Print the shipped networks and their published weights."""
+    from karmma_pipeline.models.backbones import list_backbones
+
+    for row in list_backbones():
+        size = f"{row['parameters'] / 1e6:6.1f} M" if row["parameters"] else ""
+        click.echo(f"{row['name']:20}{row['input']:7}{size}  {', '.join(row['weights'])}")
+
+
+@backbones.command("show")
+@click.argument("name")
+@set_option
+def backbones_show(name: str, overrides: tuple[str, ...]) -> None:
+    """Print input, tokens and cost of a network, such as --set frames=32 --set size=224."""
+    import yaml
+
+    from karmma_pipeline import config
+    from karmma_pipeline.models.backbones import BackboneChoice, describe
+
+    choice = config.build(BackboneChoice, {"name": name, "weights": "random:0"}, name, overrides)
+    click.echo(yaml.safe_dump(describe(choice), sort_keys=False).rstrip())
+
+
+@backbones.command("fetch")
+@click.argument("name")
+@click.argument("weights", default="DEFAULT")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder; default: torch's cache.")
+def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
+    """Download published weights where there is network, for nodes where there is none."""
+    from karmma_pipeline.models.backbones import fetch
+
+    click.echo(f"weights: {fetch(name, weights, to)}")

@@ -1,0 +1,50 @@
+"""`karmma store`: looks at feature stores and works on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from karmma_pipeline.cli.options import Commands
+
+
+@click.group(cls=Commands)
+def store() -> None:
+    """Look at feature stores."""
+
+
+@store.command("info")
+@click.argument("path", type=click.Path(path_type=Path))
+def store_info(path: Path) -> None:
+    """Print what a store holds and where it came from."""
+    import yaml
+
+    from karmma_pipeline.data.store import info
+
+    click.echo(yaml.safe_dump(info(path), sort_keys=False).rstrip())
+
+
+@store.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+def store_verify(path: Path) -> None:
+    """Check every byte of a store against its checksums."""
+    from karmma_pipeline.data.store import verify
+    from karmma_pipeline.errors import StoreError
+
+    damages = verify(path)
+    for damage in damages:
+        click.echo(str(damage))
+    if damages:
+        raise StoreError(f"{path}: {len(damages)} damaged places; they are listed above.")
+    click.echo(f"{path}: whole")
+
+
+@store.command("finalize")
+@click.argument("path", type=click.Path(path_type=Path))
+def store_finalize(path: Path) -> None:
+    """Join the shards of all parts; extraction's last part does this itself."""
+    from karmma_pipeline.data.store import finalize
+
+    finalize(path)
+    click.echo(f"{path}: complete")

@@ -1,0 +1,66 @@
+"""Where the media of a clip lie: what data sets name and extraction reads.
+
+A clip has one source per modality it natively has. Sources say where, never how: reading is
+the extract stage's. All are hashable and picklable, so that clips travel to decode processes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A video or sound file, addressed by time.
+
+    stream: number of the stream in the file; None is the default one of its kind.
+    """
+
+    path: Path
+    stream: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSource:
+    """Numbered pictures in a folder or inside a tar, addressed by number on a constant grid.
+
+    Picture k is shown from ``(k - base) * stride / fps`` seconds on.
+
+    names: one per plane, with the number to fill in: ``("frame_{:010d}.jpg",)`` for rgb,
+        ``("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg")`` for flow.
+    fps: rate of the grid, Hz.
+    base: number of the first picture.
+    span: first and last picture of the clip, both included, as the data set's annotation
+        states them; None: from the clip's times.
+    stride: grid steps from one picture to the next.
+    dilation: grid steps between the two frames of a flow pair.
+    bound_px: flow in px that bytes 0 and 255 stand for, at the pictures' own size.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    fps: float
+    base: int = 1
+    span: tuple[int, int] | None = None
+    stride: int = 1
+    dilation: int = 1
+    bound_px: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class SoundArray:
+    """A track in an HDF5 file: mono samples of a video, dataset ``key``, at ``rate`` Hz."""
+
+    path: Path
+    key: str
+    rate: int
+
+
+@dataclass(frozen=True, slots=True)
+class BoxSource:
+    """Object boxes per frame in a Something-Else annotation file (JSON), entry ``key``."""
+
+    path: Path
+    key: str
+
+
+Source = FileSource | FrameSource | SoundArray | BoxSource
