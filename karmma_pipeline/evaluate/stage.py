@@ -169,16 +169,17 @@ def _costs(card: ModelCard, recipe: EvaluateRecipe, device: torch.device) -> lis
             return []
         choices[modality] = _choice(facts)
     heads = {head: len(names) for head, names in card.heads.items()}
-    size = card.size.model_copy(update={"absent": "drop"})
-    memory = peak_memory_mib(choices, size, heads, str(device)) if recipe.memory else {}
+    left_out = card.size.model_copy(update={"absent": "drop"})
+    memory = peak_memory_mib(choices, left_out, heads, str(device)) if recipe.memory else {}
     return [
         Cost(
             modalities=cost.modalities,
             gflops=cost.gflops,
+            gflops_as_run=cost.gflops_as_run,
             parameters=cost.parameters,
             memory_mib=memory.get(cost.modalities),
         )
-        for cost in subset_costs(choices, size, heads)
+        for cost in subset_costs(choices, card.size, heads)
     ]
 
 
