@@ -31,8 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
         KarmmaError: the disk or the quota is full, or the folder cannot be written.
             What stood at ``path`` before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)

@@ -59,6 +59,9 @@ def distill(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
 
 def _train(run: Callable[..., Any], recipe: Recipe) -> None:
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.train.ranks import Ranks
 
     with StopFlag() as stop:
-        click.echo(run(recipe, stop=stop).summary())
+        report = run(recipe, stop=stop)
+    if Ranks.from_environment().main:
+        click.echo(report.summary())

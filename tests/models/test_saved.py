@@ -26,7 +26,7 @@ def test_a_saved_model_comes_back_with_all_it_is(tmp_path: Path) -> None:
     model.standardise("rgb", torch.arange(3.0), torch.full((3,), 2.0))
     save_model(tmp_path, model, make_card())
     again, card = load_model(tmp_path)
-    assert card == make_card()
+    assert card.model_copy(update={"weights_sha256": ""}) == make_card()
     tokens = {"rgb": torch.randn(2, 2, 3), "imu": torch.randn(2, 1, 4)}
     mask = torch.ones(2, 2, dtype=torch.bool)
     assert torch.equal(again(tokens, mask)["verb"], model(tokens, mask)["verb"])
