@@ -75,6 +75,8 @@ def _keep_old(folder: Path) -> None:
         wanted = json.loads((folder / CARD).read_text())["weights_sha256"]
         if _digest(folder / WEIGHTS) != wanted:  # killed here before: the old name is the right one
             return
+        if (folder / _OLD).exists() and (folder / _OLD).samefile(folder / WEIGHTS):
+            return
     except (OSError, KeyError, TypeError, ValueError):
         return
     with files.replacing(folder / _OLD) as temporary:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 def _read(path: Path) -> dict[str, Any]:
     data = io.BytesIO(sealed.read(path))
     try:
-        state = torch.load(data, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
+            state = torch.load(data, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise CheckpointError(

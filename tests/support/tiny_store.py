@@ -1,5 +1,6 @@
 """A store of synthetic tokens from which verb and noun can be learned, written in a moment."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,17 @@ VERBS, NOUNS = 4, 3
 
 
 def write_store(
-    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.25
+    root: Path,
+    clips: int = 96,
+    width: int = 8,
+    seed: int = 0,
+    noise: float = 0.25,
+    absent: Collection[tuple[str, str]] = (),
 ) -> Path:
-    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
+    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
+
+    ``absent``: clips and modalities that the store calls BAD_VALUE.
+    """
     spec = StoreSpec(
         modalities={
             m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
@@ -58,6 +67,10 @@ def write_store(
                 if i % 5 == 0:
                     del tokens["audio"]
                     reasons["audio"] = Reason.NO_STREAM
+                for clip, modality in absent:
+                    if clip == clip_id:
+                        del tokens[modality]
+                        reasons[modality] = Reason.BAD_VALUE
                 writer.append(clip_id, tokens, reasons, {})
             writer.commit()
     finalize(root)
