@@ -14,6 +14,7 @@ from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.train.screen import finite
 
 SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
 
@@ -47,7 +48,7 @@ def says(run: Path, root: Path) -> torch.Tensor:
     index = torch.arange(len(store))
     with torch.inference_mode():
         tokens = {m: store.gather(m, index) for m in store.modalities}
-        out = model(tokens, torch.from_numpy(store.present))
+        out = model(tokens, torch.from_numpy(store.present) & finite(tokens))
     return torch.cat(list(out.values()), dim=1)
 
 

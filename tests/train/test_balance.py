@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ from hypothesis import strategies as st
 from support.tiny_store import write_store
 from support.training import baseline_recipe
 
+from karmma_pipeline.data.loader import Batch
 from karmma_pipeline.data.masks import clip_keys
+from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.train import loop, stages
 from karmma_pipeline.train.balance import balanced_order
 from karmma_pipeline.train.stages import train_baseline
 
@@ -47,11 +51,23 @@ def test_full_balance_makes_classes_equally_frequent_and_epochs_differ() -> None
     assert np.diff(np.flatnonzero(y[order(0)] == 2)).max() < 30  # spread over the epoch
 
 
-def test_a_balanced_training_runs_and_draws_other_clips(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "s", clips=70)
-    for name, balance in (("plain", 0.0), ("balanced", 1.0)):
-        train_baseline(baseline_recipe(store, tmp_path / name, epochs=1, class_balance=balance))
-    weights = [
-        (tmp_path / n / "last/model.safetensors").read_bytes() for n in ("plain", "balanced")
-    ]
-    assert weights[0] != weights[1]
+def test_a_balanced_training_learns_from_the_clips_that_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_store(tmp_path / "s")
+    seen: list[int] = []
+    step = loop.Trainer._step
+
+    def spy(self: loop.Trainer, objective: Any, batch: Batch, counts: Any) -> float:
+        seen.extend(batch.clip_index.tolist())
+        return step(self, objective, batch, counts)
+
+    def only_the_third(keys: Any, labels: Any, power: float, seed: int) -> Any:
+        assert (power, seed) == (0.5, 7)
+        return lambda epoch: np.full(len(keys), 2 + epoch)
+
+    monkeypatch.setattr(loop.Trainer, "_step", spy)
+    monkeypatch.setattr(stages, "balanced_order", only_the_third)
+    train_baseline(baseline_recipe(store, tmp_path / "r", epochs=2, class_balance=0.5, seed=7))
+    train = np.flatnonzero(FeatureStore.open(store).split == "train")
+    assert seen == [train[2]] * 72 + [train[3]] * 72
