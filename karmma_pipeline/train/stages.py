@@ -1,7 +1,7 @@
 """The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from karmma_pipeline.data.loader import FeatureLoader
 from karmma_pipeline.data.masks import clip_keys
 from karmma_pipeline.data.store import FeatureStore
-from karmma_pipeline.errors import CheckpointError, ManifestError, StoreError
+from karmma_pipeline.errors import CheckpointError, KarmmaError, ManifestError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.device import pick_device
@@ -28,7 +28,6 @@ from karmma_pipeline.train.state import load_state
 from karmma_pipeline.train.table import Tabling
 
 Kind = Literal["teacher", "student", "baseline"]
-Tablings = Callable[[FeatureStore, np.ndarray], list[Tabling]]
 
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
@@ -50,12 +49,28 @@ def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
     device = pick_device(recipe.device, Ranks.from_environment().local_rank)
     with joined(device) as ranks, RunFolder(recipe.out, recipe, writes=ranks.main) as run:
         ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has made it
-        state, faults = load_state(recipe.out / "state")
-        for fault in faults:
-            run.note(f"{fault} The training state before it is used.")
-        if state is not None and Progress(**state["progress"]).finished(recipe):
-            return _finished(recipe, state)
-        return _train(recipe, kind, run, state, device, ranks, stop)
+        try:
+            return _resume_or_start(recipe, kind, run, device, ranks, stop)
+        except KarmmaError as error:
+            with suppress(KarmmaError, OSError):  # the disk may be what is wrong
+                run.log(f"ended: {error}")
+            raise
+
+
+def _resume_or_start(
+    recipe: TrainRecipe,
+    kind: Kind,
+    run: RunFolder,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> TrainReport:
+    state, faults = load_state(recipe.out / "state")
+    for fault in faults:
+        run.note(f"{fault} The training state before it is used.")
+    if state is not None and Progress(**state["progress"]).finished(recipe):
+        return _finished(recipe, state)
+    return _train(recipe, kind, run, state, device, ranks, stop)
 
 
 def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
