@@ -68,9 +68,9 @@ class Case:
     teacher: dict[str, int]
 
 
-SMALL_CASE = Case("small student, 8 x 512", SMALL, 8, 512, 64, 8, {**SMALL, "dim": 192})
+SMALL_CASE = Case("small student, 8 x 512", SMALL, 8, 512, 64, 20, {**SMALL, "dim": 192})
 PAPER = (
-    Case("paper student, 8 x 1024", STUDENT, 8, 1024, 64, 8, TEACHER),
+    Case("paper student, 8 x 1024", STUDENT, 8, 1024, 64, 12, TEACHER),
     Case("paper student, 300 x 768", STUDENT, 300, 768, 4, 2, TEACHER),
     Case("paper teacher, 300 x 1024", TEACHER, 300, 1024, 4, 2, TEACHER),
 )
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -14,18 +14,15 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from support.tiny_store import write_store
-from support.training import SIZE, results, student_recipe, teacher_recipe
+from support.training import SIZE, ended, fork, results, student_recipe, teacher_recipe
 
-from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.train.stages import distill, train_teacher
 
@@ -78,35 +75,21 @@ class Arena:
     def start(self, what: str = "run", wait: bool = False) -> tuple[int, int]:
         """Fork a process that trains; return its id and a pipe that, closed, lets it begin."""
         reader, writer = os.pipe()
-        child = os.fork()
-        if child:
-            os.close(reader)
-            if not wait:
-                os.close(writer)
-            return child, writer
-        os.close(writer)
-        os._exit(self._child(what, reader))
 
-    def _child(self, what: str, reader: int) -> int:
-        log = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.read(reader, 1)
-        try:
-            with StopFlag() as stop:
-                if what == "teacher":
-                    train_teacher(teacher_recipe(self.store, self.teacher, epochs=1), stop)
-                else:
-                    out = self.run if what == "run" else self.folder / what
-                    distill(student_recipe(self.store, self.teacher, out, **SETTINGS), stop)
-        except KarmmaError as error:
-            print(f"Error: {error}", file=sys.stderr, flush=True)
-            return int(error.exit_code)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            return 99
-        return 0
+        def train(stop: StopFlag) -> None:
+            os.close(writer)
+            os.read(reader, 1)
+            if what == "teacher":
+                train_teacher(teacher_recipe(self.store, self.teacher, epochs=1), stop)
+            else:
+                out = self.run if what == "run" else self.folder / what
+                distill(student_recipe(self.store, self.teacher, out, **SETTINGS), stop)
+
+        child = fork(train, self.folder / "said")
+        os.close(reader)
+        if not wait:
+            os.close(writer)
+        return child, writer
 
     def attempt(self, what: str = "run") -> int:
         """Train to the end of it and return the exit code."""
@@ -114,7 +97,7 @@ class Arena:
 
     def end(self, child: int) -> int:
         """Wait for a process; anything but success, a clear sentence or SIGKILL is unclear."""
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = ended(child)
         if code not in (0, 1, 75, -signal.SIGKILL):
             raise UnclearError(f"exit code {code}\n{self.said()}")
         return code

@@ -1,8 +1,11 @@
 """Recipes of small trainings, and ways to hurt and compare what they leave behind."""
 
 import os
+import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 from karmma_pipeline import config
 from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
@@ -87,6 +91,58 @@ def poison(root: Path, clip_id: str, modality: str, value: float = float("nan"))
             path.write_bytes(data.replace(old, new))
             return
     raise AssertionError(f"{clip_id} {modality} is in no file of {root}")
+
+
+def exit_code(train: Callable[[StopFlag], object]) -> int:
+    """Train as the command line does, signals and exit codes included."""
+    try:
+        with StopFlag() as stop:
+            train(stop)
+    except KarmmaError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except BaseException:
+        traceback.print_exc()
+        return 99
+    finally:
+        sys.stderr.flush()
+    return 0
+
+
+def fork(train: Callable[[StopFlag], object], log: Path, **environment: str) -> int:
+    """Train in a process of its own, which costs no imports; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(said, number)
+        setattr(sys, name, os.fdopen(number, "w"))
+    os._exit(exit_code(train))
+
+
+def fork_ranks(train: Callable[[StopFlag], object], log: Path, size: int = 2) -> list[int]:
+    """Train in several processes that find one another as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [
+        fork(
+            train,
+            log.with_suffix(f".{rank}"),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            **address,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(child: int) -> int:
+    """Wait for a process and return its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def karmma(*arguments: str, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":

@@ -1,18 +1,17 @@
-"""Stopped or killed anywhere, run in parts, averaged: the weights come out the same."""
+"""Stopped anywhere, run in parts, averaged: the weights come out the same.
 
-import signal
-import time
+What SIGKILL and broken disks do to a run is in test_faults.py.
+"""
+
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.tiny_store import write_store
-from support.training import SIZE, StopAt, karmma, results, says, student_recipe, teacher_recipe
+from support.training import SIZE, StopAt, results, says, student_recipe, teacher_recipe
 
-from karmma_pipeline import config
 from karmma_pipeline.errors import StoppedError
 from karmma_pipeline.train.stages import distill, train_teacher
 
@@ -55,30 +54,6 @@ def test_a_stopped_student_goes_on_exactly(store: Path, tmp_path: Path) -> None:
             distill(parts, stop=StopAt(looks))
     distill(parts)
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_weights(
-    store: Path, tmp_path: Path
-) -> None:
-    recipes = {
-        name: teacher_recipe(store, tmp_path / name, epochs=30, save_every_s=0.02, **ALL)
-        for name in ("whole", "killed")
-    }
-    for name, recipe in recipes.items():
-        config.save(recipe, tmp_path / f"{name}.yaml")
-    train_teacher(recipes["whole"])
-    rng = np.random.default_rng()
-    for _ in range(2):
-        process = karmma("train-teacher", str(tmp_path / "killed.yaml"))
-        states = tmp_path / "killed/state"
-        before = set(states.glob("*.pt"))
-        while process.poll() is None and set(states.glob("*.pt")) <= before:
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.2)))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    train_teacher(recipes["killed"])
-    assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("absent", ["learned", "drop"])

@@ -5,28 +5,27 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.tiny_store import write_store
-from support.training import karmma, poison, results, says, student_recipe, teacher_recipe
+from support.training import (
+    ended,
+    fork_ranks,
+    karmma,
+    poison,
+    results,
+    says,
+    student_recipe,
+    teacher_recipe,
+)
 
 from karmma_pipeline import config
-from karmma_pipeline.train.recipe import TrainRecipe
 from karmma_pipeline.train.stages import distill, train_teacher
 
 UNEVEN = {"batch_size": 17, "accumulate": 2, "save_every_s": 0.0}
 """72 clips: 9 and 8 of each batch, then 4 clips that one rank passes in two parts."""
-
-
-def run(recipe: TrainRecipe, command: str, path: Path, **more: Any) -> tuple[str, str]:
-    config.save(recipe, path)
-    process = karmma(command, str(path), ranks=2, **more)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    return out, err
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -43,7 +42,10 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
         for n in ("one", "two")
     }
     distill(recipes["one"])
-    out, err = run(recipes["two"], "distill", tmp_path / "two.yaml")
+    config.save(recipes["two"], tmp_path / "two.yaml")
+    process = karmma("distill", str(tmp_path / "two.yaml"), ranks=2)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = says(tmp_path / "one", store), says(tmp_path / "two", store)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
@@ -56,41 +58,25 @@ def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(
     tmp_path: Path,
 ) -> None:
     store = write_store(tmp_path / "s")
-    recipes = {
-        n: teacher_recipe(store, tmp_path / n, epochs=12, ema=0.9, **UNEVEN)
-        for n in ("whole", "parts")
-    }
-    run(recipes["whole"], "train-teacher", tmp_path / "whole.yaml")
-    config.save(recipes["parts"], tmp_path / "parts.yaml")
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        process = karmma("train-teacher", str(tmp_path / "parts.yaml"), ranks=2)
-        newest = wait_for_a_state(tmp_path / "parts", process)
-        children = rank_ids(process.pid)
-        assert len(children) == 2
+    whole, parts = (
+        teacher_recipe(store, tmp_path / n, epochs=8, ema=0.9, **UNEVEN) for n in ("whole", "parts")
+    )
+    children = fork_ranks(lambda stop: train_teacher(whole, stop), tmp_path / "log")
+    assert [ended(child) for child in children] == [0, 0]
+    for number, codes in ((signal.SIGUSR1, [75, 75]), (signal.SIGKILL, [1, -signal.SIGKILL])):
+        children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
+        wait_for_a_state(tmp_path / "parts")
         os.kill(children[1], number)  # one rank alone hears of it
-        _, err = process.communicate(timeout=100)
-        assert process.returncode != 0
-        if number == signal.SIGTERM:
-            assert "stopped by SIGTERM" in err
-            assert "exitcode  : 75" in err or "exitcode: 75" in err
-        assert newest >= 0
-    run(recipes["parts"], "train-teacher", tmp_path / "parts.yaml")
+        assert [ended(child) for child in children] == codes
+    assert "another rank has ended" in (tmp_path / "log.0").read_text()
+    children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
+    assert [ended(child) for child in children] == [0, 0]
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-def wait_for_a_state(folder: Path, process: Any) -> int:
-    before = {p.name for p in (folder / "state").glob("*.pt")}
-    deadline = time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < deadline:
-        new = {p.name for p in (folder / "state").glob("*.pt")} - before
-        if new:
-            return int(max(new).removesuffix(".pt"))
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[1])
-
-
-def rank_ids(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return sorted(
-        int(c) for c in children if b"karmma_pipeline" in Path(f"/proc/{c}/cmdline").read_bytes()
-    )
+def wait_for_a_state(folder: Path) -> None:
+    before = set(folder.glob("state/*.pt"))
+    deadline = time.monotonic() + 60
+    while set(folder.glob("state/*.pt")) <= before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
