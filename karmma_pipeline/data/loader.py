@@ -5,7 +5,7 @@ threads or ranks, and after a resume. B clips in a batch, M modalities, N tokens
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -60,6 +60,7 @@ class FeatureLoader:
         seed: of order and masks.
         p: probability with which each present modality drops.
         shuffle: a new order each epoch, else that of ``indices``.
+        order: draws an epoch instead: its number to as many places in ``indices`` as there are.
         threads: that gather ahead; 0 gathers when asked.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
             clip is repeated to fill up.
@@ -76,6 +77,7 @@ class FeatureLoader:
         seed: int = 0,
         p: float = 0.0,
         shuffle: bool = False,
+        order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         threads: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -84,7 +86,7 @@ class FeatureLoader:
     ) -> None:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
-        self.shuffle, self.threads, self.pin = shuffle, threads, pin
+        self.shuffle, self.order, self.threads, self.pin = shuffle, order, threads, pin
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.clip_ids[self.indices])
 
@@ -95,7 +97,9 @@ class FeatureLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
         places = np.arange(len(self.indices))
-        if self.shuffle:
+        if self.order is not None:
+            places = self.order(epoch)
+        elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]

@@ -1,5 +1,6 @@
 """A store of synthetic tokens from which verb and noun can be learned, written in a moment."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,12 @@ def write_store(
     noise: float = 0.25,
     heads: dict[str, tuple[str, ...]] | None = None,
     label: int | None = None,
+    absent: Collection[tuple[str, str]] = (),
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
 
-    With ``heads`` and ``label`` every clip has that label of other heads, seen in nothing.
+    ``absent``: clips and modalities that the store calls BAD_VALUE. With ``heads`` and ``label``
+    every clip has that label of other heads, seen in nothing.
     """
     spec = StoreSpec(
         modalities={
@@ -70,6 +73,10 @@ def write_store(
                 if i % 5 == 0:
                     del tokens["audio"]
                     reasons["audio"] = Reason.NO_STREAM
+                for clip, modality in absent:
+                    if clip == clip_id:
+                        del tokens[modality]
+                        reasons[modality] = Reason.BAD_VALUE
                 writer.append(clip_id, tokens, reasons, {})
             writer.commit()
     finalize(root)
