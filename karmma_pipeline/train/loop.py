@@ -105,7 +105,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.recipe.optimiser, step, total)
         with self._autocast():
-            logits = self.model(self._to_device(batch.tokens), batch.mask)
+            logits = self.model(batch.tokens_on(self.device), batch.mask)
         loss = loss_step(logits, batch)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ class Trainer:
         labels: dict[str, list[Tensor]] = {}
         for batch in self.val_loader.epoch(0):
             with self._autocast():
-                logits = self.model(self._to_device(batch.tokens), batch.mask)
+                logits = self.model(batch.tokens_on(self.device), batch.mask)
             for head, scores in logits.items():
                 outputs.setdefault(head, []).append(scores.float().cpu())
                 labels.setdefault(head, []).append(batch.labels[head])
@@ -156,9 +156,6 @@ class Trainer:
         top1 = {f"{h}_top1": topk_correct(scores[h], truth[h], 1)[truth[h] >= 0] for h in scores}
         top1["action_top1"] = action_correct(scores, truth, 1)[known]
         return {k: 100 * float(v.mean()) if len(v) else 0.0 for k, v in top1.items()}
-
-    def _to_device(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {m: t.to(self.device, non_blocking=True) for m, t in tokens.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()

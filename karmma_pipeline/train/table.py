@@ -119,7 +119,7 @@ def _compute(
     done = 0
     for batch in tqdm(loader.epoch(0), "teacher table", total=len(loader), unit="batch"):
         stop.check("nothing of the teacher table is kept")
-        tokens = {m: t.to(device) for m, t in batch.tokens.items()}
+        tokens = batch.tokens_on(device)
         rows = slice(done, done + len(batch.clip_index))
         for subset in subsets(modalities):
             number = sum(1 << i for i, m in enumerate(modalities) if m in subset)

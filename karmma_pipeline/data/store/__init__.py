@@ -4,9 +4,11 @@ docs/store_format.md describes the bytes.
 """
 
 from karmma_pipeline.data.store.catalog import Catalog, create_store
-from karmma_pipeline.data.store.check import Damage, info, verify
+from karmma_pipeline.data.store.check import Damage, repair, verify
+from karmma_pipeline.data.store.describe import info
 from karmma_pipeline.data.store.finalize import finalize
 from karmma_pipeline.data.store.reader import FeatureStore
+from karmma_pipeline.data.store.source import TokenSource
 from karmma_pipeline.data.store.spec import ClipRow, ModalitySpec, StoreSpec
 from karmma_pipeline.data.store.writer import ShardWriter
 
@@ -18,8 +20,10 @@ __all__ = [
     "ModalitySpec",
     "ShardWriter",
     "StoreSpec",
+    "TokenSource",
     "create_store",
     "finalize",
     "info",
+    "repair",
     "verify",
 ]
