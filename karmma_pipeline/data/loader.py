@@ -5,9 +5,9 @@ threads or ranks, and after a resume. B clips in a batch, M modalities, N tokens
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -79,6 +79,18 @@ class Batch:
             found[m] = dense([copy_to(part, device, self.slot) for part in stored])
         return found
 
+    def rows(self, rows: slice) -> "Batch":
+        """Return some clips of the batch, in the same memory."""
+        return replace(
+            self,
+            tokens={m: t[rows] for m, t in self.tokens.items()},
+            scales={m: t[rows] for m, t in self.scales.items()},
+            present=self.present[rows],
+            mask=self.mask[rows],
+            labels={h: of[rows] for h, of in self.labels.items()},
+            clip_index=self.clip_index[rows],
+        )
+
 
 class FeatureLoader:
     """Iterates over clips of a store.
@@ -90,6 +102,7 @@ class FeatureLoader:
         seed: of order and masks.
         p: probability with which each present modality drops.
         shuffle: a new order each epoch, else that of ``indices``.
+        order: draws an epoch instead: its number to as many places in ``indices`` as there are.
         threads: that gather ahead; 0 gathers when asked.
         ahead: batches that are gathered before they are asked for.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
@@ -107,6 +120,7 @@ class FeatureLoader:
         seed: int = 0,
         p: float = 0.0,
         shuffle: bool = False,
+        order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         threads: int = 1,
         ahead: int = 2,
         rank: int = 0,
@@ -116,7 +130,8 @@ class FeatureLoader:
     ) -> None:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
-        self.shuffle, self.threads, self.ahead = shuffle, threads, max(1, ahead)
+        self.shuffle, self.order = shuffle, order
+        self.threads, self.ahead = threads, max(1, ahead)
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.clip_ids[self.indices])
         self._device: torch.device | None = getattr(store, "device", None)
@@ -134,7 +149,9 @@ class FeatureLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
         places = np.arange(len(self.indices))
-        if self.shuffle:
+        if self.order is not None:
+            places = self.order(epoch)
+        elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]

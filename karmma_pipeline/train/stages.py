@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.data.loader import Batch, FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.opening import open_source
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
@@ -37,7 +38,7 @@ def train_baseline(recipe: BaselineRecipe, stop: StopFlag | None = None) -> Trai
 def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
     """Train a student with the paper's combination of distillation and cross-entropy."""
 
-    def make(store: FeatureStore, clips: np.ndarray, device: torch.device) -> LossStep:
+    def make(store: TokenSource, clips: np.ndarray, device: torch.device) -> LossStep:
         table = teacher_table(
             recipe.out / "teacher_table",
             recipe.teacher / "best",
@@ -78,13 +79,13 @@ def _on(logits: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor
 def _train(
     recipe: TrainRecipe,
     kind: Literal["teacher", "student", "baseline"],
-    make_step: Callable[[FeatureStore, np.ndarray, torch.device], LossStep],
+    make_step: Callable[[TokenSource, np.ndarray, torch.device], LossStep],
     stop: StopFlag | None,
 ) -> TrainReport:
-    store = FeatureStore.open(recipe.store)
+    device = pick_device(recipe.device)
+    store = open_source(recipe.store, recipe.loader, device, stop)
     train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
     run = RunFolder(recipe.out, recipe)
-    device = pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     card = ModelCard(
         kind=kind,
@@ -107,15 +108,24 @@ def _train(
             seed=recipe.seed,
             p=recipe.modality_dropout,
             shuffle=True,
+            threads=recipe.loader.threads,
+            ahead=recipe.loader.ahead,
             pin=device.type == "cuda",
         ),
-        FeatureLoader(store, val, recipe.batch_size, pin=device.type == "cuda"),
+        FeatureLoader(
+            store,
+            val,
+            recipe.batch_size,
+            threads=recipe.loader.threads,
+            ahead=recipe.loader.ahead,
+            pin=device.type == "cuda",
+        ),
     )
     trainer = Trainer(recipe, run, model, card, loaders, device)
     return trainer.fit(make_step(store, train, device), stop or StopFlag())
 
 
-def _clips(store: FeatureStore, split: str) -> np.ndarray:
+def _clips(store: TokenSource, split: str) -> np.ndarray:
     """Return the clips of a split that have at least one modality."""
     in_split = store.split == split
     if not in_split.any():
@@ -124,7 +134,7 @@ def _clips(store: FeatureStore, split: str) -> np.ndarray:
     return np.flatnonzero(in_split & store.present.any(axis=1))
 
 
-def _standardise(model: FusionModel, store: FeatureStore, clips: np.ndarray) -> None:
+def _standardise(model: FusionModel, store: TokenSource, clips: np.ndarray) -> None:
     for column, m in enumerate(store.modalities):
         present = clips[store.present[clips, column]]
         if not len(present):

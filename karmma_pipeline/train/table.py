@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import FeatureStore, TokenSource
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import subsets
@@ -59,7 +59,7 @@ def teacher_table(
     folder: Path,
     teacher: Path,
     teacher_store: Path,
-    student_store: FeatureStore,
+    student_store: TokenSource,
     clips: npt.NDArray[np.int64],
     device: torch.device,
     stop: StopFlag,
@@ -134,7 +134,7 @@ def _compute(
 
 
 def _join(
-    student: FeatureStore, teacher: FeatureStore, clips: npt.NDArray[np.int64]
+    student: TokenSource, teacher: FeatureStore, clips: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return the places of the student's clips in the teacher's store, met by clip id."""
     place = {clip_id: i for i, clip_id in enumerate(teacher.clip_ids.tolist())}
@@ -149,7 +149,7 @@ def _join(
 
 
 def _key(
-    teacher: Path, store: FeatureStore, student: FeatureStore, clips: npt.NDArray[np.int64]
+    teacher: Path, store: FeatureStore, student: TokenSource, clips: npt.NDArray[np.int64]
 ) -> str:
     sha = hashlib.sha256((teacher / WEIGHTS).read_bytes())
     sha.update(store.digest.encode() + " ".join(student.modalities).encode())

@@ -12,18 +12,26 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
+from karmma_pipeline.data.store.spec import Dtype
 from karmma_pipeline.modalities import Reason
 
 VERBS, NOUNS = 4, 3
 
 
 def write_store(
-    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.25
+    root: Path,
+    clips: int = 96,
+    width: int = 8,
+    seed: int = 0,
+    noise: float = 0.25,
+    dtype: Dtype = "float16",
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
     spec = StoreSpec(
         modalities={
-            m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
+            m: ModalitySpec(
+                tokens=n, width=width, dtype=dtype, provenance={"backbone": "synthetic"}
+            )
             for m, n in (("rgb", 3), ("flow", 2), ("audio", 2))
         },
         heads={

@@ -7,9 +7,11 @@ from karmma_pipeline.data.store.catalog import Catalog, create_store
 from karmma_pipeline.data.store.check import Damage, repair, verify
 from karmma_pipeline.data.store.describe import info
 from karmma_pipeline.data.store.finalize import finalize
+from karmma_pipeline.data.store.joined import JoinedStore, open_joined
 from karmma_pipeline.data.store.reader import FeatureStore
 from karmma_pipeline.data.store.source import TokenSource
 from karmma_pipeline.data.store.spec import ClipRow, ModalitySpec, StoreSpec
+from karmma_pipeline.data.store.stage import stage
 from karmma_pipeline.data.store.writer import ShardWriter
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "ClipRow",
     "Damage",
     "FeatureStore",
+    "JoinedStore",
     "ModalitySpec",
     "ShardWriter",
     "StoreSpec",
@@ -24,6 +27,8 @@ __all__ = [
     "create_store",
     "finalize",
     "info",
+    "open_joined",
     "repair",
+    "stage",
     "verify",
 ]
