@@ -28,10 +28,10 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     path = root / layout.SPEC
     if path.is_file():
         found = layout.read_json(root, path)
-        differences = list(_differences(found, description))
-        if differences:
+        differing = list(differences(found, description))
+        if differing:
             raise StoreError(
-                f"{root}: was made differently: {'; '.join(differences[:5])}; "
+                f"{root}: was made differently: {'; '.join(differing[:5])}; "
                 "choose another folder, or the recipe that it was made with."
             )
         if _has_all(root, spec):
@@ -105,11 +105,12 @@ def _describe(spec: StoreSpec, clips: Sequence[ClipRow]) -> dict[str, Any]:
     }
 
 
-def _differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
+def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """Yield where two trees of plain data differ, with the dotted path."""
     if isinstance(there, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*there, *wanted}, key=str):
             name = f"{path}.{key}" if path else str(key)
-            yield from _differences(there.get(key), wanted.get(key), name)
+            yield from differences(there.get(key), wanted.get(key), name)
     elif there != wanted:
         yield f"{path} is {there!r} there and {wanted!r} here"
 

@@ -40,13 +40,13 @@ class JoinedStore:
         self.stores = tuple(stores)
         self.path = self.stores[0].path
         self.modalities = canonical(m for s in self.stores for m in s.modalities)
-        self._specs = {m: self._spec(m) for m in self.modalities}
+        self.specs = {m: self._spec(m) for m in self.modalities}
         self.heads = _join_heads(self.stores, label_spaces)
         self.clip_ids, self._clips = _union([s.clip_ids for s in self.stores])
         self.labels = {head: self._labels(head) for head in self.heads}
         self.split = self._names("split")
         self.group = self._names("group")
-        self._check_times()
+        self._seconds = {column: self._join_seconds(column) for column in ("start_s", "stop_s")}
         self._owner, self.reasons = self._presence()
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
         sha = hashlib.sha256(label_spaces.encode())
@@ -61,15 +61,15 @@ class JoinedStore:
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
         """Modality to where its tokens come from."""
-        return {m: self._specs[m].provenance for m in self.modalities}
+        return {m: self.specs[m].provenance for m in self.modalities}
 
     def shape(self, modality: str) -> tuple[int, int]:
         """Return tokens N and width D of a modality."""
-        return self._specs[modality].tokens, self._specs[modality].width
+        return self.specs[modality].tokens, self.specs[modality].width
 
     def parts(self, modality: str) -> tuple[Part, ...]:
         """Return what `gather_parts` fills for each clip, see `Part`."""
-        return parts_of(self._specs[modality])
+        return parts_of(self.specs[modality])
 
     def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros."""
@@ -78,8 +78,23 @@ class JoinedStore:
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
         """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent are zeros."""
         if modality not in self._rows:
-            self._rows[modality] = Rows(self._specs[modality].arrays, self._places(modality))
+            self._rows[modality] = Rows(self.specs[modality].arrays, self._places(modality))
         self._rows[modality].gather(index, out)
+
+    def seconds(self, column: str) -> npt.NDArray[np.float64]:
+        """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
+        return self._seconds[column]
+
+    def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the sampled times of some clips [B, 2, T], NaN where absent."""
+        found = np.full((len(clips), 2, self.specs[modality].frames), np.nan)
+        for number, store in enumerate(self.stores):
+            local = np.full(len(self), -1, np.int64)
+            local[self._clips[number]] = np.arange(len(store))
+            mine = self._owner[modality][clips] == number
+            if mine.any():
+                found[mine] = store.times_of(modality, local[clips[mine]])
+        return found
 
     def close(self) -> None:
         """Unmap the shards."""
@@ -93,7 +108,7 @@ class JoinedStore:
         first = having[0].spec.modalities[modality]
         for other in having[1:]:
             theirs = other.spec.modalities[modality]
-            mine, its = (one.model_dump(exclude={"frames"}) for one in (first, theirs))
+            mine, its = (one.model_dump() for one in (first, theirs))
             for key in mine:
                 if mine[key] != its[key]:
                     raise StoreError(
@@ -131,15 +146,15 @@ class JoinedStore:
             found[clips] = np.where(theirs != "", theirs, before)
         return found
 
-    def _check_times(self) -> None:
+    def _join_seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Refuse ids that are the same by accident: such clips differ in their times."""
-        for column in ("start_s", "stop_s"):
-            found = np.full(len(self), np.inf)
-            for store, clips in zip(self.stores, self._clips, strict=True):
-                before, theirs = found[clips], store.seconds(column)
-                same = (before == theirs) | (np.isnan(before) & np.isnan(theirs))
-                self._refuse(store, clips, ~np.isinf(before) & ~same, f"another {column}")
-                found[clips] = theirs
+        found = np.full(len(self), np.inf)
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            before, theirs = found[clips], store.seconds(column)
+            same = (before == theirs) | (np.isnan(before) & np.isnan(theirs))
+            self._refuse(store, clips, ~np.isinf(before) & ~same, f"another {column}")
+            found[clips] = theirs
+        return found
 
     def _presence(
         self,
@@ -175,7 +190,7 @@ class JoinedStore:
 
     def _places(self, modality: str) -> Places:
         """Return where the clips of a modality lie among the files of all stores."""
-        arrays = self._specs[modality].arrays
+        arrays = self.specs[modality].arrays
         joined = Places(
             {a.name: [] for a in arrays},
             np.full(len(self), -1, np.int64),

@@ -15,6 +15,7 @@ from karmma_pipeline.data.store.catalog import Catalog
 from karmma_pipeline.data.store.region import Payload
 from karmma_pipeline.data.store.rows import Places, Rows
 from karmma_pipeline.data.store.source import Part, gather_dense, parts_of
+from karmma_pipeline.data.store.spec import ModalitySpec
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 
@@ -77,6 +78,11 @@ class FeatureStore:
         return self._catalog.names("group")
 
     @property
+    def specs(self) -> dict[str, ModalitySpec]:
+        """Modality to how its tokens look."""
+        return self.spec.modalities
+
+    @property
     def provenance(self) -> dict[str, dict[str, Any]]:
         """Modality to where its tokens come from."""
         return {m: self.spec.modalities[m].provenance for m in self.modalities}
@@ -91,6 +97,10 @@ class FeatureStore:
         frames = self.spec.modalities[modality].frames
         found: npt.NDArray[np.float64] = self._catalog.column(f"times_{modality}", "<f8", 2, frames)
         return found
+
+    def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the sampled times of some clips [B, 2, T], NaN where absent."""
+        return np.asarray(self.times(modality)[clips])
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""

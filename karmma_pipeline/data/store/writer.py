@@ -296,6 +296,15 @@ def _is_stale(text: str) -> bool:
     return not host or requeued or (here and not alive)
 
 
+def lock_holder(path: Path) -> str:
+    """Return who holds a shard's lock, empty if nobody does."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return ""
+    return "" if _is_stale(text) else text
+
+
 def _taken(path: Path, shard: int, text: str) -> StoreError:
     host, pid = [*text.split(), "?", "?"][:2]
     return StoreError(
