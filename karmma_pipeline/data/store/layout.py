@@ -110,7 +110,10 @@ def read_bytes(root: Path, path: Path) -> bytes:
 
 def read_json(root: Path, path: Path) -> dict[str, Any]:
     """Read a JSON object of a store."""
-    value = json.loads(read_bytes(root, path))
+    try:
+        value = json.loads(read_bytes(root, path))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
@@ -138,7 +141,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         found = json.loads(data)
         own = found.pop("self")
         whole = own == _digest(found) and data.decode() == files.json_text(found | {"self": own})
-    except (OSError, KeyError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path}: the file is damaged ({error}).") from None
