@@ -31,7 +31,12 @@ ROOT = "zarr.json"
 
 def shard_file(root: Path, modality: str, shard: int, array: str = "tokens") -> Path:
     """Return the file of a shard's array (a Zarr chunk key)."""
-    return root / modality / array / "c" / str(shard) / "0"
+    return root / shard_name(modality, shard, array)
+
+
+def shard_name(modality: str, shard: int, array: str = "tokens") -> str:
+    """Return the name of a shard's file inside the store."""
+    return f"{modality}/{array}/c/{shard}/0"
 
 
 def record_file(root: Path, shard: int) -> Path:
@@ -70,33 +75,40 @@ def file_bytes(array: StoredArray, clips_per_shard: int, clips: int) -> int:
     return PAYLOAD_OFFSET + file_rows(array, clips_per_shard, clips) * array.token_bytes
 
 
-def open_inside(root: Path, path: Path, real: str = "") -> int:
-    """Open a regular file of a store for reading, and return its descriptor.
+def open_inside(root: Path, path: Path) -> int:
+    """Open a regular file of a store for reading, and return its descriptor; see `open_name`."""
+    return open_name(os.path.realpath(root), str(path.relative_to(root)))
 
-    ``real`` is the root without links, where many files are opened and it is known.
+
+def open_name(root: str, name: str) -> int:
+    """Open a regular file for reading by its name inside a store.
+
+    Names and not paths, since a store may have many thousand files. ``root`` is the store's
+    folder without links.
 
     Raises:
         StoreError: the path leads out of the store by a link, or is no regular file.
         OSError: it is not there.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(
+            f"{root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _linked(path) from None
+            raise _linked(f"{root}/{name}") from None
         raise
     try:
-        wanted = f"{real or os.path.realpath(root)}/{path.relative_to(root)}"
-        found = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if found != wanted or not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _linked(path)
+        found = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  (see above)
+        if found != f"{root}/{name}" or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _linked(f"{root}/{name}")
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _linked(path: Path) -> StoreError:
+def _linked(path: str) -> StoreError:
     return StoreError(f"{path}: is a link or no regular file; a store holds only files.")
 
 

@@ -1,5 +1,6 @@
 """Opens a complete store and gathers batches out of memory-mapped shards."""
 
+import os
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -136,11 +137,12 @@ class FeatureStore:
         counts = np.bincount(shard[present], minlength=shards)[:shards]
         before = np.concatenate([[0], np.cumsum(counts)])
         position = np.cumsum(present) - 1 - before[shard]
+        root = os.path.realpath(self.path)
         payloads = {
             array.name: [
                 Payload(
-                    self.path,
-                    layout.shard_file(self.path, modality, s, array.name),
+                    root,
+                    layout.shard_name(modality, s, array.name),
                     clips * array.clip_bytes,
                     layout.file_bytes(array, size, clips),
                 )

@@ -10,12 +10,11 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.store.layout import PAYLOAD_OFFSET, open_inside
+from karmma_pipeline.data.store.layout import PAYLOAD_OFFSET, open_name
 from karmma_pipeline.errors import StoreError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -27,10 +26,13 @@ _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The tokens in a shard file: ``size`` bytes of a file that must have ``file_size``."""
+    """The tokens in a shard file: ``size`` bytes of a file that must have ``file_size``.
 
-    root: Path
-    path: Path
+    root is the store's folder without links, name the file's place in it.
+    """
+
+    root: str
+    name: str
     size: int
     file_size: int
 
@@ -58,18 +60,17 @@ class Region:
         self._base = _mmap(
             0, self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
         )
-        real = {root: os.path.realpath(root) for root in {p.root for p in payloads}}
         try:
             for payload, start in zip(payloads, starts.tolist(), strict=False):
-                self._map(payload, real[payload.root], start)
+                self._map(payload, start)
         except BaseException:
             self.close()
             raise
 
-    def _map(self, payload: Payload, real: str, start: int) -> None:
-        path = payload.path
+    def _map(self, payload: Payload, start: int) -> None:
+        path = f"{payload.root}/{payload.name}"
         try:
-            descriptor = open_inside(payload.root, path, real)
+            descriptor = open_name(payload.root, payload.name)
         except OSError:
             raise StoreError(
                 f"{path}: the shard file is missing; `karmma store verify --repair` marks the "
