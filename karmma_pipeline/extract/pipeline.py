@@ -36,8 +36,6 @@ from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 
-_FP16_MAX = float(np.finfo(np.float16).max)
-
 
 @dataclass
 class ExtractReport:
@@ -255,9 +253,7 @@ def _append(
                 found = tokens[modality].get(clip.clip_id)
                 if found is None:
                     reasons[modality] = clip.reasons[spec]
-                elif not np.isfinite(found).all() or (
-                    recipe.store.dtype == "float16" and np.abs(found).max() > _FP16_MAX
-                ):
+                elif not np.abs(found).max() <= writer.spec.modalities[modality].largest:
                     reasons[modality] = Reason.BAD_VALUE
                 else:
                     arrays[modality], times[modality] = found, clip.times[spec]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import Batch, FeatureLoader
 from karmma_pipeline.data.masks import draws
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.fusion import FusionModel
@@ -27,7 +27,7 @@ from karmma_pipeline.train.objective import Objective
 from karmma_pipeline.train.progress import Clock, Progress, TrainReport, on_screen, progress_bar
 from karmma_pipeline.train.ranks import Ranks
 from karmma_pipeline.train.recipe import TrainRecipe
-from karmma_pipeline.train.screen import Found, Screen, part
+from karmma_pipeline.train.screen import Found, Screen
 from karmma_pipeline.train.state import save_state
 from karmma_pipeline.train.validate import validate
 
@@ -41,7 +41,7 @@ class Job:
 
     recipe: TrainRecipe
     run: RunFolder
-    store: FeatureStore
+    store: TokenSource
     model: FusionModel
     card: ModelCard
     train: FeatureLoader
@@ -137,7 +137,7 @@ class Trainer:
         clips = len(batch.clip_index)
         size = max(1, -(-clips // self.job.recipe.accumulate))
         for start in range(0, clips, size):
-            piece = part(batch, slice(start, start + size)) if size < clips else batch
+            piece = batch.rows(slice(start, start + size)) if size < clips else batch
             loss = objective.loss(self._logits(self.model, piece), piece, counts)
             loss.backward()  # type: ignore[no-untyped-call]
             self.gradient.add_loss(loss)
@@ -201,9 +201,8 @@ class Trainer:
         )
 
     def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        tokens = {m: t.to(self.job.device, non_blocking=True) for m, t in batch.tokens.items()}
         with self._autocast():
-            logits: dict[str, Tensor] = model(tokens, batch.mask)
+            logits: dict[str, Tensor] = model(batch.tokens_on(self.job.device), batch.mask)
         return logits
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ and these models are small enough that overlapping the sum with the backward pas
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -89,6 +89,8 @@ class Ranks:
         both = self.sum(torch.cat([counts, asked]))
         if both[-1] > 0:
             stop.request()
+            with suppress(KarmmaError):  # a rank that left at once would cut the others off mid-sum
+                self.sum(torch.zeros_like(asked))
         return both[:-1]
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.loader import LoaderSettings
 from karmma_pipeline.models.fusion import FusionSize
 
 
@@ -22,7 +23,11 @@ class Optimiser(Recipe):
 class TrainRecipe(Recipe):
     """What all trainings share."""
 
-    store: Path = Field(description="Feature store.", examples=["features/student"])
+    store: Path | tuple[Path, ...] = Field(
+        description="Feature store; several are trained on as one (clips meet by id).",
+        examples=["features/student"],
+    )
+    loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
     out: Path = Field(description="Run folder.", examples=["runs/student"])
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
     train_split: str = Field("train", description="Clips to learn from.")

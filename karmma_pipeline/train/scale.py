@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.train.screen import finite
 
@@ -13,7 +13,7 @@ _CLIPS, _AT_ONCE = 2048, 64
 """Clips over which the scale is measured, and how many of them are in memory at once."""
 
 
-def standardise(model: FusionModel, store: FeatureStore, clips: npt.NDArray[np.int64]) -> list[str]:
+def standardise(model: FusionModel, store: TokenSource, clips: npt.NDArray[np.int64]) -> list[str]:
     """Set the model's scale from (up to 2048, evenly spread) clips of the store.
 
     Clips whose features are not all finite do not count: one of them would spoil every other.
@@ -34,7 +34,7 @@ def standardise(model: FusionModel, store: FeatureStore, clips: npt.NDArray[np.i
 
 
 def _moments(
-    store: FeatureStore, modality: str, clips: npt.NDArray[np.int64]
+    store: TokenSource, modality: str, clips: npt.NDArray[np.int64]
 ) -> tuple[Tensor | None, Tensor | None, list[str]]:
     """Return mean and deviation over tokens, [width], in two passes that need little memory."""
     spoilt: list[str] = []

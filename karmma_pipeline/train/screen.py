@@ -14,7 +14,7 @@ from torch import Tensor
 
 from karmma_pipeline.data.loader import Batch
 from karmma_pipeline.data.masks import clip_keys, modality_mask
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.train.objective import UNKNOWN
 
 Found = dict[tuple[str, str], int]
@@ -38,7 +38,7 @@ class Screen:
     """
 
     def __init__(
-        self, store: FeatureStore, seed: int, p: float, known: Sequence[Sequence[str]] = ()
+        self, store: TokenSource, seed: int, p: float, known: Sequence[Sequence[str]] = ()
     ) -> None:
         self.store, self.seed, self.p = store, seed, p
         self.bad = torch.zeros(len(store), len(store.modalities), dtype=torch.bool)
@@ -57,7 +57,8 @@ class Screen:
 
     def find(self, batch: Batch) -> Found:
         """Return what is bad in a batch and not yet known."""
-        bad = ~finite({m: batch.tokens[m] for m in self.store.modalities}) & batch.present
+        stored = {m: batch.scales.get(m, batch.tokens[m]) for m in self.store.modalities}
+        bad = ~finite(stored) & batch.present
         bad &= ~self.bad[batch.clip_index]
         found: Found = {}
         for row, column in bad.nonzero().tolist():
@@ -80,15 +81,3 @@ class Screen:
         empty = ~present.any(dim=1)
         labels = {h: of.masked_fill(empty, UNKNOWN) for h, of in batch.labels.items()}
         return replace(batch, present=present, mask=mask, labels=labels)
-
-
-def part(batch: Batch, rows: slice) -> Batch:
-    """Return some clips of a batch."""
-    return replace(
-        batch,
-        tokens={m: t[rows] for m, t in batch.tokens.items()},
-        present=batch.present[rows],
-        mask=batch.mask[rows],
-        labels={h: of[rows] for h, of in batch.labels.items()},
-        clip_index=batch.clip_index[rows],
-    )

@@ -10,7 +10,8 @@ import torch
 
 from karmma_pipeline.data.loader import FeatureLoader
 from karmma_pipeline.data.masks import clip_keys
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.opening import open_source
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.errors import CheckpointError, KarmmaError, ManifestError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
@@ -76,7 +77,8 @@ def _resume_or_start(
 def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
     """Return the report of a run that needs neither its store nor its teacher any more."""
     try:
-        sources = {"store": FeatureStore.open(recipe.store).digest}
+        where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
+        sources = {"store": open_source(recipe.store, where_it_lies, torch.device("cpu")).digest}
     except StoreError:
         sources = {}
     _check_sources(recipe, state, sources)
@@ -107,7 +109,7 @@ def _train(
     ranks: Ranks,
     stop: StopFlag,
 ) -> TrainReport:
-    store = FeatureStore.open(recipe.store)
+    store = open_source(recipe.store, recipe.loader, device, stop)
     train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
     tablings = _tablings(recipe, store, train)
     sources = {"store": store.digest}
@@ -132,7 +134,7 @@ def _train(
     return Trainer(job, state).fit(objective, stop)
 
 
-def _card(recipe: TrainRecipe, kind: Kind, store: FeatureStore) -> ModelCard:
+def _card(recipe: TrainRecipe, kind: Kind, store: TokenSource) -> ModelCard:
     return ModelCard(
         kind=kind,
         name=recipe.name or recipe.out.name,
@@ -147,7 +149,7 @@ def _card(recipe: TrainRecipe, kind: Kind, store: FeatureStore) -> ModelCard:
 
 def _loaders(
     recipe: TrainRecipe,
-    store: FeatureStore,
+    store: TokenSource,
     train: np.ndarray,
     val: np.ndarray,
     device: torch.device,
@@ -162,6 +164,8 @@ def _loaders(
         "rank": ranks.rank,
         "world_size": ranks.size,
         "pin": device.type == "cuda",
+        "threads": recipe.loader.threads,
+        "ahead": recipe.loader.ahead,
     }
     return (
         FeatureLoader(
@@ -178,7 +182,7 @@ def _loaders(
     )
 
 
-def _tablings(recipe: TrainRecipe, store: FeatureStore, clips: np.ndarray) -> list[Tabling]:
+def _tablings(recipe: TrainRecipe, store: TokenSource, clips: np.ndarray) -> list[Tabling]:
     if not isinstance(recipe, DistillRecipe):
         return []
     stores = recipe.teacher_store * (len(recipe.teacher) // len(recipe.teacher_store))
@@ -205,7 +209,7 @@ def _teachers(
     )
 
 
-def _clips(store: FeatureStore, split: str) -> np.ndarray:
+def _clips(store: TokenSource, split: str) -> np.ndarray:
     """Return the clips of a split that have at least one modality."""
     in_split = store.split == split
     if not in_split.any():
@@ -220,7 +224,7 @@ def _clips(store: FeatureStore, split: str) -> np.ndarray:
     return clips
 
 
-def describe(store: FeatureStore, split: str, clips: np.ndarray) -> str:
+def describe(store: TokenSource, split: str, clips: np.ndarray) -> str:
     """Say how many clips of a split have what, and why the others do not."""
     reasons = np.asarray(store.reasons)[store.split == split]
     parts = []

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import FeatureStore, TokenSource
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import subsets
@@ -93,7 +93,7 @@ class Tabling:
         self,
         teacher: Path,
         teacher_store: Path,
-        student: FeatureStore,
+        student: TokenSource,
         clips: npt.NDArray[np.int64],
     ) -> None:
         self.teacher, self.student, self.clips = teacher, student, clips
@@ -206,7 +206,7 @@ def _ask(
     valid = torch.zeros(len(places), 2 ** len(modalities), dtype=torch.bool)
     done = 0
     for batch in FeatureLoader(store, places, _BATCH).epoch(0):
-        tokens = {m: batch.tokens[m].to(device) for m in store.modalities}
+        tokens = batch.tokens_on(device)
         present = batch.present & finite(tokens)
         rows = slice(done, done + len(batch.clip_index))
         for subset in subsets(modalities):
@@ -238,7 +238,7 @@ def _whole(folder: Path, number: int) -> bool:
 
 
 def _join(
-    student: FeatureStore, teacher: FeatureStore, clips: npt.NDArray[np.int64]
+    student: TokenSource, teacher: FeatureStore, clips: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return the places of the student's clips in the teacher's store, met by clip id."""
     place = {clip_id: i for i, clip_id in enumerate(teacher.clip_ids.tolist())}

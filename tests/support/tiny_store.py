@@ -13,6 +13,7 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
+from karmma_pipeline.data.store.spec import Dtype
 from karmma_pipeline.modalities import Reason
 
 VERBS, NOUNS = 4, 3
@@ -27,6 +28,7 @@ def write_store(
     heads: dict[str, tuple[str, ...]] | None = None,
     label: int | None = None,
     absent: Collection[tuple[str, str]] = (),
+    dtype: Dtype = "float16",
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
 
@@ -35,7 +37,9 @@ def write_store(
     """
     spec = StoreSpec(
         modalities={
-            m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
+            m: ModalitySpec(
+                tokens=n, width=width, dtype=dtype, provenance={"backbone": "synthetic"}
+            )
             for m, n in (("rgb", 3), ("flow", 2), ("audio", 2))
         },
         heads=heads
