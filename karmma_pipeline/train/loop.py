@@ -106,8 +106,8 @@ class Trainer:
         self.model.train()
         for loaded in clock.timed(self.job.train.epoch(progress.epoch, progress.batch)):
             batch = self.screen.apply(loaded, progress.epoch)
-            counts = self.job.ranks.agree_to_stop(stop, objective.counts(batch))
-            if stop.requested:
+            stopping, counts = self.job.ranks.agree_to_stop(stop, objective.counts(batch))
+            if stopping:
                 self._save()
                 stop.check(f"epoch {progress.epoch + 1}, step {progress.batch} is saved")
             progress.loss_sum += self._step(objective, batch, counts)

@@ -79,19 +79,21 @@ class Ranks:
                 dist.all_gather_object(found, value)
         return found
 
-    def agree_to_stop(self, stop: StopFlag, counts: Tensor | None = None) -> Tensor:
-        """Sum counts over ranks; if any rank was asked to stop, all are from here on.
+    def agree_to_stop(self, stop: StopFlag, counts: Tensor | None = None) -> tuple[bool, Tensor]:
+        """Return whether all ranks stop here, because any was asked to, and counts summed.
 
-        One call carries both, so agreeing costs nothing extra.
+        One call carries both, so agreeing costs nothing extra. A rank must go by the answer, not
+        by its own flag: a signal that comes after the call is heard at the next one.
         """
         counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts
         asked = counts.new_tensor([float(stop.requested)])
         both = self.sum(torch.cat([counts, asked]))
-        if both[-1] > 0:
+        agreed = bool(both[-1] > 0)
+        if agreed:
             stop.request()
             with suppress(KarmmaError):  # a rank that left at once would cut the others off mid-sum
                 self.sum(torch.zeros_like(asked))
-        return both[:-1]
+        return agreed, both[:-1]
 
 
 @contextmanager

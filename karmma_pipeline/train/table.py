@@ -140,8 +140,9 @@ class Tabling:
         missing = [c for c in chunks if c % ranks.size == ranks.rank and not _whole(folder, c)]
         if missing:
             self._compute(folder, missing, device, ranks, stop)
-        ranks.agree_to_stop(stop)
-        stop.check(f"the chunks of {folder} that are done are kept")
+        stopping, _ = ranks.agree_to_stop(stop)
+        if stopping:
+            stop.check(f"the chunks of {folder} that are done are kept")
         parts = [load(bytes(sealed.read(_chunk(folder, c)))) for c in chunks]
         row_of_clip = torch.full((len(self.student),), -1)
         row_of_clip[torch.from_numpy(self.clips)] = torch.arange(len(self.clips))
