@@ -24,13 +24,33 @@ class Sampling(Recipe):
         description="What mode fps does with a clip shorter than T frames. repeat_last: start at\n"
         "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
     )
+    tolerance_s: float = Field(
+        0.5,
+        ge=0,
+        description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
+        "reach out of its file; beyond, the modality is absent: time_off or out_of_range.",
+    )
 
 
 class Flow(Recipe):
-    """Optical flow between the frames at t and t + gap_s, at the network's input size."""
+    """Optical flow between the frames at t and t + gap_s, in px of the network's input.
 
-    source: Literal["dis"] = Field("dis", description="dis: OpenCV's DIS, on the CPU.")
+    A data set's own u and v pictures are taken as they are and brought to this scale.
+    """
+
+    source: Literal["dis", "raft_small", "raft_large"] = Field(
+        "dis",
+        description="How motion is computed where the data set brings none. dis: OpenCV's DIS, on\n"
+        "the CPU; raft_*: torchvision's networks, on the device of the backbones.",
+    )
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
+    weights: str = Field(
+        "DEFAULT",
+        description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
+        "or random:SEED.",
+    )
+    updates: int = Field(12, gt=0, description="RAFT: refinements; the last one counts.")
+    pairs_at_once: int = Field(16, gt=0, description="RAFT: pairs that go through it at once.")
     gap_s: float = Field(
         1 / 15,
         gt=0,

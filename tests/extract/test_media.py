@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import RATE, Maker, read_counter
 
-from karmma_pipeline.extract.media import MediaFaultError, MediaFile
+from karmma_pipeline.extract.faults import MediaFaultError
+from karmma_pipeline.extract.media import MediaFile
 from karmma_pipeline.modalities import Reason
 
 
@@ -112,7 +113,7 @@ def test_a_playlist_does_not_open_other_files(
 ) -> None:
     make_video("secret.mp4")
     (tmp_path / "list.mp4").write_text(playlist)
-    assert reasons(tmp_path / "list.mp4") == (Reason.DECODE_ERROR, Reason.DECODE_ERROR)
+    assert reasons(tmp_path / "list.mp4") == (Reason.REFUSED, Reason.REFUSED)
 
 
 @pytest.mark.parametrize("name", ["-rf.mp4", "a:b.mp4", "with space.mp4", "ü.mp4"])

@@ -8,7 +8,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings
 
 
-def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
+def misbehave(clips: list[Clip], settings: Settings, decoder: str = "decord") -> list[Decoded]:
     """Run in a worker process; what happens depends on the clip's id."""
     for clip in clips:
         if clip.clip_id == "hang":
