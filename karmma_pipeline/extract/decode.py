@@ -20,7 +20,7 @@ from karmma_pipeline.extract.plan import Pictures, Plan, clamped, clip_span, pla
 from karmma_pipeline.extract.readers import Readers, sound_reader, video_reader
 from karmma_pipeline.extract.recipe import Audio, ExtractRecipe, Flow, Sampling
 from karmma_pipeline.extract.sampling import Times, sample_times
-from karmma_pipeline.extract.spectrogram import mel_image
+from karmma_pipeline.extract.spectrogram import longest_s, mel_image
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
 
@@ -190,7 +190,8 @@ def _audio(
         centres = sample_times(settings.sampling, start, stop, spec.frames)
         length = audio.frame_s
     else:
-        centres, length = np.array([(start + stop) / 2]), audio.window_s or stop - start
+        centres = np.array([(start + stop) / 2])
+        length = min(audio.window_s or stop - start, longest_s(audio))
     first, last = centres - length / 2, centres + length / 2
     heard = (last > track_start) & (first < track_stop)
     if not heard.any():
@@ -203,4 +204,4 @@ def _audio(
     decoded.times[spec] = np.stack([centres, centres])
     decoded.padded += int(((first < track_start) | (last > track_stop)).sum())
     decoded.audio_rate = sound.audio_rate
-    decoded.decoders["audio"] = sound.audio_decoder(rate)
+    decoded.decoders["audio"] = sound.audio_decoder

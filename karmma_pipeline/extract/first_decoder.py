@@ -75,19 +75,3 @@ class DecordVideo:
     def close(self) -> None:
         """Let go of the file."""
         del self._reader
-
-
-def decord_track(path: Path, rate: int) -> npt.NDArray[np.float32]:
-    """Return the default sound track, mono [S] at ``rate`` Hz (FFmpeg 4's libswresample).
-
-    Raises:
-        MediaFaultError: decord cannot read it.
-    """
-    try:
-        reader = decord.AudioReader(
-            str(path.absolute()), ctx=decord.cpu(), sample_rate=rate, mono=True
-        )
-        track: npt.NDArray[np.float32] = reader[:].asnumpy()[0]
-    except _ERRORS as error:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {first_line(error)}") from None
-    return track

@@ -1,7 +1,8 @@
 """Reads frames and sound of a media file at real times, on one clock for both.
 
-The clock is a player's: zero where the first stream of the file starts. decord reads what it
-reads well; PyAV the rest (other streams, formats without an index, what decord refuses).
+The clock is a player's: zero where the first stream of the file starts. decord reads the
+pictures that it reads well; PyAV the rest (sound, other streams, formats without an index, what
+decord refuses).
 T frames, S audio samples.
 """
 
@@ -16,14 +17,14 @@ import numpy.typing as npt
 from karmma_pipeline.extract import container
 from karmma_pipeline.extract.container import Probe, StreamFacts
 from karmma_pipeline.extract.faults import MediaFaultError
-from karmma_pipeline.extract.first_decoder import DecordVideo, decord_track
+from karmma_pipeline.extract.first_decoder import DecordVideo
 from karmma_pipeline.extract.sampling import ROUNDING_S, Numbers, Times, covering
-from karmma_pipeline.extract.second_decoder import PyavVideo, Span, pyav_track
+from karmma_pipeline.extract.second_decoder import PyavVideo
+from karmma_pipeline.extract.track import Sound, Span, cut, read_track
 from karmma_pipeline.modalities import Reason
 
 Decoder = Literal["decord", "pyav"]
 Frames = npt.NDArray[np.uint8]
-Sound = npt.NDArray[np.float32]
 
 
 class MediaFile:
@@ -77,6 +78,8 @@ class MediaFile:
     def frame_starts(self) -> Times:
         """Start of every frame, seconds [frames]."""
         return self._video.starts
+
+    audio_decoder = "pyav"
 
     @property
     def audio_rate(self) -> int | None:
@@ -138,20 +141,16 @@ class MediaFile:
         Raises:
             MediaFaultError: no such stream, or it cannot be decoded there.
         """
-        track, damaged, _ = self._track(rate)
+        track, damaged = self._track(rate)
         delay = self._facts("audio").delay_s
         if any(start_s < b + delay and stop_s > a + delay for a, b in damaged):
             raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: damaged at {start_s:.2f} s")
         return cut(track, start_s - delay, stop_s - start_s, rate)
 
-    def audio_decoder(self, rate: int) -> str:
-        """Return which decoder read the sound."""
-        return self._track(rate)[2]
-
-    def _track(self, rate: int) -> tuple[Sound, tuple[Span, ...], str]:
+    def _track(self, rate: int) -> tuple[Sound, tuple[Span, ...]]:
         facts, status = self._facts("audio"), self.path.stat()
         key = (status.st_size, status.st_mtime_ns)
-        return _whole_track(self.path, facts, rate, self._decoder, key)
+        return _whole_track(self.path, facts, rate, key)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -161,24 +160,8 @@ class MediaFile:
                 video.close()
 
 
-def cut(track: Sound, start_s: float, length_s: float, rate: int) -> Sound:
-    """Return a window of a track [S], with silence where the track does not reach."""
-    first, count = round(start_s * rate), max(1, round(length_s * rate))
-    window = np.zeros(count, np.float32)
-    low, high = max(first, 0), min(first + count, len(track))
-    if high > low:
-        window[low - first : high - first] = track[low:high]
-    return window
-
-
 @lru_cache(maxsize=1)  # tasks of one video follow one another, each with some of its clips
 def _whole_track(
-    path: Path, facts: StreamFacts, rate: int, decoder: Decoder, key: tuple[int, int]
-) -> tuple[Sound, tuple[Span, ...], str]:
-    if decoder == "decord" and facts.default:
-        try:
-            return decord_track(path, rate), (), "decord"
-        except MediaFaultError:
-            pass
-    track, damaged = pyav_track(path, facts, rate)
-    return track, tuple(damaged), "pyav"
+    path: Path, facts: StreamFacts, rate: int, _key: tuple[int, int]
+) -> tuple[Sound, tuple[Span, ...]]:
+    return read_track(path, facts, rate)

@@ -16,7 +16,7 @@ from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.raft import Raft
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.extract.sampling import PAIRS, ROUNDING_S
-from karmma_pipeline.extract.sound_array import RESAMPLING
+from karmma_pipeline.extract.track import RESAMPLING
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 

@@ -7,8 +7,9 @@ from typing import Protocol, Self
 from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extract.faults import MediaFaultError
 from karmma_pipeline.extract.frames import FrameFiles
-from karmma_pipeline.extract.media import Decoder, MediaFile, Sound
+from karmma_pipeline.extract.media import Decoder, MediaFile
 from karmma_pipeline.extract.sound_array import SoundFile
+from karmma_pipeline.extract.track import Sound
 from karmma_pipeline.modalities import Reason
 
 Reader = MediaFile | FrameFiles | SoundFile
@@ -19,13 +20,11 @@ class SoundReader(Protocol):
     """What has sound: a `MediaFile` or a `SoundFile`."""
 
     path: Path
+    audio_decoder: str
 
     @property
     def audio_rate(self) -> int | None:
         """The track's own rate, Hz."""
-
-    def audio_decoder(self, rate: int) -> str:
-        """Return what reads it."""
 
     def sound_span(self, rate: int) -> tuple[float, float]:
         """Return where it starts and ends, seconds."""

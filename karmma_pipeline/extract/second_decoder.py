@@ -21,13 +21,9 @@ from karmma_pipeline.extract.sampling import Numbers, Times
 from karmma_pipeline.modalities import Reason
 
 Picture = npt.NDArray[np.uint8]
-Sound = npt.NDArray[np.float32]
-Span = tuple[float, float]
 _Shown = tuple[int, Any, bool]
 """Number, frame, and whether no damage can have touched it."""
 
-_GAP_S = 0.05
-"""A hole in a sound track that is longer is silence; a shorter one is rounding of time stamps."""
 
 _ALONE_S = 0.04
 """How long the only frame of a video counts as shown if the file does not say."""
@@ -117,7 +113,7 @@ class PyavVideo:
         """Decode from a key frame on."""
         container, stream = self._reopened(key)
         sound = True
-        for packet in _until_end(container.demux(stream)):
+        for packet in until_end(container.demux(stream)):
             try:
                 frames = packet.decode()
             except (av.error.FFmpegError, ValueError):
@@ -152,13 +148,13 @@ class PyavVideo:
 
 def _packets(stream: Any, container: Any) -> Iterator[tuple[int, int, bool]]:
     """Yield time stamp, duration and key flag of every packet that makes a picture."""
-    for packet in _until_end(container.demux(stream)):
+    for packet in until_end(container.demux(stream)):
         pts = packet.pts if packet.pts is not None else packet.dts
         if packet.size and pts is not None and not packet.is_corrupt and not packet.is_discard:
             yield pts, packet.duration or 0, packet.is_keyframe
 
 
-def _until_end(packets: Iterator[Any]) -> Iterator[Any]:
+def until_end(packets: Iterator[Any]) -> Iterator[Any]:
     """Yield packets up to where the file is cut or unreadable."""
     while True:
         try:
@@ -173,50 +169,3 @@ def _turned(frame: Any) -> Picture:
     if frame.rotation % 360:
         picture = np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
     return picture
-
-
-def pyav_track(path: Path, facts: StreamFacts, rate: int) -> tuple[Sound, list[Span]]:
-    """Return a sound track, mono [S] at ``rate`` Hz (libswresample), and its damaged spans.
-
-    Spans are seconds from the track's start; there the track is silent.
-
-    Raises:
-        MediaFaultError: no sound in it can be read.
-    """
-    pieces: list[Sound] = []
-    damaged: list[Span] = []
-    with open_container(path) as container:
-        stream = container.streams[facts.index]
-        resampler: Any = None
-        length, heard_s = 0, 0.0
-        zero_s = max(0.0, facts.first_s)
-        for packet in _until_end(container.demux(stream)):
-            try:
-                frames = packet.decode()
-            except (av.error.FFmpegError, ValueError):
-                at = float((packet.pts or 0) * packet.time_base) - zero_s
-                damaged.append((at, at + float((packet.duration or 0) * packet.time_base)))
-                continue
-            for frame in frames:
-                start_s = heard_s if frame.time is None else frame.time - zero_s
-                if resampler is None or start_s > heard_s + _GAP_S:
-                    length += _add(pieces, _resampled(resampler, None) if resampler else [])
-                    hole = max(0, round(start_s * rate) - length)
-                    length += _add(pieces, [np.zeros(hole, np.float32)])
-                    resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-                length += _add(pieces, _resampled(resampler, frame))
-                heard_s = start_s + frame.samples / frame.sample_rate
-        if resampler is not None:
-            pieces += _resampled(resampler, None)
-    if not any(map(len, pieces)):
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no sound in its track")
-    return np.concatenate(pieces), damaged
-
-
-def _add(pieces: list[Sound], new: list[Sound]) -> int:
-    pieces += new
-    return sum(map(len, new))
-
-
-def _resampled(resampler: Any, frame: Any) -> list[Sound]:
-    return [piece.to_ndarray()[0] for piece in chain(resampler.resample(frame))]

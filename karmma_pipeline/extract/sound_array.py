@@ -7,24 +7,19 @@ from functools import lru_cache
 from typing import Any
 
 import h5py
-import librosa
 import numpy as np
+import soxr
 
 from karmma_pipeline.data.sources import SoundArray
 from karmma_pipeline.extract.faults import MediaFaultError, first_line
-from karmma_pipeline.extract.media import Sound, cut
+from karmma_pipeline.extract.track import LONGEST_S, QUALITY, Sound, as_float, cut
 from karmma_pipeline.modalities import Reason
-
-_QUALITY = "soxr_hq"
-RESAMPLING = f"libswresample for files, librosa {_QUALITY} for HDF5; channels are averaged"
-"""How tracks are brought to the rate of the recipe."""
-
-_LONGEST_S = 48 * 3600
-"""Seconds of sound beyond which a dataset's shape is absurd."""
 
 
 class SoundFile:
     """One track; read by windows, or as a whole where it must be resampled."""
+
+    audio_decoder = "h5py"
 
     def __init__(self, source: SoundArray) -> None:
         self.source, self.path = source, source.path
@@ -33,10 +28,6 @@ class SoundFile:
     def audio_rate(self) -> int:
         """The track's own rate, Hz."""
         return self.source.rate
-
-    def audio_decoder(self, rate: int) -> str:
-        """Return what reads it."""
-        return "h5py"
 
     def sound_span(self, rate: int) -> tuple[float, float]:
         """Return where the track starts and ends, seconds."""
@@ -69,7 +60,7 @@ class SoundFile:
                 track = _dataset(file, source)
                 if high is None:
                     return len(track)
-                return _as_float(track[low:high])
+                return _samples(track[low:high])
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise MediaFaultError(
                 Reason.DECODE_ERROR, f"{source.path}: {first_line(error)}"
@@ -94,28 +85,21 @@ def _dataset(file: h5py.File, source: SoundArray) -> h5py.Dataset:
         raise MediaFaultError(Reason.REFUSED, f"{where}: kept in another file")
     if at.ndim != 1 or at.dtype.kind not in "iuf" or at.dtype.itemsize > 8:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {at.shape} {at.dtype}, not samples")
-    if len(at) > _LONGEST_S * source.rate:
+    if len(at) > LONGEST_S * source.rate:
         raise MediaFaultError(Reason.REFUSED, f"{where}: {len(at)} samples")
     if at.chunks and at.chunks[0] * at.dtype.itemsize > 1 << 30:
         raise MediaFaultError(Reason.REFUSED, f"{where}: chunks of {at.chunks[0]} samples")
     return at
 
 
-def _as_float(samples: Any) -> Sound:
-    if samples.dtype.kind == "f":
-        found = samples.astype(np.float32)
-        if not np.isfinite(found).all():
-            raise ValueError("NaN or infinity in the samples")
-        return found
-    full = np.iinfo(samples.dtype)
-    zero = 0 if samples.dtype.kind == "i" else (full.max + 1) / 2
-    return ((samples - zero) / (full.max + 1 - zero)).astype(np.float32)
+def _samples(samples: Any) -> Sound:
+    found = as_float(samples)
+    if not np.isfinite(found).all():
+        raise ValueError("NaN or infinity in the samples")
+    return found
 
 
 @lru_cache(maxsize=1)
 def _resampled(source: SoundArray, rate: int, _key: tuple[int, int] | None) -> Sound:
-    track = SoundFile(source)._read(0, _LONGEST_S * source.rate)
-    return np.asarray(
-        librosa.resample(track, orig_sr=source.rate, target_sr=rate, res_type=_QUALITY),
-        np.float32,
-    )
+    track = SoundFile(source)._read(0, LONGEST_S * source.rate)
+    return np.asarray(soxr.resample(track, source.rate, rate, quality=QUALITY), np.float32)
