@@ -73,7 +73,7 @@ def probe(path: Path, stream: int | None = None) -> Probe:
         best = {kind: container.streams.best(kind) for kind in ("video", "audio")}
         chosen = dict(best)
         if stream is not None:
-            if stream >= len(container.streams):
+            if not 0 <= stream < len(container.streams):
                 raise MediaFaultError(Reason.NO_STREAM, f"{path}: no stream {stream}")
             chosen[container.streams[stream].type] = container.streams[stream]
         video = chosen["video"]

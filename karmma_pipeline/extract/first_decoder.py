@@ -14,7 +14,7 @@ import decord  # isort: skip
 
 from karmma_pipeline.extract.container import StreamFacts
 from karmma_pipeline.extract.faults import MediaFaultError, first_line
-from karmma_pipeline.extract.sampling import Numbers, Times
+from karmma_pipeline.extract.sampling import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 _AT_ONCE = 16
@@ -53,7 +53,7 @@ class DecordVideo:
         if not len(spans) or not (np.abs(spans) < _LONGEST_S).all():
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame, or no time stamps")
         self.starts: Times = np.maximum.accumulate(spans[:, 0]) + facts.delay_s
-        self.stop_s = float(spans[:, 1].max()) + facts.delay_s
+        self.stop_s = end_of(self.starts, float(spans[-1, 1] - spans[-1, 0]))
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """Yield frames by ascending number, uint8 [H, W, 3] in RGB, turned as their file says.

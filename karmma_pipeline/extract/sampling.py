@@ -12,6 +12,9 @@ ROUNDING_S = 5e-4
 """A frame counts as shown from this much before its start: decord's times are float32, and an
 annotation that names a frame's own start must get that frame."""
 
+_ALONE_S = 0.04
+"""How long the only frame of a video counts as shown if the file does not say."""
+
 PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip; scaled to gap_s"
 """The rule of `partners` in words, as stores record it."""
 
@@ -36,6 +39,12 @@ def covering(starts: Times, times: Times) -> Numbers:
     """
     found = np.searchsorted(starts, times, side="right") - 1
     return np.clip(found, 0, len(starts) - 1).astype(np.int64)
+
+
+def end_of(starts: Times, last_s: float) -> float:
+    """Return when the last frame ends: after its own duration, or the usual one if longer."""
+    usual = float(np.median(np.diff(starts))) if len(starts) > 1 else _ALONE_S
+    return float(starts[-1]) + max(last_s, usual)
 
 
 def partners(starts: Times, first: Numbers, gap_s: float) -> tuple[Numbers, Numbers]:

@@ -17,16 +17,12 @@ import numpy.typing as npt
 
 from karmma_pipeline.extract.container import StreamFacts, open_container
 from karmma_pipeline.extract.faults import MediaFaultError
-from karmma_pipeline.extract.sampling import Numbers, Times
+from karmma_pipeline.extract.sampling import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 Picture = npt.NDArray[np.uint8]
 _Shown = tuple[int, Any, bool]
 """Number, frame, and whether no damage can have touched it."""
-
-
-_ALONE_S = 0.04
-"""How long the only frame of a video counts as shown if the file does not say."""
 
 
 class PyavVideo:
@@ -56,8 +52,7 @@ class PyavVideo:
         base = float(self._container.streams[self._index].time_base or 0)
         times = np.asarray(self._pts * base, np.float64)
         self.starts: Times = times - facts.first_s + facts.delay_s
-        step = float(np.median(np.diff(times))) if rows[1:] else _ALONE_S
-        self.stop_s = float(self.starts[-1]) + max(rows[-1][1] * base, step)
+        self.stop_s = end_of(self.starts, rows[-1][1] * base)
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Picture]]:
         """Yield frames by ascending number, uint8 [H, W, 3] in RGB, turned as their file says.
@@ -112,20 +107,19 @@ class PyavVideo:
     def _forward(self, key: int) -> Iterator[_Shown]:
         """Decode from a key frame on."""
         container, stream = self._reopened(key)
-        sound = True
+        damage = _Damage()
         for packet in until_end(container.demux(stream)):
+            damage.pass_on(packet)
             try:
-                frames = packet.decode()
+                frames = [] if packet.is_corrupt else packet.decode()
             except (av.error.FFmpegError, ValueError):
-                sound = False
-                continue
+                frames = []
+                damage.starts(packet)
             for frame in frames:
                 frame.pts = frame.pts if frame.pts is not None else frame.dts
-                if frame.key_frame:
-                    sound = True
                 number = self._number.get(frame.pts)
                 if number is not None:
-                    yield number, frame, sound and not frame.is_corrupt
+                    yield number, frame, not (frame.is_corrupt or frame.pts in damage.touched)
 
     def _reopened(self, key: int) -> tuple[Any, Any]:
         container, stream = self._container, self._container.streams[self._index]
@@ -144,6 +138,40 @@ class PyavVideo:
     def close(self) -> None:
         """Let go of the file."""
         self._container.close()
+
+
+class _Damage:
+    """Which frames a damaged packet may have touched: all up to the next key frame.
+
+    Attributes:
+        touched: their time stamps.
+    """
+
+    def __init__(self) -> None:
+        self.touched: set[int] = set()
+        self._open = False
+        self._leading: int | None = None
+
+    def starts(self, packet: Any) -> None:
+        """Take note of a packet that cannot be decoded."""
+        self._open = True
+        self.touched.add(_pts(packet))
+
+    def pass_on(self, packet: Any) -> None:
+        """Let a packet inherit the damage before it."""
+        if packet.is_keyframe and packet.size:
+            # What is shown before this key frame may still build on what came before it.
+            self._leading = _pts(packet) if self._open else None
+            self._open = False
+        if packet.is_corrupt:
+            self.starts(packet)
+        if self._open or (self._leading is not None and _pts(packet) < self._leading):
+            self.touched.add(_pts(packet))
+
+
+def _pts(packet: Any) -> int:
+    stamp = packet.pts if packet.pts is not None else packet.dts
+    return 0 if stamp is None else int(stamp)
 
 
 def _packets(stream: Any, container: Any) -> Iterator[tuple[int, int, bool]]:

@@ -53,21 +53,22 @@ def write_video(
 ) -> Path:
     """Write pictures at ``times`` or ``fps``: a counter, or a texture that moves to the right."""
     shown = np.arange(round(seconds * fps)) / fps if times is None else np.asarray(times)
+    clock = CLOCK if codec.startswith("lib") else 25  # older codecs count frames
     options = {"movflags": "faststart"} if index_first else {}
     with av.open(str(path), "w", options=options) as container:
         stream = track = None
         if video:
             stream = container.add_stream(codec, rate=25)
             stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
-            stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK)
+            stream.time_base = stream.codec_context.time_base = Fraction(1, clock)
         if sound:
             track = container.add_stream("aac", rate=RATE, layout="mono")
         if stream is not None:
             for number, t in enumerate(shown):
                 picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts = round((t + video_delay_s) * CLOCK)
-                frame.time_base = Fraction(1, CLOCK)
+                frame.pts = round((t + video_delay_s) * clock)
+                frame.time_base = Fraction(1, clock)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         if track is not None:
