@@ -119,7 +119,7 @@ def test_a_named_stream_is_read_instead_of_the_default(make_video: Maker, tmp_pa
     path = tmp_path / "two.mp4"
     with av.open(str(path), "w") as out:
         inputs = [av.open(str(part)) for part in parts]
-        streams = [out.add_stream_from_template(one.streams.video[0]) for one in inputs]
+        streams: list[Any] = [out.add_stream_from_template(one.streams.video[0]) for one in inputs]
         for one, stream in zip(inputs, streams, strict=True):
             for packet in one.demux(video=0):
                 if packet.size:
@@ -127,7 +127,7 @@ def test_a_named_stream_is_read_instead_of_the_default(make_video: Maker, tmp_pa
                     out.mux(packet)
             one.close()
     assert [round(MediaFile(path, stream=n).stop_s) for n in (0, 1)] == [2, 4]
-    for stream in (7, -1):
+    for number in (7, -1):
         with pytest.raises(MediaFaultError) as caught:
-            _ = MediaFile(path, stream=stream).stop_s
+            _ = MediaFile(path, stream=number).stop_s
         assert caught.value.reason is Reason.NO_STREAM

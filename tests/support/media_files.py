@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -56,7 +57,8 @@ def write_video(
     clock = CLOCK if codec.startswith("lib") else 25  # older codecs count frames
     options = {"movflags": "faststart"} if index_first else {}
     with av.open(str(path), "w", options=options) as container:
-        stream = track = None
+        stream: Any = None
+        track = None
         if video:
             stream = container.add_stream(codec, rate=25)
             stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
@@ -86,7 +88,7 @@ def write_video(
 def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
     """Write many tiny pictures fast: the number is 17 bright or dark columns of 4 px."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream: Any = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 4 * LONG_BITS + 12, 16, "yuv420p"
         stream.gop_size, stream.bit_rate = 120, 200_000
         count = int(minutes * 60 * rate)
