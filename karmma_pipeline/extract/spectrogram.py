@@ -98,12 +98,13 @@ _FRONT_ENDS: dict[str, Callable[[Audio, Sound], Image]] = {
 
 
 def _stft(settings: Audio, sound: Sound) -> npt.NDArray[np.complex64]:
+    """Return the transform with windows centred on the hops, silence around the sound."""
     return librosa.stft(
-        sound,
+        np.pad(sound, settings.n_fft // 2),  # librosa's own padding warns of short sound
         n_fft=settings.n_fft,
         win_length=settings.win_length,
         hop_length=settings.hop_length,
-        pad_mode="constant",
+        center=False,
     )
 
 
