@@ -1,0 +1,57 @@
+"""Index of Something-Else annotation files: where in the file each video's entry lies.
+
+The files hold gigabytes of JSON, one object of video id to a list of frames. They are scanned
+once, by the process that lists the clips; whoever reads a clip then reads only its entry.
+"""
+
+import mmap
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from karmma_pipeline.data.sources import BoxSource
+from karmma_pipeline.errors import ManifestError
+
+_ENTRY = re.compile(rb'"([0-9]{1,9})"\s*:\s*(?=\[)')
+"""How a video's entry begins: inside of one no key is a number. Quotes in texts are escaped."""
+
+
+def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:
+    """Return the box source of every video in the files.
+
+    Raises:
+        ManifestError: a file cannot be read or has no such entries, or two have the same.
+    """
+    found: dict[str, BoxSource] = {}
+    for path in paths:
+        entries = _scan(path)
+        if not entries:
+            raise ManifestError(
+                f"{path}: no Something-Else annotation file: no entry of the form "
+                '"VIDEO ID": [frames].'
+            )
+        twice = sorted(found.keys() & entries.keys())
+        if twice:
+            other = found[twice[0]].path
+            raise ManifestError(f"{path}: video {twice[0]} is annotated in {other} too.")
+        found |= entries
+    return found
+
+
+def _scan(path: Path) -> dict[str, BoxSource]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            begins = [(m.group(1).decode(), m.start(), m.end()) for m in _ENTRY.finditer(data)]
+            size = len(data)
+    except OSError as error:
+        raise ManifestError(f"{path}: the boxes cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise ManifestError(f"{path}: the file of boxes is empty.") from None
+    ends = [start for _, start, _ in begins[1:]] + [size]
+    entries = {
+        video: BoxSource(path, video, (start, end))
+        for (video, _, start), end in zip(begins, ends, strict=True)
+    }
+    if len(entries) < len(begins):
+        raise ManifestError(f"{path}: a video is annotated twice.")
+    return entries
