@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.data.sources import FileSource, Source
+from karmma_pipeline.data.sources import BoxSource, FileSource, Source
+from karmma_pipeline.extract.boxes import read_boxes
 from karmma_pipeline.extract.flow import as_pictures, dis_flow
 from karmma_pipeline.extract.media import MediaFaultError, MediaFile
 from karmma_pipeline.extract.recipe import Audio, ExtractRecipe, Flow, Sampling
@@ -21,6 +22,7 @@ from karmma_pipeline.extract.sampling import Times, partners, sample_times
 from karmma_pipeline.extract.spectrogram import mel_image
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
+from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class InputSpec:
     """What a network wants of a clip; networks with equal wants share one array.
 
     Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
-    [T, h, w] for audio.
+    [T, h, w] for audio; float32 [T, slots, numbers] for boxes.
     """
 
     modality: str
@@ -49,6 +51,8 @@ def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
     Raises:
         ConfigError: an image network for rgb or flow, or one without its image size.
     """
+    if choice.architecture.kind == "boxes":
+        return InputSpec(modality, choice.frame_count, None, (SLOTS, NUMBERS), per_frame=True)
     video = choice.architecture.kind == "video"
     height, width = choice.input_shape[-2:]
     if modality == "audio":
@@ -107,13 +111,21 @@ def decode_clips(clips: list[Clip], settings: Settings) -> list[Decoded]:
 
 def _decode(clip: Clip, settings: Settings, media: dict[Path, MediaFile]) -> Decoded:
     decoded = Decoded(clip.clip_id)
-    files = {m: _open(source, media) for m, source in clip.media.items()}
+    files = {
+        m: _open(source, media)
+        for m, source in clip.media.items()
+        if not isinstance(source, BoxSource)
+    }
     plans: dict[InputSpec, _Plan] = {}
     for spec in settings.inputs:
         with _faults_of(decoded, spec):
-            if spec.modality not in files:
+            if spec.modality not in clip.media:
                 raise MediaFaultError(Reason.NOT_IN_DATASET, spec.modality)
-            if spec.modality == "audio":
+            source = clip.media[spec.modality]
+            if isinstance(source, BoxSource):
+                boxes, times = read_boxes(clip, source, settings.sampling, spec.frames)
+                decoded.arrays[spec], decoded.times[spec] = boxes, times
+            elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, files)
             else:
                 plans[spec] = _plan(clip, spec, settings, files[spec.modality])
@@ -160,7 +172,7 @@ def _plan(clip: Clip, spec: InputSpec, settings: Settings, file: MediaFile) -> _
     assert spec.transform is not None  # noqa: S101  (rgb and flow always have one)
     start, stop = _span(clip, file.video_stop_s)
     times = sample_times(settings.sampling, start, stop, spec.frames)
-    if spec.modality == "rgb":
+    if spec.modality != "flow":
         numbers = file.numbers(times)
         real = file.frame_starts[numbers]
         return _Plan(file, spec.transform, np.stack([times, real]), numbers)

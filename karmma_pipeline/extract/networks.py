@@ -12,6 +12,7 @@ import torch
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
+from karmma_pipeline.extract import boxes
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.media import ROUNDING_S
 from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -67,6 +68,8 @@ class Networks:
             facts["flow"] = recipe.flow.model_dump(mode="json")
             facts["flow"]["pairs"] = PAIRS
             facts["flow"]["opencv"] = version("opencv-python-headless")
+        if choice.architecture.kind == "boxes":
+            facts["boxes"] = boxes.FACTS
         if modality == "audio":
             facts["audio"] = recipe.audio.model_dump(mode="json")
             facts["audio"]["librosa"] = version("librosa")
