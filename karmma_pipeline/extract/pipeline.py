@@ -78,7 +78,10 @@ class ExtractReport:
 
 
 def extract(
-    recipe: ExtractRecipe, part: Part | None = None, stop: StopFlag | None = None
+    recipe: ExtractRecipe,
+    part: Part | None = None,
+    stop: StopFlag | None = None,
+    manifest: Manifest | None = None,
 ) -> ExtractReport:
     """Run an extraction, or go on with one; what is done is not done again.
 
@@ -86,6 +89,7 @@ def extract(
         recipe: see `ExtractRecipe`.
         part: which shards are mine; several jobs may run at once.
         stop: asks for a stop between batches.
+        manifest: the clips, if they have been read already; some of them will do.
 
     Raises:
         StoppedError: a stop was asked for; all finished batches are kept.
@@ -93,7 +97,8 @@ def extract(
         KarmmaError: see the message.
     """
     part, stop = part or Part(), stop or StopFlag()
-    manifest = read_clips(recipe)
+    if manifest is None:
+        manifest = read_clips(recipe)
     for line in manifest.found:
         tqdm.write(line, file=sys.stderr)
     networks = Networks(recipe)
