@@ -26,6 +26,7 @@ from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
 
 __all__ = [
+    "SIDECAR",
     "UNKNOWN",
     "Clip",
     "FrameName",
@@ -54,6 +55,9 @@ RESERVED = (
     "group",
 )
 REQUIRED = ("clip_id",)
+SIDECAR = "groups.json"
+"""File beside the stores with the data set's `Groups`; evaluation reads it."""
+
 UNKNOWN = -1
 """Label of a clip whose class is not given."""
 
@@ -127,7 +131,7 @@ def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
     return tuple(kept)
 
 
-FrameName = Annotated[str, Field(pattern=r"^[^{}/][^{}]*\{:0?\d{0,2}d\}[^{}]*$", max_length=100)]
+FrameName = Annotated[str, Field(pattern=r"^([^{}/][^{}]*)?\{:0?\d{0,2}d\}[^{}]*$", max_length=100)]
 """File name of a numbered picture, such as ``img_{:05d}.jpg``."""
 
 

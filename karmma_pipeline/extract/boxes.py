@@ -104,7 +104,7 @@ def _frames(source: BoxSource) -> tuple[Times, list[list[_Box]]]:
         with source.path.open("rb") as file:
             file.seek(source.span[0])
             text = file.read(source.span[1] - source.span[0]).decode()
-        entries = json.JSONDecoder().raw_decode(text)[0]
+        entries = json.JSONDecoder().raw_decode(text.lstrip())[0]
         frames = _numbered(entries)
     except FileNotFoundError:
         raise MediaFaultError(Reason.FILE_MISSING, str(source.path)) from None

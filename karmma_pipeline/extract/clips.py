@@ -5,13 +5,10 @@ from pathlib import Path
 
 from karmma_pipeline import files
 from karmma_pipeline.data.datasets import read_dataset
-from karmma_pipeline.data.manifest import Manifest, read_manifest
+from karmma_pipeline.data.manifest import SIDECAR, Manifest, read_manifest
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.modalities import KNOWN
-
-GROUPS = "groups.json"
-"""Sidecar beside the stores: the data set's unseen participants and tail classes."""
 
 
 def read_clips(recipe: ExtractRecipe) -> Manifest:
@@ -41,4 +38,4 @@ def write_groups(folder: Path, manifest: Manifest) -> None:
     groups = manifest.groups
     if groups.unseen or groups.tail:
         tail = {head: list(ids) for head, ids in groups.tail.items()}
-        files.write_json(folder / GROUPS, {"unseen": list(groups.unseen), "tail": tail})
+        files.write_json(folder / SIDECAR, {"unseen": list(groups.unseen), "tail": tail})

@@ -38,11 +38,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds per clip, measured; why not, if it could not be."""
+    """Seconds per clip, measured; why not, if it could not be.
+
+    steady: the start of the command could be told apart and is left out.
+    """
 
     clips: int = 0
     clip_s: float | None = None
     device: str = ""
+    steady: bool = True
     problem: str = ""
 
 
@@ -95,11 +99,11 @@ def time_per_clip(
     if not len(usable):
         return Time(problem="no clip's files are there")
     chosen = _chosen([manifest.clips[i] for i in usable.tolist()], counts[1])
-    seconds = [_seconds(recipe, manifest, chosen[:count]) for count in counts if count]
+    seconds = [_seconds(recipe, manifest, chosen[:count]) for count in counts]
     short, long = min(counts[0], len(chosen)), len(chosen)
     slope = (seconds[1] - seconds[0]) / (long - short) if long > short else 0.0
     clip_s = slope if slope > 0 else seconds[1] / long
-    return Time(long, clip_s, device.type)
+    return Time(long, clip_s, device.type, steady=slope > 0)
 
 
 def _chosen(clips: list[Clip], count: int) -> list[Clip]:

@@ -25,6 +25,7 @@ class ExtractPlan:
     found: Sequence[str]
     survey: Survey
     disk: Disk
+    disk_if_whole: Disk
     time: Time
 
     @property
@@ -58,7 +59,7 @@ class ExtractPlan:
         yield from _topic("short", _short(self.survey, self.recipe))
         yield from _topic("doubles", _doubles(self.survey))
         yield from _topic("splits", _splits(self.survey))
-        yield from _topic("disk", _disk(self.disk, self.recipe))
+        yield from _topic("disk", _disk(self))
         yield from _topic("time", _time(self, recipe_path))
 
     def facts(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class ExtractPlan:
                 "token_bytes": {s: dict(of) for s, of in self.disk.tokens.items()},
                 "table_bytes_about": self.disk.tables,
                 "total_bytes_about": self.disk.total,
+                "total_bytes_about_without_faults": self.disk_if_whole.total,
                 "free_bytes": self.disk.free,
                 "shards": self.disk.shards,
             },
@@ -107,6 +109,7 @@ class ExtractPlan:
                 "device": self.time.device,
                 "measured_on_clips": self.time.clips,
                 "seconds_per_clip": self.time.clip_s,
+                "without_start_up": self.time.steady,
                 "hours": self.hours,
                 "problem": self.time.problem,
             },
@@ -129,8 +132,9 @@ def make_plan(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tr
     manifest = read_clips(recipe)
     found = survey(recipe, manifest, probe=probe)
     space = forecast.disk(recipe, manifest, found.present)
+    whole = forecast.disk(recipe, manifest, found.wanted)
     time = _measure(recipe, manifest, found) if calibrate else Time(problem="not measured")
-    return ExtractPlan(recipe, manifest.found, found, space, time)
+    return ExtractPlan(recipe, manifest.found, found, space, whole, time)
 
 
 def _measure(recipe: ExtractRecipe, manifest: Manifest, found: Survey) -> Time:
@@ -159,10 +163,10 @@ def _clips(one: Survey) -> list[str]:
     splits = ", ".join(f"{split} {n:,}" for split, n in named.items())
     lines = [f"{one.clips:,} in {one.videos:,} videos: {splits}"]
     if one.hours:
-        lines.append(f"{one.hours:,.1f} h together, half of them shorter than {one.median_s:.2f} s")
+        together = _duration(one.hours)
+        lines.append(f"{together} together, half of them shorter than {one.median_s:.2f} s")
     if one.unknown:
-        how = "" if one.probed else " (--no-probe)"
-        lines.append(f"{one.unknown:,} of a length that only decoding will tell{how}")
+        lines.append(f"{one.unknown:,} are whole files of unknown length")
     return lines
 
 
@@ -170,11 +174,11 @@ def _files(one: Survey) -> list[str]:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in one.kinds.most_common())
     bad = sum(len(paths) for paths in one.states.values())
     looked = "opened and found whole" if one.probed else "there (not opened)"
-    lines = [f"{kinds}: {'all ' if not bad else f'{one.kinds.total() - bad:,} '}{looked}"]
+    good = one.kinds.total() - bad
+    lines = [f"{kinds}: {f'{good:,}' if bad else 'all'} {looked}"]
     for state, paths in sorted(one.states.items()):
-        lines.append(f"{len(paths):,} {state}: {_examples(paths)}")
-        details = {one.details[p] for p in paths[:EXAMPLES]} - {""}
-        lines += [f"  {detail}" for detail in sorted(details)]
+        named = [f"{p} ({one.details[p]})" if one.details[p] else p for p in paths]
+        lines.append(f"{len(paths):,} {state}: {_examples(named)}")
     return lines
 
 
@@ -235,7 +239,8 @@ def _splits(one: Survey) -> list[str]:
     return lines
 
 
-def _disk(space: Disk, recipe: ExtractRecipe) -> list[str]:
+def _disk(plan: ExtractPlan) -> list[str]:
+    space, whole = plan.disk, plan.disk_if_whole.total
     lines = [
         f"{name}: {_bytes(sum(of.values()))} ("
         + ", ".join(f"{modality} {_bytes(size)}" for modality, size in of.items())
@@ -244,9 +249,12 @@ def _disk(space: Disk, recipe: ExtractRecipe) -> list[str]:
     ]
     enough = "" if space.total < space.free else "; THAT IS NOT ENOUGH"
     lines.append(
-        f"together {_bytes(space.total)} in {space.shards:,} shards; "
-        f"{_bytes(space.free)} are free at {recipe.out}{enough}"
+        f"together {_bytes(space.total)} in shards of {plan.recipe.store.clips_per_shard} clips, "
+        f"{space.shards:,} per set; "
+        f"{_bytes(space.free)} are free at {plan.recipe.out}{enough}"
     )
+    if whole > space.total:
+        lines.append(f"{_bytes(whole)} once no clip is lost to faults any more")
     return lines
 
 
@@ -264,8 +272,9 @@ def _time(plan: ExtractPlan, recipe_path: Path) -> list[str]:
     hours = plan.hours
     rate = 1 / plan.time.clip_s
     speed = f"{rate:.1f} clips/s" if rate >= 1 else f"{plan.time.clip_s:.1f} s a clip"
+    about = "about" if plan.time.steady else "at most"
     lines = [
-        f"about {_duration(hours)} on one {plan.time.device} like this "
+        f"{about} {_duration(hours)} on one {plan.time.device} like this "
         f"({speed}, measured on {plan.time.clips} clips)"
     ]
     tasks = plan.tasks or 1

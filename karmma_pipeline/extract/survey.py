@@ -18,7 +18,8 @@ from karmma_pipeline.extract.recipe import ExtractRecipe
 _NEAR_S = 0.1
 """How much a clip may reach past its file's stated end before it is told."""
 
-EXAMPLES = 5
+EXAMPLES = 3
+"""How many of a kind are named; the JSON has them all."""
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Survey:
         states: state of a file to the paths in it, all but the fine ones.
         probed: whether files were opened.
         present: modality to bool [clips]: what will probably be there.
+        wanted: the same if no file were missing, cut or damaged.
         lost: clips that will lose a modality to a fault that is known by now.
         no_stream: modality to clips whose file was recorded without it.
         after_end: clips that start after their file's end.
@@ -66,6 +68,7 @@ class Survey:
     details: dict[Path, str] = field(default_factory=dict)
     probed: bool = False
     present: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    wanted: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     lost: int = 0
     no_stream: Counter[str] = field(default_factory=Counter)
     after_end: list[str] = field(default_factory=list)
@@ -154,15 +157,18 @@ def _count_presence(
     lost = set()
     for modality in modalities:
         present = found.present[modality] = np.zeros(len(clips), np.bool_)
+        wanted = found.wanted[modality] = np.zeros(len(clips), np.bool_)
         for number, clip in enumerate(clips):
             source = clip.media.get(modality)
             if source is None:
                 continue
             known = probes[source.path]
+            wanted[number] = True
             if known.state != "fine":
                 lost.add(number)
             elif (known.has_audio if modality == "audio" else known.has_video) is False:
                 found.no_stream[modality] += 1
+                wanted[number] = False
             else:
                 present[number] = True
     ends = (_end(clip, probes) for clip in clips)

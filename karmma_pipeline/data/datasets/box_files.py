@@ -17,24 +17,14 @@ _ENTRY = re.compile(rb'"([0-9]{1,9})"\s*:\s*(?=\[)')
 
 
 def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:
-    """Return the box source of every video in the files.
+    """Return the box source of every video in the files; of two for one video the later counts.
 
     Raises:
-        ManifestError: a file cannot be read or has no such entries, or two have the same.
+        ManifestError: a file cannot be read or has no such entries.
     """
     found: dict[str, BoxSource] = {}
     for path in paths:
-        entries = _scan(path)
-        if not entries:
-            raise ManifestError(
-                f"{path}: no Something-Else annotation file: no entry of the form "
-                '"VIDEO ID": [frames].'
-            )
-        twice = sorted(found.keys() & entries.keys())
-        if twice:
-            other = found[twice[0]].path
-            raise ManifestError(f"{path}: video {twice[0]} is annotated in {other} too.")
-        found |= entries
+        found |= _scan(path)
     return found
 
 
@@ -47,11 +37,12 @@ def _scan(path: Path) -> dict[str, BoxSource]:
         raise ManifestError(f"{path}: the boxes cannot be read ({error.strerror}).") from None
     except ValueError:
         raise ManifestError(f"{path}: the file of boxes is empty.") from None
+    if not begins:
+        raise ManifestError(
+            f'{path}: no Something-Else annotation file: no entry of the form "VIDEO ID": [frames].'
+        )
     ends = [start for _, start, _ in begins[1:]] + [size]
-    entries = {
+    return {
         video: BoxSource(path, video, (start, end))
         for (video, _, start), end in zip(begins, ends, strict=True)
     }
-    if len(entries) < len(begins):
-        raise ManifestError(f"{path}: a video is annotated twice.")
-    return entries

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
@@ -72,19 +73,20 @@ def read(dataset: FolderTree) -> Manifest:
     )
     names = tuple(sorted({name for name, _, _ in places}))
     ids = {name: number for number, name in enumerate(names)}
+    videos = [(place, video) for place in places for video in _videos(root, place[1])]
+    stems = Counter(_stem(video).casefold() for _, video in videos)
     clips = []
-    for name, folder, split in places:
-        for relative in _videos(root, folder):
-            source: Source = FileSource(root / relative)
-            clip = Clip(
-                _clip_id(relative),
-                dict.fromkeys(("rgb", "flow", "audio"), source),
-                0.0,
-                None,
-                {dataset.head: ids[name]},
-                split or _drawn(dataset, relative),
-            )
-            clips.append((relative, clip))
+    for (name, _, split), relative in videos:
+        source: Source = FileSource(root / relative)
+        clip = Clip(
+            _clip_id(relative, alone=stems[_stem(relative).casefold()] == 1),
+            dict.fromkeys(("rgb", "flow", "audio"), source),
+            0.0,
+            None,
+            {dataset.head: ids[name]},
+            split or _drawn(dataset, relative),
+        )
+        clips.append((relative, clip))
     if not clips:
         raise ManifestError(
             f"{root}: no videos in class folders; known are {' '.join(sorted(SUFFIXES))}."
@@ -112,12 +114,16 @@ def _videos(root: Path, folder: str) -> Iterator[str]:
                 yield str(below / name)
 
 
-def _clip_id(relative: str) -> str:
-    """Return an id made of the path; where it had to be changed, a digest keeps it unique."""
+def _stem(relative: str) -> str:
     plain = relative.replace(os.sep, ".")
-    stem = plain[: -len(Path(plain).suffix)]
+    return plain[: -len(Path(plain).suffix)]
+
+
+def _clip_id(relative: str, *, alone: bool) -> str:
+    """Return an id made of the path; where that is not safe or unique, a digest makes it so."""
+    stem = _stem(relative)
     safe = _UNSAFE.sub("_", stem).lstrip(".-")[:_ID_LENGTH]
-    if safe != stem:
+    if safe != stem or not alone:
         digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
         safe = f"{safe or 'clip'}-{digest[:8]}"
     return check_clip_id(safe)
