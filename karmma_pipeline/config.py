@@ -114,7 +114,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(model: type[Recipe], fault: Any) -> str:
-    location = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    location = ".".join(str(part) for part in _keys(model, fault["loc"])) or "recipe"
     if fault["type"] == "extra_forbidden":
         keys = _keys_at(model, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
@@ -131,16 +131,45 @@ def _sentence(model: type[Recipe], fault: Any) -> str:
 def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
     here: Any = model
     for part in location:
+        if (tagged := _tagged(here, part)) is not None:
+            here = tagged
+            continue
+        here = _unwrap(here)
         if isinstance(here, type) and issubclass(here, BaseModel):
             field = here.model_fields.get(str(part))
             here = field.annotation if field else None
         else:
             arguments = typing.get_args(here)
             here = arguments[-1] if arguments else None
-        here = _unwrap(here)
+    here = _unwrap(here)
     if isinstance(here, type) and issubclass(here, BaseModel):
         return list(here.model_fields)
     return []
+
+
+def _keys(model: type[Recipe], location: Sequence[int | str]) -> Iterator[int | str]:
+    """Yield the parts of a location that stand in the file: not the kind of a union's member."""
+    here: Any = model
+    for part in location:
+        if (tagged := _tagged(here, part)) is not None:
+            here = tagged
+            continue
+        yield part
+        here = _unwrap(here)
+        field = here.model_fields.get(str(part)) if hasattr(here, "model_fields") else None
+        here = field.annotation if field else None
+
+
+def _tagged(annotation: Any, tag: int | str) -> type[BaseModel] | None:
+    """Return the member of a union of models that has the tag as its ``kind``."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        found = (_tagged(option, tag) for option in typing.get_args(annotation))
+        return next((model for model in found if model is not None), None)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        kind = annotation.model_fields.get("kind")
+        if kind is not None and tag in typing.get_args(kind.annotation):
+            return annotation
+    return None
 
 
 def _unwrap(annotation: Any) -> Any:
@@ -193,7 +222,7 @@ def _template_lines(model: type[BaseModel], depth: int) -> Iterator[str]:
 
 
 def _template_value(field: FieldInfo) -> Any:
-    if field.default is not PydanticUndefined:
+    if field.default is not PydanticUndefined and not (field.default is None and field.examples):
         return field.default
     if field.default_factory is not None:
         return field.default_factory()  # type: ignore[call-arg]

@@ -1,17 +1,18 @@
 """Modalities: their names, their order, their subsets, and why one may be absent.
 
 Nothing here assumes that there are three. ``rgb``, ``flow`` and ``audio`` are the
-paper's for EPIC-KITCHENS-100; a store may hold others, which sort after them.
+paper's for EPIC-KITCHENS-100, ``boxes`` stand in for sound in Something-Something V2; a store
+may hold others, which sort after them.
 """
 
 import enum
 from collections.abc import Iterable
 from itertools import combinations
 
-KNOWN = ("rgb", "flow", "audio")
+KNOWN = ("rgb", "flow", "audio", "boxes")
 """Canonical order: a mask's column is the modality's place in this order."""
 
-_LETTERS = {"rgb": "V", "flow": "F", "audio": "A"}
+_LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
 
 
 class Reason(enum.IntEnum):

@@ -10,6 +10,7 @@ from karmma_pipeline.cli.evaluate import costs, evaluate
 from karmma_pipeline.cli.extract import backbones, extract
 from karmma_pipeline.cli.init import init
 from karmma_pipeline.cli.options import Commands
+from karmma_pipeline.cli.plan import plan
 from karmma_pipeline.cli.samples import demo, sample
 from karmma_pipeline.cli.store import store
 from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
@@ -32,6 +33,7 @@ def main() -> None:
 for _command in (
     demo,
     sample,
+    plan,
     extract,
     store,
     train_teacher,

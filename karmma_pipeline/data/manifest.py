@@ -1,29 +1,65 @@
-"""Manifests: lists of labelled clips, read from one CSV as people write it.
+"""Clips, lists of them, and the CSV in which anybody can write such a list.
 
-Columns: ``clip_id, video, start, stop``, one column per label set, ``split``; optionally
-``audio`` and ``flow`` (separate files; an empty cell means that the clip has none) and
-``group`` (such as the participant). Times are seconds or ``HH:MM:SS.ff`` on the file's clock,
-an empty ``stop`` is the whole file, relative paths start at the CSV's folder.
+Every data set is turned into a `Manifest` before anything is decoded. Columns of the CSV:
+``clip_id, video, start, stop``, one per label set, ``split``, ``group`` (such as the
+participant). Optional: ``audio`` (a separate file), ``frames`` (a folder or tar of numbered
+pictures, instead of or beside ``video``) with ``fps``, ``flow`` (a file, or a folder or tar of
+numbered u and v pictures), ``video_stream`` and ``audio_stream`` (numbers of streams). An empty
+``audio`` or ``flow`` cell means that the clip has none. Times are seconds or ``HH:MM:SS.ff`` on
+the file's clock, an empty ``stop`` is the whole file, relative paths start at the CSV's folder.
 """
 
 import csv
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from karmma_pipeline import files
-from karmma_pipeline.data.sources import FileSource, Source
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data import annotations
+from karmma_pipeline.data.annotations import Row, check_clip_id, parse_time
+from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
 
-RESERVED = ("clip_id", "video", "audio", "flow", "start", "stop", "split", "group")
-REQUIRED = ("clip_id", "video")
+__all__ = [
+    "SIDECAR",
+    "UNKNOWN",
+    "Clip",
+    "FrameName",
+    "Groups",
+    "Manifest",
+    "Pictures",
+    "check_clip_id",
+    "parse_time",
+    "read_manifest",
+    "unique",
+    "write_manifest",
+]
+
+RESERVED = (
+    "clip_id",
+    "video",
+    "video_stream",
+    "frames",
+    "fps",
+    "flow",
+    "audio",
+    "audio_stream",
+    "start",
+    "stop",
+    "split",
+    "group",
+)
+REQUIRED = ("clip_id",)
+SIDECAR = "groups.json"
+"""File beside the stores with the data set's `Groups`; evaluation reads it."""
+
 UNKNOWN = -1
 """Label of a clip whose class is not given."""
-
-_CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,142 +79,174 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Groups of clips with scores of their own, as a data set publishes them.
+
+    unseen: values of ``Clip.group`` that the training split does not have.
+    tail: head to ids of its rare classes.
+    """
+
+    unseen: tuple[str, ...] = ()
+    tail: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Clips in the file's order, and the class names of each head."""
+    """Clips in the files' order, and the class names of each head.
+
+    found: sentences on what was found on disk, for people.
+    """
 
     clips: tuple[Clip, ...]
     heads: Mapping[str, tuple[str, ...]]
+    groups: Groups = Groups()
+    found: tuple[str, ...] = ()
 
 
-def parse_time(text: str) -> float:
-    """Return seconds from ``12.5`` or ``[HH:]MM:SS.ff`` with any number of decimals.
+def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
+    """Return the clips if no id stands twice; upper and lower case count as equal.
 
-    Raises:
-        ValueError: the text is no finite time from 0 on.
-    """
-    clock = _CLOCK.fullmatch(text.strip())
-    if clock:
-        hours, minutes, seconds = clock.groups()
-        return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(text)
-    return value
-
-
-def check_clip_id(clip_id: str) -> str:
-    """Return the id if it is safe as a name everywhere.
+    Args:
+        path: the file or folder that is named in the error.
+        clips: each with where it stands, such as ``line 7``.
 
     Raises:
-        ValueError: it is not; the message says what is allowed.
+        ManifestError: ids stand twice, or there are no clips.
     """
-    if not _CLIP_ID.fullmatch(clip_id):
-        raise ValueError("allowed are 1 to 120 of A-Z a-z 0-9 . _ - and no leading - or .")
-    return clip_id
+    seen: dict[str, str] = {}
+    faults: list[str] = []
+    kept: list[Clip] = []
+    for where, clip in clips:
+        folded = clip.clip_id.casefold()
+        if folded in seen:
+            faults.append(
+                f"{where}: clip_id={clip.clip_id!r} stands already in {seen[folded]} "
+                "(upper and lower case count as equal)"
+            )
+        seen.setdefault(folded, where)
+        kept.append(clip)
+    annotations.raise_faults(path, faults)
+    if not kept:
+        raise ManifestError(f"{path}: the manifest lists no clips.")
+    return tuple(kept)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest; labels get ids in the order of their sorted names over all splits.
+FrameName = Annotated[str, Field(pattern=r"^([^{}/][^{}]*)?\{:0?\d{0,2}d\}[^{}]*$", max_length=100)]
+"""File name of a numbered picture, such as ``img_{:05d}.jpg``."""
+
+
+class Pictures(Recipe):
+    """How numbered pictures are named, in folders and tars."""
+
+    frame_name: FrameName = Field(
+        "img_{:05d}.jpg", description="Name of a picture, with its number to fill in."
+    )
+    flow_names: tuple[FrameName, FrameName] = Field(
+        ("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg"),
+        description="Names of the two pictures of a flow frame: horizontal, vertical.",
+    )
+    first_frame: int = Field(1, ge=0, description="Number of the first picture.")
+    flow_bound_px: float = Field(
+        20.0, gt=0, description="Flow in px that bytes 0 and 255 of a flow picture stand for."
+    )
+
+
+def read_manifest(path: Path, pictures: Pictures | None = None) -> Manifest:
+    """Read a manifest CSV; labels get ids in the order of their sorted names over all splits.
+
+    Args:
+        path: the CSV.
+        pictures: names of the pictures in its ``frames`` and ``flow`` folders.
 
     Raises:
         ManifestError: names every faulty line and column (the first ten).
     """
-    rows = _read_rows(path)
-    heads = [c for c in rows[0][1] if c not in RESERVED]
-    names = {head: _class_names(row[head] for _, row in rows) for head in heads}
-    ids = {head: {name: i for i, name in enumerate(names[head])} for head in heads}
-    clips: list[Clip] = []
-    faults: list[str] = []
-    seen: dict[str, int] = {}
-    for line, row in rows:
-        try:
-            clip = _clip(row, path.parent, ids)
-        except ValueError as error:
-            faults.append(f"line {line}: {error}")
-            continue
-        folded = clip.clip_id.casefold()
-        if folded in seen:
-            faults.append(
-                f"line {line}: clip_id={clip.clip_id!r} stands already in line {seen[folded]} "
-                "(upper and lower case count as equal)"
-            )
-        seen[folded] = line
-        clips.append(clip)
-    if faults:
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise ManifestError(f"{path}: {'; '.join(faults[:10])}{more}.")
-    return Manifest(tuple(clips), names)
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="", restval=None, strict=True)
-            columns = [c.strip() for c in reader.fieldnames or ()]
-            missing = [c for c in REQUIRED if c not in columns]
-            if missing:
-                raise ManifestError(
-                    f"{path}: no column {' and '.join(missing)}; the first line must name "
-                    f"the columns, it reads {','.join(columns)!r}."
-                )
-            if len(set(columns)) < len(columns):
-                raise ManifestError(f"{path}: a column name stands twice in {','.join(columns)!r}.")
-            reader.fieldnames = columns
-            rows = []
-            for row in reader:
-                if "" in row or None in row.values():
-                    raise ManifestError(
-                        f"{path}: line {reader.line_num}: has not {len(columns)} cells "
-                        "like the first line; quote cells that hold a comma."
-                    )
-                rows.append((reader.line_num, {k: (v or "").strip() for k, v in row.items()}))
-    except OSError as error:
-        raise ManifestError(f"{path}: the manifest cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: not a UTF-8 CSV file ({error}).") from None
+    pictures = pictures or Pictures()
+    rows = annotations.read_table(path, REQUIRED)
     if not rows:
         raise ManifestError(f"{path}: the manifest lists no clips.")
-    return rows
+    if "video" not in rows[0] and "frames" not in rows[0]:
+        raise ManifestError(f"{path}: no column video or frames.")
+    heads = {c: _class_names(row[c] for row in rows) for c in rows[0].cells if c not in RESERVED}
+    ids = {head: {name: i for i, name in enumerate(names)} for head, names in heads.items()}
+    clips = annotations.collect(
+        path,
+        ((f"line {row.line}", row) for row in rows),
+        lambda row: _clip(row, path.parent, ids, pictures),
+    )
+    return Manifest(unique(path, clips), heads)
 
 
 def _class_names(cells: Iterable[str]) -> tuple[str, ...]:
     names = sorted({cell for cell in cells if cell})
-    if all(re.fullmatch(r"\d+", name) for name in names):
+    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
         names.sort(key=int)
     return tuple(names)
 
 
-def _clip(row: Mapping[str, str], folder: Path, ids: Mapping[str, Mapping[str, int]]) -> Clip:
-    try:
-        check_clip_id(row["clip_id"])
-    except ValueError as error:
-        raise ValueError(f"clip_id={row['clip_id']!r}: {error}") from None
-    if not row["video"]:
-        raise ValueError("video is empty")
-    video: Source = FileSource(folder / row["video"])
-    media = dict.fromkeys(("rgb", "flow", "audio"), video)
-    for modality in ("flow", "audio"):
-        if row.get(modality):
-            media[modality] = FileSource(folder / row[modality])
-        elif modality in row:
-            del media[modality]
-    start_s, stop_s = _time(row, "start") or 0.0, _time(row, "stop")
-    if stop_s is not None and stop_s <= start_s:
-        raise ValueError(f"stop={row['stop']!r} is not after start={row.get('start', '')!r}")
+def _clip(row: Row, folder: Path, ids: Mapping[str, Mapping[str, int]], pictures: Pictures) -> Clip:
+    clip_id = row.name("clip_id")
+    media: dict[str, Source] = {}
+    video = _file(row, folder, "video", row.whole("video_stream"))
+    rgb = _frames(row, folder, pictures) or video
+    if rgb is None:
+        raise ValueError("video is empty" if "video" in row else "frames is empty")
+    media["rgb"] = rgb
+    flow = _flow(row, folder, pictures) if "flow" in row else rgb
+    if flow is not None:
+        media["flow"] = flow
+    sound = _file(row, folder, "audio" if "audio" in row else "video", row.whole("audio_stream"))
+    if sound is not None:
+        media["audio"] = sound
+    start_s, stop_s = row.span("start", "stop")
     labels = {head: of.get(row[head], UNKNOWN) for head, of in ids.items()}
-    return Clip(
-        row["clip_id"], media, start_s, stop_s, labels, row.get("split", ""), row.get("group", "")
-    )
+    return Clip(clip_id, media, start_s, stop_s, labels, row.get("split"), row.get("group"))
 
 
-def _time(row: Mapping[str, str], column: str) -> float | None:
-    text = row.get(column, "")
+def _path(row: Row, folder: Path, column: str) -> Path | None:
+    text = row.get(column)
     if not text:
         return None
+    if "\0" in text or len(text) > 4000:
+        raise ValueError(f"{column}={text[:60]!r}: is no path")
+    return folder / text
+
+
+def _file(row: Row, folder: Path, column: str, stream: int | None) -> FileSource | None:
+    path = _path(row, folder, column)
+    return None if path is None else FileSource(path, stream)
+
+
+def _fps(row: Row, column: str) -> float:
     try:
-        return parse_time(text)
+        fps = float(row.get("fps"))
     except ValueError:
-        raise ValueError(f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff") from None
+        fps = 0.0
+    if not 0 < fps < 100_000:
+        raise ValueError(f"fps={row.get('fps')!r}: {column} needs the pictures' rate, such as 25")
+    return fps
+
+
+def _frames(row: Row, folder: Path, pictures: Pictures) -> FrameSource | None:
+    path = _path(row, folder, "frames")
+    if path is None:
+        return None
+    return FrameSource(path, (pictures.frame_name,), _fps(row, "frames"), pictures.first_frame)
+
+
+def _flow(row: Row, folder: Path, pictures: Pictures) -> Source | None:
+    path = _path(row, folder, "flow")
+    if path is None:
+        return None
+    if path.suffix not in {"", ".tar"} and not path.is_dir():
+        return FileSource(path)
+    return FrameSource(
+        path,
+        pictures.flow_names,
+        _fps(row, "flow"),
+        pictures.first_frame,
+        bound_px=pictures.flow_bound_px,
+    )
 
 
 def write_manifest(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -57,10 +57,15 @@ class SoundArray:
 
 @dataclass(frozen=True, slots=True)
 class BoxSource:
-    """Object boxes per frame in a Something-Else annotation file (JSON), entry ``key``."""
+    """Object boxes per frame in a Something-Else annotation file (JSON), entry ``key``.
+
+    span: first byte of the entry's list in the file, and a byte after its end but before the
+        next entry's list, so that nobody has to read gigabytes for one clip.
+    """
 
     path: Path
     key: str
+    span: tuple[int, int] = (0, 0)
 
 
 Source = FileSource | FrameSource | SoundArray | BoxSource

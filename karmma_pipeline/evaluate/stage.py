@@ -201,7 +201,9 @@ def _choice(facts: dict[str, object]) -> BackboneChoice:
         "weights": "random:0",
         "tokens": facts["token_grid"],
     }
-    if len(shape) == 4:
+    if facts["backbone"] == "boxes":
+        values |= {"weights": "DEFAULT", "frames": shape[1]}
+    elif len(shape) == 4:
         values |= {"frames": shape[1], "size": shape[2]}
     else:
         values |= {"image": shape[1:]}

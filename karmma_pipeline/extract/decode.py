@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import BoxSource
+from karmma_pipeline.extract.boxes import read_boxes
 from karmma_pipeline.extract.faults import MediaFaultError
 from karmma_pipeline.extract.flow import FramePairs
 from karmma_pipeline.extract.media import Decoder
@@ -23,6 +25,7 @@ from karmma_pipeline.extract.sampling import Times, sample_times
 from karmma_pipeline.extract.spectrogram import longest_s, mel_image
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
+from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
 
 TAR_INDEX = "tar_index"
 """Folder beside the stores in which lists of tars are kept."""
@@ -33,7 +36,7 @@ class InputSpec:
     """What a network wants of a clip; networks with equal wants share one array.
 
     Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
-    [T, h, w] for audio.
+    [T, h, w] for audio; float32 [T, slots, numbers] for boxes.
     """
 
     modality: str
@@ -54,6 +57,8 @@ def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
     Raises:
         ConfigError: an image network for rgb or flow, or one without its image size.
     """
+    if choice.architecture.kind == "boxes":
+        return InputSpec(modality, choice.frame_count, None, (SLOTS, NUMBERS), per_frame=True)
     video = choice.architecture.kind == "video"
     height, width = choice.input_shape[-2:]
     if modality == "audio":
@@ -133,7 +138,11 @@ def _decode(clip: Clip, settings: Settings, readers: Readers) -> Decoded:
         with _faults_of(decoded, spec):
             if spec.modality not in clip.media:
                 raise MediaFaultError(Reason.NOT_IN_DATASET, spec.modality)
-            if spec.modality == "audio":
+            source = clip.media[spec.modality]
+            if isinstance(source, BoxSource):
+                boxes, times = read_boxes(clip, source, settings.sampling, spec.frames)
+                decoded.arrays[spec], decoded.times[spec] = boxes, times
+            elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, readers)
             else:
                 plans[spec] = _plan(clip, spec, settings, readers)

@@ -12,6 +12,7 @@ import torch
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
+from karmma_pipeline.extract import boxes
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.raft import Raft
 from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -72,6 +73,8 @@ class Networks:
             facts["flow"]["pairs"] = PAIRS
             facts["flow"]["opencv"] = version("opencv-python-headless")
             facts["flow"]["raft_sha256"] = self.raft.digest if self.raft else None
+        if choice.architecture.kind == "boxes":
+            facts["boxes"] = boxes.FACTS
         if modality == "audio":
             facts["audio"] = recipe.audio.model_dump(mode="json")
             facts["audio"]["librosa"] = version("librosa")

@@ -5,6 +5,7 @@ company: a run that was killed and goes on writes the same bytes as one that was
 """
 
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from karmma_pipeline import config, files, jobs
-from karmma_pipeline.data.manifest import Clip, Manifest, read_manifest
+from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.data.store import (
     Catalog,
     ClipRow,
@@ -28,6 +29,7 @@ from karmma_pipeline.data.store import (
     finalize,
 )
 from karmma_pipeline.errors import TooManyFailuresError
+from karmma_pipeline.extract.clips import read_clips, write_groups
 from karmma_pipeline.extract.decode import Decoded, Settings, input_spec
 from karmma_pipeline.extract.failures import write_failures
 from karmma_pipeline.extract.networks import Networks
@@ -78,7 +80,10 @@ class ExtractReport:
 
 
 def extract(
-    recipe: ExtractRecipe, part: Part | None = None, stop: StopFlag | None = None
+    recipe: ExtractRecipe,
+    part: Part | None = None,
+    stop: StopFlag | None = None,
+    manifest: Manifest | None = None,
 ) -> ExtractReport:
     """Run an extraction, or go on with one; what is done is not done again.
 
@@ -86,6 +91,7 @@ def extract(
         recipe: see `ExtractRecipe`.
         part: which shards are mine; several jobs may run at once.
         stop: asks for a stop between batches.
+        manifest: the clips, if they have been read already; some of them will do.
 
     Raises:
         StoppedError: a stop was asked for; all finished batches are kept.
@@ -93,13 +99,17 @@ def extract(
         KarmmaError: see the message.
     """
     part, stop = part or Part(), stop or StopFlag()
-    manifest = read_manifest(recipe.manifest)
+    if manifest is None:
+        manifest = read_clips(recipe)
+    for line in manifest.found:
+        tqdm.write(line, file=sys.stderr)
     networks = Networks(recipe)
     stores = {name: recipe.out / name for name in recipe.sets}
     rows = [_row(clip) for clip in manifest.clips]
     for name, path in stores.items():
         create_store(path, networks.store_spec(name, manifest), rows)
     config.save(recipe, recipe.out / "recipe.yaml")
+    write_groups(recipe.out, manifest)
     report = ExtractReport(stores)
     _run(recipe, part, stop, manifest, networks, report)
     if all(_is_whole(path) for path in stores.values()):

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.annotations import check_clip_id
+from karmma_pipeline.data.datasets import Dataset
 from karmma_pipeline.data.store.spec import Dtype
 from karmma_pipeline.models.backbones import BackboneChoice
 
@@ -153,7 +155,17 @@ class Decode(Recipe):
 class ExtractRecipe(Recipe):
     """Everything that an extraction depends on."""
 
-    manifest: Path = Field(description="CSV with the clips.", examples=["manifest.csv"])
+    manifest: Path | None = Field(
+        None,
+        description="CSV with the clips; or leave it out and name a data set below.",
+        examples=["manifest.csv"],
+    )
+    dataset: Dataset | None = Field(
+        None,
+        description="A data set as published, instead of a manifest. kind: epic_kitchens_100,\n"
+        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, folder_tree or csv; then\n"
+        "root and annotations. docs/datasets.md has an example of each.",
+    )
     out: Path = Field(
         description="Folder; each backbone set gets a store in it.", examples=["features"]
     )
@@ -162,8 +174,8 @@ class ExtractRecipe(Recipe):
     audio: Audio = Field(Audio(), description="Spectrograms.")
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
-        description="Backbone sets: name to modality (rgb, flow, audio) to network. Several sets\n"
-        "come out of one decode, each into its own store.",
+        description="Backbone sets: name to modality (rgb, flow, audio, boxes) to network.\n"
+        "Several sets come out of one decode, each into its own store.",
         examples=[
             {
                 "teacher": {
@@ -187,14 +199,21 @@ class ExtractRecipe(Recipe):
 
     @field_validator("sets")
     @classmethod
-    def _known_modalities(
+    def _names(
         cls, sets: dict[str, dict[str, BackboneChoice]]
     ) -> dict[str, dict[str, BackboneChoice]]:
         for name, choices in sets.items():
-            unknown = sorted(set(choices) - {"rgb", "flow", "audio"})
-            if unknown or not choices:
-                raise ValueError(
-                    f"set {name!r} has the modalities {sorted(choices)}; "
-                    "known are rgb, flow, audio, and one is needed"
-                )
+            if not choices:
+                raise ValueError(f"set {name!r} has no modality")
+            for part in (name, *choices):
+                try:
+                    check_clip_id(part)
+                except ValueError as error:
+                    raise ValueError(f"{part!r}: {error}") from None
         return sets
+
+    @model_validator(mode="after")
+    def _one_list_of_clips(self) -> Self:
+        if (self.manifest is None) == (self.dataset is None):
+            raise ValueError("give either manifest (a CSV) or dataset, one of the two")
+        return self

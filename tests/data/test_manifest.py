@@ -64,7 +64,8 @@ def test_separate_and_missing_audio(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n", "no column clip_id and video"),
+        ("a,b\n1,2\n", "no column clip_id"),
+        ("clip_id,b\n1,2\n", "no column video or frames"),
         (HEADER, "lists no clips"),
         (HEADER + "a,x,2,1,o,d,t\n", r"line 2: stop='1' is not after start='2'"),
         (HEADER + "a,x,z,1,o,d,t\n", r"line 2: start='z'"),

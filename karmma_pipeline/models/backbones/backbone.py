@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from karmma_pipeline.models.backbones import published, state_dicts
+from karmma_pipeline.models.backbones import boxes, published, state_dicts
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.random_weights import (
     CALIBRATION,
@@ -47,14 +47,16 @@ class Backbone(nn.Module):
 
         Args:
             clips: uint8 frames [B, T, 3, h, w], or float spectrogram frames [B, T, h, w], or
-                float log-mel images [B, h, w] (both already standardised).
+                float log-mel images [B, h, w] (both already standardised), or boxes [B, T, 14, 7].
         """
+        if self.architecture.kind == "boxes":
+            return boxes.prepare(clips)
         if clips.dtype == torch.uint8:
             return self.choice.transform.normalise(clips)
         return clips.float().unsqueeze(1).expand(-1, 3, *(-1,) * (clips.dim() - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn inputs [B, 3, T, h, w] or [B, 3, h, w] into tokens [B, N, D]."""
+        """Turn inputs (see `BackboneChoice.input_shape`, with B before) into tokens [B, N, D]."""
         features = self.architecture.feature_map(self.net, x)  # [B, D, t, h, w]
         if self.choice.tokens is not None:
             features = nn.functional.adaptive_avg_pool3d(features, self.choice.tokens)
@@ -80,6 +82,8 @@ class Backbone(nn.Module):
 
 def _load(choice: BackboneChoice) -> tuple[nn.Module, Loaded]:
     architecture, source = choice.architecture, choice.source
+    if source == "none":
+        return architecture.build(weights=None), Loaded("none")
     if source == "random":
         net = random_net(architecture, parse_seed(choice.weights) or 0, choice.input_shape)
         # The digest is that of the drawn parameters: running statistics differ in the last

@@ -7,12 +7,12 @@ from pydantic import Field, PositiveInt, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones import published, registry
+from karmma_pipeline.models.backbones import boxes, published, registry
 from karmma_pipeline.models.backbones.random_weights import parse_seed
 from karmma_pipeline.models.backbones.registry import Architecture
 from karmma_pipeline.models.backbones.transform import FrameTransform, of_weights
 
-Source = Literal["random", "file", "published"]
+Source = Literal["none", "random", "file", "published"]
 
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
@@ -70,6 +70,8 @@ class BackboneChoice(Recipe):
         Raises:
             ConfigError: ``weights`` is none of the three.
         """
+        if self.architecture.kind == "boxes":
+            return "none"
         if parse_seed(self.weights) is not None:
             return "random"
         if published.enum_member(self.architecture, self.weights) is not None:
@@ -115,17 +117,26 @@ class BackboneChoice(Recipe):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one network input: [3, T, h, w] for video, [3, h, w] for an image.
+        """Shape of one input: [3, T, h, w] for video, [3, h, w] for an image, [D, T] for boxes.
 
         Raises:
             ConfigError: the network cannot take what the recipe asks for.
         """
         self._check_input(self.architecture)
+        if self.architecture.kind == "boxes":
+            return (boxes.SLOTS * boxes.NUMBERS, self.frame_count)
         if self.image is not None:
             return (3, *self.image)
         return (3, self.frame_count, *self.transform.crop)
 
     def _check_input(self, architecture: Architecture) -> None:
+        if architecture.kind == "boxes":
+            if self.size is not None or self.image is not None or self.weights != "DEFAULT":
+                raise ConfigError(
+                    f"name={self.name!r}: takes object boxes and has no weights; give frames and "
+                    "tokens alone."
+                )
+            return
         if architecture.kind == "image":
             if self.image is None:
                 raise ConfigError(f"name={self.name!r}: needs image: [height, width].")

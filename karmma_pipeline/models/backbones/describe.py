@@ -30,7 +30,7 @@ def _row(name: str, architecture: Architecture) -> dict[str, Any]:
         "input": architecture.kind,
         "frames": architecture.frames,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "weights": [member.name for member in architecture.weights],
+        "weights": [member.name for member in architecture.weights or ()],
     }
 
 

@@ -17,12 +17,13 @@ from torchvision import models
 from torchvision.models import video
 
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones import boxes
 from karmma_pipeline.models.backbones.transform import FrameTransform
 
 ENTRY_POINTS = "karmma.backbones"
 """Entry-point group in which other packages name their factories."""
 
-Kind = Literal["video", "image"]
+Kind = Literal["video", "image", "boxes"]
 FeatureMap = Callable[[Any, Tensor], Tensor]
 
 
@@ -77,7 +78,7 @@ class Architecture:
             )
 
     Attributes:
-        kind: "video" takes [B, 3, T, h, w], "image" takes [B, 3, h, w].
+        kind: "video" takes [B, 3, T, h, w], "image" takes [B, 3, h, w], "boxes" object boxes.
         build: called as ``build(weights=None)``; must also work on torch's meta device.
         weights: torchvision's enum of published weights, or None.
         feature_map: (network, input) to the last feature map [B, D, t, h, w]; t is 1 for images.
@@ -125,6 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilenet_v3_large": _image(
         build=models.mobilenet_v3_large, weights=models.MobileNet_V3_Large_Weights
     ),
+    "boxes": Architecture("boxes", boxes.build, None, boxes.feature_map, (), boxes.FRAMES),
 }
 
 

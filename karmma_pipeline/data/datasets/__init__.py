@@ -1,0 +1,61 @@
+"""Data sets as they are published: each recipe section names one, each module reads one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.datasets import (
+    ego4d,
+    ego_exo4d,
+    epic_kitchens,
+    folder_tree,
+    something_something,
+)
+from karmma_pipeline.data.datasets.ego4d import Ego4dLta
+from karmma_pipeline.data.datasets.ego_exo4d import EgoExo4dKeysteps
+from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
+from karmma_pipeline.data.datasets.folder_tree import FolderTree
+from karmma_pipeline.data.datasets.something_something import SomethingSomething
+from karmma_pipeline.data.manifest import Manifest, Pictures, read_manifest
+
+__all__ = ["CsvList", "Dataset", "read_dataset"]
+
+
+class CsvList(Recipe):
+    """A list of clips in one CSV; the recipe's key ``manifest`` is short for its defaults."""
+
+    kind: Literal["csv"] = Field(description="A CSV of one's own.")
+    path: Path = Field(description="The CSV.")
+    pictures: Pictures = Field(
+        Pictures(), description="Names of the pictures in its frames and flow folders."
+    )
+
+
+Dataset = Annotated[
+    CsvList | FolderTree | EpicKitchens | SomethingSomething | Ego4dLta | EgoExo4dKeysteps,
+    Field(discriminator="kind"),
+]
+"""A recipe section that names a data set."""
+
+
+def read_dataset(dataset: Dataset) -> Manifest:
+    """Read a data set's annotations and find its media.
+
+    Raises:
+        ManifestError: an annotation file is missing or faulty; file, line and column are named.
+    """
+    match dataset:
+        case CsvList():
+            return read_manifest(dataset.path, dataset.pictures)
+        case FolderTree():
+            return folder_tree.read(dataset)
+        case EpicKitchens():
+            return epic_kitchens.read(dataset)
+        case SomethingSomething():
+            return something_something.read(dataset)
+        case Ego4dLta():
+            return ego4d.read(dataset)
+        case EgoExo4dKeysteps():
+            return ego_exo4d.read(dataset)

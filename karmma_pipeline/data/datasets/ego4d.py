@@ -1,0 +1,160 @@
+"""Ego4D's action clips of the forecasting benchmark (FHO, long-term anticipation), from its JSON.
+
+Documentation: https://ego4d-data.org/docs/data/annotations-schemas. Times of an action are
+relative to its five-minute clip file; the whole video serves too, with the clip's start added.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data import annotations
+from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, Manifest, check_clip_id, unique
+from karmma_pipeline.data.sources import FileSource, Source
+from karmma_pipeline.errors import ManifestError
+
+HEADS = ("verb", "noun")
+_FILES = {"train": "train", "val": "val", "test": "test_unannotated"}
+
+Split = Literal["train", "val", "test"]
+Place = Literal["clips", "full_scale", "video_540ss"]
+
+
+class Ego4dLta(Recipe):
+    """Ego4D's FHO actions as its downloader lays them out."""
+
+    kind: Literal["ego4d_fho_lta"] = Field(description="This data set.")
+    root: Path = Field(description="The version's folder (v1 or v2) with clips or full videos.")
+    annotations: Path | None = Field(
+        None, description="Folder of fho_lta_*.json; null: annotations in root."
+    )
+    splits: tuple[Split, ...] = Field(
+        ("train", "val"), min_length=1, description="Which of train, val and test (without labels)."
+    )
+    prefer: tuple[Place, ...] = Field(
+        ("clips", "full_scale", "video_540ss"),
+        min_length=1,
+        description="Folders in which videos are looked for, in this order.",
+    )
+
+
+def read(dataset: Ego4dLta) -> Manifest:
+    """Read the annotations and find the media; a clip's id is CLIP_UID_ACTION.
+
+    Raises:
+        ManifestError: an annotation file is missing or faulty; file and entry are named.
+    """
+    folder = dataset.annotations or dataset.root / "annotations"
+    heads = _taxonomy(folder / "fho_lta_taxonomy.json")
+    reader = _Reader(dataset, heads, _silent(dataset.root / "ego4d.json"))
+    clips: list[tuple[str, Clip]] = []
+    found = []
+    for split in dict.fromkeys(dataset.splits):
+        path = folder / f"fho_lta_{_FILES[split]}.json"
+        table = annotations.read_json(path, dict, "annotation file")
+        entries = table.get("clips")
+        if not isinstance(entries, list):
+            raise ManifestError(f"{path}: has no list 'clips'.")
+        items = [(f"clips entry {i}", entry) for i, entry in enumerate(entries, 1)]
+        some = annotations.collect(path, items, partial(reader.clip, split=split))
+        clips += [(f"{path.name} {where}", clip) for where, clip in some]
+        found.append(f"{split}: {len(some):,} clips")
+    lines = (*found, *reader.found.lines("clips"))
+    return Manifest(unique(folder, clips), heads, found=lines)
+
+
+def _taxonomy(path: Path) -> dict[str, tuple[str, ...]]:
+    table = annotations.read_json(path, dict, "taxonomy")
+    heads = {}
+    for head in HEADS:
+        names = table.get(f"{head}s")
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise ManifestError(f"{path}: has no list of names '{head}s'.")
+        if len(set(names)) < len(names):
+            raise ManifestError(f"{path}: a name stands twice in '{head}s'.")
+        heads[head] = tuple(names)
+    return heads
+
+
+def _silent(path: Path) -> frozenset[str]:
+    """Return the videos without a sound track, which were recorded mute or redacted."""
+    if not path.is_file():
+        return frozenset()
+    table = annotations.read_json(path, dict, "list of videos")
+    entries = table.get("videos")
+    items = [(f"videos entry {i}", entry) for i, entry in enumerate(entries or [], 1)]
+    return frozenset(uid for _, uid in annotations.collect(path, items, _mute_uid) if uid)
+
+
+def _mute_uid(entry: Any) -> str:
+    facts = annotations.field(entry, "video_metadata", dict, {})
+    uid = annotations.field(entry, "video_uid", str)
+    has_sound = facts.get("audio_base_denominator", 1) is not None
+    return "" if has_sound else uid
+
+
+@dataclass
+class _Reader:
+    """Turns entries into clips, and counts what was found of them."""
+
+    dataset: Ego4dLta
+    heads: Mapping[str, tuple[str, ...]]
+    silent: frozenset[str]
+    listing: Listing = field(default_factory=Listing)
+    found: Found = field(default_factory=Found)
+
+    def clip(self, entry: Any, split: Split) -> Clip:
+        uids = {key: annotations.field(entry, key, str) for key in ("video_uid", "clip_uid")}
+        for key, uid in uids.items():
+            try:
+                check_clip_id(uid)
+            except ValueError as error:
+                raise ValueError(f"{key}={uid!r:.60}: {error}") from None
+        video, clip = uids["video_uid"], uids["clip_uid"]
+        start_s = annotations.field(entry, "action_clip_start_sec", float)
+        stop_s = annotations.field(entry, "action_clip_end_sec", float)
+        if stop_s <= start_s:
+            raise ValueError(f"action_clip_end_sec={stop_s}: is not after {start_s}")
+        source, offset_s = self._media(video, clip, entry)
+        media: dict[str, Source] = {"rgb": source, "flow": source}
+        if video not in self.silent:
+            media["audio"] = source
+        labels = {head: self._label(entry, head) for head in HEADS}
+        clip_id = f"{clip}_{annotations.field(entry, 'action_idx', int)}"
+        return Clip(
+            check_clip_id(clip_id),
+            media,
+            start_s + offset_s,
+            stop_s + offset_s,
+            labels,
+            split,
+            video,
+        )
+
+    def _media(self, video: str, clip: str, entry: Any) -> tuple[FileSource, float]:
+        root = self.dataset.root
+        for place in self.dataset.prefer:
+            name = f"{place}/{clip if place == 'clips' else video}.mp4"
+            if self.listing.has(root / name):
+                self.found.add("rgb", f"in {place}", root / name)
+                return FileSource(root / name), self._offset(place, entry)
+        place = self.dataset.prefer[0]
+        path = root / f"{place}/{clip if place == 'clips' else video}.mp4"
+        self.found.add("rgb", MISSING, path)
+        return FileSource(path), self._offset(place, entry)
+
+    @staticmethod
+    def _offset(place: Place, entry: Any) -> float:
+        return 0.0 if place == "clips" else annotations.field(entry, "clip_parent_start_sec", float)
+
+    def _label(self, entry: Any, head: str) -> int:
+        number = annotations.field(entry, f"{head}_label", int, UNKNOWN)
+        if not UNKNOWN <= number < len(self.heads[head]):
+            raise ValueError(f"{head}_label={number}: the taxonomy has {len(self.heads[head])}")
+        return number

@@ -1,0 +1,151 @@
+"""Ego-Exo4D's keysteps from its JSON, seen by the wearer's camera.
+
+Documentation: https://docs.ego-exo4d-data.org/annotations/keystep. Videos of a take share one
+clock, on which the segments are given in seconds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data import annotations
+from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.manifest import Clip, Manifest, check_clip_id, unique
+from karmma_pipeline.data.sources import FileSource, Source
+from karmma_pipeline.errors import ManifestError
+
+HEAD = "keystep"
+_EGO = "_214-1.mp4"
+"""How the RGB video of the wearer's Aria glasses ends; other streams and cameras do not."""
+
+_FOLDERS = {
+    "448": "frame_aligned_videos/downscaled/448",
+    "full": "frame_aligned_videos",
+}
+
+Split = Literal["train", "val"]
+Size = Literal["448", "full"]
+
+
+class EgoExo4dKeysteps(Recipe):
+    """Ego-Exo4D's keystep segments as its downloader lays them out."""
+
+    kind: Literal["ego_exo4d_keysteps"] = Field(description="This data set.")
+    root: Path = Field(description="Folder with takes/ and annotations/.")
+    annotations: Path | None = Field(
+        None, description="Folder of keystep_*.json; null: annotations in root."
+    )
+    splits: tuple[Split, ...] = Field(("train", "val"), min_length=1, description="Which of them.")
+    prefer: tuple[Size, ...] = Field(
+        ("448", "full"), min_length=1, description="Sizes of video looked for, in this order."
+    )
+
+
+def read(dataset: EgoExo4dKeysteps) -> Manifest:
+    """Read the annotations and find the media; a clip's id is TAKE_NAME.SEGMENT.
+
+    Raises:
+        ManifestError: an annotation file is missing or faulty; file and take are named.
+    """
+    folder = dataset.annotations or dataset.root / "annotations"
+    tables = {
+        split: (
+            path := folder / f"keystep_{split}.json",
+            annotations.read_json(path, dict, "annotation file"),
+        )
+        for split in dict.fromkeys(dataset.splits)
+    }
+    vocabulary: dict[int, str] = {}
+    for path, table in tables.values():
+        vocabulary |= _vocabulary(path, table)
+    ids = {unique_id: number for number, unique_id in enumerate(sorted(vocabulary))}
+    reader = _Reader(dataset, ids)
+    clips: list[tuple[str, Clip]] = []
+    found = []
+    for split, (path, table) in tables.items():
+        takes = table.get("annotations")
+        if not isinstance(takes, dict):
+            raise ManifestError(f"{path}: has no object 'annotations'.")
+        items = [(f"take {uid!r:.60}", take) for uid, take in takes.items()]
+        some = annotations.collect(path, items, partial(reader.take, split=split))
+        clips += [(f"{path.name} {where}", clip) for where, of in some for clip in of]
+        found.append(f"{split}: {sum(len(of) for _, of in some):,} segments of {len(some):,} takes")
+    lines = (*found, *reader.found.lines("takes"))
+    return Manifest(unique(folder, clips), {HEAD: _names(vocabulary)}, found=lines)
+
+
+def _vocabulary(path: Path, table: Mapping[str, Any]) -> dict[int, str]:
+    """Return the keysteps' unique ids and names; the ids have gaps."""
+    words = table.get("vocabulary")
+    if not isinstance(words, dict) or not words:
+        raise ManifestError(f"{path}: has no object 'vocabulary'.")
+    found = {}
+    for number, name in words.items():
+        if not (
+            number.isascii() and number.isdigit() and len(number) < 10 and isinstance(name, str)
+        ):
+            raise ManifestError(f"{path}: vocabulary: {number!r:.40}: {name!r:.40} is no keystep.")
+        found[int(number)] = name
+    return found
+
+
+def _names(vocabulary: Mapping[int, str]) -> tuple[str, ...]:
+    """Return class names by rising unique id; the id is added to a name that stands twice."""
+    names = [vocabulary[number] for number in sorted(vocabulary)]
+    twice = {name for name in names if names.count(name) > 1}
+    pairs = zip(sorted(vocabulary), names, strict=True)
+    return tuple(f"{name} ({number})" if name in twice else name for number, name in pairs)
+
+
+@dataclass
+class _Reader:
+    """Turns takes into clips, and counts what was found of them."""
+
+    dataset: EgoExo4dKeysteps
+    ids: Mapping[int, int]
+    listing: Listing = field(default_factory=Listing)
+    found: Found = field(default_factory=Found)
+
+    def take(self, take: Any, split: Split) -> list[Clip]:
+        name = annotations.field(take, "take_name", str)
+        try:
+            check_clip_id(name)
+        except ValueError as error:
+            raise ValueError(f"take_name={name!r:.60}: {error}") from None
+        segments = annotations.field(take, "segments", list, [])
+        if not segments:
+            return []
+        source = self._media(name)
+        return [self._clip(name, source, i, segment, split) for i, segment in enumerate(segments)]
+
+    def _clip(self, take: str, source: Source, number: int, segment: Any, split: Split) -> Clip:
+        try:
+            start_s = annotations.field(segment, "start_time", float)
+            stop_s = annotations.field(segment, "end_time", float)
+            step = annotations.field(segment, "step_unique_id", int)
+            if stop_s <= start_s:
+                raise ValueError(f"end_time={stop_s}: is not after start_time={start_s}")
+            if step not in self.ids:
+                raise ValueError(f"step_unique_id={step}: is not in the vocabulary")
+            clip_id = check_clip_id(f"{take}.{number}")
+        except ValueError as error:
+            raise ValueError(f"segments entry {number + 1}: {error}") from None
+        media = dict.fromkeys(("rgb", "flow", "audio"), source)
+        return Clip(clip_id, media, start_s, stop_s, {HEAD: self.ids[step]}, split, take)
+
+    def _media(self, take: str) -> FileSource:
+        root = self.dataset.root
+        for size in self.dataset.prefer:
+            folder = root / "takes" / take / _FOLDERS[size]
+            ego = sorted(n for n in self.listing.names(folder) if n.endswith(_EGO))
+            if ego:
+                self.found.add("rgb", f"as {size} video", folder / ego[0])
+                return FileSource(folder / ego[0])
+        path = root / "takes" / take / _FOLDERS[self.dataset.prefer[0]] / f"aria01{_EGO}"
+        self.found.add("rgb", MISSING, path)
+        return FileSource(path)

@@ -1,0 +1,156 @@
+"""Something-Something V2 as published: its JSON files, videos or frames, and object boxes.
+
+A clip is a whole file; there is no sound. Labels are templates without their brackets, with the
+published ids. Object boxes are those of Something-Else (Materzynska et al., CVPR 2020,
+https://github.com/joaanna/something_else): one JSON file, or the four parts of its download.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data import annotations
+from karmma_pipeline.data.datasets.box_files import index_boxes
+from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, FrameName, Manifest, unique
+from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
+from karmma_pipeline.errors import ManifestError
+
+HEAD = "action"
+FPS = 12.0
+"""Rate of the data set's videos, Hz, and of the grid of its frames and boxes."""
+
+_FILES = {"train": "train", "val": "validation", "test": "test"}
+_FOLDERS = ("", "20bn-something-something-v2/", "videos/", "frames/")
+_SUFFIXES = (".webm", ".mp4", ".avi", ".mkv")
+_ID = re.compile(r"[0-9]{1,9}")
+
+Split = Literal["train", "val", "test"]
+
+
+class SomethingSomething(Recipe):
+    """Something-Something V2 as it is delivered, or as frames."""
+
+    kind: Literal["something_something_v2"] = Field(description="This data set.")
+    root: Path = Field(description="Folder of the videos, or of one folder of frames per video.")
+    annotations: Path = Field(description="Folder of the JSON files, with old or new names.")
+    splits: tuple[Split, ...] = Field(
+        ("train", "val"),
+        min_length=1,
+        description="Which of train, val and test; test has no labels.",
+    )
+    prefer: Literal["auto", "video", "frames"] = Field(
+        "auto", description="auto: the video file, else the folder of frames; or only one of them."
+    )
+    frame_name: FrameName = Field("img_{:05d}.jpg", description="Name of a frame.")
+    frame_fps: float = Field(FPS, gt=0, description="Rate at which frames were extracted, Hz.")
+    boxes: tuple[Path, ...] = Field(
+        (), description="Something-Else annotation files (JSON); they give the modality boxes."
+    )
+
+
+def read(dataset: SomethingSomething) -> Manifest:
+    """Read the annotations and find the media.
+
+    Raises:
+        ManifestError: an annotation file is missing or faulty; file and entry are named.
+    """
+    folder, listing = dataset.annotations, Listing()
+    templates = _templates(_file(folder, listing, "labels"))
+    reader = _Reader(dataset, templates, index_boxes(dataset.boxes))
+    clips: list[tuple[str, Clip]] = []
+    found = []
+    for split in dict.fromkeys(dataset.splits):
+        path = _file(folder, listing, _FILES[split])
+        entries: list[Any] = annotations.read_json(path, list, "annotation file")
+        items = [(f"entry {i}", entry) for i, entry in enumerate(entries, 1)]
+        some = annotations.collect(path, items, partial(reader.clip, split=split))
+        clips += [(f"{path.name} {where}", clip) for where, clip in some]
+        labelled = any(clip.labels[HEAD] != UNKNOWN for _, clip in some)
+        found.append(f"{split}: {len(some):,} clips{'' if labelled else ', without labels'}")
+    names = tuple(sorted(templates, key=templates.__getitem__))
+    return Manifest(unique(folder, clips), {HEAD: names}, found=(*found, *reader.lines()))
+
+
+def _file(folder: Path, listing: Listing, name: str) -> Path:
+    old, new = f"something-something-v2-{name}.json", f"{name}.json"
+    return listing.first(folder, (old, new)) or folder / old
+
+
+def _templates(path: Path) -> dict[str, int]:
+    """Return template to id; the ids must be 0, 1, 2, ..."""
+    table = annotations.read_json(path, dict, "label list")
+    ids = {}
+    for template, number in table.items():
+        if not isinstance(number, str | int) or not _ID.fullmatch(str(number)):
+            raise ManifestError(f"{path}: {template!r}: the id {number!r:.40} is no number.")
+        ids[template] = int(number)
+    if sorted(ids.values()) != list(range(len(ids))) or not ids:
+        raise ManifestError(f"{path}: the ids of the {len(ids)} templates are not 0, 1, 2, ....")
+    return ids
+
+
+@dataclass
+class _Reader:
+    """Turns entries into clips, and counts what was found of them."""
+
+    dataset: SomethingSomething
+    templates: Mapping[str, int]
+    boxes: Mapping[str, BoxSource]
+    listing: Listing = field(default_factory=Listing)
+    found: Found = field(default_factory=Found)
+
+    def clip(self, entry: Any, split: Split) -> Clip:
+        video = annotations.field(entry, "id", str)
+        if not _ID.fullmatch(video):
+            raise ValueError(f"id={video!r:.60}: must be a number as text")
+        rgb = self._media(video)
+        media: dict[str, Source] = {"rgb": rgb, "flow": rgb}
+        if self.dataset.boxes:
+            there = self.boxes.get(video)
+            self.found.add(
+                "boxes", MISSING if there is None else "annotated", self.dataset.boxes[0]
+            )
+            if there is not None:
+                media["boxes"] = there
+        return Clip(video, media, 0.0, None, {HEAD: self._label(entry)}, split)
+
+    def _label(self, entry: Any) -> int:
+        template = annotations.field(entry, "template", str, "")
+        if not template:
+            return UNKNOWN
+        name = template.replace("[", "").replace("]", "")
+        if name not in self.templates:
+            raise ValueError(f"template={template!r:.90}: is not in the label list")
+        return self.templates[name]
+
+    def _media(self, video: str) -> Source:
+        root, prefer = self.dataset.root, self.dataset.prefer
+        path = folder = None
+        if prefer != "frames":
+            names = (f"{f}{video}{suffix}" for f in _FOLDERS for suffix in _SUFFIXES)
+            path = self.listing.first(root, names)
+        if path is None and prefer != "video":
+            folder = self.listing.first(root, (f"{f}{video}" for f in _FOLDERS))
+        if path is not None:
+            self.found.add("rgb", "as video files", path)
+            return FileSource(path)
+        if folder is None and prefer != "frames":
+            path = root / f"{video}.webm"
+            self.found.add("rgb", MISSING, path)
+            return FileSource(path)
+        self.found.add(
+            "rgb", MISSING if folder is None else "as frames in a folder", folder or root / video
+        )
+        return FrameSource(
+            folder or root / video, (self.dataset.frame_name,), self.dataset.frame_fps
+        )
+
+    def lines(self) -> Sequence[str]:
+        return [*self.found.lines(), "audio: the data set has none"]

@@ -1,0 +1,67 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.epic import touch
+
+from karmma_pipeline.data.datasets import read_dataset
+from karmma_pipeline.data.datasets.folder_tree import FolderTree
+from karmma_pipeline.data.manifest import Manifest, check_clip_id
+from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.errors import ManifestError
+
+
+def read(root: Path, **changes: Any) -> Manifest:
+    return read_dataset(FolderTree(kind="folder_tree", root=root, **changes))
+
+
+def test_a_class_per_folder_below_split_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/jump/a.mp4", "train/jump/notes.txt", "validation/run/b.AVI", "test/")
+    manifest = read(tmp_path, head="verb")
+    assert manifest.heads == {"verb": ("jump", "run")}
+    rows = [(c.clip_id, c.labels["verb"], c.split) for c in manifest.clips]
+    assert rows == [("train.jump.a", 0, "train"), ("validation.run.b", 1, "val")]
+    assert manifest.clips[0].media["audio"] == FileSource(tmp_path / "train/jump/a.mp4")
+
+
+def test_a_drawn_split_stays_when_videos_are_added_and_follows_its_shares(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"c{i % 3}/{i:04d}.mp4" for i in range(600)))
+    before = {c.clip_id: c.split for c in read(tmp_path).clips}
+    share = sum(split == "val" for split in before.values()) / len(before)
+    assert 0.14 < share < 0.26  # 0.2, four standard deviations wide
+    touch(tmp_path, *(f"new/{i}.mp4" for i in range(50)))
+    after = {c.clip_id: c.split for c in read(tmp_path).clips}
+    assert before.items() <= after.items()
+    other = {c.clip_id: c.split for c in read(tmp_path, seed=1).clips}
+    assert any(after[i] != other[i] for i in after)
+
+
+def test_names_that_are_no_ids_get_one_each(tmp_path: Path) -> None:
+    names = ["a/x y.mp4", "a/x_y.mp4", "a/x/y.mp4", "a/x.y.mp4", "a/é.mp4", "a/ü.mp4", "a/x_Y.mp4"]
+    touch(tmp_path, *names)
+    clips = read(tmp_path).clips
+    assert len({c.clip_id.casefold() for c in clips}) == len(names)
+    assert {str(c.media["rgb"].path.relative_to(tmp_path)) for c in clips} == set(names)
+
+
+@given(st.lists(st.text("aB .-_/é", min_size=1, max_size=150), min_size=1, max_size=3))
+def test_any_path_gives_a_safe_id(parts: list[str]) -> None:
+    from karmma_pipeline.data.datasets.folder_tree import _clip_id
+
+    check_clip_id(_clip_id("/".join(parts) + ".mp4", alone=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/x.mp4", "walk/y.mp4"], "has the split folder 'train' beside the folder 'walk'"),
+        (["a/x.txt", "b.mp4"], "no videos in class folders"),
+        ([], "cannot be read"),
+    ],
+)
+def test_a_tree_of_another_shape_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    touch(tmp_path / "root", *names) if names else None
+    with pytest.raises(ManifestError, match=message):
+        read(tmp_path / "root")
