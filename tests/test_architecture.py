@@ -17,6 +17,7 @@ ALLOWED = {
     "extract": FOUNDATION | {"data", "models"},
     "train": FOUNDATION | {"data", "models"},
     "evaluate": FOUNDATION | {"data", "models"},
+    "batch": FOUNDATION | {"data", "models", "extract", "train", "evaluate"},
     **dict.fromkeys(FOUNDATION, FOUNDATION),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -33,7 +33,7 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
             )
         return
     ours = (root / "zarr.json").is_file()  # left by a run that was stopped right here
-    if not ours and root.is_dir() and any(root.iterdir()):
+    if not ours and root.is_dir() and any(not files.is_temporary(p) for p in root.iterdir()):
         raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
     files.write_json(
         root / "zarr.json", layout.zarr_group({"format": layout.FORMAT, "version": layout.VERSION})
