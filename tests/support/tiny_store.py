@@ -18,15 +18,25 @@ VERBS, NOUNS = 4, 3
 
 
 def write_store(
-    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.25
+    root: Path,
+    clips: int = 96,
+    width: int = 8,
+    seed: int = 0,
+    noise: float = 0.25,
+    heads: dict[str, tuple[str, ...]] | None = None,
+    label: int | None = None,
 ) -> Path:
-    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
+    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
+
+    With ``heads`` and ``label`` every clip has that label of other heads, seen in nothing.
+    """
     spec = StoreSpec(
         modalities={
             m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
             for m, n in (("rgb", 3), ("flow", 2), ("audio", 2))
         },
-        heads={
+        heads=heads
+        or {
             "verb": tuple(f"v{i}" for i in range(VERBS)),
             "noun": tuple(f"n{i}" for i in range(NOUNS)),
         },
@@ -37,7 +47,9 @@ def write_store(
     rows = [
         ClipRow(
             f"c{i:03d}",
-            {"verb": i % VERBS, "noun": i // VERBS % NOUNS},
+            {"verb": i % VERBS, "noun": i // VERBS % NOUNS}
+            if heads is None
+            else dict.fromkeys(heads, -1 if label is None else label),
             "val" if i % 4 == 3 - i // 4 % 4 else "train",
             f"P{i % 3}",
         )
