@@ -29,7 +29,8 @@ from slurm.cluster import CannotRunError, Cluster, running
 HERE = Path(__file__).parent
 KARMMA = [sys.executable, "-m", "karmma_pipeline.cli"]
 PARTS = 8
-PATIENCE_S = 600.0
+WARNING_S = 20
+PATIENCE_S = 1800.0
 STARTED = time.monotonic()
 
 POISON = {
@@ -37,7 +38,7 @@ POISON = {
     "poison_crash": "crashed",
     "poison_hang": "timeout",
 }
-RESOURCES = {"cpus": 2, "gpus": 0, "memory_gb": 4, "hours": 0.25}
+RESOURCES = {"cpus": 2, "gpus": 0, "memory_gb": 4, "hours": 0.5}
 SIZE = {"dim": 32, "layers": 1, "attention_heads": 4, "ffn_width": 32, "head_width": 64}
 TRAINING = {"epochs": 3, "batch_size": 16, "size": SIZE, "optimiser": {"lr": 1e-3}}
 RUNS = ("teacher", "baseline", "student")
@@ -59,7 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             },
         },
         "store": {"clips_per_shard": 4},
-        "decode": {"workers": 1, "timeout_s": 15},
+        "decode": {"workers": 1, "timeout_s": 45},
         "batch_size": 2,
     },
     "teacher": {**TRAINING, "store": "features/teacher", "out": "runs/teacher"},
@@ -140,7 +141,7 @@ def prepare(folder: Path) -> None:
         }
         stages["extract"]["array"] = array
         write_yaml(folder / name / "chain.yaml", {"name": "road", "stages": stages})
-        site = {"env": {"OMP_NUM_THREADS": "1"}, "warning_s": 20}
+        site = {"env": {"OMP_NUM_THREADS": "1"}, "warning_s": WARNING_S}
         write_yaml(folder / name / "site.yaml", site)
 
 
@@ -172,8 +173,9 @@ def run_disturbed(cluster: Cluster, folder: Path) -> None:
     shell("scontrol", "requeue", f"{array}_1")
     say("task 1: requeued")
     wait_for("a decoder of task 3", lambda: decoder(array, 3))
-    shell("scontrol", "update", f"JobId={array}_3", "TimeLimit=1")
-    say("task 3: time limit cut to one minute")
+    limit = (seconds_run(array, 3) + 2 * WARNING_S) // 60 + 1  # in time to be warned
+    shell("scontrol", "update", f"JobId={array}_3", f"TimeLimit={limit}")
+    say(f"task 3: time limit cut to {limit} minutes")
     task = wait_for("a decoder of task 4", lambda: decoder(array, 4) and program(array, 4))
     task.kill()
     say("task 4: killed with -9")
@@ -181,7 +183,8 @@ def run_disturbed(cluster: Cluster, folder: Path) -> None:
     cluster.kill_node(victim["node"], [victim["id"]])
     say(f"node {victim['node']} taken down with task 5")
     wait_for("task 3 stopped and waiting again", lambda: restarts(array, 3) > 0)
-    shell("scontrol", "update", f"JobId={array}_3", "TimeLimit=10")
+    say("task 3: warned, saved and waiting again")
+    shell("scontrol", "update", f"JobId={array}_3", "TimeLimit=30")
     wait_for("Slurm to miss the node", lambda: restarts(array, 5) > 0)
     cluster.start_node(victim["node"])
     say(f"node {victim['node']} back")
@@ -270,8 +273,17 @@ def running_task(array: str, task: int) -> dict[str, str] | None:
 
 
 def restarts(array: str, task: int) -> int:
+    return int(fact(array, task, "Restarts") or 0)
+
+
+def seconds_run(array: str, task: int) -> int:
+    hours, minutes, seconds = fact(array, task, "RunTime").split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
+
+def fact(array: str, task: int, name: str) -> str:
     words = shell("scontrol", "show", "job", f"{array}_{task}").split()
-    return int(next((w.split("=")[1] for w in words if w.startswith("Restarts=")), "0"))
+    return next((w.split("=")[1] for w in words if w.startswith(f"{name}=")), "")
 
 
 def program(array: str, task: int | None = None) -> psutil.Process | None:
