@@ -9,7 +9,7 @@ from karmma_pipeline.batch.progress import Progress, progress
 from karmma_pipeline.batch.recipe import Site
 from karmma_pipeline.batch.script import batch_script
 from karmma_pipeline.batch.status import table
-from karmma_pipeline.errors import TooManyFailuresError
+from karmma_pipeline.errors import KarmmaError, TooManyFailuresError
 from karmma_pipeline.jobs import StopFlag
 
 Say = Callable[[str], None]
@@ -74,10 +74,14 @@ def run_here(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
 
 
 def status(path: Path) -> str:
-    """Return where each stage stands."""
+    """Return where each stage stands; without a Slurm that answers, by what lies on disk."""
     chain, works = load_chain(path)
-    queued = slurm.queue() if slurm.has_slurm() else []
-    return table(chain, works, [progress(work) for work in works], queued)
+    note = ""
+    try:
+        queued = slurm.queue() if slurm.has_slurm() else []
+    except KarmmaError as error:
+        queued, note = [], f"\n(the queue is not known: {error})"
+    return table(chain, works, [progress(work) for work in works], queued) + note
 
 
 def _stop_at_faults(found: list[Progress]) -> None:

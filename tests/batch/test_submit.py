@@ -98,6 +98,17 @@ def test_slurm_that_refuses_is_one_sentence(here: Path, slurm: FakeSlurm) -> Non
     assert "Traceback" not in result.output
 
 
+def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: FakeSlurm) -> None:
+    write_chain()
+    (slurm.queue.parent / "squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    Path("jobs/logs").mkdir(parents=True)
+    Path("jobs/logs/teacher.5.log").write_text("x\n 10%\rError: the disk is full.\n\n")
+    result = run("status", "chain.yaml")
+    assert result.exit_code == 0
+    assert "the queue is not known: squeue" in result.output
+    assert "teacher.5.log ends with: Error: the disk is full." in result.output
+
+
 def test_without_slurm_the_chain_runs_here_and_then_does_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import yaml
+from slurm import nodes
 from slurm.cluster import CannotRunError, Cluster, running
 
 HERE = Path(__file__).parent
@@ -106,6 +107,7 @@ def main() -> None:
             check_exit_codes(disturbed)
             lose_a_shard(disturbed)
             compare(folder / "reference", disturbed)
+            train_on_two_nodes(disturbed)
     except CannotRunError as reason:
         say(f"SKIPPED: {reason}")
         return
@@ -250,8 +252,28 @@ def lose_a_shard(folder: Path) -> None:
     expect("everything is done" in submit(folder), "the chain is not done again")
 
 
-def submit(folder: Path) -> str:
-    done = run("submit", "chain.yaml", "--site", "site.yaml", cwd=folder)
+def train_on_two_nodes(folder: Path) -> None:
+    """Train with a rank on each of two nodes, kill one, warn them, compare with one process."""
+    if not nodes.is_built():
+        say("training on two nodes: skipped, this version trains in one process")
+        return
+    for name in ("one", "two"):
+        recipe = nodes.recipe(TRAINING, f"runs/{name}")
+        write_yaml(folder / f"recipes/{name}.yaml", recipe)
+    write_yaml(folder / "nodes.yaml", nodes.chain(RESOURCES))
+    submit(folder, "nodes.yaml")
+    job_id = next(job["id"] for job in queue() if job["name"].startswith("nodes.two."))
+    found = nodes.disturb(job_id, wait_for, shell, folder / "runs/two")
+    say(f"two nodes: a rank killed and replaced, warned, requeued {found['Restarts']} times")
+    wait_for("both trainings", lambda: not queue())
+    print(run("status", "nodes.yaml", cwd=folder).stdout)
+    away = nodes.difference(folder / "runs/one", folder / "runs/two")
+    expect(away < nodes.TOLERANCE, f"two ranks end {away:.1%} away from one")
+    say(f"two ranks: every epoch's loss within {away:.2%} of one process's")
+
+
+def submit(folder: Path, chain: str = "chain.yaml") -> str:
+    done = run("submit", chain, "--site", "site.yaml", cwd=folder)
     expect(done.returncode == 0, done.stderr)
     print(done.stdout.rstrip(), flush=True)
     return done.stdout
