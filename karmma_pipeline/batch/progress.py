@@ -80,9 +80,17 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
 def _training(recipe: TrainRecipe) -> Progress:
     metrics = recipe.out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    epochs = max((int(_json(line).get("epoch", 0)) for line in lines), default=0)
+    rows = [row for row in map(_json, lines) if "epoch" in row]
+    epochs = max((int(row["epoch"]) for row in rows), default=0)
     there = all((recipe.out / name / WEIGHTS).is_file() for name in ("best", "last"))
-    return Progress(there and epochs >= recipe.epochs, f"epoch {epochs} of {recipe.epochs}")
+    ended = epochs >= recipe.epochs or _out_of_patience(rows, getattr(recipe, "patience", 0))
+    return Progress(there and ended, f"epoch {epochs} of {recipe.epochs}")
+
+
+def _out_of_patience(rows: list[dict[str, Any]], patience: int) -> bool:
+    """Tell whether a training that may end early did: its best epoch lies that far back."""
+    best = max(rows, key=lambda row: row.get("val_action_top1", 0.0), default={"epoch": 0})
+    return bool(patience and rows and rows[-1]["epoch"] - best["epoch"] >= patience)
 
 
 def _json(line: str) -> dict[str, Any]:
