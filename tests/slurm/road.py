@@ -248,6 +248,13 @@ def lose_a_shard(folder: Path) -> None:
     say(refused.stderr.strip())
     said = submit(folder)
     expect("teacher: done" in said and said.count("submitted") == 2, said)
+    job = wait_for("its task", lambda: jobs("extract"))[0]
+    wait_for("its task at work", lambda: program(job["array"], int(job["task"])))
+    shell("scancel", job["array"])
+    wait_for("an empty queue", lambda: not queue())
+    expect(not (store / "commit/000005.safetensors").is_file(), "a cancelled task came back")
+    say("its task was cancelled and stayed so; launched once more")
+    submit(folder)
     wait_for("the lost shard", lambda: not queue())
     expect("everything is done" in submit(folder), "the chain is not done again")
 
