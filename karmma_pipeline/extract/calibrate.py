@@ -79,9 +79,18 @@ def measure(network: Network, mode: Mode, clips: Tensor, plain: Tensor | None) -
     tokens, seconds = _timed(network, clips)
     if plain is None:
         return Trial(mode, tokens, seconds / len(clips))
-    cosine = F.cosine_similarity(tokens.double(), plain.double(), dim=-1).min().item()
     error = (tokens - plain).abs().max().item()
-    return Trial(mode, tokens, seconds / len(clips), cosine, error)
+    return Trial(mode, tokens, seconds / len(clips), least_cosine(tokens, plain), error)
+
+
+def least_cosine(tokens: Tensor, plain: Tensor) -> float:
+    """Return the smallest cosine of a token to its float32 self; those near zero have no direction.
+
+    Both [B, N, D].
+    """
+    norms = plain.double().norm(dim=-1)
+    cosines = F.cosine_similarity(tokens.double(), plain.double(), dim=-1)
+    return cosines[norms > 0.01 * norms.mean()].min().item()
 
 
 def _timed(network: Network, clips: Tensor) -> tuple[Tensor, float]:

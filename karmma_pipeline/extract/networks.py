@@ -103,7 +103,7 @@ class Networks:
 
         Args:
             stores: by the name of the set; there or not.
-            note: told in a line what a calibration found.
+            note: told in a line what matched in a weights file, and what a calibration found.
         """
         path = self.recipe.out / MODES
         recorded = self._recorded(stores)
@@ -113,6 +113,8 @@ class Networks:
         fixed["compile"] = self.recipe.compile
         modes = {}
         for key, network in self._networks.items():
+            if network.backbone.choice.source == "file":
+                note(f"{network.backbone.choice.weights}: {network.backbone.loaded.report()}")
             modes[key] = (
                 recorded[key].model_copy(update=fixed)
                 if key in recorded

@@ -26,7 +26,14 @@ from karmma_pipeline.extract.networks import Computed, Networks
 from karmma_pipeline.extract.overlap import Ahead, Behind
 from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
-from karmma_pipeline.extract.report import BACKBONES, DECODING, WRITING, Bar, ExtractReport
+from karmma_pipeline.extract.report import (
+    BACKBONES,
+    DECODING,
+    STARTING,
+    WRITING,
+    Bar,
+    ExtractReport,
+)
 from karmma_pipeline.extract.staging import Staged, Work, Writers, plan, stage
 from karmma_pipeline.extract.transport import Arena, clip_bytes
 from karmma_pipeline.jobs import Part, StopFlag
@@ -206,9 +213,11 @@ def _stream(
     source = iter(staged)
     depth = 1 if networks.device.type == "cuda" else 0
     running: deque[Computed] = deque()
+    waiting = STARTING
     while True:
-        with report.timed(DECODING):
+        with report.timed(waiting):
             batch = next(source, None)
+        waiting = DECODING
         if batch is not None:
             stop.check("all finished batches are kept")
             bar.skip(batch.work.skipped)

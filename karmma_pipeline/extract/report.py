@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from karmma_pipeline.extract.decode import Decoded
 
-BACKBONES, DECODING, WRITING = "backbones", "waiting for decoders", "waiting for the disk"
-"""What the main thread does at any time; together they are the whole."""
+STARTING, BACKBONES = "start-up", "backbones"
+DECODING, WRITING = "decode wait", "write wait"
+"""What the main thread does at any time; start-up ends when the first batch is decoded."""
 
-_BOUND = {BACKBONES: "the backbones", DECODING: "decoding", WRITING: "writing"}
-_RATE = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write-bound"}
+_RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 @dataclass
@@ -65,17 +66,17 @@ class ExtractReport:
 
     @property
     def total_s(self) -> float:
-        """Seconds from the first batch to the last."""
-        return sum(self.seconds.values())
+        """Seconds from the first batch to the last, without start-up."""
+        return sum(s for what, s in self.seconds.items() if what != STARTING)
 
     @property
     def rate(self) -> float:
-        """Clips per second."""
+        """Clips per second, without start-up."""
         return self.clips / self.total_s if self.total_s else 0.0
 
     @property
     def bound(self) -> str:
-        """The stage that the others wait for."""
+        """Which stage the others wait for, as one word."""
         waits = {what: self.seconds.get(what, 0.0) for what in (DECODING, WRITING)}
         longest = max(waits, key=lambda what: waits[what])
         return _BOUND[longest if waits[longest] > 0.5 * self.total_s else BACKBONES]
@@ -83,8 +84,9 @@ class ExtractReport:
     def shares(self) -> str:
         """Say what the time went to, the largest share first."""
         total = self.total_s or 1.0
-        ordered = sorted(self.seconds.items(), key=lambda pair: -pair[1])
-        return ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in ordered)
+        running = {what: s for what, s in self.seconds.items() if what != STARTING}
+        ordered = sorted(running.items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{what} {s / total:.0%}" for what, s in ordered if s > 0.005 * total)
 
     def summary(self) -> str:
         """Return the closing lines of the command."""
@@ -92,7 +94,7 @@ class ExtractReport:
         if self.clips:
             lines.append(
                 f"{self.clips} clips in {self.total_s:.0f} s, {_per_second(self.rate)}: "
-                f"{self.shares()}; bound by {self.bound}"
+                f"{self.bound} ({self.shares()})"
             )
         if self.halved:
             lines.append(
@@ -111,7 +113,7 @@ class ExtractReport:
             "clips": self.clips,
             "failed": self.failed,
             "clips_per_s": round(self.rate, 4),
-            "bound_by": self.bound,
+            "bound": self.bound,
             "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
             "seconds_total": round(self.total_s, 3),
             "decode_processes": self.workers,
@@ -149,7 +151,7 @@ class Bar:
     def show(self, clips: int) -> None:
         """Count clips that are done now."""
         report = self._report
-        text = f"{_per_second(report.rate)}, {report.shares()}; bound by {report.bound}"
+        text = f"{_per_second(report.rate)}, {report.bound}: {report.shares()}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(clips)
 
