@@ -64,6 +64,7 @@ def extract(
     report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
     with _threads(networks, jobs.cpu_count() - report.workers):
+        report.threads = torch.get_num_threads()
         networks.decide(report.stores, _note)
         for name, path in report.stores.items():
             create_store(path, networks.store_spec(name, manifest), rows)

@@ -31,6 +31,7 @@ class ExtractReport:
         write_s: seconds that the writer worked, beside the networks.
         device_s: seconds that a GPU worked; a CPU's are those of the backbones.
         workers: decode processes.
+        threads: of the networks, on a CPU.
         halved: batches that did not fit into memory and were halved.
         padded: audio windows that reach past their track.
         audio_rates: clips by the rate, in Hz, at which their sound was recorded.
@@ -45,6 +46,7 @@ class ExtractReport:
     write_s: float = 0.0
     device_s: float = 0.0
     workers: int = 0
+    threads: int = 0
     halved: int = 0
     padded: int = 0
     audio_rates: Counter[int] = field(default_factory=Counter)
@@ -115,8 +117,8 @@ class ExtractReport:
             "clips_per_s": round(self.rate, 4),
             "bound": self.bound,
             "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
-            "seconds_total": round(self.total_s, 3),
             "decode_processes": self.workers,
+            "threads": self.threads,
             "seconds_decoding_all_processes": round(self.decode_s, 3),
             "seconds_writing_beside": round(self.write_s, 3),
             "seconds_gpu_busy": round(self.device_s, 3),
