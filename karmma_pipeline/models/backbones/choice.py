@@ -55,7 +55,8 @@ class BackboneChoice(Recipe):
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
         """Find faults when the recipe is read; a package.module:factory is imported later."""
-        if self.key_map and parse_seed(self.weights) is not None:
+        seed = parse_seed(self.weights)
+        if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
         for pattern, replacement in self.key_map:
             _check_pair(pattern, replacement)
