@@ -5,6 +5,7 @@ tensors lie in one preallocated buffer. The buffer goes back to the pool when th
 that looks into it is gone, never earlier: a batch stays valid for as long as one holds it.
 """
 
+import math
 import mmap
 import weakref
 from collections import deque
@@ -47,27 +48,35 @@ class BufferPool:
     ) -> None:
         self._parts, self._pin = parts, pin
         self._free: deque[Slot] = deque(maxlen=keep)
+        self._known: dict[int, list[tuple[str, Part, int, int]]] = {}
         self._size = max(1, sum(_room(p, clips) for of in parts.values() for p in of))
 
     def lend(self, clips: int) -> tuple[dict[str, tuple[Tensor, ...]], Slot]:
         """Return tensors [clips, *shape] of every part, undefined, and the slot they lie in."""
         try:
-            slot = self._free.popleft()
+            slot = self._free.pop()  # the last one that was used is the one in the caches
             slot.wait()
         except IndexError:
             slot = Slot(self._allocate())
         lease = slot.memory.view()
         weakref.finalize(lease, self._free.append, slot).atexit = False
         flat = torch.from_numpy(lease)  # every tensor made of it keeps the lease alive
-        found, at = {}, 0
-        for name, parts in self._parts.items():
-            tensors = []
-            for part in parts:
-                size = _bytes(part, clips)
-                tensors.append(flat[at : at + size].view(part.dtype).view(clips, *part.shape))
-                at += _room(part, clips)
-            found[name] = tuple(tensors)
+        found: dict[str, tuple[Tensor, ...]] = dict.fromkeys(self._parts, ())
+        for name, part, start, end in self._places(clips):
+            tensor = flat[start:end].view(part.dtype).view(clips, *part.shape)
+            found[name] = (*found[name], tensor)
         return found, slot
+
+    def _places(self, clips: int) -> list[tuple[str, Part, int, int]]:
+        """Return where each part of a batch lies in a buffer, page after page."""
+        if clips not in self._known:
+            found, at = [], 0
+            for name, parts in self._parts.items():
+                for part in parts:
+                    found.append((name, part, at, at + _bytes(part, clips)))
+                    at += _room(part, clips)
+            self._known[clips] = found
+        return self._known[clips]
 
     def _allocate(self) -> npt.NDArray[np.uint8]:
         if self._pin:
@@ -76,7 +85,7 @@ class BufferPool:
 
 
 def _bytes(part: Part, clips: int) -> int:
-    return clips * int(np.prod(part.shape)) * part.dtype.itemsize
+    return clips * math.prod(part.shape) * part.dtype.itemsize
 
 
 def _room(part: Part, clips: int) -> int:

@@ -259,7 +259,7 @@ def _append(
                 found = tokens[modality].get(clip.clip_id)
                 if found is None:
                     reasons[modality] = clip.reasons[spec]
-                elif not np.abs(found).max() <= writer.spec.modalities[modality].largest:
+                elif not float(np.abs(found).max()) <= writer.spec.modalities[modality].largest:
                     reasons[modality] = Reason.BAD_VALUE
                 else:
                     arrays[modality], times[modality] = found, clip.times[spec]

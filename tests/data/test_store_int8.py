@@ -11,9 +11,16 @@ from hypothesis.extra import numpy as hnp
 from support.tiny_store import write_store
 
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import (
+    ClipRow,
+    FeatureStore,
+    ShardWriter,
+    StoreSpec,
+    create_store,
+)
 from karmma_pipeline.data.store.quantise import LARGEST, dequantise, quantise
 from karmma_pipeline.data.store.spec import ModalitySpec
+from karmma_pipeline.errors import StoreError
 
 
 @settings(deadline=None, max_examples=60)
@@ -57,6 +64,15 @@ def test_a_batch_on_the_device_equals_the_gathered_tokens(tmp_path: Path) -> Non
         half = batch.rows(slice(3, 5))
         whole = batch.tokens_on(torch.device("cpu"))["audio"]
         assert torch.equal(half.tokens_on(torch.device("cpu"))["audio"], whole[3:5])
+
+
+def test_what_an_int8_row_cannot_hold_is_refused(tmp_path: Path) -> None:
+    one = ModalitySpec(tokens=1, width=2, dtype="int8")
+    create_store(tmp_path, StoreSpec(modalities={"rgb": one}, heads={}), [ClipRow("a", {})])
+    with ShardWriter(tmp_path, 0) as writer:
+        with pytest.raises(StoreError, match="the most int8 holds"):
+            writer.append("a", {"rgb": np.array([[1, 2 * LARGEST]])}, {}, {})
+        writer.append("a", {"rgb": np.array([[1, 6e4]], np.float16)}, {}, {})
 
 
 def test_int8_takes_half_the_bytes() -> None:

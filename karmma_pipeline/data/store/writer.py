@@ -164,7 +164,7 @@ class ShardWriter:
             raise StoreError(f"{where}: tokens {tokens.shape}, not {(one.tokens, one.width)}.")
         if not np.isfinite(tokens).all():
             raise StoreError(f"{where}: NaN or infinity in the tokens.")
-        if np.abs(tokens).max(initial=0) > one.largest:
+        if float(np.abs(tokens).max(initial=0)) > one.largest:
             raise StoreError(f"{where}: tokens beyond {one.largest:g}, the most {one.dtype} holds.")
         return one.encode(tokens)
 
