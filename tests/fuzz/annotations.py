@@ -145,13 +145,13 @@ def run(seed: int, folder: Path) -> tuple[str, int]:
     Raises:
         AssertionError: something else happened than reading or refusing.
     """
-    draw = random.Random(seed)  # noqa: S311  (no secret)
+    draw = random.Random(seed)
     make = draw.choice(DATASETS)
     recipe = {"dataset": make(folder), **RECIPE}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     victim = draw.choice(sorted((folder / "a").iterdir()))
     victim.write_bytes(mutate(victim.read_bytes(), draw))
-    before = {path for path in folder.rglob("*")}
+    before = set(folder.rglob("*"))
     arguments = ["plan", str(folder / "recipe.yaml"), "--no-probe", "--no-calibrate"]
     result = CliRunner().invoke(karmma, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -159,9 +159,10 @@ def run(seed: int, folder: Path) -> tuple[str, int]:
     assert result.exit_code in ALLOWED, f"exit code {result.exit_code}: {result.output}"
     if result.exit_code == 1:
         last = result.output.strip().splitlines()[-1]
-        assert last.startswith("Error: ") and last.endswith("."), result.output
+        assert last.startswith("Error: "), result.output
+        assert last.endswith("."), result.output
         assert "/a" in last, f"the file is not named: {last}"
-    assert {path for path in folder.rglob("*")} == before, "a file was written"
+    assert set(folder.rglob("*")) == before, "a file was written"
     assert not Path("never-made").exists(), "the output folder was made"
     return make.__name__, result.exit_code
 
