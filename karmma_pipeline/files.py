@@ -12,6 +12,7 @@ from typing import Any
 from karmma_pipeline.errors import KarmmaError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.EFBIG}
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,8 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         KarmmaError: the disk or the quota is full, or the folder cannot be written.
             What stood at ``path`` before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
@@ -67,6 +68,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise KarmmaError(
                 f"{path}: the folder cannot be written ({error.strerror}); "
                 "choose another folder or change its permissions."
+            ) from error
+        if error.errno in _BROKEN:
+            raise KarmmaError(
+                f"{path}: the file system failed ({error.strerror}); what was saved before is "
+                "kept. Run the same command again once the disk is well."
             ) from error
         raise
     except Exception as error:
@@ -106,4 +112,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON durably: sorted keys and no NaN, so that equal values are equal bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return the text that `write_json` writes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -54,22 +54,20 @@ def action_correct(logits: Mapping[str, Scores], labels: Mapping[str, Labels], k
 def _action_chunk(
     logits: Mapping[str, Scores], labels: Mapping[str, Labels], rows: slice, k: int
 ) -> Bools:
-    total: npt.NDArray[np.float64] | None = None  # [rows, candidates so far]
-    right: Bools | None = None
+    clips = len(next(iter(labels.values()))[rows])
+    total, right = np.zeros((clips, 1)), np.ones((clips, 1), bool)  # [rows, candidates so far]
     for head, scores in logits.items():
         part = np.asarray(scores[rows], np.float64)
         best = np.argsort(-part, axis=1, kind="stable")[:, :_CANDIDATES]
         log_p = np.take_along_axis(part - _log_sum_exp(part), best, axis=1)
         hit = best == labels[head][rows, None]
-        if total is None or right is None:
-            total, right = log_p, hit
-        else:
-            total = (total[:, :, None] + log_p[:, None]).reshape(len(part), -1)
-            right = (right[:, :, None] & hit[:, None]).reshape(len(part), -1)
-    assert total is not None  # noqa: S101  (there is a head)
-    assert right is not None  # noqa: S101
-    ranked = np.argsort(-total, axis=1, kind="stable")[:, :k]
-    return np.asarray(np.take_along_axis(right, ranked, axis=1).any(axis=1), bool)
+        total = (total[:, :, None] + log_p[:, None]).reshape(clips, -1)
+        right = (right[:, :, None] & hit[:, None]).reshape(clips, -1)
+        # Only the best go on: whatever a later head adds, at most as many can be better than one.
+        ranked = np.argsort(-total, axis=1, kind="stable")[:, :_CANDIDATES]
+        total = np.take_along_axis(total, ranked, axis=1)
+        right = np.take_along_axis(right, ranked, axis=1)
+    return np.asarray(right[:, :k].any(axis=1), bool)
 
 
 def _log_sum_exp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -29,6 +29,8 @@ class Reason(enum.IntEnum):
     OUT_OF_RANGE = 8
     BAD_VALUE = 9
     NOT_IN_DATASET = 10
+    TIME_OFF = 11
+    REFUSED = 12
 
     @property
     def hint(self) -> str:
@@ -42,12 +44,16 @@ _HINTS = {
     Reason.NO_STREAM: "The file has no such stream; nothing to do if that is how it was recorded.",
     Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it.",
     Reason.TIMEOUT: "Decoding took too long; raise decode.timeout_s or re-encode the file.",
-    Reason.OUT_OF_MEMORY: "Decoding took too much memory; use fewer decode.workers.",
+    Reason.OUT_OF_MEMORY: "Decoding took too much memory; raise decode.memory_gb or re-encode it.",
     Reason.CRASHED: "The decoder died on this file; re-encode it.",
     Reason.TOO_SHORT: "The clip holds no frame or sample; check its start and stop.",
     Reason.OUT_OF_RANGE: "The clip lies outside its file; check start, stop and the file's length.",
     Reason.BAD_VALUE: "The backbone gave NaN or infinity; try precision float32.",
     Reason.NOT_IN_DATASET: "The manifest names no file for this modality.",
+    Reason.TIME_OFF: "The file has nothing near a wanted moment; raise sampling.tolerance_s if "
+    "its frame rate is that low, or look for missing frames.",
+    Reason.REFUSED: "The file would make us read other files (a playlist, an HDF5 link) or claims "
+    "an absurd size; use a file that holds the media itself.",
 }
 
 

@@ -1,53 +1,130 @@
-"""One run, one folder: its recipe, the software that ran it, its metrics, line by line."""
+"""One run, one folder: its recipe, the software that ran it, its metrics and its log."""
 
+import fcntl
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
+
+from tqdm import tqdm
 
 from karmma_pipeline import config, files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, KarmmaError
 
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
+RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
+_LOCK = ".lock"
 
 
 class RunFolder:
-    """The folder of a run; opening one that holds another recipe is refused.
+    """The folder of a run; while it is open no other process may train into it.
+
+    Of several ranks only the one that ``writes`` changes anything; to the others all methods
+    that write do nothing.
 
     Raises:
-        ConfigError: the folder belongs to another run; the first differences are named.
+        ConfigError: the folder belongs to another run (the first difference is named) or
+            holds something else.
+        KarmmaError: another process trains into it.
     """
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        there = path / "recipe.yaml"
-        if there.is_file():
-            found = config.parse_yaml(there.read_text(), str(there))
-            wanted = config.parse_yaml(config.dump(recipe), "recipe")
-            if found != wanted:
-                raise ConfigError(
-                    f"{path}: holds a run of another recipe ({_difference(found, wanted)}); "
-                    "choose another folder with --set out=FOLDER, or remove this one."
-                )
-            return
-        files.write_json(path / "environment.json", environment())
-        config.save(recipe, there)
+    def __init__(self, path: Path, recipe: Recipe, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.metrics = path / METRICS
+        self._lock: IO[str] | None = None
+        if writes:
+            self._open(recipe)
 
-    def keep_metrics(self, epochs: int) -> None:
-        """Drop the lines of epochs that will be run again."""
-        if self.metrics.is_file():
-            lines = self.metrics.read_text().splitlines(keepends=True)[:epochs]
+    def _open(self, recipe: Recipe) -> None:
+        there = self.path / RECIPE
+        if there.is_file():
+            _check_same(self.path, there, recipe)
+        elif self.path.is_dir():
+            _check_ours(self.path)
+        elif self.path.exists():
+            raise ConfigError(f"{self.path}: is a file; choose a folder with --set out=FOLDER.")
+        with files.disk_errors(there):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / _LOCK)
+            for litter in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+                litter.unlink(missing_ok=True)  # of a killed process
+        if not there.is_file():
+            files.write_json(self.path / ENVIRONMENT, environment())
+            config.save(recipe, there)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def note(self, text: str) -> None:
+        """Tell the user something, on the screen and in ``log.txt``."""
+        if self.writes:
+            tqdm.write(text, file=sys.stderr)
+            self.log(text)
+
+    def log(self, text: str) -> None:
+        """Append a line to ``log.txt`` with the time."""
+        if self.writes:
+            path = self.path / LOG
+            with files.disk_errors(path), path.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Make ``metrics.jsonl`` these rows, one JSON line each, whatever it held before."""
+        if self.writes:
+            lines = [json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows]
             files.write_text(self.metrics, "".join(lines))
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Append one line of metrics."""
-        with files.disk_errors(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(values, sort_keys=True) + "\n")
+
+def _check_same(path: Path, there: Path, recipe: Recipe) -> None:
+    found = config.parse_yaml(there.read_text(), str(there))
+    wanted = config.parse_yaml(config.dump(recipe), "recipe")
+    if found != wanted:
+        raise ConfigError(
+            f"{path}: holds a run of another recipe ({_difference(found, wanted)}); "
+            "choose another folder with --set out=FOLDER, or remove this one."
+        )
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse a folder with other files; those of a run that was killed at its start are ours."""
+    ours = {ENVIRONMENT, LOG, _LOCK}
+    others = [p.name for p in path.iterdir() if p.name not in ours and p.suffix != ".tmp"]
+    if others:
+        raise ConfigError(
+            f"{path}: holds other files, such as {min(others)}, and no run; "
+            "choose another folder with --set out=FOLDER."
+        )
+
+
+def _locked(path: Path) -> IO[str]:
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise KarmmaError(
+            f"{path.parent}: another process trains into this folder; wait for it, stop it, or "
+            "choose another folder with --set out=FOLDER."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def environment() -> dict[str, Any]:
@@ -69,12 +146,10 @@ def commit() -> str:
         command = ["git", "-C", str(here), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        if not git("ls-files", str(Path(__file__))):
-            return ""  # installed into some other project's checkout
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    with suppress(OSError, subprocess.CalledProcessError):
+        if git("ls-files", str(Path(__file__))):  # else installed into some other checkout
+            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return ""
 
 
 def _version(name: str) -> str:

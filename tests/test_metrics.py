@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -100,6 +101,31 @@ def test_actions_are_ranked_by_the_product_of_probabilities(
         own = scores[labels["verb"][i], labels["noun"][i]]
         wanted.append((scores > own).sum() < k)
     assert action_correct(logits, labels, k).tolist() == wanted
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_actions_of_three_heads_are_ranked_by_all_products(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = {h: rng.normal(size=(4, c)) for h, c in (("a", 7), ("b", 6), ("c", 5))}
+    labels = {h: of.argsort(axis=1)[:, -1 - i % 2] for i, (h, of) in enumerate(logits.items())}
+    wanted = []
+    for i in range(4):
+        p = [np.exp(of[i]) / np.exp(of[i]).sum() for of in logits.values()]
+        scores = np.einsum("a,b,c->abc", *p)
+        wanted.append((scores > scores[tuple(of[i] for of in labels.values())]).sum() < 5)
+    assert action_correct(logits, labels, 5).tolist() == wanted
+
+
+def test_actions_of_many_heads_need_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    logits = {h: rng.normal(size=(256, 120)) for h in "abcd"}
+    labels = {h: rng.integers(0, 120, 256) for h in "abcd"}
+    tracemalloc.start()
+    action_correct(logits, labels, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6
 
 
 def test_one_head_is_the_action_itself() -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from karmma_pipeline.cli.options import Commands
 
+if TYPE_CHECKING:
+    from karmma_pipeline.data.store.joined import LabelSpaces
+
+_store = click.argument("store", type=click.Path(path_type=Path))
+_out = click.argument("out", type=click.Path(path_type=Path))
+
 
 @click.group(cls=Commands)
 def store() -> None:
-    """Look at feature stores."""
+    """Look at feature stores, check them, and make others out of them."""
 
 
 @store.command("info")
@@ -27,17 +34,32 @@ def store_info(path: Path) -> None:
 
 @store.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
-def store_verify(path: Path) -> None:
+@click.option("--repair", is_flag=True, help="Take damaged shards away, to be extracted again.")
+def store_verify(path: Path, repair: bool) -> None:
     """Check every byte of a store against its checksums."""
+    from karmma_pipeline.data.store import repair as take_away
     from karmma_pipeline.data.store import verify
     from karmma_pipeline.errors import StoreError
+    from karmma_pipeline.jobs import StopFlag
 
-    damages = verify(path)
+    with StopFlag() as stop:
+        damages = verify(path, stop)
     for damage in damages:
         click.echo(str(damage))
-    if damages:
-        raise StoreError(f"{path}: {len(damages)} damaged places; they are listed above.")
-    click.echo(f"{path}: whole")
+    if damages and repair:
+        for line in take_away(path, damages):
+            click.echo(line)
+        click.echo(
+            f"{path}: run `karmma extract` with the same recipe (and `karmma store finalize` if "
+            "it has nothing to extract)"
+        )
+    elif damages:
+        raise StoreError(
+            f"{path}: {len(damages)} damaged places; they are listed above. --repair takes "
+            "them away, then `karmma extract` with the same recipe makes only these."
+        )
+    else:
+        click.echo(f"{path}: whole")
 
 
 @store.command("finalize")
@@ -48,3 +70,148 @@ def store_finalize(path: Path) -> None:
 
     finalize(path)
     click.echo(f"{path}: complete")
+
+
+@store.command("stage")
+@_store
+@click.argument("folder", type=click.Path(path_type=Path))
+def store_stage(store: Path, folder: Path) -> None:
+    """Copy a store to a node's own disk and verify it; a verified copy is used again."""
+    from karmma_pipeline.data.store import stage
+    from karmma_pipeline.jobs import StopFlag
+
+    with StopFlag() as stop:
+        click.echo(f"store: {stage(store, folder, stop)}")
+
+
+@store.command("merge")
+@click.argument("stores", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New store.")
+@click.option(
+    "--label-spaces",
+    type=click.Choice(["same", "join"]),
+    default="same",
+    help="join: class lists that differ meet by name.",
+)
+def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) -> None:
+    """Write one store with the clips and modalities of several."""
+    from karmma_pipeline.data.store.rewrite import merge
+    from karmma_pipeline.jobs import StopFlag
+
+    with StopFlag() as stop:
+        merge(stores, out, label_spaces, stop)
+    click.echo(f"store: {out}")
+
+
+@store.command("split")
+@_store
+@_out
+@click.option("--by", type=click.Choice(["split", "group"]), help="One store each, inside OUT.")
+@click.option("--ids", type=click.File(), help="File with one clip id per line: one store, OUT.")
+def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
+    """Write some of a store's clips into stores of their own."""
+    from karmma_pipeline.data.store.rewrite import select, split
+    from karmma_pipeline.jobs import StopFlag
+
+    if (by is None) == (ids is None):
+        raise click.UsageError("Give one of --by and --ids.")
+    with StopFlag() as stop:
+        if ids is not None:
+            select(store, out, [line.strip() for line in ids if line.strip()], stop)
+            made = [out]
+        else:
+            made = split(store, out, by, stop)
+    for path in made:
+        click.echo(f"store: {path}")
+
+
+@store.command("convert")
+@_store
+@_out
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8"]))
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="MODALITY=GRID",
+    help="New token grid, such as rgb=12,1,1: means over blocks of the old one.",
+)
+@click.option("--compress", is_flag=True, help="Write a zstd archive (to keep, not to train on).")
+def store_convert(
+    store: Path, out: Path, dtype: Any, pool: tuple[str, ...], compress: bool
+) -> None:
+    """Write a store in another type, with fewer tokens, or compressed; unpack an archive."""
+    from karmma_pipeline.data.store import archive
+    from karmma_pipeline.data.store.rewrite import convert
+    from karmma_pipeline.jobs import StopFlag
+
+    if compress and (dtype or pool):
+        raise click.UsageError("--compress keeps every byte; convert first, then compress.")
+    with StopFlag() as stop:
+        if archive.is_archive(store):
+            archive.decompress(store, out, stop)
+        elif compress:
+            before, after = archive.compress(store, out, stop)
+            click.echo(f"{before / 1e6:.1f} MB are {after / 1e6:.1f} MB ({after / before:.0%})")
+        else:
+            convert(store, out, dtype, dict(_grid(text) for text in pool), stop)
+    click.echo(f"{'archive' if compress else 'store'}: {out}")
+
+
+def _grid(text: str) -> tuple[str, list[int]]:
+    modality, _, sides = text.partition("=")
+    try:
+        return modality, [int(side) for side in sides.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--pool {text!r}: write MODALITY=12,1,1.") from None
+
+
+@store.command("export")
+@_store
+@_out
+@click.option(
+    "--layout",
+    type=click.Choice(["npy", "pt", "actionformer", "tim"]),
+    default="npy",
+    show_default=True,
+    help="Files per clip, or as another trainer reads them.",
+)
+def store_export(store: Path, out: Path, layout: Any) -> None:
+    """Write tokens as one file per clip, for other programs."""
+    from karmma_pipeline.data.store.export import export
+    from karmma_pipeline.jobs import StopFlag
+
+    with StopFlag() as stop:
+        click.echo(f"{export(store, out, layout, stop)} files: {out}")
+
+
+@store.command("diff")
+@_store
+@click.argument("other", type=click.Path(path_type=Path))
+def store_diff(store: Path, other: Path) -> None:
+    """Say where two stores differ; exit code 1 if they do."""
+    from karmma_pipeline.data.store.diff import diff
+    from karmma_pipeline.jobs import StopFlag
+
+    found = False
+    with StopFlag() as stop:
+        for line in diff(store, other, stop):
+            click.echo(line)
+            found = True
+    if found:
+        raise click.exceptions.Exit(1)
+    click.echo("the same")
+
+
+@store.command("gc")
+@_store
+@click.option("--delete", is_flag=True, help="Take it away; without this it is only listed.")
+def store_gc(store: Path, delete: bool) -> None:
+    """List what stopped runs left in a store, and files that are not its own."""
+    from karmma_pipeline.data.store.gc import collect, garbage
+
+    found = list(garbage(store))
+    for one in found:
+        click.echo(str(one))
+    if delete:
+        collect(found)
+    click.echo(f"{len(found)} {'taken away' if delete else 'found (--delete takes them away)'}")

@@ -58,7 +58,18 @@ def distill(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
 
 
 def _train(run: Callable[..., Any], recipe: Recipe) -> None:
+    """Train; of several ranks under torchrun the first speaks for all that end alike."""
+    from karmma_pipeline.errors import StoppedError
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.train.ranks import Ranks
 
-    with StopFlag() as stop:
-        click.echo(run(recipe, stop=stop).summary())
+    main = Ranks.from_environment().main
+    try:
+        with StopFlag() as stop:
+            report = run(recipe, stop=stop)
+    except StoppedError as error:
+        if main:
+            raise
+        raise click.exceptions.Exit(error.exit_code) from None
+    if main:
+        click.echo(report.summary())

@@ -5,30 +5,58 @@ threads or ranks, and after a resume. B clips in a batch, M modalities, N tokens
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Protocol
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.buffers import BufferPool, Slot, copy_to
 from karmma_pipeline.data.masks import ORDER, clip_keys, draws, modality_mask
+from karmma_pipeline.data.store.source import TokenSource, dense
 
-_AHEAD = 2
-"""Batches that are gathered before they are asked for."""
+__all__ = ["Batch", "FeatureLoader", "LoaderSettings", "TokenSource"]
+
+
+class LoaderSettings(Recipe):
+    """How tokens come from disk to the model."""
+
+    cache: Literal["map", "node", "device"] = Field(
+        "map",
+        description="Where tokens are read from. map: the files, mapped into memory (the page\n"
+        "cache keeps what fits, one copy for all ranks). node: a copy in the node's memory\n"
+        "(/dev/shm), one for all ranks, which nothing evicts. device: all tokens on the device.",
+    )
+    stage: Path | None = Field(
+        None,
+        description="Folder on the node's own disk, to which stores are copied and verified\n"
+        "first; a verified copy is used again. null: read where they lie.",
+    )
+    threads: int = Field(1, ge=0, description="Threads that gather ahead; 0: when asked.")
+    ahead: int = Field(2, ge=1, description="Batches that are gathered before they are asked for.")
+    label_spaces: Literal["same", "join"] = Field(
+        "same",
+        description="Several stores whose class lists differ. same: refuse, naming the\n"
+        "differences; join: classes meet by name.",
+    )
 
 
 @dataclass
 class Batch:
-    """Tensors of a batch, on the CPU; absent clips' tokens are zeros.
+    """Tensors of a batch, valid for as long as they are held; absent clips' tokens are zeros.
 
-    tokens: modality to [B, N, D] in the store's type. present and mask: bool [B, M], what
-    clips natively have and what is left after modality dropout. labels: head to int64 [B].
-    clip_index: int64 [B], the clips' place in the store.
+    tokens: modality to [B, N, D] as stored. scales: float16 [B, N, 1] for those in int8.
+    present and mask: bool [B, M], what clips natively have and what is left after modality
+    dropout. labels: head to int64 [B]. clip_index: int64 [B], the clips' place in the store.
+    All lie on the CPU, with the cache on the device tokens and scales lie there.
     """
 
     tokens: dict[str, Tensor]
@@ -36,18 +64,32 @@ class Batch:
     mask: Tensor
     labels: dict[str, Tensor]
     clip_index: Tensor
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    slot: Slot | None = field(default=None, repr=False)
 
+    def tokens_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return tokens [B, N, D] on a device as numbers: int8 is copied as such, then scaled.
 
-class TokenSource(Protocol):
-    """What the loader needs of a store."""
+        From page-locked memory the copy does not wait; use this and not ``tensor.to``, since
+        it keeps the memory from being filled again before the copy is done.
+        """
+        found = {}
+        for m, tokens in self.tokens.items():
+            stored = [tokens, self.scales[m]] if m in self.scales else [tokens]
+            found[m] = dense([copy_to(part, device, self.slot) for part in stored])
+        return found
 
-    modalities: tuple[str, ...]
-    clip_ids: npt.NDArray[np.bytes_]
-    present: npt.NDArray[np.bool_]
-    labels: dict[str, npt.NDArray[np.int32]]
-
-    def gather(self, modality: str, index: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return tokens [B, N, D]."""
+    def rows(self, rows: slice) -> "Batch":
+        """Return some clips of the batch, in the same memory."""
+        return replace(
+            self,
+            tokens={m: t[rows] for m, t in self.tokens.items()},
+            scales={m: t[rows] for m, t in self.scales.items()},
+            present=self.present[rows],
+            mask=self.mask[rows],
+            labels={h: of[rows] for h, of in self.labels.items()},
+            clip_index=self.clip_index[rows],
+        )
 
 
 class FeatureLoader:
@@ -60,7 +102,9 @@ class FeatureLoader:
         seed: of order and masks.
         p: probability with which each present modality drops.
         shuffle: a new order each epoch, else that of ``indices``.
+        order: draws an epoch instead: its number to as many places in ``indices`` as there are.
         threads: that gather ahead; 0 gathers when asked.
+        ahead: batches that are gathered before they are asked for.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
             clip is repeated to fill up.
         pin: page-locked memory, for copies to a GPU.
@@ -76,7 +120,9 @@ class FeatureLoader:
         seed: int = 0,
         p: float = 0.0,
         shuffle: bool = False,
+        order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         threads: int = 1,
+        ahead: int = 2,
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
@@ -84,9 +130,17 @@ class FeatureLoader:
     ) -> None:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
-        self.shuffle, self.threads, self.pin = shuffle, threads, pin
+        self.shuffle, self.order = shuffle, order
+        self.threads, self.ahead = threads, max(1, ahead)
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.clip_ids[self.indices])
+        self._device: torch.device | None = getattr(store, "device", None)
+        self._pool = BufferPool(
+            {m: store.parts(m) for m in store.modalities},
+            min(-(-batch_size // world_size), len(self.indices)),
+            pin=pin and self._device is None,
+            keep=self.ahead + 2,
+        )
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.indices), self.batch_size)
@@ -95,7 +149,9 @@ class FeatureLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
         places = np.arange(len(self.indices))
-        if self.shuffle:
+        if self.order is not None:
+            places = self.order(epoch)
+        elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
@@ -106,11 +162,14 @@ class FeatureLoader:
             return
         pool = ThreadPoolExecutor(self.threads, "loader")
         try:
-            waiting = deque(pool.submit(self._load, part, epoch) for part in islice(parts, _AHEAD))
+            waiting = deque(
+                pool.submit(self._load, part, epoch) for part in islice(parts, self.ahead)
+            )
             while waiting:
                 batch = waiting.popleft().result()
                 waiting.extend(pool.submit(self._load, part, epoch) for part in islice(parts, 1))
                 yield batch
+                del batch  # its buffer may be lent again as soon as the consumer lets go of it
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -119,11 +178,34 @@ class FeatureLoader:
         present = self.store.present[clips]
         mask = modality_mask(self.seed, epoch, self._keys[places], present, self.p)
         index = torch.from_numpy(clips)
-        tokens = {m: self.store.gather(m, index) for m in self.store.modalities}
-        if self.pin:
-            tokens = {m: t.pin_memory() for m, t in tokens.items()}
+        parts, slot = self._gather(index)
         labels = {
             head: torch.from_numpy(np.asarray(of[clips], np.int64))
             for head, of in self.store.labels.items()
         }
-        return Batch(tokens, torch.from_numpy(present), torch.from_numpy(mask), labels, index)
+        return Batch(
+            {m: of[0] for m, of in parts.items()},
+            torch.from_numpy(present),
+            torch.from_numpy(mask),
+            labels,
+            index,
+            {m: of[1] for m, of in parts.items() if len(of) > 1},
+            slot,
+        )
+
+    def _gather(self, index: Tensor) -> tuple[dict[str, tuple[Tensor, ...]], Slot | None]:
+        if self._device is not None:
+            on = self._device
+            return {m: self._device_parts(m, index, on) for m in self.store.modalities}, None
+        parts, slot = self._pool.lend(len(index))
+        for m, tensors in parts.items():
+            self.store.gather_parts(m, index, tensors)
+        return parts, slot
+
+    def _device_parts(self, modality: str, index: Tensor, on: torch.device) -> tuple[Tensor, ...]:
+        parts = tuple(
+            torch.empty(len(index), *p.shape, dtype=p.dtype, device=on)
+            for p in self.store.parts(modality)
+        )
+        self.store.gather_parts(modality, index, parts)
+        return parts

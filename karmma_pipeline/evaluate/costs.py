@@ -1,7 +1,8 @@
 """What one clip costs on every subset of modalities: FLOPs, parameters, peak memory.
 
-FLOPs count 2 per multiply-add (`torch.utils.flop_counter`), one clip, backbones included,
-absent modalities left out of the sequence: the convention of the paper's figures.
+FLOPs count 2 per multiply-add (`torch.utils.flop_counter`), one clip, backbones of the present
+modalities included. The fusion block is counted twice over: with absent modalities left out of
+the sequence, the convention of the paper's figures, and as the model treats them.
 """
 
 import json
@@ -23,10 +24,14 @@ from karmma_pipeline.models.fusion import FusionModel, FusionSize
 
 @dataclass(frozen=True)
 class SubsetCost:
-    """Cost of one clip with some modalities."""
+    """Cost of one clip with some modalities.
+
+    gflops: absent modalities left out. gflops_as_run: as the model treats absence.
+    """
 
     modalities: tuple[str, ...]
     gflops: float
+    gflops_as_run: float
     parameters: int
 
 
@@ -42,10 +47,19 @@ def subset_costs(
     rows = []
     for subset in subsets(backbones):
         used = {m: shapes[m] for m in subset}
+        extractors, extractor_parameters = (sum(facts[m][i] for m in subset) for i in (0, 1))
         gflops, parameters = _fusion(size, used, heads)
-        gflops += sum(facts[m][0] for m in subset)
-        parameters += sum(facts[m][1] for m in subset)
-        rows.append(SubsetCost(subset, gflops, parameters))
+        as_run = gflops
+        if size.absent != "drop":
+            as_run, _ = _fusion(size, shapes, heads)
+        rows.append(
+            SubsetCost(
+                subset,
+                extractors + gflops,
+                extractors + as_run,
+                int(extractor_parameters) + parameters,
+            )
+        )
     return rows
 
 

@@ -71,7 +71,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     name = recipe.names.get(str(run), card.name)
     for batch in tqdm(loader.epoch(0), f"evaluate {name}", total=len(loader), unit="batch"):
         stop.check("nothing of this evaluation is kept")
-        tokens = {m: t.to(device) for m, t in batch.tokens.items()}
+        tokens = batch.tokens_on(device)
         parts = []
         for subset in chosen:
             mask = batch.present & torch.tensor([m in subset for m in store.modalities])

@@ -31,6 +31,23 @@ class GroupFiles(Recipe):
     )
 
 
+Level = Annotated[int, Field(ge=0, le=5)]
+
+
+class EpicSubmission(Recipe):
+    """Supervision levels that an EPIC-KITCHENS-100 submission states (github epic-kitchens/sls)."""
+
+    pretraining: Level = Field(
+        2, description="SLS-PT: 0 none, 1 public images, 2 public images and videos, ... 5 private."
+    )
+    labels: Level = Field(
+        3, description="SLS-TL: 0 none, 1-2 weak, 3 start and stop times, 4-5 more than that."
+    )
+    data: Level = Field(
+        3, description="SLS-TD: 0-2 little, 3 the training split, 4 train and val, 5 more."
+    )
+
+
 class EvaluateRecipe(Recipe):
     """``karmma evaluate``: accuracy on every subset, drop curves, costs, and a report."""
 
@@ -72,6 +89,12 @@ class EvaluateRecipe(Recipe):
     )
     groups: GroupFiles = Field(
         default_factory=GroupFiles, description="Groups of clips with their own scores."
+    )
+
+    submission: EpicSubmission | None = Field(
+        None,
+        description="Also write files for the EPIC-KITCHENS-100 server and official evaluator;\n"
+        "`submission: {}` takes the default supervision levels. With the test split: split: test.",
     )
 
     @model_validator(mode="after")

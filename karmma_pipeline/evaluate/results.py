@@ -86,7 +86,13 @@ class Cost(Recipe):
     """What one clip costs with some modalities, backbones included."""
 
     modalities: tuple[str, ...] = Field(description="The modalities used.")
-    gflops: float | None = Field(None, description="1e9 operations, 2 per multiply-add.")
+    gflops: float | None = Field(
+        None,
+        description="1e9 operations, 2 per multiply-add, absent modalities left out (the paper's).",
+    )
+    gflops_as_run: float | None = Field(
+        None, description="The same with absent modalities as this model treats them."
+    )
     parameters: int | None = Field(None, description="Weights of the networks that run.")
     memory_mib: float | None = Field(None, description="Peak memory of one forward pass.")
 

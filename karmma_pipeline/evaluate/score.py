@@ -129,8 +129,10 @@ def _point(
     table = correct.table[metric, 1][:, rows].astype(np.float64)  # [S, rows]
     present = correct.run.present[rows]
     per_clip = (_chances(correct, present, rate) * table).sum(axis=0)
-    expected = float(per_clip.mean()) if len(per_clip) else 0.0
-    spread = _Z * float(per_clip.std()) / max(1, len(per_clip)) ** 0.5
+    if not len(per_clip):
+        per_clip = np.zeros(1)  # no clip has a label
+    expected = float(per_clip.mean())
+    spread = _Z * float(per_clip.std()) / len(per_clip) ** 0.5
     return DropPoint(
         rate=rate,
         expected=_percent(expected),

@@ -17,6 +17,7 @@ from karmma_pipeline.evaluate.predict import Predictions, check_same_clips, pred
 from karmma_pipeline.evaluate.recipe import EvaluateRecipe
 from karmma_pipeline.evaluate.results import ACTION, Cost, Data, Results, RunResult
 from karmma_pipeline.evaluate.score import Correct, drop_curves, subset_scores
+from karmma_pipeline.evaluate.submission import write_submission
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
@@ -24,6 +25,8 @@ from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import WEIGHTS, ModelCard
 
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
+
+_NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
         ),
     )
     for number, run in enumerate(predictions):
-        run.save(recipe.out / "logits" / f"{number}_{_file_name(run.name)}.safetensors")
+        file_name = f"{number}_{_file_name(run.name)}"
+        run.save(recipe.out / "logits" / f"{file_name}.safetensors")
+        if recipe.submission is not None:
+            write_submission(recipe.out / "submission", file_name, run, recipe.submission)
     config.save(recipe, recipe.out / "recipe.yaml")
     write_report(recipe.out, found)
     return EvaluateReport(recipe.out, found)
@@ -100,8 +106,10 @@ def _data(run: Predictions, recipe: EvaluateRecipe) -> Data:
     }
     constant = {head: 100 * float(c.max() / max(1, c.sum())) for head, c in counts.items()}
     if len(heads) > 1:
-        pairs = Counter(zip(*(run.labels[h].tolist() for h in heads), strict=True))
-        constant[ACTION] = 100 * max(pairs.values()) / len(run.clips)
+        rows = np.stack([run.labels[h] for h in heads], axis=1)
+        rows = rows[(rows >= 0).all(axis=1)]
+        pairs = Counter(map(tuple, rows.tolist()))
+        constant[ACTION] = 100 * max(pairs.values(), default=0) / max(1, len(rows))
     return Data(
         name=recipe.title or run.store.path.resolve().parent.name,
         split=recipe.split,
@@ -121,6 +129,7 @@ def _data(run: Predictions, recipe: EvaluateRecipe) -> Data:
         heads=heads,
         class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
         constant=constant,
+        notes=() if any(c.any() for c in counts.values()) else (_NO_LABELS,),
     )
 
 
@@ -169,16 +178,17 @@ def _costs(card: ModelCard, recipe: EvaluateRecipe, device: torch.device) -> lis
             return []
         choices[modality] = _choice(facts)
     heads = {head: len(names) for head, names in card.heads.items()}
-    size = card.size.model_copy(update={"absent": "drop"})
-    memory = peak_memory_mib(choices, size, heads, str(device)) if recipe.memory else {}
+    left_out = card.size.model_copy(update={"absent": "drop"})
+    memory = peak_memory_mib(choices, left_out, heads, str(device)) if recipe.memory else {}
     return [
         Cost(
             modalities=cost.modalities,
             gflops=cost.gflops,
+            gflops_as_run=cost.gflops_as_run,
             parameters=cost.parameters,
             memory_mib=memory.get(cost.modalities),
         )
-        for cost in subset_costs(choices, size, heads)
+        for cost in subset_costs(choices, card.size, heads)
     ]
 
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
-from karmma_pipeline.extract.media import ROUNDING_S, MediaFaultError
+from karmma_pipeline.extract.faults import MediaFaultError
 from karmma_pipeline.extract.recipe import Sampling
-from karmma_pipeline.extract.sampling import Times, covering, sample_times
+from karmma_pipeline.extract.sampling import ROUNDING_S, Times, covering, sample_times
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
 

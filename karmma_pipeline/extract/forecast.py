@@ -64,7 +64,8 @@ def disk(
             spec = ModalitySpec(tokens=count, width=width, dtype=recipe.store.dtype)
             there = present[modality]
             tokens[name][modality] = sum(
-                layout.file_bytes(spec, size, int(there[first : first + size].sum()))
+                layout.file_bytes(array, size, int(there[first : first + size].sum()))
+                for array in spec.arrays
                 for first in range(0, clips, size)
             )
             times = 16 * input_spec(modality, choice).times

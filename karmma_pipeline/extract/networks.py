@@ -14,9 +14,10 @@ from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
 from karmma_pipeline.extract import boxes
 from karmma_pipeline.extract.decode import Decoded, input_spec
-from karmma_pipeline.extract.media import ROUNDING_S
+from karmma_pipeline.extract.raft import Raft
 from karmma_pipeline.extract.recipe import ExtractRecipe
-from karmma_pipeline.extract.sampling import PAIRS
+from karmma_pipeline.extract.sampling import PAIRS, ROUNDING_S
+from karmma_pipeline.extract.track import RESAMPLING
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
@@ -33,6 +34,9 @@ class Networks:
             recipe.precision == "auto" and self.device.type == "cuda"
         )
         self.precision = "bfloat16" if bfloat16 else "float32"
+        has_flow = any("flow" in choices for choices in recipe.sets.values())
+        computed = has_flow and recipe.flow.source != "dis"
+        self.raft = Raft(recipe.flow, self.device) if computed else None
         self._backbones: dict[str, Backbone] = {}
         for choices in recipe.sets.values():
             for choice in choices.values():
@@ -62,17 +66,19 @@ class Networks:
         facts = self._backbones[_key(choice)].provenance()
         facts["sampling"] = recipe.sampling.model_dump(mode="json")
         facts["precision"] = self.precision
-        facts["decoder"] = f"decord {version('decord')}"
+        facts["decoder"] = f"decord {version('decord')}, else PyAV {version('av')}"
         facts["rounding_s"] = ROUNDING_S
         if modality == "flow":
             facts["flow"] = recipe.flow.model_dump(mode="json")
             facts["flow"]["pairs"] = PAIRS
             facts["flow"]["opencv"] = version("opencv-python-headless")
+            facts["flow"]["raft_sha256"] = self.raft.digest if self.raft else None
         if choice.architecture.kind == "boxes":
             facts["boxes"] = boxes.FACTS
         if modality == "audio":
             facts["audio"] = recipe.audio.model_dump(mode="json")
             facts["audio"]["librosa"] = version("librosa")
+            facts["audio"]["resampling"] = RESAMPLING
         return facts
 
     def tokens(
@@ -80,6 +86,8 @@ class Networks:
     ) -> dict[str, Tokens]:
         """Run one network over the clips of a batch that have its input: id to [N, D]."""
         spec = input_spec(modality, choice)
+        if self.raft:
+            self.raft.complete(batch)
         present = [clip for clip in batch if spec in clip.arrays]
         if not present:
             return {}

@@ -38,15 +38,13 @@ from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 
-_FP16_MAX = float(np.finfo(np.float16).max)
-
 
 @dataclass
 class ExtractReport:
     """What an extraction did; seconds by what they went to (waiting for decoders counts).
 
     padded: audio windows that reach past their track; audio_rates: clips by the rate, in Hz,
-    at which their sound was recorded.
+    at which their sound was recorded; decoders: clips by modality and what read it.
     """
 
     stores: dict[str, Path]
@@ -56,12 +54,16 @@ class ExtractReport:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     padded: int = 0
     audio_rates: Counter[int] = field(default_factory=Counter)
+    decoders: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def count(self, batch: list[Decoded]) -> None:
         """Take note of a batch that is done."""
         self.clips += len(batch)
         self.padded += sum(clip.padded for clip in batch)
         self.audio_rates.update(clip.audio_rate for clip in batch if clip.audio_rate)
+        for clip in batch:
+            for modality, decoder in clip.decoders.items():
+                self.decoders[modality][decoder] += 1
 
     def summary(self) -> str:
         """Return the closing lines of the command."""
@@ -136,6 +138,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
         "clips": report.clips,
         "failed": report.failed,
         "audio_windows_padded": report.padded,
+        "decoders": {m: dict(counts) for m, counts in report.decoders.items()},
         "audio_native_rates": {str(hz): n for hz, n in sorted(report.audio_rates.items())},
         "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
     }
@@ -265,9 +268,7 @@ def _append(
                 found = tokens[modality].get(clip.clip_id)
                 if found is None:
                     reasons[modality] = clip.reasons[spec]
-                elif not np.isfinite(found).all() or (
-                    recipe.store.dtype == "float16" and np.abs(found).max() > _FP16_MAX
-                ):
+                elif not np.abs(found).max() <= writer.spec.modalities[modality].largest:
                     reasons[modality] = Reason.BAD_VALUE
                 else:
                     arrays[modality], times[modality] = found, clip.times[spec]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings, decode_clips, lost
+from karmma_pipeline.extract.media import Decoder
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
@@ -104,16 +106,16 @@ class DecodePool:
         while waiting:
             yield self._collect(waiting.popleft())
 
-    def _submit(self, clips: list[Clip]) -> _Future:
+    def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Future:
         try:
-            return self._schedule(clips)
+            return self._schedule(clips, decoder)
         except RuntimeError:  # a process died between tasks, which ends pebble's pool
             self._restart()
-            return self._schedule(clips)
+            return self._schedule(clips, decoder)
 
-    def _schedule(self, clips: list[Clip]) -> _Future:
+    def _schedule(self, clips: list[Clip], decoder: Decoder) -> _Future:
         future = self._pool.schedule(
-            decode_clips, args=[clips, self.settings], timeout=self.timeout_s
+            decode_clips, args=[clips, self.settings, decoder], timeout=self.timeout_s
         )
         self._open.add(future)
         future.add_done_callback(self._open.discard)
@@ -132,17 +134,18 @@ class DecodePool:
         return [decoded for clips, future in tasks for decoded in self._result(clips, future)]
 
     def _result(self, clips: list[Clip], future: _Future) -> list[Decoded]:
-        """Wait for a task; if it fails, give each of its clips a process of its own, once."""
-        reason = self._wait(future)
-        if not isinstance(reason, Reason):
-            return reason
-        retried = []
-        for clip in clips:
-            again = self._wait(self._submit([clip]))
-            retried += (
-                [lost(clip.clip_id, self.settings, again)] if isinstance(again, Reason) else again
-            )
-        return retried
+        """Wait for a task; if it fails, decode each of its clips by itself."""
+        found = self._wait(future)
+        if not isinstance(found, Reason):
+            return found
+        return [self._again(clip) for clip in clips]
+
+    def _again(self, clip: Clip) -> Decoded:
+        """Try a clip once more in another process, then with the second decoder."""
+        found = self._wait(self._submit([clip]))
+        if isinstance(found, Reason):
+            found = self._wait(self._submit([clip], "pyav"))
+        return lost(clip.clip_id, self.settings, found) if isinstance(found, Reason) else found[0]
 
     def _wait(self, future: _Future) -> list[Decoded] | Reason:
         if not self._is_done(future):
@@ -212,11 +215,17 @@ def _is_spawned(process: psutil.Process) -> bool:
 def _by_video(batch: list[Clip]) -> Iterator[list[Clip]]:
     group: list[Clip] = []
     for clip in batch:
-        if group and group[-1].media.get("rgb") != clip.media.get("rgb"):
+        if group and _place(group[-1]) != _place(clip):
             yield group
             group = []
         group.append(clip)
     yield group
+
+
+def _place(clip: Clip) -> Path | None:
+    """Return where the clip's video lies; its clips have spans of their own."""
+    source = clip.media.get("rgb") or next(iter(clip.media.values()), None)
+    return None if source is None else source.path
 
 
 def _start_worker() -> None:

@@ -1,7 +1,7 @@
 """The recipe of an extraction: which clips, which moments of them, which networks, which store."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,13 +26,33 @@ class Sampling(Recipe):
         description="What mode fps does with a clip shorter than T frames. repeat_last: start at\n"
         "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
     )
+    tolerance_s: float = Field(
+        0.5,
+        ge=0,
+        description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
+        "reach out of its file; beyond, the modality is absent: time_off or out_of_range.",
+    )
 
 
 class Flow(Recipe):
-    """Optical flow between the frames at t and t + gap_s, at the network's input size."""
+    """Optical flow between the frames at t and t + gap_s, in px of the network's input.
 
-    source: Literal["dis"] = Field("dis", description="dis: OpenCV's DIS, on the CPU.")
+    A data set's own u and v pictures are taken as they are and brought to this scale.
+    """
+
+    source: Literal["dis", "raft_small", "raft_large"] = Field(
+        "dis",
+        description="How motion is computed where the data set brings none. dis: OpenCV's DIS, on\n"
+        "the CPU; raft_*: torchvision's networks, on the device of the backbones.",
+    )
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
+    weights: str = Field(
+        "DEFAULT",
+        description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
+        "or random:SEED.",
+    )
+    updates: int = Field(12, gt=0, description="RAFT: refinements; the last one counts.")
+    pairs_at_once: int = Field(16, gt=0, description="RAFT: pairs that go through it at once.")
     gap_s: float = Field(
         1 / 15,
         gt=0,
@@ -47,23 +67,68 @@ class Flow(Recipe):
     )
 
 
+FRONT_ENDS: dict[str, dict[str, Any]] = {
+    "radevski": {},
+    "vggish": {
+        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 64,
+        "hops": 96, "window_s": 0.975, "frame_s": 0.975, "mean": 0.0, "std": 1.0,
+    },
+    "ast": {
+        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 128,
+        "hops": 1024, "frame_s": 10.255, "mean": -4.2677393, "std": 2 * 4.5689974,
+    },
+    "auditory_slowfast": {
+        "sample_rate": 24_000, "n_fft": 2048, "win_length": 240, "hop_length": 120, "mels": 128,
+        "hops": 400, "frame_s": 1.995, "mean": 0.0, "std": 1.0,
+    },
+}  # fmt: skip
+"""What a front end sets beside its formulas; a recipe may override each. The defaults of `Audio`
+are radevski's."""
+
+
 class Audio(Recipe):
-    """Log-mel spectrograms: one image per clip, or one per sampled video frame.
+    """Log-mel spectrograms: one image per clip, or one per sampled video frame."""
 
-    Defaults are those of the paper's predecessor (Radevski et al., ICCV 2023).
-    """
-
+    front_end: Literal["radevski", "vggish", "ast", "auditory_slowfast"] = Field(
+        "radevski",
+        description="Whose spectrogram; it also sets the keys below that are left out. radevski\n"
+        "(ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + 0.01), 125 to\n"
+        "7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: log(magnitude + 1e-6).",
+    )
     sample_rate: int = Field(24_000, gt=0, description="Hz; the track is resampled to it.")
     n_fft: int = Field(1024, gt=0, description="FFT length in samples.")
     win_length: int = Field(160, gt=0, description="Window length in samples.")
     hop_length: int = Field(80, gt=0, description="Hop in samples.")
     mels: int = Field(128, gt=0, description="Mel bands.")
+    hops: int | None = Field(
+        None,
+        gt=0,
+        description="Hops of a spectrogram: shorter sound is padded as the front end does (ast:\n"
+        "zeros, auditory_slowfast: the last hop, vggish: silence), of longer sound the middle is\n"
+        "taken; null: as many as the sound has.",
+    )
     window_s: float | None = Field(
         None, gt=0, description="Seconds around the clip's centre for an image; null: the clip."
     )
     frame_s: float = Field(1.116, gt=0, description="Seconds around each frame, for video nets.")
-    mean_db: float = Field(-28.1125, description="Subtracted from the dB values ...")
-    std_db: float = Field(16.5627, gt=0, description="... which are then divided by this.")
+    mean: float = Field(-28.1125, description="Subtracted from the log-mel values ...")
+    std: float = Field(16.5627, gt=0, description="... which are then divided by this.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """Fill in what the front end sets and the recipe leaves out."""
+        if not isinstance(given, dict):
+            return given
+        return {**FRONT_ENDS.get(str(given.get("front_end", "radevski")), {}), **given}
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.win_length > self.n_fft:
+            raise ValueError(
+                f"win_length={self.win_length} is above n_fft={self.n_fft}; allowed is up to n_fft"
+            )
+        return self
 
 
 class StoreSettings(Recipe):

@@ -5,14 +5,27 @@ import torch
 from karmma_pipeline.errors import ConfigError
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` is the first GPU, else the CPU.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device of a recipe; ``auto`` is a GPU if there is one, else the CPU.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        local_rank: number of this process among those on this machine; ``auto`` and ``cuda``
+            give each its own GPU.
 
     Raises:
         ConfigError: the device is not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto" and not gpus:
+        return torch.device("cpu")
+    if name in {"auto", "cuda"} and gpus:
+        if local_rank >= gpus:
+            raise ConfigError(
+                f"device={name!r}: {local_rank + 1} or more processes share {gpus} GPUs here; "
+                f"start torchrun with --nproc-per-node {gpus}."
+            )
+        return torch.device("cuda", local_rank)
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -1,12 +1,24 @@
-"""A fusion model on disk: ``model.safetensors`` and ``model.json``, which never run code."""
+"""A fusion model on disk: ``model.safetensors`` and ``model.json``, which never run code.
 
+The card names the digest of its weights. While a model replaces an older one, the old weights
+stay beside the new ones until the new card is written, so that a pair that fits is there at
+every moment.
+"""
+
+import hashlib
 import json
+import os
+import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from karmma_pipeline import config, files
 from karmma_pipeline.config import Recipe
@@ -14,6 +26,8 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
+_OLD = "model.previous.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._ -]*")
 
 
 class ModelCard(Recipe):
@@ -28,6 +42,15 @@ class ModelCard(Recipe):
     provenance: dict[str, dict[str, Any]] = Field(description="Where the tokens come from.")
     store_digest: str = Field(description="Digest of the feature store it was trained on.")
     training: dict[str, Any] = Field({}, description="The recipe that trained it.")
+    weights_sha256: str = Field("", description="Digest of the weights; set when it is saved.")
+
+    @field_validator("modalities", "heads")
+    @classmethod
+    def _plain_names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r}: a name is letters, digits, '-', '_' and '.'")
+        return named
 
     def build(self) -> FusionModel:
         """Build the architecture with fresh weights."""
@@ -36,10 +59,37 @@ class ModelCard(Recipe):
 
 
 def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
-    """Write a model; the card, which names it whole, comes last."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    files.write_bytes(folder / WEIGHTS, save(tensors))
+    """Write a model; killed anywhere, the old or the new one can be loaded."""
+    data = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
+    _keep_old(folder)
+    files.write_bytes(folder / WEIGHTS, data)
     files.write_json(folder / CARD, card.model_dump(mode="json"))
+    with suppress(OSError):
+        (folder / _OLD).unlink()
+
+
+def _keep_old(folder: Path) -> None:
+    """Give the weights that the card names a second name, unless they have it already."""
+    try:
+        wanted = json.loads((folder / CARD).read_text())["weights_sha256"]
+        if _digest(folder / WEIGHTS) != wanted:  # killed here before: the old name is the right one
+            return
+        if (folder / _OLD).exists() and (folder / _OLD).samefile(folder / WEIGHTS):
+            return
+    except (OSError, KeyError, TypeError, ValueError):
+        return
+    with files.replacing(folder / _OLD) as temporary:
+        temporary.unlink()
+        try:
+            os.link(folder / WEIGHTS, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / WEIGHTS, temporary)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -53,7 +103,7 @@ def read_card(folder: Path) -> ModelCard:
         return config.build(ModelCard, json.loads(path.read_text()), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: no saved model is there ({error.strerror}).") from None
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the model card is damaged ({error}).") from None
 
 
@@ -64,15 +114,34 @@ def load_model(folder: Path) -> tuple[FusionModel, ModelCard]:
         CheckpointError: it is missing, damaged, or its tensors do not fit its card.
     """
     card = read_card(folder)
+    tensors = _read_weights(folder, card)
     path = folder / WEIGHTS
-    model = card.build()
     try:
-        model.load_state_dict(load(path.read_bytes()))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: the weights are damaged ({error}).") from None
-    except RuntimeError as error:
+        if card.size.layers > len(tensors):
+            raise RuntimeError(f"{card.size.layers} layers in {len(tensors)} tensors")
+        with torch.device("meta"):  # whatever sizes the card names, they cost no memory
+            model = card.build()
+        model.load_state_dict(tensors, assign=True)
+    except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: does not fit {CARD} ({reason}).") from None
     return model.eval(), card
+
+
+def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:
+    """Return the tensors that the card names, from the file or the one it was replacing."""
+    path = folder / WEIGHTS
+    fault = f"the weights are damaged or another model's; their digest is not in {CARD}"
+    for candidate in (path, folder / _OLD):
+        try:
+            data = candidate.read_bytes()
+        except OSError as error:
+            if candidate == path:
+                fault = f"cannot be read ({error.strerror})"
+            continue
+        if hashlib.sha256(data).hexdigest() == card.weights_sha256:
+            try:
+                return load(data)
+            except SafetensorError as error:
+                fault = f"is no safetensors file ({error})"
+    raise CheckpointError(f"{path}: {fault}; train again or copy the folder again.")

@@ -1,214 +1,271 @@
 """One training loop for teacher, baselines and student: fetch, loss, step, log, save."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from karmma_pipeline import files
 from karmma_pipeline.data.loader import Batch, FeatureLoader
+from karmma_pipeline.data.masks import draws
+from karmma_pipeline.data.store import TokenSource
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.metrics import action_correct, topk_correct
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
-from karmma_pipeline.train.recipe import Optimiser, TrainRecipe
-from karmma_pipeline.train.state import load_state, save_state
+from karmma_pipeline.train.average import moving_average
+from karmma_pipeline.train.gradient import Gradient, adamw, learning_rate
+from karmma_pipeline.train.objective import Objective
+from karmma_pipeline.train.progress import Clock, Progress, TrainReport, on_screen, progress_bar
+from karmma_pipeline.train.ranks import Ranks
+from karmma_pipeline.train.recipe import TrainRecipe
+from karmma_pipeline.train.screen import Found, Screen
+from karmma_pipeline.train.state import save_state
+from karmma_pipeline.train.validate import validate
 
-LossStep = Callable[[dict[str, Tensor], Batch], Tensor]
-"""Logits and the batch (labels and masks on the device) to a scalar loss."""
+_DROPOUT = 2**32 + 4
+"""Stream of `draws` that seeds dropout."""
 
 
-@dataclass
-class TrainReport:
-    """Where a run lies and how good it got."""
+@dataclass(frozen=True)
+class Job:
+    """What a training consists of. ``sources``: digests of what it learns from, by name."""
 
-    run: Path
-    best: dict[str, float]
-    already_done: bool = False
-
-    def summary(self) -> str:
-        """Return the closing lines of the command."""
-        done = " (was already done)" if self.already_done else ""
-        scores = ", ".join(f"{k} {v:.1f} %" for k, v in self.best.items() if "top1" in k)
-        return f"run: {self.run}{done}\nbest epoch {self.best['epoch']:.0f}: {scores}"
+    recipe: TrainRecipe
+    run: RunFolder
+    store: TokenSource
+    model: FusionModel
+    card: ModelCard
+    train: FeatureLoader
+    val: FeatureLoader
+    device: torch.device
+    ranks: Ranks
+    sources: dict[str, str]
 
 
 class Trainer:
-    """State and loop of one training run; resumes by itself from what its folder holds."""
+    """State and loop of one training run.
 
-    def __init__(
-        self,
-        recipe: TrainRecipe,
-        run: RunFolder,
-        model: FusionModel,
-        card: ModelCard,
-        loaders: tuple[FeatureLoader, FeatureLoader],
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.run, self.card, self.device = recipe, run, card, device
-        self.train_loader, self.val_loader = loaders
-        self.model = model.to(device)
-        self.optimiser = _adamw(model, recipe.optimiser)
-        self.bfloat16 = recipe.precision == "bfloat16" or (
-            recipe.precision == "auto" and device.type == "cuda"
-        )
-        self.epoch, self.batch = 0, 0
-        self.loss_sum = 0.0
-        self.best: dict[str, float] = {}
+    Args:
+        job: what is trained on what.
+        state: a training state to go on from.
+    """
 
-    def fit(self, loss_step: LossStep, stop: StopFlag) -> TrainReport:
-        """Train to the last epoch, or go on from the saved state.
+    def __init__(self, job: Job, state: dict[str, Any] | None = None) -> None:
+        self.job, recipe = job, job.recipe
+        self.model = job.model.to(job.device)
+        self.average = moving_average(self.model, recipe.ema) if recipe.ema else None
+        self.optimiser = adamw(self.model, recipe.optimiser)
+        self.gradient = Gradient(self.model)
+        auto = recipe.precision == "auto" and job.device.type == "cuda"
+        self.bfloat16 = recipe.precision == "bfloat16" or auto
+        self.progress = Progress()
+        if state:
+            self._restore(state)
+        known = (state or {}).get("bad", [])
+        self.screen = Screen(job.store, recipe.seed, recipe.modality_dropout, known)
+        self.saved_at = time.monotonic()
+
+    def fit(self, objective: Objective, stop: StopFlag) -> TrainReport:
+        """Train to the last epoch.
 
         Raises:
             StoppedError: a stop was asked for; the state is saved.
-            KarmmaError: the loss or the gradient is not finite; the clips are named.
+            KarmmaError: the loss is not finite, or too many clips are bad; they are named.
         """
-        self._resume()
-        if self.epoch >= self.recipe.epochs:
-            return TrainReport(self.run.path, self.best, already_done=True)
-        self.run.keep_metrics(self.epoch)
-        boards = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.epoch)
-        total = self.recipe.epochs * len(self.train_loader)
-        done = self.epoch * len(self.train_loader) + self.batch
-        bar = tqdm(total=total, initial=done, desc=self.card.name, unit="step")
-        with boards, bar:
-            while self.epoch < self.recipe.epochs:
-                self._train_epoch(loss_step, stop, bar)
-                values = self._close_epoch()
-                bar.set_postfix({k: f"{v:.1f}" for k, v in values.items() if k.startswith("val")})
-                for key, value in values.items():
-                    boards.add_scalar(key, value, self.epoch)
-        return TrainReport(self.run.path, self.best)
+        job, progress = self.job, self.progress
+        job.run.write_metrics(progress.history)
+        total = job.recipe.epochs * len(job.train)
+        with (
+            files.disk_errors(job.run.metrics),
+            self._boards() as boards,
+            progress_bar(total, self._step_number(), job.card.name, job.ranks.main) as bar,
+        ):
+            while not progress.finished(job.recipe):
+                clock = Clock()
+                self._train_epoch(objective, stop, clock, bar)
+                row = self._close_epoch(clock, bar)
+                for key, value in row.items():
+                    if boards is not None:
+                        boards.add_scalar(key, value, progress.epoch)
+        early = progress.epoch < job.recipe.epochs
+        return TrainReport(job.run.path, progress.best, progress.epoch, early=early)
 
-    def _train_epoch(self, loss_step: LossStep, stop: StopFlag, bar: "tqdm[Any]") -> None:
+    def _train_epoch(
+        self, objective: Objective, stop: StopFlag, clock: Clock, bar: "tqdm[Any]"
+    ) -> None:
+        progress = self.progress
         self.model.train()
-        for batch in self.train_loader.epoch(self.epoch, self.batch):
-            if stop.requested:
+        for loaded in clock.timed(self.job.train.epoch(progress.epoch, progress.batch)):
+            batch = self.screen.apply(loaded, progress.epoch)
+            stopping, counts = self.job.ranks.agree_to_stop(stop, objective.counts(batch))
+            if stopping:
                 self._save()
-                stop.check(f"epoch {self.epoch}, step {self.batch} is saved")
-            self.loss_sum += self._step(loss_step, batch)
-            self.batch += 1
+                stop.check(f"epoch {progress.epoch + 1}, step {progress.batch} is saved")
+            progress.loss_sum += self._step(objective, batch, counts)
+            progress.batch += 1
+            clock.clips += len(batch.clip_index)
+            if time.monotonic() - self.saved_at >= self.job.recipe.save_every_s:
+                self._save()
             bar.update()
 
-    def _step(self, loss_step: LossStep, batch: Batch) -> float:
-        step = self.epoch * len(self.train_loader) + self.batch
-        total = self.recipe.epochs * len(self.train_loader)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.recipe.optimiser, step, total)
-        with self._autocast():
-            logits = self.model(self._to_device(batch.tokens), batch.mask)
-        loss = loss_step(logits, batch)
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip_norm)
-        value = float(loss.detach())
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
-            raise KarmmaError(
-                f"{self.run.path}: loss={value} and gradient norm={float(norm)} at epoch "
-                f"{self.epoch}, step {self.batch}; the clips were {self._names(batch)}. Nothing of "
-                "this step is kept; look at their features or lower optimiser.lr."
-            )
+    def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
+        """Move the weights by one batch; nothing that is not finite ever reaches them."""
+        loss, norm = self._find_gradient(objective, batch, counts)
+        while not (math.isfinite(loss) and math.isfinite(norm)):
+            batch = self._without_bad(batch, loss, norm)
+            counts = self.job.ranks.sum(objective.counts(batch))
+            loss, norm = self._find_gradient(objective, batch, counts)
         self.optimiser.step()
-        return value
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss
 
-    def _names(self, batch: Batch) -> str:
-        ids = self.train_loader.store.clip_ids[batch.clip_index.numpy()]
-        return ", ".join(i.decode() for i in ids[:64])
+    def _find_gradient(
+        self, objective: Objective, batch: Batch, counts: Tensor
+    ) -> tuple[float, float]:
+        """Return the loss and the norm of the gradient of the whole batch, of all ranks."""
+        self._prepare_step()
+        clips = len(batch.clip_index)
+        size = max(1, -(-clips // self.job.recipe.accumulate))
+        for start in range(0, clips, size):
+            piece = batch.rows(slice(start, start + size)) if size < clips else batch
+            loss = objective.loss(self._logits(self.model, piece), piece, counts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.gradient.add_loss(loss)
+        self.job.ranks.sum(self.gradient.buffer)
+        return self.gradient.clip(self.job.recipe.optimiser.clip_norm)
 
-    def _close_epoch(self) -> dict[str, float]:
-        values = {
-            "train_loss": self.loss_sum / max(1, self.batch),
-            **{f"val_{k}": v for k, v in self.validate().items()},
-        }
-        self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
-        save_model(self.run.path / "last", self.model, self.card)
-        if not self.best or values["val_action_top1"] > self.best["val_action_top1"]:
-            self.best = {"epoch": self.epoch, **values}
-            save_model(self.run.path / "best", self.model, self.card)
-        self.run.log({"epoch": self.epoch, **values})
-        self._save()
-        return values
+    def _prepare_step(self) -> None:
+        """Set learning rate and dropout, both pure functions of the step's number."""
+        recipe, step = self.job.recipe, self._step_number()
+        rate = learning_rate(recipe.optimiser, step, recipe.epochs * len(self.job.train))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if recipe.size.dropout:
+            rank = np.array([self.job.ranks.rank], np.uint64)
+            torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
+        self.gradient.zero()
 
-    @torch.inference_mode()
-    def validate(self) -> dict[str, float]:
-        """Return top-1 in percent per head and of the action, with every native modality."""
-        self.model.eval()
-        outputs: dict[str, list[Tensor]] = {}
-        labels: dict[str, list[Tensor]] = {}
-        for batch in self.val_loader.epoch(0):
-            with self._autocast():
-                logits = self.model(self._to_device(batch.tokens), batch.mask)
-            for head, scores in logits.items():
-                outputs.setdefault(head, []).append(scores.float().cpu())
-                labels.setdefault(head, []).append(batch.labels[head])
-        scores = {head: torch.cat(parts).numpy() for head, parts in outputs.items()}
-        truth = {head: torch.cat(parts).numpy() for head, parts in labels.items()}
-        known = np.logical_and.reduce([t >= 0 for t in truth.values()])
-        top1 = {f"{h}_top1": topk_correct(scores[h], truth[h], 1)[truth[h] >= 0] for h in scores}
-        top1["action_top1"] = action_correct(scores, truth, 1)[known]
-        return {k: 100 * float(v.mean()) if len(v) else 0.0 for k, v in top1.items()}
+    def _without_bad(self, batch: Batch, loss: float, norm: float) -> Batch:
+        """Return the batch without the features that are not finite, or say what is wrong."""
+        if not self._report_bad(self.screen.find(batch)):
+            raise KarmmaError(self._diverged(batch, loss, norm))
+        return self.screen.apply(batch, self.progress.epoch)
 
-    def _to_device(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {m: t.to(self.device, non_blocking=True) for m, t in tokens.items()}
+    def _report_bad(self, mine: Found) -> int:
+        """Tell of newly found bad features of any rank; return how many there are.
+
+        Raises:
+            KarmmaError: there are more bad clips than the recipe allows.
+        """
+        job, allowed = self.job, self.job.recipe.bad_clips
+        found = {mark: place for of in job.ranks.gather(mine) for mark, place in of.items()}
+        self.screen.add(found)
+        for clip, modality in found:
+            job.run.note(f"{clip}: its {modality} features are NaN or infinite; taken as absent")
+        bad = sorted({clip for clip, _ in self.screen.marks})
+        if found and len(bad) > allowed:
+            raise KarmmaError(
+                f"{job.store.path}: {len(bad)} clips have features that are NaN or infinite, "
+                f"bad_clips={allowed} allows fewer: {', '.join(bad[:20])}"
+                f"{', ... (all are in log.txt)' if len(bad) > 20 else ''}; extract them again or "
+                "raise bad_clips."
+            )
+        return len(found)
+
+    def _diverged(self, batch: Batch, loss: float, norm: float) -> str:
+        with torch.no_grad():
+            logits = self._logits(self.model, batch) if len(batch.clip_index) else {}
+        bad = torch.zeros(len(batch.clip_index), dtype=torch.bool)
+        for scores in logits.values():
+            bad |= ~scores.isfinite().all(dim=1).cpu()
+        rows = bad if bad.any() else ~bad
+        ids = self.job.store.clip_ids[batch.clip_index[rows].numpy()]
+        names = ", ".join(i.decode() for i in ids)
+        self.job.run.log(f"loss={loss}, gradient norm={norm}; clips: {names}")
+        return (
+            f"{self.job.run.path}: loss={loss} and gradient norm={norm} at epoch "
+            f"{self.progress.epoch + 1}, step {self.progress.batch}, with finite features; nothing "
+            f"of this step is kept. Lower optimiser.lr, or try precision float32. "
+            f"The clips were {names[:400]}"
+            f"{' ... (all are in log.txt)' if len(names) > 400 else '.'}"
+        )
+
+    def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        with self._autocast():
+            logits: dict[str, Tensor] = model(batch.tokens_on(self.job.device), batch.mask)
+        return logits
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+        kind = self.job.device.type
+        return torch.autocast(kind, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    @property
+    def _shown(self) -> FusionModel:
+        """The weights that are validated and saved as a model."""
+        return self.model if self.average is None else cast("FusionModel", self.average.module)
+
+    def _close_epoch(self, clock: Clock, bar: "tqdm[Any]") -> dict[str, float]:
+        job, model = self.job, self._shown.eval()
+        values, bad = validate(lambda b: self._logits(model, b), job.val, self.screen, job.ranks)
+        self._report_bad(bad)
+        if not math.isfinite(values["loss"]):
+            raise KarmmaError(
+                f"{job.run.path}: the validation loss is {values['loss']} after epoch "
+                f"{self.progress.epoch + 1}; the weights have diverged. Lower optimiser.lr."
+            )
+        row = self.progress.close_epoch(values)
+        is_best = self.progress.best is row
+        if job.ranks.main:
+            save_model(job.run.path / "last", model, job.card)
+            if is_best:
+                save_model(job.run.path / "best", model, job.card)
+        job.run.write_metrics(self.progress.history)
+        self._save()
+        bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
+        tell = job.run.log if on_screen() else job.run.note
+        tell(
+            f"epoch {self.progress.epoch}/{job.recipe.epochs}: train loss {row['train_loss']:.4f}, "
+            f"val loss {row['val_loss']:.4f}, val action {row['val_action_top1']:.1f} %"
+            f"{' (best)' if is_best else ''}; {clock.describe()}"
+        )
+        return row
+
+    def _boards(self) -> AbstractContextManager[SummaryWriter | None]:
+        if not self.job.ranks.main:
+            return nullcontext()
+        folder = self.job.run.path / "tensorboard"
+        return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
+
+    def _step_number(self) -> int:
+        return self.progress.epoch * len(self.job.train) + self.progress.batch
 
     def _save(self) -> None:
-        step = self.epoch * len(self.train_loader) + self.batch
+        self.saved_at = time.monotonic()
+        if not self.job.ranks.main:
+            return
         state = {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
             "optimiser": self.optimiser.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "loss_sum": self.loss_sum,
-            "best": self.best,
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "progress": dict(vars(self.progress)),
+            "sources": self.job.sources,
+            "bad": [list(mark) for mark in self.screen.marks],
         }
-        save_state(self.run.path / "state", step, state)
+        save_state(self.job.run.path / "state", self._step_number(), state)
 
-    def _resume(self) -> None:
-        state = load_state(self.run.path / "state")
-        if state is None:
-            return
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self.loss_sum, self.best = state["loss_sum"], state["best"]
-        torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
-
-
-def learning_rate(settings: Optimiser, step: int, total: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(settings.warmup * total))
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _adamw(model: nn.Module, settings: Optimiser) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only, not biases, norms and learned tokens."""
-
-    def chosen(matrix: bool) -> Iterator[Tensor]:
-        for name, parameter in model.named_parameters():
-            if (parameter.dim() > 1 and "token" not in name) is matrix:
-                yield parameter
-
-    groups: Iterable[dict[str, Any]] = [
-        {"params": list(chosen(matrix=True)), "weight_decay": settings.weight_decay},
-        {"params": list(chosen(matrix=False)), "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress = Progress(**state["progress"])

@@ -1,11 +1,12 @@
 """The recipes of training. What the paper does not publish is a default of ours, marked (ours)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.loader import LoaderSettings
 from karmma_pipeline.models.fusion import FusionSize
 
 
@@ -22,7 +23,11 @@ class Optimiser(Recipe):
 class TrainRecipe(Recipe):
     """What all trainings share."""
 
-    store: Path = Field(description="Feature store.", examples=["features/student"])
+    store: Path | tuple[Path, ...] = Field(
+        description="Feature store; several are trained on as one (clips meet by id).",
+        examples=["features/student"],
+    )
+    loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
     out: Path = Field(description="Run folder.", examples=["runs/student"])
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
     train_split: str = Field("train", description="Clips to learn from.")
@@ -30,7 +35,15 @@ class TrainRecipe(Recipe):
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
-    batch_size: int = Field(64, gt=0, description="Clips of a step (ours).")
+    batch_size: int = Field(
+        64, gt=0, description="Clips of a step, over all ranks and parts together (ours)."
+    )
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="Parts of a batch that pass through the network one after another; the\n"
+        "step is that of the whole batch, the memory that of a part.",
+    )
     modality_dropout: float = Field(
         0.3,
         ge=0,
@@ -39,8 +52,39 @@ class TrainRecipe(Recipe):
         "one of the present ones always stays (ours).",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross-entropy.")
+    class_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="b: an epoch draws a clip of class y in proportion to 1 / (clips of y)^b,\n"
+        "averaged over heads; 0 takes each clip once, 1 makes classes equally frequent.",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay per step of the moving average of the weights; above 0, the average\n"
+        "is what is validated and saved as best and last.",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Epochs without a better validation accuracy after which training ends;\n"
+        "0 trains all epochs.",
+    )
     standardise: bool = Field(
         True, description="Scale features by mean and deviation over the training clips."
+    )
+    bad_clips: int = Field(
+        8,
+        ge=0,
+        description="How many clips may have features that are not finite; such a modality\n"
+        "counts as absent and is named in log.txt. One more stops the run.",
+    )
+    save_every_s: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds between saved training states inside an epoch; 0: every step.",
     )
     seed: int = Field(0, description="Of initial weights, order, masks and dropout.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -66,6 +110,14 @@ class BaselineRecipe(TrainRecipe):
     """
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+"""One path, or a list of them."""
+
+
 class DistillRecipe(TrainRecipe):
     """`karmma distill`: the student follows the teacher under the same masks.
 
@@ -74,9 +126,42 @@ class DistillRecipe(TrainRecipe):
     (batchmean).
     """
 
-    teacher: Path = Field(description="Run folder of the teacher.", examples=["runs/teacher"])
-    teacher_store: Path = Field(
-        description="The store that the teacher was trained on.", examples=["features/teacher"]
+    teacher: Paths = Field(
+        description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
+    )
+    teacher_store: Paths = Field(
+        description="The store that the teacher was trained on; one for all, or one for each.",
+        examples=["features/teacher"],
+    )
+    teacher_weights: tuple[float, ...] = Field(
+        (), description="Weight of each teacher in their average; empty: all the same."
+    )
+    teacher_average: Literal["probabilities", "logits"] = Field(
+        "probabilities",
+        description="What is averaged over several teachers: softened probabilities, or logits.",
+    )
+    teacher_table: Path | None = Field(
+        None,
+        description="Folder of the teachers' tabled logits, which runs may share; empty: in `out`.",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
     temperature: float = Field(1.0, gt=0, description="T; the KL carries T^2 (ours).")
+
+    @model_validator(mode="after")
+    def _one_store_each(self) -> "DistillRecipe":
+        count = len(self.teacher)
+        if len(self.teacher_store) not in {1, count}:
+            raise ValueError(
+                f"teacher_store names {len(self.teacher_store)} stores for {count} teachers; "
+                "give one for all, or one for each"
+            )
+        if self.teacher_weights and (
+            len(self.teacher_weights) != count
+            or min(self.teacher_weights) < 0
+            or not sum(self.teacher_weights) > 0
+        ):
+            raise ValueError(
+                f"teacher_weights={self.teacher_weights}: give one weight, 0 or more, for each of "
+                f"the {count} teachers, not all 0"
+            )
+        return self

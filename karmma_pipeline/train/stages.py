@@ -1,92 +1,141 @@
-"""The three trainings: teacher, baseline, distilled student; they differ in one loss function."""
+"""The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
-from collections.abc import Callable
-from typing import Literal
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from karmma_pipeline.data.loader import Batch, FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.data.loader import FeatureLoader
+from karmma_pipeline.data.masks import clip_keys
+from karmma_pipeline.data.opening import open_source
+from karmma_pipeline.data.store import TokenSource
+from karmma_pipeline.errors import CheckpointError, KarmmaError, ManifestError, StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.device import pick_device
-from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.runs import RunFolder
-from karmma_pipeline.train.loop import LossStep, Trainer, TrainReport
-from karmma_pipeline.train.objective import cross_entropy, distillation
+from karmma_pipeline.train.balance import balanced_order
+from karmma_pipeline.train.loop import Job, Trainer
+from karmma_pipeline.train.objective import Labels, Objective, Teachers
+from karmma_pipeline.train.progress import Progress, TrainReport
+from karmma_pipeline.train.ranks import Ranks, joined
 from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe, TrainRecipe
-from karmma_pipeline.train.table import TeacherTable, teacher_table
+from karmma_pipeline.train.scale import standardise
+from karmma_pipeline.train.state import load_state
+from karmma_pipeline.train.table import Tabling
 
-_STATISTICS_CLIPS = 2048
-"""Clips over which the scale of features is measured."""
+Kind = Literal["teacher", "student", "baseline"]
 
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
     """Train a teacher with cross-entropy under modality dropout."""
-    return _train(recipe, "teacher", lambda *_: _ce_step(recipe), stop)
+    return _run(recipe, "teacher", stop or StopFlag())
 
 
 def train_baseline(recipe: BaselineRecipe, stop: StopFlag | None = None) -> TrainReport:
     """Train the student's architecture with cross-entropy alone."""
-    return _train(recipe, "baseline", lambda *_: _ce_step(recipe), stop)
+    return _run(recipe, "baseline", stop or StopFlag())
 
 
 def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
     """Train a student with the paper's combination of distillation and cross-entropy."""
-
-    def make(store: FeatureStore, clips: np.ndarray, device: torch.device) -> LossStep:
-        table = teacher_table(
-            recipe.out / "teacher_table",
-            recipe.teacher / "best",
-            recipe.teacher_store,
-            store,
-            clips,
-            device,
-            stop or StopFlag(),
-        )
-        return _distill_step(recipe, table)
-
-    return _train(recipe, "student", make, stop)
+    return _run(recipe, "student", stop or StopFlag())
 
 
-def _ce_step(recipe: TrainRecipe) -> LossStep:
-    def step(logits: dict[str, Tensor], batch: Batch) -> Tensor:
-        return cross_entropy(logits, _on(logits, batch.labels), recipe.label_smoothing)
-
-    return step
-
-
-def _distill_step(recipe: DistillRecipe, table: TeacherTable) -> LossStep:
-    def step(logits: dict[str, Tensor], batch: Batch) -> Tensor:
-        teacher, valid = table.look_up(batch.clip_index, batch.mask)
-        device = next(iter(logits.values())).device
-        kl = distillation(logits, _on(logits, teacher), valid.to(device), recipe.temperature)
-        ce = cross_entropy(logits, _on(logits, batch.labels), recipe.label_smoothing)
-        return recipe.alpha * kl + (1 - recipe.alpha) * ce
-
-    return step
+def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
+    device = pick_device(recipe.device, Ranks.from_environment().local_rank)
+    with joined(device) as ranks, RunFolder(recipe.out, recipe, writes=ranks.main) as run:
+        ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has made it
+        try:
+            return _resume_or_start(recipe, kind, run, device, ranks, stop)
+        except KarmmaError as error:
+            with suppress(KarmmaError, OSError):  # the disk may be what is wrong
+                run.log(f"ended: {error}")
+            raise
 
 
-def _on(logits: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the other tensors of each head, on the device of its logits."""
-    return {head: other[head].to(scores.device) for head, scores in logits.items()}
+def _resume_or_start(
+    recipe: TrainRecipe,
+    kind: Kind,
+    run: RunFolder,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> TrainReport:
+    state, faults = load_state(recipe.out / "state")
+    for fault in faults:
+        run.note(f"{fault} The training state before it is used.")
+    if state is not None and Progress(**state["progress"]).finished(recipe):
+        return _finished(recipe, state)
+    return _train(recipe, kind, run, state, device, ranks, stop)
+
+
+def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
+    """Return the report of a run that needs neither its store nor its teacher any more."""
+    try:
+        where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
+        sources = {"store": open_source(recipe.store, where_it_lies, torch.device("cpu")).digest}
+    except StoreError:
+        sources = {}
+    _check_sources(recipe, state, sources)
+    done = Progress(**state["progress"])
+    early = done.epoch < recipe.epochs
+    return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
+
+
+def _check_sources(recipe: TrainRecipe, state: dict[str, Any], sources: dict[str, str]) -> None:
+    """Refuse to go on with other data than a run began with."""
+    for name, digest in sources.items():
+        before = state["sources"].get(name)
+        if before != digest:
+            where = recipe.store if name == "store" else name
+            raise CheckpointError(
+                f"{recipe.out}: the run began with {where} of digest {str(before)[:12]}, there is "
+                f"now one of digest {digest[:12]}; put the old one back, or choose another folder "
+                "with --set out=FOLDER."
+            )
 
 
 def _train(
     recipe: TrainRecipe,
-    kind: Literal["teacher", "student", "baseline"],
-    make_step: Callable[[FeatureStore, np.ndarray, torch.device], LossStep],
-    stop: StopFlag | None,
+    kind: Kind,
+    run: RunFolder,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
 ) -> TrainReport:
-    store = FeatureStore.open(recipe.store)
+    store = open_source(recipe.store, recipe.loader, device, stop)
     train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
-    run = RunFolder(recipe.out, recipe)
-    device = pick_device(recipe.device)
+    tablings = _tablings(recipe, store, train)
+    sources = {"store": store.digest}
+    sources |= {f"teacher {t.teacher.parent}": t.digest for t in tablings}
+    if state is not None:
+        _check_sources(recipe, state, sources)
+    run.note(f"{'goes on' if state else 'starts'}: {ranks.size} x {device}, {store.path}")
+    for name, clips in ((recipe.train_split, train), (recipe.val_split, val)):
+        run.note(f"{name}: {describe(store, name, clips)}")
+    card = _card(recipe, kind, store)
     torch.manual_seed(recipe.seed)
-    card = ModelCard(
+    model = card.build()
+    if recipe.standardise and state is None:
+        for clip in standardise(model, store, train):
+            run.log(f"{clip}: NaN or infinite, does not count for the scale of features")
+    loaders = _loaders(recipe, store, train, val, device, ranks)
+    job = Job(recipe, run, store, model, card, *loaders, device, ranks, sources)
+    labels = Labels(tuple(store.heads), recipe.label_smoothing)
+    objective: Objective = labels
+    if isinstance(recipe, DistillRecipe):
+        objective = _teachers(recipe, labels, tablings, device, ranks, stop)
+    return Trainer(job, state).fit(objective, stop)
+
+
+def _card(recipe: TrainRecipe, kind: Kind, store: TokenSource) -> ModelCard:
+    return ModelCard(
         kind=kind,
         name=recipe.name or recipe.out.name,
         size=recipe.size,
@@ -96,10 +145,29 @@ def _train(
         store_digest=store.digest,
         training=recipe.model_dump(mode="json"),
     )
-    model = card.build()
-    if recipe.standardise:
-        _standardise(model, store, train)
-    loaders = (
+
+
+def _loaders(
+    recipe: TrainRecipe,
+    store: TokenSource,
+    train: np.ndarray,
+    val: np.ndarray,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[FeatureLoader, FeatureLoader]:
+    order = None
+    if recipe.class_balance:
+        keys = clip_keys(store.clip_ids[train])
+        labels = {head: of[train] for head, of in store.labels.items()}
+        order = balanced_order(keys, labels, recipe.class_balance, recipe.seed)
+    shared: dict[str, Any] = {
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+        "pin": device.type == "cuda",
+        "threads": recipe.loader.threads,
+        "ahead": recipe.loader.ahead,
+    }
+    return (
         FeatureLoader(
             store,
             train,
@@ -107,30 +175,64 @@ def _train(
             seed=recipe.seed,
             p=recipe.modality_dropout,
             shuffle=True,
-            pin=device.type == "cuda",
+            order=order,
+            **shared,
         ),
-        FeatureLoader(store, val, recipe.batch_size, pin=device.type == "cuda"),
+        FeatureLoader(store, val, recipe.batch_size, **shared),
     )
-    trainer = Trainer(recipe, run, model, card, loaders, device)
-    return trainer.fit(make_step(store, train, device), stop or StopFlag())
 
 
-def _clips(store: FeatureStore, split: str) -> np.ndarray:
+def _tablings(recipe: TrainRecipe, store: TokenSource, clips: np.ndarray) -> list[Tabling]:
+    if not isinstance(recipe, DistillRecipe):
+        return []
+    stores = recipe.teacher_store * (len(recipe.teacher) // len(recipe.teacher_store))
+    pairs = zip(recipe.teacher, stores, strict=True)
+    return [Tabling(teacher / "best", its, store, clips) for teacher, its in pairs]
+
+
+def _teachers(
+    recipe: DistillRecipe,
+    labels: Labels,
+    tablings: list[Tabling],
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> Teachers:
+    folder: Path = recipe.teacher_table or recipe.out / "teacher_table"
+    return Teachers(
+        labels,
+        [one.table(folder, device, ranks, stop) for one in tablings],
+        recipe.alpha,
+        recipe.temperature,
+        recipe.teacher_weights,
+        recipe.teacher_average,
+    )
+
+
+def _clips(store: TokenSource, split: str) -> np.ndarray:
     """Return the clips of a split that have at least one modality."""
     in_split = store.split == split
     if not in_split.any():
         known = ", ".join(sorted(set(store.split.tolist()))) or "none"
         raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
-    return np.flatnonzero(in_split & store.present.any(axis=1))
+    clips = np.flatnonzero(in_split & store.present.any(axis=1))
+    if not len(clips):
+        raise ManifestError(
+            f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
+            "failures.csv say why."
+        )
+    return clips
 
 
-def _standardise(model: FusionModel, store: FeatureStore, clips: np.ndarray) -> None:
-    for column, m in enumerate(store.modalities):
-        present = clips[store.present[clips, column]]
-        if not len(present):
-            continue
-        every = max(1, len(present) // _STATISTICS_CLIPS)
-        tokens = store.gather(m, torch.from_numpy(present[::every])).double().flatten(0, 1)
-        std, mean = torch.std_mean(tokens, dim=0)
-        floor = 1e-3 * std.mean().clamp(min=1e-6)  # channels that hardly move stay small
-        model.standardise(m, mean.float(), torch.maximum(std, floor).float())
+def describe(store: TokenSource, split: str, clips: np.ndarray) -> str:
+    """Say how many clips of a split have what, and why the others do not."""
+    reasons = np.asarray(store.reasons)[store.split == split]
+    parts = []
+    for column, modality in enumerate(store.modalities):
+        counts = Counter(reasons[:, column].tolist())
+        here = counts.pop(Reason.PRESENT, 0)
+        why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
+        parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
+    without = len(reasons) - len(clips)
+    left_out = f"; {without} with nothing are left out" if without else ""
+    return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"

@@ -1,29 +1,39 @@
-"""The frozen teacher's logits for every mask of every clip, computed once per teacher and store.
+"""A frozen teacher's logits for every mask of every clip, computed once per teacher and store.
 
 With M modalities a clip has 2^M - 1 masks, so distillation needs neither the teacher nor its
-tokens while it trains. N clips, C classes of all heads together.
+tokens while it trains. The table is a folder of sealed chunks; a chunk that is missing or
+damaged is computed again, by whichever rank it belongs to. Raw logits are stored: temperature,
+weights and the average over teachers are applied in training.
+
+N clips, C classes of all heads together, M modalities of the student.
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import FeatureStore, TokenSource
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import subsets
-from karmma_pipeline.models.saved import WEIGHTS, load_model
+from karmma_pipeline.models.saved import load_model, read_card
+from karmma_pipeline.train import sealed
+from karmma_pipeline.train.ranks import Ranks
+from karmma_pipeline.train.screen import finite
 
+CHUNK = 1024
+"""Clips of a file."""
 _BATCH = 64
+_KEY = "table.json"
 
 
 class TeacherTable:
@@ -39,102 +49,197 @@ class TeacherTable:
     def __init__(
         self, logits: Tensor, valid: Tensor, heads: dict[str, int], row_of_clip: Tensor
     ) -> None:
-        self.logits, self.valid = logits, valid
+        masks, classes = logits.shape[1:]
+        self.logits, self.valid = logits.view(-1, classes), valid.view(-1)
         self.heads, self.row_of_clip = heads, row_of_clip
+        self._bits = 1 << torch.arange(masks.bit_length() - 1)
 
-    def look_up(self, clip_index: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the teacher's logits, head to [B, C], and which clips have any, bool [B].
+    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the teacher's logits, head to [B, C]; 0 where it saw nothing.
 
         Args:
             clip_index: int64 [B], places in the student's store.
             mask: bool [B, M], the student's mask.
         """
-        rows = self.row_of_clip[clip_index]
-        number = (mask.long() << torch.arange(mask.shape[1])).sum(dim=1)
-        parts = torch.split(self.logits[rows, number], list(self.heads.values()), dim=1)
-        return dict(zip(self.heads, parts, strict=True)), self.valid[rows, number]
+        found = self.logits.index_select(0, self._row(clip_index, mask))
+        return dict(
+            zip(self.heads, torch.split(found, list(self.heads.values()), dim=1), strict=True)
+        )
+
+    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+        """Return the clips of which the teacher saw anything under the mask, bool [B]."""
+        return self.valid[self._row(clip_index, mask)]
+
+    def _row(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+        number = (mask * self._bits).sum(dim=1)
+        return self.row_of_clip[clip_index] * (1 << len(self._bits)) + number
 
 
-def teacher_table(
-    folder: Path,
-    teacher: Path,
-    teacher_store: Path,
-    student_store: FeatureStore,
-    clips: npt.NDArray[np.int64],
-    device: torch.device,
-    stop: StopFlag,
-) -> TeacherTable:
-    """Return the table for some clips of the student's store, from ``folder`` if it is there.
+class Tabling:
+    """One teacher with its store, and the student's clips that it is asked about.
+
+    Args:
+        teacher: folder of the saved teacher.
+        teacher_store: the store that it was trained on.
+        student: the student's store.
+        clips: int64 [N], places in the student's store.
 
     Raises:
         StoreError: the stores share no clips, or the teacher was trained on another store.
-        CheckpointError: the teacher does not know the student's label space.
+        CheckpointError: there is no teacher, or it does not know the student's label space.
     """
-    store = FeatureStore.open(teacher_store)
-    model, card = load_model(teacher)
-    if card.store_digest != store.digest:
-        raise StoreError(
-            f"{teacher_store}: is not the store that {teacher} was trained on; "
-            "set teacher_store to that one."
-        )
-    if card.heads != student_store.heads:
-        raise CheckpointError(
-            f"{teacher}: knows the heads and classes {_sizes(card.heads)}, the student's store "
-            f"{student_store.path} has {_sizes(student_store.heads)}."
-        )
-    places = _join(student_store, store, clips)
-    key = _key(teacher, store, student_store, clips)
-    path = folder / f"{key[:16]}.safetensors"
-    heads = {head: len(names) for head, names in card.heads.items()}
-    row_of_clip = torch.full((len(student_store),), -1)
-    row_of_clip[torch.from_numpy(clips)] = torch.arange(len(clips))
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
+
+    def __init__(
+        self,
+        teacher: Path,
+        teacher_store: Path,
+        student: TokenSource,
+        clips: npt.NDArray[np.int64],
+    ) -> None:
+        self.teacher, self.student, self.clips = teacher, student, clips
+        self.store, self.card = FeatureStore.open(teacher_store), read_card(teacher)
+        if self.card.store_digest != self.store.digest:
+            raise StoreError(
+                f"{teacher_store}: is not the store that {teacher} was trained on; "
+                "set teacher_store to that one."
+            )
+        if self.card.heads != student.heads:
             raise CheckpointError(
-                f"{path}: the teacher table is damaged ({error}); remove it."
-            ) from None
-    else:
-        model = model.to(device)
-        tensors = _compute(
-            model, store, places, student_store.modalities, sum(heads.values()), stop
+                f"{teacher}: knows the heads and classes {_sizes(self.card.heads)}, the "
+                f"student's store {student.path} has {_sizes(student.heads)}."
+            )
+        self.places = _join(student, self.store, clips)
+        self.heads = _sizes(self.card.heads)
+        ids = hashlib.sha256(student.clip_ids[clips].tobytes()).hexdigest()
+        labels = hashlib.sha256(json.dumps(self.card.heads, sort_keys=True).encode()).hexdigest()
+        self.key = {
+            "version": 1,
+            "teacher_weights": self.card.weights_sha256,
+            "teacher_store": self.store.digest,
+            "label_space": labels,
+            "modalities": list(student.modalities),
+            "clips": len(clips),
+            "clip_ids": ids,
+            "chunk": CHUNK,
+        }
+        text = json.dumps(self.key, sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def table(
+        self, folder: Path, device: torch.device, ranks: Ranks, stop: StopFlag
+    ) -> TeacherTable:
+        """Return the table from ``folder``, after computing what is missing in it.
+
+        Raises:
+            CheckpointError: the folder holds another table; the difference is named.
+            StoppedError: a stop was asked for; the chunks that are done are kept.
+        """
+        folder = folder / self.digest[:16]
+        self._claim(folder, ranks)
+        chunks = range(-(-len(self.clips) // CHUNK))
+        missing = [c for c in chunks if c % ranks.size == ranks.rank and not _whole(folder, c)]
+        if missing:
+            self._compute(folder, missing, device, ranks, stop)
+        stopping, _ = ranks.agree_to_stop(stop)
+        if stopping:
+            stop.check(f"the chunks of {folder} that are done are kept")
+        parts = [load(bytes(sealed.read(_chunk(folder, c)))) for c in chunks]
+        row_of_clip = torch.full((len(self.student),), -1)
+        row_of_clip[torch.from_numpy(self.clips)] = torch.arange(len(self.clips))
+        return TeacherTable(
+            torch.cat([p["logits"] for p in parts]),
+            torch.cat([p["valid"] for p in parts]),
+            self.heads,
+            row_of_clip,
         )
-        files.write_bytes(path, save(tensors))
-    return TeacherTable(tensors["logits"], tensors["valid"], heads, row_of_clip)
+
+    def _claim(self, folder: Path, ranks: Ranks) -> None:
+        """Check that the folder's table is this one, or begin it."""
+        path = folder / _KEY
+        if not path.is_file():
+            if ranks.main:
+                files.write_json(path, self.key)
+            return
+        try:
+            there = json.loads(path.read_text())
+            differences = [
+                f"{k}={there.get(k)!r} there, {v!r} here"
+                for k, v in self.key.items()
+                if there.get(k) != v
+            ]
+        except (OSError, ValueError, AttributeError) as error:
+            differences = [str(error)]
+        if differences:
+            raise CheckpointError(
+                f"{path}: the table is another one ({'; '.join(differences[:3])}); remove {folder} "
+                "or set another teacher_table."
+            )
+
+    def _compute(
+        self, folder: Path, chunks: list[int], device: torch.device, ranks: Ranks, stop: StopFlag
+    ) -> None:
+        model, card = load_model(self.teacher)
+        if card.weights_sha256 != self.card.weights_sha256:
+            raise CheckpointError(f"{self.teacher}: has just been replaced; run again.")
+        model = model.to(device)
+        shown = None if ranks.main else True
+        for chunk in tqdm(chunks, "teacher table", unit="chunk", disable=shown, dynamic_ncols=True):
+            if stop.requested:
+                return
+            places = self.places[chunk * CHUNK : (chunk + 1) * CHUNK]
+            tensors = _ask(model, self.store, places, self.student.modalities, self.heads)
+            sealed.write(_chunk(folder, chunk), save(tensors))
 
 
-def _compute(
+@torch.inference_mode()
+def _ask(
     model: torch.nn.Module,
     store: FeatureStore,
     places: npt.NDArray[np.int64],
     modalities: tuple[str, ...],
-    classes: int,
-    stop: StopFlag,
+    heads: dict[str, int],
 ) -> dict[str, Tensor]:
+    """Return logits [clips, 2^M, C] and valid [clips, 2^M]; features that are NaN are absent."""
     device = next(model.parameters()).device
-    logits = torch.zeros(len(places), 2 ** len(modalities), classes, dtype=torch.float16)
+    logits = torch.zeros(
+        len(places), 2 ** len(modalities), sum(heads.values()), dtype=torch.float16
+    )
     valid = torch.zeros(len(places), 2 ** len(modalities), dtype=torch.bool)
-    loader = FeatureLoader(store, places, _BATCH)
     done = 0
-    for batch in tqdm(loader.epoch(0), "teacher table", total=len(loader), unit="batch"):
-        stop.check("nothing of the teacher table is kept")
-        tokens = {m: t.to(device) for m, t in batch.tokens.items()}
+    for batch in FeatureLoader(store, places, _BATCH).epoch(0):
+        tokens = batch.tokens_on(device)
+        present = batch.present & finite(tokens)
         rows = slice(done, done + len(batch.clip_index))
         for subset in subsets(modalities):
             number = sum(1 << i for i, m in enumerate(modalities) if m in subset)
-            kept = torch.tensor([m in subset for m in store.modalities])
-            mask = batch.present & kept
-            with torch.inference_mode():
-                out = model(tokens, mask)
-            logits[rows, number] = torch.cat(list(out.values()), dim=1).half().cpu()
-            valid[rows, number] = mask.any(dim=1)
+            mask = present & torch.tensor([m in subset for m in store.modalities])
+            out = torch.cat([scores.cpu() for scores in model(tokens, mask).values()], dim=1)
+            seen = mask.any(dim=1)
+            logits[rows, number] = torch.where(seen[:, None], out, 0).half()
+            valid[rows, number] = seen
         done = rows.stop
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError(
+            "teacher table: the teacher's logits are not finite in float16; train it again with a "
+            "lower optimiser.lr."
+        )
     return {"logits": logits, "valid": valid}
 
 
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors.sealed"
+
+
+def _whole(folder: Path, number: int) -> bool:
+    try:
+        sealed.read(_chunk(folder, number))
+    except CheckpointError:
+        return False
+    return True
+
+
 def _join(
-    student: FeatureStore, teacher: FeatureStore, clips: npt.NDArray[np.int64]
+    student: TokenSource, teacher: FeatureStore, clips: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return the places of the student's clips in the teacher's store, met by clip id."""
     place = {clip_id: i for i, clip_id in enumerate(teacher.clip_ids.tolist())}
@@ -146,15 +251,6 @@ def _join(
             f"{student.path}, such as {', '.join(missing[:3])}."
         )
     return np.array([place[clip_id] for clip_id in ids], np.int64)
-
-
-def _key(
-    teacher: Path, store: FeatureStore, student: FeatureStore, clips: npt.NDArray[np.int64]
-) -> str:
-    sha = hashlib.sha256((teacher / WEIGHTS).read_bytes())
-    sha.update(store.digest.encode() + " ".join(student.modalities).encode())
-    sha.update(student.clip_ids[clips].tobytes())
-    return sha.hexdigest()
 
 
 def _sizes(heads: dict[str, tuple[str, ...]]) -> dict[str, int]:

@@ -82,7 +82,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(
     def broken(*_: object) -> None:
         raise OSError("gone")
 
-    monkeypatch.setattr(FeatureStore, "gather", broken)
+    monkeypatch.setattr(FeatureStore, "gather_parts", broken)
     with pytest.raises(OSError, match="gone"):
         list(FeatureLoader(store, range(50), 8).epoch(0))
 

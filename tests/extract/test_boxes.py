@@ -15,7 +15,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource
 from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.extract.boxes import read_boxes
-from karmma_pipeline.extract.media import MediaFaultError
+from karmma_pipeline.extract.faults import MediaFaultError
 from karmma_pipeline.extract.pipeline import extract
 from karmma_pipeline.extract.recipe import ExtractRecipe, Sampling
 from karmma_pipeline.modalities import Reason

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
-from support.media_files import RATE, Maker
+from support.media_files import RATE, Maker, pack, read_counter, write_frames
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray
 from karmma_pipeline.extract.decode import Decoded, InputSpec, Settings, decode_clips
 from karmma_pipeline.extract.media import MediaFile
 from karmma_pipeline.extract.recipe import Audio, Flow, Sampling
@@ -39,7 +40,7 @@ def test_sound_that_starts_late_is_padded_counted_and_present(make_video: Maker)
     np.testing.assert_array_equal(found.times[AUDIO][0], found.times[RGB][0])
     assert found.padded == 2
     assert found.audio_rate == RATE
-    silence = (-100 - MELS.mean_db) / MELS.std_db
+    silence = (-100 - MELS.mean) / MELS.std
     np.testing.assert_allclose(found.arrays[AUDIO][3], silence, rtol=1e-5)
 
 
@@ -126,3 +127,81 @@ def test_a_clip_shorter_than_the_window_repeats_what_the_recipe_says() -> None:
     np.testing.assert_allclose(last, [5, 5.1, 5.2, 5.3, 5.3, 5.3])
     both = Sampling(mode="fps", fps=10, short="repeat_ends")
     np.testing.assert_allclose(sample_times(both, 5, 5.3, 6), [5, 5, 5.1, 5.2, 5.3, 5.3])
+
+
+def test_a_file_that_holds_nothing_near_a_moment_is_time_off(make_video: Maker) -> None:
+    path = make_video(times=[0, 0.04, 0.08, 2.0, 2.04], sound=False)
+    (strict,) = decode([clip(path, 0, 2)], RGB)
+    assert strict.reasons == {RGB: Reason.TIME_OFF}
+    (lenient,) = decode([clip(path, 0, 2)], RGB, sampling=Sampling(tolerance_s=2))
+    np.testing.assert_allclose(lenient.times[RGB][0], [0.25, 0.75, 1.25, 1.75])
+    np.testing.assert_allclose(lenient.times[RGB][1], 0.08, atol=1e-3)
+
+
+def test_a_clip_may_reach_out_of_its_file_by_the_tolerance_only(make_video: Maker) -> None:
+    path = make_video()
+    found = decode([clip(path, 1, 2.3, "a"), clip(path, 1, 3, "b")], RGB)
+    assert not found[0].reasons
+    assert found[0].times[RGB].max() < 2
+    assert found[1].reasons == {RGB: Reason.OUT_OF_RANGE}
+
+
+def frame_clip(path: Path, name: str, span: tuple[int, int] | None, **more: Any) -> Clip:
+    source = FrameSource(path, ("frame_{:010d}.jpg",), fps=50, span=span)
+    return Clip(name, {"rgb": source, "flow": source, **more}, 0.5, 1.0, {})
+
+
+def test_frames_are_addressed_by_the_numbers_that_the_data_set_states(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "frames", range(1, 101))
+    tar = pack(folder, tmp_path / "v.tar")
+    for path in (folder, tar):
+        stated, timed, late = decode(
+            [
+                frame_clip(path, "a", (41, 44)),
+                frame_clip(path, "b", None),
+                frame_clip(path, "c", (90, 400)),
+            ],
+            RGB,
+            FLOW,
+        )
+        counted = [read_counter(p.transpose(1, 2, 0)) for p in stated.arrays[RGB]]
+        assert counted == [41, 42, 43, 44]
+        np.testing.assert_allclose(stated.times[RGB][1], np.arange(40, 44) / 50)
+        counted = [read_counter(p.transpose(1, 2, 0)) for p in timed.arrays[RGB]]
+        assert counted == [29, 35, 41, 47]  # 0.5625 s lies in picture 29 of 50 a second
+        assert stated.decoders == {"rgb": "cv2", "flow": "cv2"}
+        assert late.reasons == dict.fromkeys((RGB, FLOW), Reason.OUT_OF_RANGE)
+
+
+def test_frames_and_an_hdf5_track_share_a_clock(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "frames", range(1, 101))
+    track = np.zeros(2 * RATE, np.float32)
+    track[round(0.9375 * RATE)] = 1
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["v"] = track
+    sound = SoundArray(tmp_path / "a.hdf5", "v", RATE)
+    (found,) = decode([frame_clip(folder, "a", (26, 50), audio=sound)], RGB, AUDIO)
+    assert not found.reasons
+    np.testing.assert_array_equal(found.times[AUDIO][0], found.times[RGB][0])
+    loud = found.arrays[AUDIO].max(axis=(1, 2))
+    assert loud.argmax() == 3  # the click is heard around the last frame
+    assert found.decoders["audio"] == "h5py"
+    assert found.audio_rate == RATE
+
+
+def test_a_tar_is_no_sound_and_a_track_no_picture(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "frames", range(1, 101))
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["v"] = np.zeros(RATE, np.float32)
+    wrong = Clip(
+        "c",
+        {
+            "rgb": SoundArray(tmp_path / "a.hdf5", "v", RATE),
+            "audio": FrameSource(folder, ("frame_{:010d}.jpg",), fps=50),
+        },
+        0,
+        1,
+        {},
+    )
+    (found,) = decode([wrong], RGB, AUDIO)
+    assert found.reasons == {RGB: Reason.NO_STREAM, AUDIO: Reason.NO_STREAM}

@@ -219,6 +219,21 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: Settings) -> No
     assert not any(found[name] for name in "abcdef")
 
 
+def test_what_the_first_decoder_dies_of_goes_to_the_second_in_a_fresh_process(
+    settings: Settings, tmp_path: Path
+) -> None:
+    names = ["a", "first_hang", "b", "first_die", "c"]
+    clips = [Clip(name, {"rgb": FileSource(tmp_path / f"{name}.mp4")}, 0, 1, {}) for name in names]
+    with DecodePool(settings, 1, timeout_s=6, stop=StopFlag()) as workers:
+        found = [d for batch in workers.batches([clips]) for d in batch]
+    assert [d.clip_id for d in found] == names
+    assert not any(d.reasons for d in found)
+    for name in ("first_hang", "first_die"):
+        attempts = [p.name.split(".")[1:] for p in tmp_path.glob(f"{name}.*")]
+        assert sorted(decoder for _, decoder in attempts) == ["decord", "decord", "pyav"]
+        assert len({process for process, _ in attempts}) == 3
+
+
 def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
     settings: Settings,
 ) -> None:

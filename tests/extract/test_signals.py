@@ -5,9 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_pipeline.extract.flow import as_pictures, dis_flow
-from karmma_pipeline.extract.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extract.recipe import Flow, Sampling
 from karmma_pipeline.extract.sampling import covering, sample_times
-from karmma_pipeline.extract.spectrogram import log_mel, mel_image
 
 
 @given(start=st.floats(0, 1e4), length=st.floats(0.01, 200), count=st.integers(1, 64))
@@ -59,38 +58,3 @@ def test_flow_pictures_have_128_for_rest_and_clip_at_the_bound() -> None:
     assert pictures[0, 0, 0].tolist() == [128, 192, 255, 255]
     assert pictures[0, 1, 0].tolist() == [128, 64, 1, 1]
     assert pictures[0, 2, 0].tolist() == [128] * 4
-
-
-AUDIO = Audio(sample_rate=16_000, n_fft=512, win_length=400, hop_length=160, mels=40)
-
-
-def test_a_pure_tone_has_the_level_that_theory_gives_and_lies_in_its_band() -> None:
-    """Parseval by hand: the power of a sine of amplitude a under a Hann window of n samples
-    peaks at (a n / 4)^2; the mel filter around it has the Slaney area normalisation."""
-    hz, amplitude = 1000.0, 0.5
-    t = np.arange(16_000) / 16_000
-    mel = log_mel(AUDIO, (amplitude * np.sin(2 * np.pi * hz * t)).astype(np.float32))
-    middle = mel[:, mel.shape[1] // 2]
-    # Slaney's mel scale is linear below 1 kHz: 200/3 Hz each; then logarithmic.
-    top = 15 + np.log(8000 / 1000) / (np.log(6.4) / 27)
-    edges = np.linspace(0, top, 42)
-    low = edges[:-2][np.argmax(middle)]
-    high = edges[2:][np.argmax(middle)]
-    assert low <= 15 <= high
-    bins = np.arange(257) * 16_000 / 512
-    window = np.hanning(401)[:400]
-    spectrum = np.abs(np.fft.rfft(amplitude * np.sin(2 * np.pi * hz * t[:400]) * window, 512)) ** 2
-
-    def to_hz(mels: float) -> float:
-        return mels * 200 / 3 if mels < 15 else 1000 * np.exp((mels - 15) * np.log(6.4) / 27)
-
-    left, centre, right = (to_hz(edges[np.argmax(middle) + i]) for i in range(3))
-    rise, fall = (bins - left) / (centre - left), (right - bins) / (right - centre)
-    weights = np.maximum(0, np.minimum(rise, fall)) * 2 / (right - left)
-    assert middle.max() == pytest.approx(10 * np.log10(weights @ spectrum), abs=0.1)
-
-
-def test_silence_is_the_floor_not_absence() -> None:
-    image = mel_image(AUDIO, np.zeros(16_000, np.float32), (64, 96))
-    assert image.shape == (64, 96)
-    np.testing.assert_allclose(image, (-100 - AUDIO.mean_db) / AUDIO.std_db, rtol=1e-5)

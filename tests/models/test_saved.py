@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_saved_model_comes_back_with_all_it_is(tmp_path: Path) -> None:
     model.standardise("rgb", torch.arange(3.0), torch.full((3,), 2.0))
     save_model(tmp_path, model, make_card())
     again, card = load_model(tmp_path)
-    assert card == make_card()
+    assert card.model_copy(update={"weights_sha256": ""}) == make_card()
     tokens = {"rgb": torch.randn(2, 2, 3), "imu": torch.randn(2, 1, 4)}
     mask = torch.ones(2, 2, dtype=torch.bool)
     assert torch.equal(again(tokens, mask)["verb"], model(tokens, mask)["verb"])
@@ -37,13 +38,54 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no saved model"):
         load_model(tmp_path)
     save_model(tmp_path, make_card().build(), make_card())
-    (tmp_path / "model.json").write_text(json.dumps(make_card(dim=16).model_dump(mode="json")))
+    card = json.loads((tmp_path / "model.json").read_text())
+    other = {**card, "size": make_card(dim=16).size.model_dump()}
+    (tmp_path / "model.json").write_text(json.dumps(other))
     with pytest.raises(CheckpointError, match="does not fit"):
         load_model(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="damaged"):
+    whole = weights.read_bytes()
+    for hurt in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1])):
+        weights.write_bytes(hurt)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(tmp_path)
     (tmp_path / "model.json").write_text('{"kind": "student", "evil": 1}')
     with pytest.raises(CheckpointError, match="evil: unknown key"):
         load_model(tmp_path)
+
+
+class Killed(BaseException):
+    """Ends a save as SIGKILL does: nothing is tidied up."""
+
+
+def test_killed_at_any_write_the_old_or_the_new_model_can_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rename of a save is the last thing that happens; then it is saved again and killed."""
+    first, second, third = (make_card().build() for _ in range(3))
+    replace = Path.replace
+    for moment in range(6):
+        folder = tmp_path / str(moment)
+        save_model(folder, first, make_card())
+        left = [moment]
+
+        def dying(self: Path, target: Path, left: list[int] = left) -> Path:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return replace(self, target)
+
+        for model in (second, third):
+            left[0] = moment
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", dying)
+                with suppress(Killed):
+                    save_model(folder, model, make_card())
+            found = load_model(folder)[0].cls
+            assert any(torch.equal(found, m.cls) for m in (first, second, third))
+        save_model(folder, third, make_card())
+        assert torch.equal(load_model(folder)[0].cls, third.cls)
+        assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]

@@ -1,8 +1,11 @@
 """Small media files with a frame counter and a timed click burnt in."""
 
-from collections.abc import Callable, Sequence
+import struct
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -11,6 +14,7 @@ import numpy as np
 CLOCK = 90_000
 RATE = 16_000
 BITS = 12
+LONG_BITS = 17
 Maker = Callable[..., Path]
 
 
@@ -44,23 +48,29 @@ def write_video(
     video: bool = True,
     video_delay_s: float = 0.0,
     pan_px_s: float | None = None,
+    audio_delay_s: float = 0.0,
+    codec: str = "libx264",
+    index_first: bool = False,
 ) -> Path:
     """Write pictures at ``times`` or ``fps``: a counter, or a texture that moves to the right."""
     shown = np.arange(round(seconds * fps)) / fps if times is None else np.asarray(times)
-    with av.open(str(path), "w") as container:
-        stream = track = None
+    clock = CLOCK if codec.startswith("lib") else 25  # older codecs count frames
+    options = {"movflags": "faststart"} if index_first else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream: Any = None
+        track = None
         if video:
-            stream = container.add_stream("libx264", rate=25)
+            stream = container.add_stream(codec, rate=25)
             stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
-            stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK)
+            stream.time_base = stream.codec_context.time_base = Fraction(1, clock)
         if sound:
             track = container.add_stream("aac", rate=RATE, layout="mono")
         if stream is not None:
             for number, t in enumerate(shown):
                 picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts = round((t + video_delay_s) * CLOCK)
-                frame.time_base = Fraction(1, CLOCK)
+                frame.pts = round((t + video_delay_s) * clock)
+                frame.time_base = Fraction(1, clock)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         if track is not None:
@@ -69,7 +79,83 @@ def write_video(
                 at = round(click_s * RATE)
                 wave[0, at : at + 80] = np.sin(np.arange(80) * 1.2)
             samples = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            samples.sample_rate, samples.pts = RATE, 0
+            samples.sample_rate, samples.pts = RATE, round(audio_delay_s * RATE)
             container.mux(track.encode(samples))
             container.mux(track.encode())
     return path
+
+
+def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
+    """Write many tiny pictures fast: the number is 17 bright or dark columns of 4 px."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 4 * LONG_BITS + 12, 16, "yuv420p"
+        stream.gop_size, stream.bit_rate = 120, 200_000
+        count = int(minutes * 60 * rate)
+        bits = (np.arange(count)[:, None] >> np.arange(LONG_BITS)) & 1
+        rows = np.pad(np.repeat(bits.astype(np.uint8) * 200 + 20, 4, axis=1), ((0, 0), (0, 12)))
+        picture = np.full((24, stream.width), 128, np.uint8)
+        for row in rows:
+            picture[:16] = row
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def read_long_counter(picture: np.ndarray) -> int:
+    gray = picture[4:12, : 4 * LONG_BITS].mean(axis=(0, 2)).reshape(LONG_BITS, 4).mean(axis=1)
+    return sum(1 << i for i, level in enumerate(gray) if level > 128)
+
+
+_UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+_TURNED = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+
+
+def turn(path: Path) -> Path:
+    """Flag an MP4 as filmed upright: players turn it by 90 degrees clockwise."""
+    data = path.read_bytes()
+    at = data.index(_UPRIGHT, data.index(b"tkhd"))
+    path.write_bytes(data[:at] + _TURNED + data[at + 36 :])
+    return path
+
+
+def over_report(path: Path) -> Path:
+    """Make an MP4's headers claim ten times its length."""
+    data = bytearray(path.read_bytes())
+    for box, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
+        at = data.find(box)
+        while at >= 0:
+            place = slice(at + offset, at + offset + 4)
+            data[place] = struct.pack(">I", 10 * struct.unpack(">I", data[place])[0])
+            at = data.find(box, at + 4)
+    path.write_bytes(data)
+    return path
+
+
+def write_frames(folder: Path, numbers: Iterable[int], name: str = "frame_{:010d}.jpg") -> Path:
+    """Write counter pictures as JPEG files under their numbers."""
+    for number in numbers:
+        path = folder / name.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), counter_picture(number), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    return folder
+
+
+def write_flow(
+    folder: Path, numbers: Iterable[int], px: tuple[float, float], bound_px: float
+) -> Path:
+    """Write u and v pictures of a motion that is the same everywhere, 48x96."""
+    for number in numbers:
+        for plane, value in zip("uv", px, strict=True):
+            byte = round(255 * (value + bound_px) / (2 * bound_px))
+            path = folder / plane / f"frame_{number:010d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), np.full((48, 96), byte, np.uint8))
+    return folder
+
+
+def pack(folder: Path, tar: Path) -> Path:
+    """Put a folder into a tar as the official ones are: members start with ``./``."""
+    with tarfile.open(tar, "w") as archive:
+        archive.add(folder, ".")
+    return tar

@@ -1,4 +1,8 @@
-"""Stands in for a decoder that hangs, dies, raises or takes all memory on some clips."""
+"""Stands in for decoders that hang, die, raise or take all memory on some clips.
+
+Those whose ids begin with ``first_`` do so with the first decoder only; every attempt leaves a
+file in the folder that the clip's video would be in.
+"""
 
 import os
 import signal
@@ -8,18 +12,23 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings
 
 
-def misbehave(clips: list[Clip], settings: Settings) -> list[Decoded]:
+def misbehave(clips: list[Clip], settings: Settings, decoder: str = "decord") -> list[Decoded]:
     """Run in a worker process; what happens depends on the clip's id."""
     for clip in clips:
-        if clip.clip_id == "hang":
+        trouble = clip.clip_id
+        if trouble.startswith("first_"):
+            trouble = trouble.removeprefix("first_") if decoder == "decord" else ""
+            folder = clip.media["rgb"].path.parent
+            (folder / f"{clip.clip_id}.{os.getpid()}.{decoder}").touch()
+        if trouble == "hang":
             time.sleep(3600)
-        if clip.clip_id == "die":
+        if trouble == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if clip.clip_id == "memory":
+        if trouble == "memory":
             raise MemoryError
-        if clip.clip_id == "raise":
+        if trouble == "raise":
             raise KeyError("from deep inside a decoder")
-        if clip.clip_id == "grow":
+        if trouble == "grow":
             hoard = bytearray(2 << 30)
             hoard[:: 1 << 12] = b"x" * len(hoard[:: 1 << 12])
             time.sleep(3600)

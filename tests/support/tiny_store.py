@@ -1,5 +1,6 @@
 """A store of synthetic tokens from which verb and noun can be learned, written in a moment."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,37 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
+from karmma_pipeline.data.store.spec import Dtype
 from karmma_pipeline.modalities import Reason
 
 VERBS, NOUNS = 4, 3
 
 
 def write_store(
-    root: Path, clips: int = 96, width: int = 8, seed: int = 0, noise: float = 0.25
+    root: Path,
+    clips: int = 96,
+    width: int = 8,
+    seed: int = 0,
+    noise: float = 0.25,
+    heads: dict[str, tuple[str, ...]] | None = None,
+    label: int | None = None,
+    absent: Collection[tuple[str, str]] = (),
+    dtype: Dtype = "float16",
 ) -> Path:
-    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio."""
+    """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
+
+    ``absent``: clips and modalities that the store calls BAD_VALUE. With ``heads`` and ``label``
+    every clip has that label of other heads, seen in nothing.
+    """
     spec = StoreSpec(
         modalities={
-            m: ModalitySpec(tokens=n, width=width, provenance={"backbone": "synthetic"})
+            m: ModalitySpec(
+                tokens=n, width=width, dtype=dtype, provenance={"backbone": "synthetic"}
+            )
             for m, n in (("rgb", 3), ("flow", 2), ("audio", 2))
         },
-        heads={
+        heads=heads
+        or {
             "verb": tuple(f"v{i}" for i in range(VERBS)),
             "noun": tuple(f"n{i}" for i in range(NOUNS)),
         },
@@ -37,7 +54,9 @@ def write_store(
     rows = [
         ClipRow(
             f"c{i:03d}",
-            {"verb": i % VERBS, "noun": i // VERBS % NOUNS},
+            {"verb": i % VERBS, "noun": i // VERBS % NOUNS}
+            if heads is None
+            else dict.fromkeys(heads, -1 if label is None else label),
             "val" if i % 4 == 3 - i // 4 % 4 else "train",
             f"P{i % 3}",
         )
@@ -58,6 +77,10 @@ def write_store(
                 if i % 5 == 0:
                     del tokens["audio"]
                     reasons["audio"] = Reason.NO_STREAM
+                for clip, modality in absent:
+                    if clip == clip_id:
+                        del tokens[modality]
+                        reasons[modality] = Reason.BAD_VALUE
                 writer.append(clip_id, tokens, reasons, {})
             writer.commit()
     finalize(root)

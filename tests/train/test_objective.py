@@ -5,6 +5,10 @@ import torch
 from karmma_pipeline.train.objective import cross_entropy, distillation
 
 
+def log_softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(logits / temperature, dim=1)
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
@@ -22,7 +26,7 @@ def test_distillation_is_t_squared_times_the_mean_kl_by_hand(temperature: float)
         per_head.append((p * np.log(p / q)).sum(axis=1)[valid].mean())
     found = distillation(
         {h: torch.from_numpy(v) for h, v in student.items()},
-        {h: torch.from_numpy(v) for h, v in teacher.items()},
+        {h: log_softened(torch.from_numpy(v), temperature) for h, v in teacher.items()},
         torch.from_numpy(valid),
         temperature,
     )
@@ -31,7 +35,7 @@ def test_distillation_is_t_squared_times_the_mean_kl_by_hand(temperature: float)
 
 def test_clips_the_teacher_cannot_see_teach_nothing() -> None:
     student = torch.randn(3, 4, requires_grad=True)
-    teacher = torch.randn(3, 4)
+    teacher = log_softened(torch.randn(3, 4), 2.0)
     valid = torch.tensor([True, False, True])
     loss = distillation({"verb": student}, {"verb": teacher}, valid, 2.0)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ VALIDATION_SHARE = 0.25
 NO_TRACK_EVERY, SILENT_EVERY = 8, 10
 """Which videos lack an audio track, and in which the track is silent."""
 
-_VERSION = 1
+_VERSION = 2
 _GAP_S = 0.2
 _SIZES = ((96, 128), (96, 96), (120, 160), (108, 144))
 _RATES = (Fraction(15), Fraction(24), Fraction(25), Fraction(30_000, 1001), Fraction(30))

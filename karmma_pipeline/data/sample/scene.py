@@ -19,6 +19,8 @@ VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "u
 SAMPLE_RATE = 16_000
 
 _VALIDATION_EVERY = 4
+_SWERVE = 0.22
+"""Deviation of a digit's way from its direction in rad: 7 of 100 are nearer to the next one."""
 _ROWS, _COLUMNS = (697.0, 770.0, 852.0, 941.0), (1209.0, 1336.0, 1477.0)
 _KEYPAD = "123456789*0#"
 
@@ -96,7 +98,7 @@ def _move_digit(
     side = height * rng.uniform(0.55, 0.7)
     glyph = _handwriting()[0][action.handwriting]
     turn, size = rng.uniform(-12, 12), side / 8
-    angle = action.verb * np.pi / 4 + rng.normal(0, 0.12)
+    angle = action.verb * np.pi / 4 + rng.normal(0, _SWERVE)
     direction = np.array([np.cos(angle), np.sin(angle)])
     travel = height * rng.uniform(0.22, 0.32)
     room = np.array([width, height]) - side - np.abs(direction) * travel

@@ -4,10 +4,14 @@ docs/store_format.md describes the bytes.
 """
 
 from karmma_pipeline.data.store.catalog import Catalog, create_store
-from karmma_pipeline.data.store.check import Damage, info, verify
+from karmma_pipeline.data.store.check import Damage, repair, verify
+from karmma_pipeline.data.store.describe import info
 from karmma_pipeline.data.store.finalize import finalize
+from karmma_pipeline.data.store.joined import JoinedStore, open_joined
 from karmma_pipeline.data.store.reader import FeatureStore
+from karmma_pipeline.data.store.source import TokenSource
 from karmma_pipeline.data.store.spec import ClipRow, ModalitySpec, StoreSpec
+from karmma_pipeline.data.store.stage import stage
 from karmma_pipeline.data.store.writer import ShardWriter
 
 __all__ = [
@@ -15,11 +19,16 @@ __all__ = [
     "ClipRow",
     "Damage",
     "FeatureStore",
+    "JoinedStore",
     "ModalitySpec",
     "ShardWriter",
     "StoreSpec",
+    "TokenSource",
     "create_store",
     "finalize",
     "info",
+    "open_joined",
+    "repair",
+    "stage",
     "verify",
 ]

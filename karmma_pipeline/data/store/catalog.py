@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from karmma_pipeline import config, files
 from karmma_pipeline.data.manifest import check_clip_id
-from karmma_pipeline.data.store import layout
+from karmma_pipeline.data.store import columns, layout
+from karmma_pipeline.data.store.columns import write_column
+from karmma_pipeline.data.store.shard import zarr_group, zarr_shards
 from karmma_pipeline.data.store.spec import ClipRow, StoreSpec
 from karmma_pipeline.errors import StoreError
 
@@ -24,28 +27,59 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     description = _describe(spec, clips)
     path = root / layout.SPEC
     if path.is_file():
-        found = layout.read_json(path)
-        differences = list(_differences(found, description))
-        if differences:
+        found = layout.read_json(root, path)
+        differing = list(differences(found, description))
+        if differing:
             raise StoreError(
-                f"{root}: was made differently: {'; '.join(differences[:5])}; "
+                f"{root}: was made differently: {'; '.join(differing[:5])}; "
                 "choose another folder, or the recipe that it was made with."
             )
-        return
-    ours = (root / "zarr.json").is_file()  # left by a run that was stopped right here
-    if not ours and root.is_dir() and any(root.iterdir()):
+        if _has_all(root, spec):
+            return
+    # zarr.json alone was left by a run that was stopped right here
+    elif not (root / layout.ROOT).is_file() and root.is_dir() and any(root.iterdir()):
         raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
     files.write_json(
-        root / "zarr.json", layout.zarr_group({"format": layout.FORMAT, "version": layout.VERSION})
+        root / layout.ROOT, zarr_group({"format": layout.FORMAT, "version": layout.VERSION})
     )
     _write_table(root, clips, spec)
     shards = shard_total(spec, len(clips))
     for modality, one in spec.modalities.items():
         folder = root / modality
-        files.write_json(folder / "zarr.json", layout.zarr_group(one.provenance))
-        tokens = layout.zarr_tokens(one, spec.clips_per_shard, shards)
-        files.write_json(folder / "tokens" / "zarr.json", tokens)
+        files.write_json(folder / "zarr.json", zarr_group(one.provenance))
+        for array in one.arrays:
+            meta = zarr_shards(one, array, spec.clips_per_shard, shards)
+            files.write_json(folder / array.name / "zarr.json", meta)
     files.write_json(path, description)  # last: its being there means that the rest is
+
+
+def described_files(spec: StoreSpec) -> dict[str, int]:
+    """Return the names of the files that `create_store` writes; columns by dimensions.
+
+    Names are relative to the store; the value is the number of dimensions of a column of the
+    clip table, 0 for other files.
+    """
+    names = {layout.ROOT: 0, f"{columns.FOLDER}/zarr.json": 0}
+    for m, array in spec.arrays:
+        names |= {f"{m}/zarr.json": 0, f"{m}/{array.name}/zarr.json": 0}
+    for name in ("clip_id", *(f"label_{h}" for h in spec.heads), *PLAIN):
+        dimensions = 2 if name == "clip_id" else 1
+        names[f"{columns.FOLDER}/{name}/zarr.json"] = 0
+        path = columns.column_file(Path(), name, dimensions)
+        names[str(path)] = dimensions
+    return names
+
+
+def _has_all(root: Path, spec: StoreSpec) -> bool:
+    """Tell whether nothing was taken away, as `karmma store verify --repair` does."""
+    return all((root / name).is_file() for name in described_files(spec))
+
+
+PLAIN = ("split", "group", "start_s", "stop_s")
+"""Columns that every clip table has beside ids and labels."""
+
+_MAX_CLIPS = 100_000_000
+_MAX_ID_BYTES = 120
 
 
 def shard_total(spec: StoreSpec, clips: int) -> int:
@@ -71,11 +105,12 @@ def _describe(spec: StoreSpec, clips: Sequence[ClipRow]) -> dict[str, Any]:
     }
 
 
-def _differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
+def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """Yield where two trees of plain data differ, with the dotted path."""
     if isinstance(there, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*there, *wanted}, key=str):
             name = f"{path}.{key}" if path else str(key)
-            yield from _differences(there.get(key), wanted.get(key), name)
+            yield from differences(there.get(key), wanted.get(key), name)
     elif there != wanted:
         yield f"{path} is {there!r} there and {wanted!r} here"
 
@@ -93,22 +128,22 @@ def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:
     N = len(clips)
     width = max((len(c.clip_id) for c in clips), default=1)
     ids = np.array([c.clip_id.encode() for c in clips], f"S{width}")
-    files.write_json(root / "clips" / "zarr.json", layout.zarr_group({}))
-    layout.write_column(root, "clip_id", ids.view(np.uint8).reshape(N, width), encoding="ascii")
+    files.write_json(root / columns.FOLDER / "zarr.json", zarr_group({}))
+    write_column(root, "clip_id", ids.view(np.uint8).reshape(N, width), encoding="ascii")
     for head, names in spec.heads.items():
         labels = np.array([c.labels.get(head, -1) for c in clips], np.int32)
         if N and labels.max(initial=-1) >= len(names):
             raise StoreError(f"{root}: head {head}: label {labels.max()} of {len(names)} classes.")
-        layout.write_column(root, f"label_{head}", labels, classes=list(names))
+        write_column(root, f"label_{head}", labels, classes=list(names))
     for column in ("split", "group"):
         values = [getattr(c, column) for c in clips]
         names = tuple(sorted(set(values)))
         code = {name: i for i, name in enumerate(names)}
         codes = np.array([code[v] for v in values], np.int32)
-        layout.write_column(root, column, codes, names=list(names))
+        write_column(root, column, codes, names=list(names))
     for column in ("start_s", "stop_s"):
         times = np.array([getattr(c, column) for c in clips], np.float64)
-        layout.write_column(root, column, times, unit="second")
+        write_column(root, column, times, unit="second")
 
 
 class Catalog:
@@ -123,7 +158,7 @@ class Catalog:
         if not path.is_file():
             raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
         try:
-            found = layout.read_json(path)
+            found = layout.read_json(root, path)
             if (found.get("format"), found.get("version")) != (layout.FORMAT, layout.VERSION):
                 raise StoreError(
                     f"{path}: format {found.get('format')!r} version {found.get('version')!r}, "
@@ -139,19 +174,57 @@ class Catalog:
             self.splits: list[str] = found["splits"]
             self.groups: list[str] = found["groups"]
             width = int(found["id_bytes"])
-            raw = layout.map_column(root, "clip_id", np.uint8, (self.count, width))
-            self.clip_ids = np.ascontiguousarray(raw).view(f"S{width}").reshape(self.count)
+            if not (0 <= self.count <= _MAX_CLIPS and 0 < width <= _MAX_ID_BYTES):
+                raise StoreError(f"{path}: clips={self.count} with ids of {width} bytes: absurd.")
+            raw = columns.map_column(root, "clip_id", np.uint8, (self.count, width))
+            self.clip_ids: npt.NDArray[np.bytes_] = raw.view(f"S{width}").reshape(self.count)
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{path}: the store's description is damaged ({error}).") from None
 
-    def column(self, name: str, dtype: Any) -> Any:
-        """Map a column of the clip table, [clips]."""
+    def column(self, name: str, dtype: Any, *shape: int) -> Any:
+        """Map a column of the clip table, [clips, *shape].
+
+        Raises:
+            StoreError: it is missing or has the wrong size.
+        """
         try:
-            return layout.map_column(self.root, name, dtype, (self.count,))
+            return columns.map_column(self.root, name, dtype, (self.count, *shape))
         except OSError as error:
             raise StoreError(f"{self.root}: the clip table is damaged ({error}).") from None
+
+    def names(self, column: str) -> npt.NDArray[np.str_]:
+        """Return the ``split`` or ``group`` of each clip, [clips]."""
+        names = np.array({"split": self.splits, "group": self.groups}[column], np.str_)
+        codes = self.column(column, "<i4")
+        _check_range(f"{self.root}: {column}", codes, 0, len(names))
+        return names[codes]
+
+    def labels(self, head: str) -> npt.NDArray[np.int32]:
+        """Map the labels of a head [clips], -1 unknown.
+
+        Raises:
+            StoreError: a label lies outside the head's classes.
+        """
+        labels: npt.NDArray[np.int32] = self.column(f"label_{head}", "<i4")
+        _check_range(f"{self.root}: head {head}: label", labels, -1, len(self.spec.heads[head]))
+        return labels
+
+    def rows(self) -> Iterator[ClipRow]:
+        """Yield the clips as they were given to `create_store`."""
+        heads = {head: self.labels(head) for head in self.spec.heads}
+        split, group = self.names("split"), self.names("group")
+        start, stop = self.column("start_s", "<f8"), self.column("stop_s", "<f8")
+        for i, clip_id in enumerate(self.clip_ids):
+            yield ClipRow(
+                clip_id.decode(),
+                {head: int(labels[i]) for head, labels in heads.items()},
+                str(split[i]),
+                str(group[i]),
+                float(start[i]),
+                float(stop[i]),
+            )
 
     def shard_range(self, shard: int) -> range:
         """Return the clip numbers of a shard."""
@@ -159,9 +232,23 @@ class Catalog:
         return range(shard * size, min((shard + 1) * size, self.count))
 
     def clips_in(self, shard: int) -> list[str]:
-        """Return the ids of a shard's clips, in order."""
-        return [self.clip_ids[i].decode() for i in self.shard_range(shard)]
+        """Return the ids of a shard's clips, in order; damaged bytes show as escapes."""
+        return [
+            self.clip_ids[i].decode("ascii", "backslashreplace") for i in self.shard_range(shard)
+        ]
 
     def committed(self) -> set[int]:
         """Return the shards that are whole."""
-        return {s for s in range(self.shards) if layout.record_file(self.root, s).is_file()}
+        try:
+            names = {path.name for path in layout.record_file(self.root, 0).parent.iterdir()}
+        except FileNotFoundError:
+            return set()
+        return {s for s in range(self.shards) if layout.record_file(self.root, s).name in names}
+
+
+def _check_range(what: str, values: npt.NDArray[np.int32], low: int, high: int) -> None:
+    if len(values) and not (low <= values.min() and values.max() < high):
+        raise StoreError(
+            f"{what}: {values.min()} to {values.max()} must lie in {low}..{high - 1}; "
+            "the clip table is damaged."
+        )

@@ -1,16 +1,24 @@
 """Joins the shards of all jobs into a store that knows its clips without opening its shards."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from karmma_pipeline import files
-from karmma_pipeline.data.store import layout
-from karmma_pipeline.data.store.catalog import Catalog
-from karmma_pipeline.data.store.record import Record, read_record
+from karmma_pipeline.data.store import columns, layout
+from karmma_pipeline.data.store.catalog import Catalog, described_files
+from karmma_pipeline.data.store.columns import column_writer
+from karmma_pipeline.data.store.record import Record, parse_record, read_record
+from karmma_pipeline.data.store.shard import crc32c
+from karmma_pipeline.data.store.spec import StoreSpec
 from karmma_pipeline.errors import StoreError
+from karmma_pipeline.modalities import Reason
 
 
 def finalize(root: Path) -> None:
@@ -27,91 +35,137 @@ def finalize(root: Path) -> None:
             f"{root}: {len(missing)} of {catalog.shards} shards are missing ({listed}); "
             "run `karmma extract` with the same recipe again, it makes only these."
         )
-    manifest = root / layout.MANIFEST
-    records = [read_record(catalog, shard) for shard in range(catalog.shards)]
-    digest = _digest(catalog)
-    if manifest.is_file() and layout.read_json(manifest).get("digest") == digest:
-        return
-    _write_presence(catalog, records)
-    _write_index(catalog, records)
-    files.write_json(
-        manifest,
-        {
-            "format": layout.FORMAT,
-            "version": layout.VERSION,
-            "digest": digest,
-            "shards": catalog.shards,
-            "clips": catalog.count,
-        },
-    )  # last: its being there means that the store is complete
+    digest, checksums = _digest(catalog)
+    with suppress(StoreError):
+        manifest = layout.read_manifest(root)
+        if manifest["digest"] == digest and manifest["records"] == checksums:
+            return
+    present = _write_presence(catalog)
+    _write_index(catalog, present)
+    content = {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "digest": digest,
+        "shards": catalog.shards,
+        "clips": catalog.count,
+        "records": checksums,
+        "files": {name: file_sha256(root / name) for name in digested_files(catalog.spec)},
+    }
+    layout.write_manifest(root, content)  # last: its being there means a complete store
 
 
-def _digest(catalog: Catalog) -> str:
+def digested_files(spec: StoreSpec) -> list[str]:
+    """Return the files, relative to the store, whose digests the manifest keeps."""
+    names = [layout.SPEC, layout.INDEX, *described_files(spec)]
+    for name, (_, shape) in _presence_columns(spec, 0).items():
+        names.append(f"{columns.FOLDER}/{name}/zarr.json")
+        names.append(str(columns.column_file(Path(), name, len(shape))))
+    return names
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(catalog: Catalog) -> tuple[str, list[int]]:
+    """Return the store's digest, and the checksum of each commit record."""
     sha = hashlib.sha256((catalog.root / layout.SPEC).read_bytes())
+    checksums = []
     for shard in range(catalog.shards):
-        sha.update(layout.record_file(catalog.root, shard).read_bytes())
-    return sha.hexdigest()
+        path = layout.record_file(catalog.root, shard)
+        data = layout.read_bytes(catalog.root, path)
+        sha.update(parse_record(catalog, shard, data).content(with_files=False))
+        checksums.append(crc32c(data))
+    return sha.hexdigest(), checksums
 
 
-def _write_presence(catalog: Catalog, records: list[Record]) -> None:
-    order, spec = catalog.spec.order, catalog.spec
-    empty = np.zeros((0, len(order)))
-    reason = np.concatenate([empty.astype(np.uint8), *(r.reason for r in records)])
-    crc = np.concatenate([empty.astype(np.uint32), *(r.crc32c for r in records)])
-    layout.write_column(catalog.root, "reason", reason, modalities=list(order))
-    layout.write_column(catalog.root, "crc32c", crc, modalities=list(order))
-    for column, m in enumerate(order):
-        one = spec.modalities[m]
-        capacity = layout.capacity_rows(one, spec.clips_per_shard)
-        starts = [
-            shard * capacity + one.tokens * (np.cumsum(r.present(column)) - r.present(column))
-            for shard, r in enumerate(records)
-        ]
-        present = reason[:, column] == 0
-        start = np.concatenate([np.zeros(0), *starts]).astype(np.int64)
-        layout.write_column(catalog.root, f"start_{m}", np.where(present, start, -1))
-        layout.write_column(
-            catalog.root, f"tokens_{m}", np.where(present, one.tokens, 0).astype(np.int32)
-        )
-        shape = (0, 2, one.frames)
-        times = np.concatenate([np.zeros(shape), *(r.times[m] for r in records)])
-        layout.write_column(
-            catalog.root, f"times_{m}", times, unit="second", rows=["requested", "real"]
-        )
+def _presence_columns(spec: StoreSpec, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Return type and shape of the columns that are made from the commit records."""
+    M = len(spec.order)
+    found: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "reason": (np.uint8, (count, M)),
+        "crc32c": (np.uint32, (count, M)),
+    }
+    for m, one in spec.modalities.items():
+        found[f"start_{m}"] = (np.int64, (count,))
+        found[f"tokens_{m}"] = (np.int32, (count,))
+        found[f"times_{m}"] = (np.float64, (count, 2, one.frames))
+    return found
 
 
-def _write_index(catalog: Catalog, records: list[Record]) -> None:
+def _write_presence(catalog: Catalog) -> npt.NDArray[np.int64]:
+    """Write these columns shard by shard, and return present clips, int64 [shards, M]."""
+    spec = catalog.spec
+    present = np.zeros((catalog.shards, len(spec.order)), np.int64)
+    with ExitStack() as stack:
+        writers: dict[str, BinaryIO] = {}
+        for name, (dtype, shape) in _presence_columns(spec, catalog.count).items():
+            attributes: dict[str, Any] = {}
+            if name in {"reason", "crc32c"}:
+                attributes = {"modalities": list(spec.order)}
+            elif name.startswith("times_"):
+                attributes = {"unit": "second", "rows": ["requested", "real"]}
+            writer = column_writer(catalog.root, name, dtype, shape, **attributes)
+            writers[name] = stack.enter_context(writer)
+        for shard in range(catalog.shards):
+            record = read_record(catalog, shard)
+            present[shard] = (record.reason == Reason.PRESENT).sum(axis=0)
+            for name, values in _shard_columns(spec, shard, record):
+                writers[name].write(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return present
+
+
+def _shard_columns(
+    spec: StoreSpec, shard: int, record: Record
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    yield "reason", record.reason
+    yield "crc32c", record.crc32c
+    for column, m in enumerate(spec.order):
+        one, here = spec.modalities[m], record.present(column)
+        first = shard * layout.capacity_rows(one.arrays[0], spec.clips_per_shard)
+        starts = first + one.tokens * (np.cumsum(here, dtype=np.int64) - here)
+        yield f"start_{m}", np.where(here, starts, -1).astype(np.int64)
+        yield f"tokens_{m}", np.where(here, one.tokens, 0).astype(np.int32)
+        yield f"times_{m}", record.times[m]
+
+
+def _write_index(catalog: Catalog, present: npt.NDArray[np.int64]) -> None:
     """Write the HDF5 view: virtual datasets over the shards, and the clip table."""
     spec = catalog.spec
     with (
         files.replacing(catalog.root / layout.INDEX) as temporary,
         h5py.File(temporary, "w", libver=("v110", "v110"), locking=False) as index,
     ):
-        for column, m in enumerate(spec.order):
-            one = spec.modalities[m]
-            capacity = layout.capacity_rows(one, spec.clips_per_shard)
-            shape = (len(records) * capacity, one.width)
+        for m, array in spec.arrays:
+            clips = present[:, spec.order.index(m)]
+            capacity = layout.capacity_rows(array, spec.clips_per_shard)
+            shape = (catalog.shards * capacity, array.width)
             plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             plan.set_obj_track_times(False)
-            for shard, record in enumerate(records):
-                clips = int(record.present(column).sum())
-                rows = layout.file_rows(one, spec.clips_per_shard, clips)
-                source = h5py.h5s.create_simple((rows, one.width))
+            for shard in range(catalog.shards):
+                rows = layout.file_rows(array, spec.clips_per_shard, int(clips[shard]))
+                source = h5py.h5s.create_simple((rows, array.width))
                 target = h5py.h5s.create_simple(shape)
-                target.select_hyperslab((shard * capacity, 0), (rows, one.width))
-                name = str(layout.shard_file(Path(), m, shard)).encode()
-                plan.set_virtual(target, name, b"tokens", source)
-            kind = h5py.h5t.py_create(one.disk_dtype)
+                target.select_hyperslab((shard * capacity, 0), (rows, array.width))
+                name = str(layout.shard_file(Path(), m, shard, array.name)).encode()
+                plan.set_virtual(target, name, array.name.encode(), source)
+            kind = h5py.h5t.py_create(array.dtype)
             space = h5py.h5s.create_simple(shape)
-            tokens = h5py.h5d.create(_group(index, m).id, b"tokens", kind, space, plan)
-            h5py.Dataset(tokens).attrs["logical_dtype"] = one.dtype
-        for folder in sorted((catalog.root / "clips").iterdir()):
-            if folder.is_dir():
-                meta = layout.read_json(folder / "zarr.json")
-                raw = layout.map_column(
-                    catalog.root, folder.name, meta["data_type"], tuple(meta["shape"])
-                )
-                _group(index, "clips").create_dataset(folder.name, data=raw, track_times=False)
+            group = _group(index, m).id
+            made = h5py.h5d.create(group, array.name.encode(), kind, space, plan)
+            if array.name == "tokens":
+                h5py.Dataset(made).attrs["logical_dtype"] = spec.modalities[m].dtype
+        table = _group(index, columns.FOLDER)
+        names = [Path(n).parts for n in digested_files(spec) if n.startswith(columns.FOLDER)]
+        for column in sorted({parts[1] for parts in names if len(parts) > 2}):
+            meta = layout.read_json(
+                catalog.root, catalog.root / columns.FOLDER / column / "zarr.json"
+            )
+            shape = tuple(meta["shape"])
+            raw = columns.map_column(catalog.root, column, meta["data_type"], shape)
+            table.create_dataset(column, data=raw, track_times=False)
 
 
 def _group(index: h5py.File, name: str) -> h5py.Group:

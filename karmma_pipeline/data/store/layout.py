@@ -1,41 +1,42 @@
-"""Where things lie in a store, and the bytes that make a shard file Zarr and HDF5 at once.
+"""Where things lie in a store, how large they are, and how its small files are read safely."""
 
-A shard file is an HDF5 file whose user block (the first 4096 bytes, free for others by the
-HDF5 standard) holds the index of a Zarr v3 shard (``index_location: start``). Both point at
-the same contiguous tokens, which start at a fixed, page-aligned offset.
-"""
-
+import errno
+import hashlib
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-import h5py
-import numpy as np
-import numpy.typing as npt
-
 from karmma_pipeline import files
-from karmma_pipeline.data.store.spec import ModalitySpec
+from karmma_pipeline.data.store.spec import StoredArray
+from karmma_pipeline.errors import StoreError
 
 FORMAT = "karmma-feature-store"
-VERSION = 1
+VERSION = 2
 PAYLOAD_OFFSET = 16_384
 """Where the tokens start in every shard file: after user block and HDF5 header."""
 
-_USER_BLOCK = 4096
-_MAX_CHUNKS = (_USER_BLOCK - 4) // 16
+USER_BLOCK = 4096
+_MAX_CHUNKS = (USER_BLOCK - 4) // 16
 _CHUNK_BYTES = 1 << 20
-_EMPTY = np.uint64(2**64 - 1)
+_MAX_JSON = 64 << 20
 
 MANIFEST = "manifest.json"
 SPEC = "spec.json"
 INDEX = "index.h5"
+ROOT = "zarr.json"
 
 
-def shard_file(root: Path, modality: str, shard: int) -> Path:
-    """Return the file of a shard's tokens (a Zarr chunk key)."""
-    return root / modality / "tokens" / "c" / str(shard) / "0"
+def shard_file(root: Path, modality: str, shard: int, array: str = "tokens") -> Path:
+    """Return the file of a shard's array (a Zarr chunk key)."""
+    return root / shard_name(modality, shard, array)
+
+
+def shard_name(modality: str, shard: int, array: str = "tokens") -> str:
+    """Return the name of a shard's file inside the store."""
+    return f"{modality}/{array}/c/{shard}/0"
 
 
 def record_file(root: Path, shard: int) -> Path:
@@ -48,144 +49,121 @@ def spool_folder(root: Path, shard: int) -> Path:
     return root / "spool" / f"{shard:06d}"
 
 
-def chunk_rows(spec: ModalitySpec, clips_per_shard: int) -> int:
+def chunk_rows(array: StoredArray, clips_per_shard: int) -> int:
     """Return the token rows of an inner chunk: about 1 MB, at most 255 chunks a shard."""
-    wanted = max(1, _CHUNK_BYTES // spec.token_bytes)
+    wanted = max(1, _CHUNK_BYTES // array.token_bytes)
     return max(
-        min(wanted, clips_per_shard * spec.tokens),
-        math.ceil(clips_per_shard * spec.tokens / _MAX_CHUNKS),
+        min(wanted, clips_per_shard * array.tokens),
+        math.ceil(clips_per_shard * array.tokens / _MAX_CHUNKS),
     )
 
 
-def capacity_rows(spec: ModalitySpec, clips_per_shard: int) -> int:
+def capacity_rows(array: StoredArray, clips_per_shard: int) -> int:
     """Return the token rows that a shard can hold, whole inner chunks."""
-    rows = chunk_rows(spec, clips_per_shard)
-    return math.ceil(clips_per_shard * spec.tokens / rows) * rows
+    rows = chunk_rows(array, clips_per_shard)
+    return math.ceil(clips_per_shard * array.tokens / rows) * rows
 
 
-def file_rows(spec: ModalitySpec, clips_per_shard: int, clips: int) -> int:
+def file_rows(array: StoredArray, clips_per_shard: int, clips: int) -> int:
     """Return the token rows in a shard file with that many present clips, zero-padded."""
-    rows = chunk_rows(spec, clips_per_shard)
-    return max(1, math.ceil(clips * spec.tokens / rows)) * rows
+    rows = chunk_rows(array, clips_per_shard)
+    return max(1, math.ceil(clips * array.tokens / rows)) * rows
 
 
-def file_bytes(spec: ModalitySpec, clips_per_shard: int, clips: int) -> int:
+def file_bytes(array: StoredArray, clips_per_shard: int, clips: int) -> int:
     """Return the size of a shard file."""
-    return PAYLOAD_OFFSET + file_rows(spec, clips_per_shard, clips) * spec.token_bytes
+    return PAYLOAD_OFFSET + file_rows(array, clips_per_shard, clips) * array.token_bytes
 
 
-def shard_index(spec: ModalitySpec, clips_per_shard: int, clips: int) -> bytes:
-    """Return the Zarr shard index: (offset, nbytes) per inner chunk, then its crc32c."""
-    rows = chunk_rows(spec, clips_per_shard)
-    size = rows * spec.token_bytes
-    index = np.full((capacity_rows(spec, clips_per_shard) // rows, 2), _EMPTY, "<u8")
-    used = file_rows(spec, clips_per_shard, clips) // rows
-    index[:used, 0] = PAYLOAD_OFFSET + size * np.arange(used, dtype=np.uint64)
-    index[:used, 1] = size
-    data = index.tobytes()
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+def open_inside(root: Path, path: Path) -> int:
+    """Open a regular file of a store for reading, and return its descriptor; see `open_name`."""
+    return open_name(os.path.realpath(root), str(path.relative_to(root)))
 
 
-def create_shard_file(path: Path, spec: ModalitySpec, clips_per_shard: int, clips: int) -> None:
-    """Create a shard file with its index and room for the tokens, which are still undefined."""
-    with h5py.File(
-        path,
-        "w",
-        userblock_size=_USER_BLOCK,
-        libver=("v108", "v110"),
-        alignment_threshold=1,
-        alignment_interval=4096,
-        locking=False,
-    ) as file:
-        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        plan.set_layout(h5py.h5d.CONTIGUOUS)
-        plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        plan.set_obj_track_times(False)
-        rows = file_rows(spec, clips_per_shard, clips)
-        space = h5py.h5s.create_simple((rows, spec.width))
-        kind = h5py.h5t.py_create(spec.disk_dtype)
-        tokens = h5py.h5d.create(file.id, b"tokens", kind, space, plan)
-        offset = tokens.get_offset()
-    if offset != PAYLOAD_OFFSET:
-        raise RuntimeError(f"HDF5 put the tokens at {offset}, the format wants {PAYLOAD_OFFSET}")
-    with path.open("r+b") as raw:
-        raw.write(shard_index(spec, clips_per_shard, clips))
+def open_name(root: str, name: str) -> int:
+    """Open a regular file for reading by its name inside a store.
+
+    Names and not paths, since a store may have many thousand files. ``root`` is the store's
+    folder without links.
+
+    Raises:
+        StoreError: the path leads out of the store by a link, or is no regular file.
+        OSError: it is not there.
+    """
+    try:
+        descriptor = os.open(
+            f"{root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _linked(f"{root}/{name}") from None
+        raise
+    try:
+        found = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  (see above)
+        if found != f"{root}/{name}" or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _linked(f"{root}/{name}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def zarr_group(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a Zarr v3 group."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+def _linked(path: str) -> StoreError:
+    return StoreError(f"{path}: is a link or no regular file; a store holds only files.")
 
 
-def zarr_tokens(spec: ModalitySpec, clips_per_shard: int, shards: int) -> dict[str, Any]:
-    """Return the Zarr v3 metadata of a modality's sharded token array."""
-    rows = capacity_rows(spec, clips_per_shard)
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    sharding = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": [chunk_rows(spec, clips_per_shard), spec.width],
-            "codecs": [little],
-            "index_codecs": [little, {"name": "crc32c"}],
-            "index_location": "start",
-        },
-    }
-    return _zarr_array(
-        [max(1, shards) * rows, spec.width],
-        [rows, spec.width],
-        spec.disk_dtype,
-        [sharding],
-        {"logical_dtype": spec.dtype, "tokens_per_clip": spec.tokens},
-    )
+def read_bytes(root: Path, path: Path) -> bytes:
+    """Read a small file of a store whole; see `open_inside`."""
+    with os.fdopen(open_inside(root, path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MAX_JSON:
+            raise StoreError(f"{path}: has more than {_MAX_JSON >> 20} MB; a store's has not.")
+        return file.read()
 
 
-def _zarr_array(
-    shape: list[int], chunk: list[int], dtype: np.dtype[Any], codecs: list[Any], attributes: Any
-) -> dict[str, Any]:
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": shape,
-        "data_type": "uint8" if dtype == np.bool_ else dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0,
-        "codecs": codecs,
-        "attributes": attributes,
-    }
-
-
-def write_column(root: Path, name: str, values: npt.NDArray[Any], **attributes: Any) -> None:
-    """Write a column of the clip table as a Zarr array of one raw chunk, which can be mapped."""
-    values = np.ascontiguousarray(values)
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    shape = [max(1, side) for side in values.shape]
-    files.write_bytes(column_file(root, name, values.ndim), little.tobytes())
-    meta = _zarr_array(list(values.shape), shape, values.dtype, codecs, attributes)
-    files.write_json(root / "clips" / name / "zarr.json", meta)
-
-
-def column_file(root: Path, name: str, dimensions: int) -> Path:
-    """Return the raw bytes of a clip-table column."""
-    return root.joinpath("clips", name, "c", *("0",) * dimensions)
-
-
-def map_column(root: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Map a clip-table column read-only; its size must be exactly that of the shape."""
-    path = column_file(root, name, len(shape))
-    if math.prod(shape) == 0:
-        return np.zeros(shape, dtype)
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if path.stat().st_size != size:
-        raise OSError(f"{path} has {path.stat().st_size} bytes, not {size}")
-    return np.memmap(path, dtype, "r", shape=shape)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    value = json.loads(path.read_text())
+def read_json(root: Path, path: Path) -> dict[str, Any]:
+    """Read a JSON object of a store."""
+    try:
+        value = json.loads(read_bytes(root, path))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+def write_manifest(root: Path, content: dict[str, Any]) -> None:
+    """Write the manifest with its own digest."""
+    files.write_json(root / MANIFEST, content | {"self": _digest(content)})
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read the manifest; every byte of it is checked.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise StoreError(
+            f"{root}: the store is not complete; `karmma extract` with the same recipe "
+            "makes what is missing, `karmma store finalize` joins the parts."
+        )
+    try:
+        data = read_bytes(root, path)
+        found = json.loads(data)
+        own = found.pop("self")
+        whole = own == _digest(found) and data.decode() == files.json_text(found | {"self": own})
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: the file is damaged ({error}).") from None
+    if not whole:
+        raise StoreError(
+            f"{path}: the file is damaged; `karmma store verify --repair` and then "
+            "`karmma store finalize` make it anew."
+        )
+    return found
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(files.json_text(content).encode()).hexdigest()

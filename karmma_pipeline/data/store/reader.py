@@ -1,21 +1,24 @@
 """Opens a complete store and gathers batches out of memory-mapped shards."""
 
+import os
+import threading
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from karmma_pipeline.data.store import layout
 from karmma_pipeline.data.store.catalog import Catalog
-from karmma_pipeline.data.store.region import Region
+from karmma_pipeline.data.store.region import Payload
+from karmma_pipeline.data.store.rows import Places, Rows
+from karmma_pipeline.data.store.source import Part, gather_dense, parts_of
+from karmma_pipeline.data.store.spec import ModalitySpec
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
-
-_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class FeatureStore:
@@ -38,24 +41,21 @@ class FeatureStore:
         self.spec, self.clip_ids = self._catalog.spec, self._catalog.clip_ids
         self.modalities = self.spec.order
         self.heads = dict(self.spec.heads)
-        manifest = self.path / layout.MANIFEST
-        if not manifest.is_file():
-            raise StoreError(
-                f"{self.path}: the store is not complete; `karmma extract` with the same recipe "
-                "makes what is missing, `karmma store finalize` joins the parts."
-            )
-        try:
-            self.digest: str = layout.read_json(manifest)["digest"]
-        except (OSError, KeyError, ValueError) as error:
-            raise StoreError(f"{manifest}: the file is damaged ({error}).") from None
-        N, M = self._catalog.count, len(self.modalities)
-        self.reasons: npt.NDArray[np.uint8] = self._column("reason", np.uint8, (N, M))
+        manifest = layout.read_manifest(self.path)
+        self.digest: str = manifest["digest"]
+        if manifest["clips"] != len(self):
+            raise StoreError(f"{self.path}: the manifest and {layout.SPEC} count other clips.")
+        self.reasons: npt.NDArray[np.uint8] = self._catalog.column(
+            "reason", np.uint8, len(self.modalities)
+        )
+        if self.reasons.max(initial=0) > max(Reason):
+            raise StoreError(f"{self.path}: unknown reason {self.reasons.max()} in the clip table.")
         self.present: npt.NDArray[np.bool_] = np.asarray(self.reasons) == Reason.PRESENT
         self.labels: dict[str, npt.NDArray[np.int32]] = {
-            head: self._column(f"label_{head}", "<i4", (N,)) for head in self.heads
+            head: self._catalog.labels(head) for head in self.heads
         }
-        self._regions: dict[str, Region] = {}
-        self._views: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[str, Rows] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -68,23 +68,20 @@ class FeatureStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return (FeatureStore, (self.path,))
 
-    def _column(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
-        try:
-            return layout.map_column(self.path, name, dtype, shape)
-        except OSError as error:
-            raise StoreError(f"{self.path}: the clip table is damaged ({error}).") from None
-
     @cached_property
     def split(self) -> npt.NDArray[np.str_]:
         """Split name of each clip [clips]."""
-        codes = self._column("split", "<i4", (len(self),))
-        return np.array(self._catalog.splits)[codes]
+        return self._catalog.names("split")
 
     @cached_property
     def group(self) -> npt.NDArray[np.str_]:
         """Group (such as the participant) of each clip [clips]."""
-        codes = self._column("group", "<i4", (len(self),))
-        return np.array(self._catalog.groups)[codes]
+        return self._catalog.names("group")
+
+    @property
+    def specs(self) -> dict[str, ModalitySpec]:
+        """Modality to how its tokens look."""
+        return self.spec.modalities
 
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
@@ -99,64 +96,64 @@ class FeatureStore:
     def times(self, modality: str) -> npt.NDArray[np.float64]:
         """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
         frames = self.spec.modalities[modality].frames
-        found: npt.NDArray[np.float64] = self._column(
-            f"times_{modality}", "<f8", (len(self), 2, frames)
-        )
+        found: npt.NDArray[np.float64] = self._catalog.column(f"times_{modality}", "<f8", 2, frames)
         return found
 
-    def gather(self, modality: str, index: Tensor, out: Tensor | None = None) -> Tensor:
+    def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the sampled times of some clips [B, 2, T], NaN where absent."""
+        return np.asarray(self.times(modality)[clips])
+
+    def seconds(self, column: str) -> npt.NDArray[np.float64]:
+        """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
+        found: npt.NDArray[np.float64] = self._catalog.column(column, "<f8")
+        return found
+
+    def parts(self, modality: str) -> tuple[Part, ...]:
+        """Return what `gather_parts` fills for each clip, see `Part`."""
+        return parts_of(self.spec.modalities[modality])
+
+    def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros.
 
-        The type is the store's; ``out`` may be a preallocated (pinned) tensor of that shape.
+        The type is the store's, float32 where that is int8.
         """
-        if modality not in self._views:
-            self._views[modality] = self._map(modality)
-        rows, row_of_clip = self._views[modality]
-        one = self.spec.modalities[modality]
-        flat = None if out is None else out.view(rows.dtype).view(len(index), -1)
-        found = torch.index_select(rows, 0, row_of_clip[index], out=flat)
-        if out is not None:
-            return out
-        return found.view(_TORCH[one.dtype]).view(len(index), one.tokens, one.width)
+        return gather_dense(self, modality, index)
 
-    def _map(self, modality: str) -> tuple[Tensor, Tensor]:
-        catalog, one = self._catalog, self.spec.modalities[modality]
-        size = self.spec.clips_per_shard
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
+        if modality not in self._rows:
+            with self._lock:
+                if modality not in self._rows:
+                    arrays = self.spec.modalities[modality].arrays
+                    self._rows[modality] = Rows(arrays, self.places(modality))
+        self._rows[modality].gather(index, out)
+
+    def places(self, modality: str) -> Places:
+        """Return where each clip's tokens of a modality lie."""
+        one, size = self.spec.modalities[modality], self.spec.clips_per_shard
+        shards = self._catalog.shards
         present = self.present[:, self.modalities.index(modality)]
-        shard_of = np.arange(len(self)) // size
-        counts = np.bincount(shard_of, present, catalog.shards).astype(np.int64)
-        paths = [layout.shard_file(self.path, modality, s) for s in range(catalog.shards)]
-        for path, clips in zip(paths, counts, strict=True):
-            _check_size(path, layout.file_bytes(one, size, int(clips)))
-        payloads = [max(1, int(c) * one.clip_bytes) for c in counts]
-        try:
-            region = Region(paths, payloads, layout.PAYLOAD_OFFSET, one.clip_bytes)
-        except OSError as error:
-            raise StoreError(f"{self.path}: {modality} cannot be mapped ({error}).") from None
-        self._regions[modality] = region
-        ranks: npt.NDArray[np.int64] = np.cumsum(present) - present
-        base = np.concatenate([[0], np.cumsum(counts)])[:-1] if len(counts) else np.zeros(0, int)
-        rows = region.first_row[shard_of] + ranks - base[shard_of]
-        words = torch.from_numpy(region.rows()).view(_WORDS[one.disk_dtype.itemsize])
-        return words, torch.from_numpy(np.where(present, rows, Region.ZERO))
+        shard = np.arange(len(self)) // size
+        counts = np.bincount(shard[present], minlength=shards)[:shards]
+        before = np.concatenate([[0], np.cumsum(counts)])
+        position = np.cumsum(present) - 1 - before[shard]
+        root = os.path.realpath(self.path)
+        payloads = {
+            array.name: [
+                Payload(
+                    root,
+                    layout.shard_name(modality, s, array.name),
+                    clips * array.clip_bytes,
+                    layout.file_bytes(array, size, clips),
+                )
+                for s, clips in enumerate(counts.tolist())
+            ]
+            for array in one.arrays
+        }
+        return Places(payloads, np.where(present, shard, -1), position)
 
     def close(self) -> None:
         """Unmap the shards."""
-        self._views.clear()
-        for region in self._regions.values():
-            region.close()
-        self._regions.clear()
-
-
-_WORDS = {2: torch.int16, 4: torch.int32}
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError:
-        raise StoreError(
-            f"{path}: the shard file is missing; remove its commit record and extract again."
-        ) from None
-    if found != size:
-        raise StoreError(f"{path}: has {found} bytes, not {size}; the shard is damaged.")
+        for rows in self._rows.values():
+            rows.close()
+        self._rows.clear()

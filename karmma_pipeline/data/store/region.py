@@ -1,4 +1,4 @@
-"""All shards of a modality as one array in memory, without reading them.
+"""All shards of an array as one array in memory, without reading them.
 
 One address range is reserved and the payload of every shard file is mapped into it, so that
 a random batch is one gather. The first rows are anonymous zeros: absent clips point there.
@@ -9,10 +9,13 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from karmma_pipeline.data.store.layout import PAYLOAD_OFFSET, open_name
+from karmma_pipeline.errors import StoreError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -21,22 +24,36 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The tokens in a shard file: ``size`` bytes of a file that must have ``file_size``.
+
+    root is the store's folder without links, name the file's place in it.
+    """
+
+    root: str
+    name: str
+    size: int
+    file_size: int
+
+
 class Region:
-    """Maps ``sizes[i]`` payload bytes of ``paths[i]`` from ``offset`` on, as rows of one array.
+    """Maps payloads, each of whole rows of ``row_bytes``, as rows of one array.
 
     Attributes:
         first_row: int64 [files], the row at which each file's payload starts.
         ZERO: the row of zeros.
+
+    Raises:
+        StoreError: a file is missing, has another size, is a link, or cannot be mapped.
     """
 
     ZERO = 0
 
-    def __init__(
-        self, paths: Sequence[Path], sizes: Sequence[int], offset: int, row_bytes: int
-    ) -> None:
+    def __init__(self, payloads: Sequence[Payload], row_bytes: int) -> None:
         unit = math.lcm(mmap.PAGESIZE, row_bytes)
-        spans = [-(-size // unit) * unit for size in sizes]
-        starts = unit + np.concatenate([[0], np.cumsum(spans, dtype=np.int64)])
+        sizes = np.array([p.size for p in payloads], np.int64)
+        starts = unit + np.concatenate([[0], np.cumsum(-(-sizes // unit) * unit)])
         self.row_bytes = row_bytes
         self.first_row = (starts[:-1] // row_bytes).astype(np.int64)
         self._size = int(starts[-1])
@@ -44,16 +61,34 @@ class Region:
             0, self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
         )
         try:
-            for path, size, start in zip(paths, sizes, starts, strict=False):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    flags = mmap.MAP_SHARED | _MAP_FIXED
-                    _mmap(self._base + int(start), size, flags, descriptor, offset)
-                finally:
-                    os.close(descriptor)
+            for payload, start in zip(payloads, starts.tolist(), strict=False):
+                self._map(payload, start)
         except BaseException:
             self.close()
             raise
+
+    def _map(self, payload: Payload, start: int) -> None:
+        path = f"{payload.root}/{payload.name}"
+        try:
+            descriptor = open_name(payload.root, payload.name)
+        except OSError:
+            raise StoreError(
+                f"{path}: the shard file is missing; `karmma store verify --repair` marks the "
+                "shard, then extract again."
+            ) from None
+        try:
+            found = os.fstat(descriptor).st_size
+            if found != payload.file_size:
+                raise StoreError(
+                    f"{path}: has {found} bytes, not {payload.file_size}; the shard is damaged."
+                )
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            if payload.size:
+                _mmap(self._base + start, payload.size, flags, descriptor, PAYLOAD_OFFSET)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be mapped ({error}).") from None
+        finally:
+            os.close(descriptor)
 
     def rows(self) -> npt.NDArray[np.uint8]:
         """Return the whole range as uint8 [rows, row bytes]; valid until `close`."""

@@ -4,17 +4,18 @@ Tokens are appended to one spool per modality; after them a journal record with 
 checksum. What counts after a kill is the longest journal prefix whose tokens are whole.
 """
 
+import fcntl
 import os
 import shutil
 import socket
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import psutil
@@ -23,15 +24,15 @@ from karmma_pipeline import files
 from karmma_pipeline.data.store import layout
 from karmma_pipeline.data.store.catalog import Catalog
 from karmma_pipeline.data.store.record import Record, write_record
+from karmma_pipeline.data.store.shard import crc32c, create_shard_file
+from karmma_pipeline.data.store.spec import StoredArray
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 
 _COPY_BYTES = 4 << 20
 
-
-def crc32c(data: Any) -> int:
-    """Return the CRC-32C (Castagnoli) of bytes."""
-    return int(google_crc32c.value(bytes(data)))
+Encoded = tuple[npt.NDArray[Any], ...]
+"""One clip as `ModalitySpec.arrays` hold it, to be written as it is."""
 
 
 class ShardWriter:
@@ -56,6 +57,7 @@ class ShardWriter:
             for m in self.spec.order
         }
         self.next = 0
+        self._broken = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -64,7 +66,11 @@ class ShardWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock", self.shard)
             self._journal = self._open(folder / "journal")
-            self._payload = {m: self._open(folder / f"{m}.tokens") for m in self.spec.order}
+            _hold(self._journal, self._lock, self.shard)
+            self._payload = {
+                (m, array.name): self._open(folder / f"{m}.{array.name}")
+                for m, array in self.spec.arrays
+            }
             self._recover()
         return self
 
@@ -85,7 +91,7 @@ class ShardWriter:
     def append(
         self,
         clip_id: str,
-        tokens: Mapping[str, npt.NDArray[Any]],
+        tokens: Mapping[str, npt.NDArray[Any] | Encoded],
         reasons: Mapping[str, Reason],
         times: Mapping[str, npt.NDArray[np.float64]],
     ) -> None:
@@ -93,7 +99,8 @@ class ShardWriter:
 
         Args:
             clip_id: must be the next in clip order.
-            tokens: present modalities to [N, D], any float type; cast to the store's.
+            tokens: present modalities to [N, D], any float type; cast to the store's. Or to
+                what the store's arrays hold, copied as it is.
             reasons: why each other modality is absent.
             times: present modalities to float64 [2, T], requested and real seconds.
 
@@ -105,38 +112,61 @@ class ShardWriter:
                 f"{self.root}: shard {self.shard}: clip {clip_id!r} came, "
                 f"{self.clip_ids[self.next]!r} is next."
             )
+        if self._broken:
+            raise StoreError(f"{self.root}: shard {self.shard}: a write failed before; start anew.")
+        encoded = {
+            m: self._encode(clip_id, m, tokens[m])
+            for m in self.spec.order
+            if self._given(clip_id, m, tokens, reasons)
+        }
+        self._broken = True
         with files.disk_errors(layout.spool_folder(self.root, self.shard) / "journal"):
             for column, m in enumerate(self.spec.order):
-                self._append_one(column, m, tokens.get(m), reasons.get(m), times.get(m))
-            self._journal.write(self._entry(self.next))
-            self._journal.flush()
+                if m in encoded:
+                    self._crc[self.next, column] = self._spool(m, encoded[m])
+                    self._times[m][self.next] = times.get(m, np.nan)
+                else:
+                    self._reason[self.next, column] = reasons[m]
+            _write(self._journal, self._entry(self.next))
+        self._broken = False
         self.next += 1
 
-    def _append_one(
+    def _given(
         self,
-        column: int,
+        clip_id: str,
         modality: str,
-        tokens: npt.NDArray[Any] | None,
-        reason: Reason | None,
-        times: npt.NDArray[np.float64] | None,
-    ) -> None:
-        one, position = self.spec.modalities[modality], self.next
-        where = f"{self.root}: clip {self.clip_ids[position]!r}: {modality}"
-        if tokens is None:
-            if not reason:
-                raise StoreError(f"{where}: neither tokens nor a reason for their absence.")
-            self._reason[position, column] = reason
-            return
+        tokens: Mapping[str, Any],
+        reasons: Mapping[str, Reason],
+    ) -> bool:
+        if modality not in tokens and not reasons.get(modality):
+            raise StoreError(
+                f"{self.root}: clip {clip_id!r}: {modality}: neither tokens nor a reason for "
+                "their absence."
+            )
+        return modality in tokens
+
+    def _spool(self, modality: str, encoded: Encoded) -> int:
+        crc = 0
+        for array, part in zip(self.spec.modalities[modality].arrays, encoded, strict=True):
+            data = part.tobytes()
+            _write(self._payload[modality, array.name], data)
+            crc = crc32c(data, crc)
+        return crc
+
+    def _encode(self, clip_id: str, modality: str, tokens: npt.NDArray[Any] | Encoded) -> Encoded:
+        one, where = self.spec.modalities[modality], f"{self.root}: clip {clip_id!r}: {modality}"
+        if isinstance(tokens, tuple):
+            shapes = [(part.shape, part.dtype) for part in tokens]
+            if shapes != [((a.tokens, a.width), a.dtype) for a in one.arrays]:
+                raise StoreError(f"{where}: the encoded arrays do not fit the store.")
+            return tokens
         if tokens.shape != (one.tokens, one.width):
             raise StoreError(f"{where}: tokens {tokens.shape}, not {(one.tokens, one.width)}.")
         if not np.isfinite(tokens).all():
             raise StoreError(f"{where}: NaN or infinity in the tokens.")
-        if times is not None:
-            self._times[modality][position] = times
-        data = one.encode(tokens).tobytes()
-        self._crc[position, column] = crc32c(data)
-        self._payload[modality].write(data)
-        self._payload[modality].flush()
+        if np.abs(tokens).max(initial=0) > one.largest:
+            raise StoreError(f"{where}: tokens beyond {one.largest:g}, the most {one.dtype} holds.")
+        return one.encode(tokens)
 
     def commit(self) -> None:
         """Turn the spool into the shard's files; the commit record comes last.
@@ -148,27 +178,36 @@ class ShardWriter:
             raise StoreError(
                 f"{self.root}: shard {self.shard} has {self.next} of {len(self.clip_ids)} clips."
             )
-        for column, m in enumerate(self.spec.order):
-            self._finish(m, int((self._reason[:, column] == 0).sum()))
-        write_record(self.root, self.shard, Record(self._reason, self._crc, self._times))
+        present = dict(zip(self.spec.order, (self._reason == 0).sum(axis=0).tolist(), strict=True))
+        crcs = [self._finish(m, array, present[m]) for m, array in self.spec.arrays]
+        record = Record(self._reason, self._crc, self._times, np.array(crcs, np.uint32))
+        write_record(self.root, self.shard, record)
         self._stack.close()
         shutil.rmtree(layout.spool_folder(self.root, self.shard), ignore_errors=True)
 
-    def _finish(self, modality: str, clips: int) -> None:
-        one, size = self.spec.modalities[modality], self.spec.clips_per_shard
-        with files.replacing(layout.shard_file(self.root, modality, self.shard)) as temporary:
-            layout.create_shard_file(temporary, one, size, clips)
+    def _finish(self, modality: str, array: StoredArray, clips: int) -> int:
+        """Write a shard file and return the CRC-32C of all of it."""
+        size = self.spec.clips_per_shard
+        total = layout.file_bytes(array, size, clips)
+        spool = self._payload[modality, array.name]
+        spool.seek(0)
+        path = layout.shard_file(self.root, modality, self.shard, array.name)
+        with files.replacing(path) as temporary:
+            create_shard_file(temporary, array, size, clips)
             with temporary.open("r+b") as target:
+                crc = crc32c(target.read(layout.PAYLOAD_OFFSET))
                 target.seek(layout.PAYLOAD_OFFSET)
-                spool = self._payload[modality]
-                spool.seek(0)
-                shutil.copyfileobj(spool, target, _COPY_BYTES)
-                padding = layout.file_bytes(one, size, clips) - target.tell()
-                target.write(bytes(padding))
+                while data := spool.read(_COPY_BYTES) or bytes(
+                    min(_COPY_BYTES, total - target.tell())
+                ):
+                    target.write(data)
+                    crc = crc32c(data, crc)
+        return crc
 
-    def _open(self, path: Path) -> BinaryIO:
+    def _open(self, path: Path) -> FileIO:
+        """Open a spool without a buffer: what failed to be written is not tried again at exit."""
         path.touch()
-        return self._stack.enter_context(path.open("r+b"))
+        return self._stack.enter_context(path.open("r+b", buffering=0))
 
     def _entry(self, position: int) -> bytes:
         parts = [struct.pack("<I", position)]
@@ -180,7 +219,7 @@ class ShardWriter:
     def _recover(self) -> None:
         size = len(self._entry(0)) if self.clip_ids else 4
         journal = self._journal.read()
-        ends = dict.fromkeys(self.spec.order, 0)
+        ends = dict.fromkeys(self._payload, 0)
         while self.next < len(self.clip_ids):
             entry = journal[self.next * size : (self.next + 1) * size]
             if not self._replay(entry, ends):
@@ -189,12 +228,13 @@ class ShardWriter:
         self._reason[self.next :], self._crc[self.next :] = 0, 0
         for m in self.spec.order:
             self._times[m][self.next :] = np.nan
-            self._payload[m].truncate(ends[m])
-            self._payload[m].seek(ends[m])
+        for key, spool in self._payload.items():
+            spool.truncate(ends[key])
+            spool.seek(ends[key])
         self._journal.truncate(self.next * size)
         self._journal.seek(self.next * size)
 
-    def _replay(self, entry: bytes, ends: dict[str, int]) -> bool:
+    def _replay(self, entry: bytes, ends: dict[tuple[str, str], int]) -> bool:
         """Take over one journal record if it and its tokens are whole."""
         if len(entry) < len(self._entry(0)) or entry[-4:] != struct.pack("<I", crc32c(entry[:-4])):
             return False
@@ -204,12 +244,8 @@ class ShardWriter:
         at += 5 * M
         read = dict(ends)
         for column, m in enumerate(self.spec.order):
-            if reason[column] == 0:
-                self._payload[m].seek(read[m])
-                data = self._payload[m].read(self.spec.modalities[m].clip_bytes)
-                if crc32c(data) != crcs[column]:
-                    return False
-                read[m] += len(data)
+            if reason[column] == 0 and self._read_spool(m, read) != crcs[column]:
+                return False
             shape = self._times[m].shape[1:]
             count = shape[0] * shape[1]
             self._times[m][self.next] = np.frombuffer(entry, "<f8", count, at).reshape(shape)
@@ -218,22 +254,70 @@ class ShardWriter:
         ends.update(read)
         return True
 
+    def _read_spool(self, modality: str, ends: dict[tuple[str, str], int]) -> int:
+        """Return the checksum of the next clip in the spools, and move their ends behind it."""
+        crc = 0
+        for array in self.spec.modalities[modality].arrays:
+            spool = self._payload[modality, array.name]
+            spool.seek(ends[modality, array.name])
+            data = spool.read(array.clip_bytes)
+            ends[modality, array.name] += len(data)
+            crc = crc32c(data, crc)
+        return crc
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
 
 def _lock(path: Path, shard: int) -> Path:
-    mine = f"{socket.gethostname()} {os.getpid()} {os.environ.get('SLURM_JOB_ID', '-')}"
+    """Take a shard's lock, which names its writer; that of a dead one is taken over."""
+    job = os.environ.get("SLURM_JOB_ID", "-")
+    mine = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
+    mine.write_text(f"{socket.gethostname()} {os.getpid()} {job}")
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        os.link(mine, path)  # whole or not there, and an error if it is there
+        mine.unlink()
     except FileExistsError:
-        host, pid, job = [*path.read_text().split(), "", "0", "-"][:3]
-        here = host == socket.gethostname()
-        requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
-        if not requeued and (not here or (psutil.pid_exists(int(pid)) and int(pid) != os.getpid())):
-            raise StoreError(
-                f"{path}: shard {shard} is being written by process {pid} on {host}; "
-                "if that job is dead, remove this file."
-            ) from None
-        files.write_text(path, mine)
-        return path
-    with os.fdopen(descriptor, "w") as file:
-        file.write(mine)
+        if not _is_stale(path.read_text()):
+            mine.unlink()
+            raise _taken(path, shard, path.read_text()) from None
+        mine.replace(path)
     return path
+
+
+def _is_stale(text: str) -> bool:
+    host, pid, job = [*text.split(), "", "0", "-"][:3]
+    requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
+    here = host == socket.gethostname()
+    alive = psutil.pid_exists(int(pid)) and int(pid) != os.getpid()
+    return not host or requeued or (here and not alive)
+
+
+def lock_holder(path: Path) -> str:
+    """Return who holds a shard's lock, empty if nobody does."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return ""
+    return "" if _is_stale(text) else text
+
+
+def _taken(path: Path, shard: int, text: str) -> StoreError:
+    host, pid = [*text.split(), "?", "?"][:2]
+    return StoreError(
+        f"{path}: shard {shard} is being written by process {pid} on {host}; "
+        "if that job is dead, remove this file."
+    )
+
+
+def _hold(journal: FileIO, lock: Path, shard: int) -> None:
+    """Lock the journal where the file system can: of two that take over at once one wins."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _taken(lock, shard, lock.read_text()) from None
+    except OSError:
+        return

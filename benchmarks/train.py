@@ -1,0 +1,345 @@
+"""How much the trainer adds to a bare loop: one command that prints a Markdown table of ratios.
+
+    python benchmarks/train.py [--quick] [--device cuda] [--threads N]
+
+Every line compares ways of training the same model on the same batches, taken in turns in one
+process, so that a busy machine slows all; ratios are of the best turn of each. On a CPU the
+ratio of CPU seconds stands beside it, which other people's jobs hardly touch. The bare loop is
+what one would write by hand: batches already in memory, forward, cross-entropy, backward,
+`clip_grad_norm_`, `AdamW.step`. No validation and no saving on either side.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from karmma_pipeline import config
+from karmma_pipeline.data.loader import Batch, FeatureLoader
+from karmma_pipeline.data.store import (
+    ClipRow,
+    FeatureStore,
+    ModalitySpec,
+    ShardWriter,
+    StoreSpec,
+    create_store,
+    finalize,
+)
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.runs import RunFolder
+from karmma_pipeline.train.loop import Job, Trainer
+from karmma_pipeline.train.objective import Labels, Objective, Teachers
+from karmma_pipeline.train.progress import Clock, progress_bar
+from karmma_pipeline.train.ranks import Ranks, joined
+from karmma_pipeline.train.recipe import TrainRecipe
+from karmma_pipeline.train.table import Tabling
+
+MODALITIES = ("rgb", "flow", "audio")
+HEADS = {"verb": 97, "noun": 300}
+TEACHER = {"dim": 768, "layers": 2, "attention_heads": 12, "ffn_width": 768, "head_width": 1536}
+STUDENT = {"dim": 384, "layers": 1, "attention_heads": 6, "ffn_width": 384, "head_width": 768}
+SMALL = {"dim": 96, "layers": 1, "attention_heads": 6, "ffn_width": 96, "head_width": 192}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on features of one shape. ``steps``: of a turn."""
+
+    name: str
+    size: dict[str, int]
+    tokens: int
+    width: int
+    batch: int
+    steps: int
+    teacher: dict[str, int]
+
+
+SMALL_CASE = Case("small student, 8 x 512", SMALL, 8, 512, 64, 20, {**SMALL, "dim": 192})
+PAPER = (
+    Case("paper student, 8 x 1024", STUDENT, 8, 1024, 64, 12, TEACHER),
+    Case("paper student, 300 x 768", STUDENT, 300, 768, 4, 2, TEACHER),
+    Case("paper teacher, 300 x 1024", TEACHER, 300, 1024, 4, 2, TEACHER),
+)
+
+
+def write_store(root: Path, case: Case, clips: int) -> FeatureStore:
+    """Write a store of noise in fp16; a fifth of the modalities is absent."""
+    spec = StoreSpec(
+        modalities={
+            m: ModalitySpec(tokens=case.tokens, width=case.width, provenance={"backbone": "noise"})
+            for m in MODALITIES
+        },
+        heads={h: tuple(f"{h}{i}" for i in range(n)) for h, n in HEADS.items()},
+        clips_per_shard=256,
+    )
+    rng = np.random.default_rng(0)
+    labels = [{h: int(rng.integers(n)) for h, n in HEADS.items()} for _ in range(clips)]
+    create_store(root, spec, [ClipRow(f"c{i}", of, "train", "") for i, of in enumerate(labels)])
+    shape = (case.tokens, case.width)
+    for shard in range(-(-clips // 256)):
+        with ShardWriter(root, shard) as writer:
+            for clip_id in writer.clip_ids:
+                here = [m for m in MODALITIES if m == "rgb" or rng.random() > 0.3]
+                tokens = {m: rng.standard_normal(shape, np.float32) for m in here}
+                absent = {m: _reason() for m in MODALITIES if m not in here}
+                writer.append(clip_id, tokens, absent, {})
+            writer.commit()
+    finalize(root)
+    return FeatureStore.open(root)
+
+
+def _reason() -> Any:
+    from karmma_pipeline.modalities import Reason
+
+    return Reason.NO_STREAM
+
+
+def make_trainer(
+    case: Case, store: FeatureStore, folder: Path, device: torch.device, ranks: Ranks
+) -> Trainer:
+    """Set up the trainer as the stages do."""
+    recipe = config.build(
+        TrainRecipe,
+        {
+            "store": str(store.path),
+            "out": str(folder / "run"),
+            "size": case.size,
+            "batch_size": case.batch,
+            "epochs": 1000,
+        },
+        "benchmark",
+    )
+    train = FeatureLoader(
+        store,
+        np.arange(len(store)),
+        case.batch,
+        p=0.3,
+        shuffle=True,
+        pin=device.type == "cuda",
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
+    card = make_card(case.size, store)
+    run = RunFolder(folder / "run", recipe, writes=ranks.main)
+    job = Job(recipe, run, store, card.build(), card, train, train, device, ranks, {})
+    return Trainer(job)
+
+
+def make_card(size: dict[str, int], store: FeatureStore) -> ModelCard:
+    """Describe a model for a store."""
+    return ModelCard(
+        kind="teacher",
+        name="benchmark",
+        size=FusionSize.model_validate(size),
+        modalities={m: store.shape(m) for m in store.modalities},
+        heads=store.heads,
+        provenance=store.provenance,
+        store_digest=store.digest,
+    )
+
+
+Turn = Callable[[], None]
+"""Trains an epoch."""
+
+
+def ours(trainer: Trainer, objective: Objective, clock: Clock) -> Turn:
+    """Take an epoch of our loop, its loader included."""
+    device = trainer.job.device
+
+    def turn() -> None:
+        trainer.progress.epoch, trainer.progress.batch = trainer.progress.epoch + 1, 0
+        with progress_bar(1, 0, "", shown=False) as bar:
+            trainer._train_epoch(objective, StopFlag(), clock, bar)
+        _wait(device)
+
+    return turn
+
+
+def bare(model: FusionModel, batches: list[Batch], device: torch.device) -> Turn:
+    """Take the same number of steps by hand, on tensors that are already there."""
+    model = model.to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ready = [
+        (
+            {m: t.to(device) for m, t in b.tokens.items()},
+            b.mask,
+            {h: t.to(device) for h, t in b.labels.items()},
+        )
+        for b in batches
+    ]
+
+    def turn() -> None:
+        for tokens, mask, labels in ready:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(tokens, mask)
+            terms = [F.cross_entropy(logits[h].float(), labels[h]) for h in logits]
+            optimiser.zero_grad()
+            torch.stack(terms).mean().backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimiser.step()
+        _wait(device)
+
+    return turn
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class LiveTeacher:
+    """Stands in for the table: loads the teacher's tokens and asks it, in every step."""
+
+    def __init__(self, model: FusionModel, store: FeatureStore, device: torch.device) -> None:
+        self.model, self.store, self.device = model.to(device).eval(), store, device
+
+    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+        """Return which clips it sees anything of."""
+        return mask.any(dim=1)
+
+    @torch.inference_mode()
+    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return its logits."""
+        tokens = {m: self.store.gather(m, clip_index) for m in self.store.modalities}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return dict(self.model({m: t.to(self.device) for m, t in tokens.items()}, mask))
+
+
+@dataclass
+class Best:
+    """Seconds of the best turn, by the wall's clock and by the processor's."""
+
+    wall: float = math.inf
+    cpu: float = math.inf
+
+
+def compare(turns: dict[str, Turn], rounds: int) -> dict[str, Best]:
+    """Take turns; the first of each warms up and does not count."""
+    best = {name: Best() for name in turns}
+    for number in range(rounds + 1):
+        for name, turn in turns.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            turn()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if number:
+                found = best[name]
+                best[name] = Best(min(found.wall, wall), min(found.cpu, cpu))
+    return best
+
+
+def ratio(over: Best, under: Best) -> str:
+    """Compare best turns: by the wall's clock, and in brackets by the processor's."""
+    return f"{over.wall / under.wall:.2f} ({over.cpu / under.cpu:.2f})"
+
+
+def overhead(case: Case, folder: Path, device: torch.device, rounds: int) -> list[str]:
+    """Compare our loop, with and without teachers, with the bare one."""
+    store = write_store(folder / "store", case, case.batch * case.steps)
+    clips = np.arange(len(store))
+    labels = Labels(tuple(HEADS), 0.0)
+    teacher = make_card(case.teacher, store)
+    save_model(folder / "teacher", teacher.build(), teacher)
+    tabling = Tabling(folder / "teacher", store.path, store, clips)
+    table = tabling.table(folder / "table", device, Ranks(), StopFlag())
+    live = LiveTeacher(teacher.build(), store, device)
+    trainer = make_trainer(case, store, folder, device, Ranks())
+    batches = list(trainer.job.train.epoch(0))
+    clocks = {name: Clock() for name in ("labels", "table", "live")}
+    turns = {
+        "labels": ours(trainer, labels, clocks["labels"]),
+        "bare": bare(make_card(case.size, store).build(), batches, device),
+        "table": ours(trainer, Teachers(labels, [table], 0.5, 2.0), clocks["table"]),
+        "live": ours(trainer, Teachers(labels, [live], 0.5, 2.0), clocks["live"]),
+    }
+    best = compare(turns, rounds)
+    clock = clocks["labels"]
+    waited = clock.waited / (rounds + 1) / best["labels"].wall
+    return [
+        case.name,
+        f"{case.batch}",
+        f"{1e3 * best['labels'].wall / case.steps:.1f}",
+        ratio(best["labels"], best["bare"]),
+        f"{waited:.1%}",
+        ratio(best["table"], best["labels"]),
+        ratio(best["live"], best["labels"]),
+    ]
+
+
+def rank_worker(folder: Path, device_name: str, rounds: int) -> None:
+    """Be one of several ranks; the first prints the seconds of a step."""
+    torch.set_num_threads(1)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    store = FeatureStore.open(folder / "store")
+    with joined(device) as ranks:
+        trainer = make_trainer(SMALL_CASE, store, folder, device, ranks)
+        turn = ours(trainer, Labels(tuple(HEADS), 0.0), Clock())
+        best = compare({"turn": turn}, rounds)["turn"].wall
+        if ranks.main:
+            print(best)
+
+
+def scaling(folder: Path, device: str, rounds: int) -> str:
+    """Compare one and two ranks at the same batch, one thread each, in turns."""
+    write_store(folder / "store", SMALL_CASE, SMALL_CASE.batch * SMALL_CASE.steps)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(2):
+        for ranks, found in seconds.items():
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc-per-node={ranks}", __file__, "--worker", str(folder)]
+            out = subprocess.run(
+                [*launch, "--device", device, "--rounds", str(rounds)],
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).stdout
+            found.append(float(out.split()[-1]))
+    one, two = (min(found) for found in seconds.values())
+    return f"2 ranks, {SMALL_CASE.name}: {two / one:.2f} of the step of 1 rank (same batch)"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the small model only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        rank_worker(options.worker, options.device, options.rounds)
+        return
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    print(f"torch {torch.__version__}, {device}, {options.threads} threads\n")
+    print("Ratios of wall time, in brackets of CPU time.\n")
+    head = ["case", "batch", "step ms", "step / bare", "data wait", "table / alone", "live / alone"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for case in (SMALL_CASE,) if options.quick else (SMALL_CASE, *PAPER):
+        with tempfile.TemporaryDirectory() as folder:
+            cells = overhead(case, Path(folder), device, options.rounds)
+        print(f"| {' | '.join(cells)} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"\n{scaling(Path(folder), options.device, options.rounds)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Copies of stores near the processor: on a node's own disk, or in its memory."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from karmma_pipeline import files
+from karmma_pipeline.data.store import layout
+from karmma_pipeline.data.store.catalog import Catalog
+from karmma_pipeline.data.store.check import foreign_files, verify
+from karmma_pipeline.data.store.reader import FeatureStore
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.jobs import StopFlag
+
+_PIECE = 16 << 20
+_ROOM = 1.02
+"""Free space that is asked for, times the store's size: folders take some too."""
+
+
+def stage(store: Path, folder: Path, stop: StopFlag | None = None) -> Path:
+    """Copy a store into a folder, verify every byte of the copy, and return where it lies.
+
+    A copy that is there and whole is used again; of several processes that ask at once one
+    copies and the others wait. A stopped copy goes on with the files that it lacks.
+
+    Raises:
+        StoreError: there is not the space (bytes or inodes), or the copy differs.
+        StoppedError: a stop was asked for.
+    """
+    stop = stop or StopFlag()
+    opened = FeatureStore.open(store)
+    place = folder / f"karmma-{opened.digest[:16]}"
+    with files.disk_errors(folder / "x"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / f".{place.name}.lock"):
+            if not _is_copy(place, store):
+                _copy(store, place, stop)
+                damages = verify(place, stop)
+                if damages:
+                    forget(place)
+                    raise StoreError(
+                        f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
+                        "away. Check the store with `karmma store verify`."
+                    )
+                files.write_text(_done(place), _fingerprint(store))
+    return place
+
+
+def forget(place: Path) -> None:
+    """Take a copy away."""
+    _done(place).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _done(place: Path) -> Path:
+    """Return the file that means that a copy was verified; beside it, not inside."""
+    return place.with_name(f"{place.name}.verified")
+
+
+def _is_copy(place: Path, store: Path) -> bool:
+    """Tell whether a verified copy of just this store is there, files of the right size."""
+    try:
+        if _done(place).read_text() != _fingerprint(store):
+            return False
+        return all((place / n).stat().st_size == size for n, size in _sizes(store).items())
+    except OSError:
+        return False
+
+
+def _fingerprint(store: Path) -> str:
+    return hashlib.sha256((store / layout.MANIFEST).read_bytes()).hexdigest()
+
+
+def _sizes(store: Path) -> dict[str, int]:
+    """Return every file of a store with its size, the manifest last; no foreign ones."""
+    foreign = {name for _, name in foreign_files(Catalog(store))}
+    found = {}
+    for folder, _, names in os.walk(store):
+        for name in names:
+            path = Path(folder, name)
+            relative = str(path.relative_to(store))
+            if relative not in foreign:
+                found[relative] = path.stat().st_size
+    found[layout.MANIFEST] = found.pop(layout.MANIFEST)
+    return found
+
+
+def _copy(store: Path, place: Path, stop: StopFlag) -> None:
+    sizes = _sizes(store)
+    missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
+    check_space(place.parent, sum(missing.values()), 4 * len(missing))
+    _done(place).unlink(missing_ok=True)
+    for orphan in place.rglob(".*.tmp"):  # of a copy that was killed
+        orphan.unlink()
+    with tqdm(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
+        bar.update(sum(sizes.values()) - sum(missing.values()))
+        for name in missing:
+            with (
+                os.fdopen(layout.open_inside(store, store / name), "rb") as source,
+                files.replacing(place / name) as temporary,
+                temporary.open("wb") as target,
+            ):
+                while data := source.read(_PIECE):
+                    stop.check("the files that are copied are kept")
+                    target.write(data)
+                    bar.update(len(data))
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def check_space(folder: Path, size: int, inodes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StoreError: the folder's disk has not that many bytes or inodes free.
+    """
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < size * _ROOM:
+        raise StoreError(
+            f"{folder}: {size / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
+            "choose another folder or free some space."
+        )
+    if disk.f_files and disk.f_favail < inodes:
+        raise StoreError(
+            f"{folder}: {inodes} files and folders are needed, {disk.f_favail} inodes are free; "
+            "choose another folder or remove some files."
+        )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time work; the kernel frees the lock of one that dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

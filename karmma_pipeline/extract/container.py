@@ -1,0 +1,99 @@
+"""Opens media files so that they cannot make us open others, and looks at their streams.
+
+The clock of a file is a player's: zero where the first of its streams starts.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+from karmma_pipeline.extract.faults import MediaFaultError
+from karmma_pipeline.modalities import Reason
+
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg,aac"
+"""Formats that hold media themselves; playlists, which open other files, are not among them."""
+
+_PLAYLIST = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|<\?xml|<MPD|<smil|\[playlist\]|v=0\s)", re.IGNORECASE
+)
+"""How playlists begin: decord brings an older FFmpeg, which may know one where PyAV's does not."""
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """One stream: its number, its first time stamp in seconds, its start on the file's clock."""
+
+    index: int
+    first_s: float
+    delay_s: float
+    rate: int | None
+    default: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file holds; None where it has no such stream. ``indexed``: seeks are exact."""
+
+    video: StreamFacts | None
+    audio: StreamFacts | None
+    indexed: bool
+
+
+def open_container(path: Path) -> "av.container.InputContainer":
+    """Open a file with PyAV; close it by ``with``.
+
+    Raises:
+        MediaFaultError: it is missing, refused as a playlist, or no media file.
+    """
+    if not path.is_file():
+        raise MediaFaultError(Reason.FILE_MISSING, str(path))
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    try:
+        with path.open("rb") as file:
+            if _PLAYLIST.match(file.read(4096)):
+                raise MediaFaultError(Reason.REFUSED, f"{path}: a list of files, not a video")
+        return av.open(f"file:{path.absolute()}", options=options)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {error}") from None
+
+
+def probe(path: Path, stream: int | None = None) -> Probe:
+    """Look at the default streams of a file, or at the named one and the default of the other kind.
+
+    Raises:
+        MediaFaultError: see `open_container`.
+    """
+    with open_container(path) as container:
+        if any(s.codec_context is None for s in container.streams.video):
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: damaged header")
+        best = {kind: container.streams.best(kind) for kind in ("video", "audio")}
+        chosen = dict(best)
+        if stream is not None:
+            if not 0 <= stream < len(container.streams):
+                raise MediaFaultError(Reason.NO_STREAM, f"{path}: no stream {stream}")
+            chosen[container.streams[stream].type] = container.streams[stream]
+        video = chosen["video"]
+        if video is not None and video.disposition & Disposition.attached_pic:
+            chosen["video"] = None  # the cover of a sound file
+        firsts = {kind: _first_s(s) for kind, s in chosen.items() if s is not None}
+        zero = min((max(0.0, first) for first in firsts.values()), default=0.0)
+
+        def facts(kind: str) -> StreamFacts | None:
+            found: Any = chosen.get(kind)
+            if found is None:
+                return None
+            # Sound before zero is the encoder's run-in, which decoders leave out.
+            delay = max(0.0, firsts[kind]) - zero
+            rate = found.sample_rate if kind == "audio" else None
+            return StreamFacts(found.index, firsts[kind], delay, rate, found is best[kind])
+
+        names = set(container.format.name.split(","))
+        return Probe(facts("video"), facts("audio"), bool(names & {"mp4", "matroska"}))
+
+
+def _first_s(stream: Any) -> float:
+    return float((stream.start_time or 0) * (stream.time_base or 0))

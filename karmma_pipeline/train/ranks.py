@@ -1,0 +1,125 @@
+"""Several processes that train one model together: what they agree on, and who writes.
+
+Started by ``torchrun``, which sets RANK, WORLD_SIZE and the address of the first rank; gloo
+carries CPU tensors, NCCL those on GPUs. Without torchrun there is one rank and nothing to do.
+
+The gradient of all parameters is one buffer that is summed over ranks in one call. (Torch's
+DistributedDataParallel averages ranks as if each had as many clips, needs every parameter in
+every step, and renames them; clips are not divisible, a modality may be absent from a batch,
+and these models are small enough that overlapping the sum with the backward pass buys nothing.)
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.jobs import StopFlag
+
+_PATIENCE = timedelta(hours=1)
+"""How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among all that train together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Read what torchrun says.
+
+        Raises:
+            ConfigError: the variables do not fit one another.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        try:
+            rank, size, local = (
+                int(os.environ.get(n, d)) for n, d in zip(names, "010", strict=True)
+            )
+        except ValueError as error:
+            raise ConfigError(f"{', '.join(names)}: must be numbers ({error}).") from None
+        if not 0 <= rank < size:
+            raise ConfigError(
+                f"RANK={rank}: must lie below WORLD_SIZE={size}; start with torchrun."
+            )
+        return cls(rank, size, local)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place, and return it.
+
+        Raises:
+            KarmmaError: another rank has ended.
+        """
+        if self.size > 1:
+            with _others_may_end(self.rank):
+                dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks; for rare and small things."""
+        found = [value] * self.size
+        if self.size > 1:
+            with _others_may_end(self.rank):
+                dist.all_gather_object(found, value)
+        return found
+
+    def agree_to_stop(self, stop: StopFlag, counts: Tensor | None = None) -> tuple[bool, Tensor]:
+        """Return whether all ranks stop here, because any was asked to, and counts summed.
+
+        One call carries both, so agreeing costs nothing extra. A rank must go by the answer, not
+        by its own flag: a signal that comes after the call is heard at the next one.
+        """
+        counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts
+        asked = counts.new_tensor([float(stop.requested)])
+        both = self.sum(torch.cat([counts, asked]))
+        agreed = bool(both[-1] > 0)
+        if agreed:
+            stop.request()
+            with suppress(KarmmaError):  # a rank that left at once would cut the others off mid-sum
+                self.sum(torch.zeros_like(asked))
+        return agreed, both[:-1]
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, and leave them at the end."""
+    ranks = Ranks.from_environment()
+    if ranks.size == 1:
+        yield ranks
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _others_may_end(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise KarmmaError(
+            f"rank {rank}: another rank has ended ({reason}); see its message. What is saved is "
+            "kept: run the same command again to go on."
+        ) from None

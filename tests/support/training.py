@@ -1,0 +1,160 @@
+"""Recipes of small trainings, and ways to hurt and compare what they leave behind."""
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from karmma_pipeline import config
+from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.train.screen import finite
+
+SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
+
+
+def common(store: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    tree = {"store": str(store), "out": str(out), "size": SIZE, "epochs": 12, "batch_size": 16}
+    return {**tree, "optimiser": {"lr": 5e-3}, "name": "t", **changes}
+
+
+def teacher_recipe(store: Path, out: Path, **changes: Any) -> TeacherRecipe:
+    return config.build(TeacherRecipe, common(store, out, **changes), "test")
+
+
+def baseline_recipe(store: Path, out: Path, **changes: Any) -> BaselineRecipe:
+    return config.build(BaselineRecipe, common(store, out, **changes), "test")
+
+
+def student_recipe(store: Path, teacher: Path, out: Path, /, **changes: Any) -> DistillRecipe:
+    more = {"teacher": str(teacher), "teacher_store": str(store), **changes}
+    return config.build(DistillRecipe, common(store, out, **more), "test")
+
+
+def says(run: Path, root: Path) -> torch.Tensor:
+    """The logits of a run's last model for every clip of a store, [clips, classes].
+
+    Weights themselves are no measure: the bias of attention keys has no influence at all, so
+    that rounding alone moves it.
+    """
+    store = FeatureStore.open(root)
+    model, _ = load_model(run / "last")
+    index = torch.arange(len(store))
+    with torch.inference_mode():
+        tokens = {m: store.gather(m, index) for m in store.modalities}
+        out = model(tokens, torch.from_numpy(store.present) & finite(tokens))
+    return torch.cat(list(out.values()), dim=1)
+
+
+RESULTS = ("best/model.safetensors", "last/model.safetensors", "metrics.jsonl")
+
+
+def results(run: Path) -> tuple[bytes, ...]:
+    """The bytes that must not depend on how often a run was stopped."""
+    return tuple((run / name).read_bytes() for name in RESULTS)
+
+
+class StopAt(StopFlag):
+    """Asks for a stop at the n-th time that anybody looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        if self.looks == 0:
+            self.request()
+        return super().requested
+
+
+def poison(root: Path, clip_id: str, modality: str, value: float = float("nan")) -> None:
+    """Overwrite a clip's features where they lie in the store's shard."""
+    store = FeatureStore.open(root)
+    place = store.clip_ids.tolist().index(clip_id.encode())
+    tokens = store.gather(modality, torch.tensor([place])).numpy()
+    store.close()
+    old, new = tokens.tobytes(), np.full_like(tokens, value).tobytes()
+    for path in root.rglob("*"):
+        if path.is_file() and old in (data := path.read_bytes()):
+            path.write_bytes(data.replace(old, new))
+            return
+    raise AssertionError(f"{clip_id} {modality} is in no file of {root}")
+
+
+def exit_code(train: Callable[[StopFlag], object]) -> int:
+    """Train as the command line does, signals and exit codes included."""
+    try:
+        with StopFlag() as stop:
+            train(stop)
+    except KarmmaError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except BaseException:
+        traceback.print_exc()
+        return 99
+    finally:
+        sys.stderr.flush()
+    return 0
+
+
+def fork(train: Callable[[StopFlag], object], log: Path, **environment: str) -> int:
+    """Train in a process of its own, which costs no imports; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(said, number)
+        setattr(sys, name, os.fdopen(number, "w"))
+    os._exit(exit_code(train))
+
+
+def fork_ranks(train: Callable[[StopFlag], object], log: Path, size: int = 2) -> list[int]:
+    """Train in several processes that find one another as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [
+        fork(
+            train,
+            log.with_suffix(f".{rank}"),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            **address,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(child: int) -> int:
+    """Wait for a process and return its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def karmma(*arguments: str, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
+    """Start a command, under torchrun if there are several ranks."""
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [*launcher, "-m"]
+    return subprocess.Popen(
+        [*command, "karmma_pipeline.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )

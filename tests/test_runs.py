@@ -1,0 +1,86 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.runs import RunFolder
+
+
+class Example(Recipe):
+    """A recipe."""
+
+    size: int = 1
+    part: dict[str, int] = Field({"a": 1})
+
+
+def test_a_run_folder_explains_itself_and_can_be_opened_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with RunFolder(tmp_path / "r", Example()) as run:
+            run.log("hello")
+            run.write_metrics([{"epoch": 1, "loss": 0.5}])
+    assert (tmp_path / "r/recipe.yaml").read_text().startswith("size: 1\n")
+    environment = json.loads((tmp_path / "r/environment.json").read_text())
+    assert environment["packages"]["torch"]
+    lines = (tmp_path / "r/log.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["hello", "hello"]
+    assert (tmp_path / "r/metrics.jsonl").read_text() == '{"epoch": 1, "loss": 0.5}\n'
+
+
+def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "r", Example()).close()
+    with pytest.raises(ConfigError, match=r"part\.a is 1 there and 2 here"):
+        RunFolder(tmp_path / "r", Example(part={"a": 2}))
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds other files, such as thesis\.tex, and no run"):
+        RunFolder(tmp_path, Example())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex", Example())
+
+
+def test_what_a_killed_start_left_is_taken_over_and_swept(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / ".recipe.yaml.abc.tmp").write_text("half")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").rmdir()
+    RunFolder(tmp_path, Example()).close()
+    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert (tmp_path / "recipe.yaml").is_file()
+
+
+def _try_to_open(path: str, answers: "multiprocessing.Queue[str]") -> None:
+    try:
+        RunFolder(Path(path), Example()).close()
+        answers.put("opened")
+    except KarmmaError as error:
+        answers.put(str(error))
+
+
+def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+
+    def ask() -> str:
+        process = context.Process(target=_try_to_open, args=(str(tmp_path / "r"), answers))
+        process.start()
+        process.join()
+        return answers.get(timeout=30)
+
+    with RunFolder(tmp_path / "r", Example()):
+        assert "another process trains into this folder" in ask()
+    assert ask() == "opened"
+
+
+def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r", Example(), writes=False) as run:
+        run.note("x")
+        run.write_metrics([{"a": 1.0}])
+    assert not (tmp_path / "r").exists()
