@@ -50,6 +50,11 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
+def is_temporary(path: Path) -> bool:
+    """Tell whether a file is one that `replacing` is writing, or left when it was killed."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, quota or read-only folder into one clear error.

@@ -17,6 +17,7 @@ ALLOWED = {
     "extract": FOUNDATION | {"data", "models"},
     "train": FOUNDATION | {"data", "models"},
     "evaluate": FOUNDATION | {"data", "models"},
+    "batch": FOUNDATION | {"data", "models", "extract", "train", "evaluate"},
     **dict.fromkeys(FOUNDATION, FOUNDATION),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -68,7 +69,7 @@ def test_help_loads_no_heavy_library() -> None:
 
 def test_top_level_recipe_folders_hold_no_python() -> None:
     root = PACKAGE.parent
-    for stage in ("extract", "train", "evaluate", "data"):
+    for stage in ("extract", "train", "evaluate", "data", "batch"):
         folder = root / stage
         if folder.is_dir():
             assert not list(folder.rglob("*.py"))

@@ -1,24 +1,55 @@
 import os
 import signal
+from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
-from karmma_pipeline.jobs import Part, StopFlag
+from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
+
+COSTS = st.lists(st.floats(0, 1e6), max_size=40)
 
 
-@given(items=st.integers(0, 50), count=st.integers(1, 12))
-def test_parts_cover_every_item_exactly_once(items: int, count: int) -> None:
-    parts = [Part(i, count) for i in range(count)]
-    owners = [sum(part.owns(item) for part in parts) for item in range(items)]
-    assert owners == [1] * items
+@given(costs=COSTS, count=st.integers(1, 12))
+def test_parts_cover_every_shard_exactly_once(costs: list[float], count: int) -> None:
+    owned = [shard for i in range(count) for shard in Part(i, count).shards(costs)]
+    assert sorted(owned) == list(range(len(costs)))
+
+
+@given(costs=COSTS, count=st.integers(1, 12))
+def test_no_part_is_longer_than_grahams_bound(costs: list[float], count: int) -> None:
+    loads = [sum(costs[item] for item in part) for part in balance(costs, count)]
+    bound = sum(costs) / count + (1 - 1 / count) * max(costs, default=0)
+    assert max(loads) <= bound * (1 + 1e-9)
+
+
+@given(costs=st.lists(st.integers(0, 20), min_size=1, max_size=6), count=st.integers(2, 3))
+def test_no_part_is_longer_than_four_thirds_of_the_best(costs: list[int], count: int) -> None:
+    best = min(
+        max(sum(c for c, p in zip(costs, places, strict=True) if p == part) for part in places)
+        for places in product(range(count), repeat=len(costs))
+    )
+    assert max(sum(costs[i] for i in part) for part in balance(costs, count)) <= best * 4 / 3
+
+
+@given(count=st.integers(1, 9), items=st.integers(0, 40))
+def test_equal_shards_are_shared_out_evenly(count: int, items: int) -> None:
+    sizes = [len(part) for part in balance([0.0] * items, count)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_duration_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        balance([1.0, float("nan")], 2)
 
 
 def test_a_part_is_written_as_a_person_counts() -> None:
     assert Part.parse("1/4") == Part(0, 4)
     assert Part.parse("4/4") == Part(3, 4)
+    assert str(Part(3, 4)) == "4/4"
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "x", "1/0", "1/2/3", "-1/2", ""])
@@ -27,17 +58,53 @@ def test_a_wrong_part_is_refused(text: str) -> None:
         Part.parse(text)
 
 
-def test_slurm_arrays_need_not_start_at_zero_nor_step_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in {"ID": "7", "MIN": "1", "MAX": "9", "STEP": "2", "COUNT": "5"}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert Part.from_environment() == Part(3, 5)
+def slurm(number: int, first: int, step: int, count: int) -> dict[str, str]:
+    values = {"ID": number, "MIN": first, "STEP": step, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
 
 
-def test_without_an_array_the_whole_work_is_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    assert Part.from_environment() == Part(0, 1)
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({}, Part(0, 1)),
+        (slurm(7, 1, 2, 5), Part(3, 5)),  # --array=1-9:2
+        (slurm(0, 0, 1, 4), Part(0, 4)),
+        ({**slurm(7, 3, 4, 2), "KARMMA_PARTS": "8"}, Part(6, 8)),  # --array=3,7 of 8
+        ({"PBS_ARRAY_INDEX": "3", "KARMMA_PARTS": "8"}, Part(2, 8)),
+        ({"PBS_ARRAYID": "8", "KARMMA_PARTS": "8"}, Part(7, 8)),
+        ({"LSB_JOBINDEX": "4", "LSB_JOBINDEX_END": "8"}, Part(3, 8)),
+        ({"LSB_JOBINDEX": "3", "LSB_JOBINDEX_END": "9", "LSB_JOBINDEX_STEP": "2"}, Part(1, 5)),
+        ({"LSB_JOBINDEX": "0", "LSB_JOBINDEX_END": "0"}, Part(0, 1)),  # not an array
+        (
+            {
+                "SGE_TASK_ID": "6",
+                "SGE_TASK_FIRST": "2",
+                "SGE_TASK_LAST": "8",
+                "SGE_TASK_STEPSIZE": "2",
+            },
+            Part(2, 4),
+        ),
+        ({"SGE_TASK_ID": "undefined"}, Part(0, 1)),
+    ],
+)
+def test_batch_systems_tell_the_part(environment: dict[str, str], part: Part) -> None:
+    assert Part.from_environment(environment) == part
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PBS_ARRAY_INDEX": "3"}, "does not tell how many"),
+        (slurm(7, 3, 1, 2), "KARMMA_PARTS"),  # a list with gaps
+        ({**slurm(0, 0, 1, 8), "KARMMA_PARTS": "8"}, "tasks from 1"),
+        ({"KARMMA_PARTS": "8"}, "no array task"),
+        ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT=''"),
+        ({"LSB_JOBINDEX": "x", "LSB_JOBINDEX_END": "8"}, "LSB_JOBINDEX='x'"),
+    ],
+)
+def test_a_part_that_cannot_be_known_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Part.from_environment(environment)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -57,3 +124,75 @@ def test_a_second_interrupt_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def cgroups(root: Path, lines: str, limits: dict[str, str]) -> Path:
+    """Write a fake tree of control groups."""
+    for path, text in {"proc/self/cgroup": lines, **limits}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text + "\n")
+    return root
+
+
+@pytest.fixture
+def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+V1 = "4:memory:/slurm/job_1\n2:cpu,cpuacct:/slurm/job_1\n1:name=systemd:/"
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize(
+    ("lines", "limits", "cpus"),
+    [
+        ("0::/a/b", {}, 8),
+        ("0::/a/b", {"sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 8),
+        ("0::/a/b", {"sys/fs/cgroup/a/b/cpu.max": "250000 100000"}, 2),
+        ("0::/a/b", {"sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3),  # from above
+        ("0::/a/b", {"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),  # a container: never 0
+        (V1, {"sys/fs/cgroup/cpu,cpuacct/slurm/job_1/cpu.cfs_quota_us": "-1"}, 8),
+        (
+            V1,
+            {
+                "sys/fs/cgroup/cpu/slurm/cpu.cfs_quota_us": "400000",
+                "sys/fs/cgroup/cpu/slurm/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
+    ],
+)
+def test_cpus_follow_the_quota(
+    lines: str, limits: dict[str, str], cpus: int, tmp_path: Path
+) -> None:
+    assert cpu_count(cgroups(tmp_path, lines, limits), {}) == cpus
+
+
+@pytest.mark.usefixtures("eight_cpus")
+def test_cpus_follow_affinity_and_the_batch_system(tmp_path: Path) -> None:
+    assert cpu_count(tmp_path, {}) == 8
+    assert cpu_count(tmp_path, {"SLURM_CPUS_PER_TASK": "3"}) == 3
+    assert cpu_count(tmp_path, {"SLURM_CPUS_PER_TASK": "64", "NSLOTS": ""}) == 8
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("lines", "limits", "gib"),
+    [
+        ("0::/", {}, None),
+        ("0::/a/b", {"sys/fs/cgroup/a/b/memory.max": "max"}, None),
+        ("0::/a/b", {"sys/fs/cgroup/a/b/memory.max": str(GIB)}, 1),
+        ("0::/a/b", {"sys/fs/cgroup/a/memory.high": str(GIB // 2)}, 0.5),
+        ("0::/gone", {"sys/fs/cgroup/memory.max": str(GIB)}, 1),  # a container shows its own root
+        (V1, {"sys/fs/cgroup/memory/slurm/memory.limit_in_bytes": str(GIB)}, 1),
+        (V1, {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_memory_follows_the_control_group(
+    lines: str, limits: dict[str, str], gib: float | None, tmp_path: Path
+) -> None:
+    machine = memory_limit(tmp_path)
+    wanted = machine if gib is None else gib * GIB
+    assert memory_limit(cgroups(tmp_path, lines, limits)) == wanted

@@ -6,6 +6,7 @@ Stages are imported inside the commands, so that ``karmma --help`` answers at on
 import click
 
 from karmma_pipeline import __version__
+from karmma_pipeline.cli.batch import status, submit
 from karmma_pipeline.cli.evaluate import costs, evaluate
 from karmma_pipeline.cli.extract import backbones, extract
 from karmma_pipeline.cli.init import init
@@ -40,6 +41,8 @@ for _command in (
     train_baseline,
     distill,
     evaluate,
+    submit,
+    status,
     costs,
     init,
     backbones,

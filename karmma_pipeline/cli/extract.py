@@ -50,16 +50,34 @@ def backbones_list() -> None:
 
 @backbones.command("show")
 @click.argument("name")
+@click.option(
+    "--clip",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Run this video through the network and show what comes out.",
+)
 @set_option
-def backbones_show(name: str, overrides: tuple[str, ...]) -> None:
-    """Print input, tokens and cost of a network, such as --set frames=32 --set size=224."""
+def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> None:
+    """Print input, tokens and cost of a network, such as --set frames=32 --set size=224.
+
+    With --clip its weights are needed (--set weights=...): the tokens of that clip are
+    described, and the five likeliest classes named where the weights have a head.
+    """
     import yaml
 
     from karmma_pipeline import config
     from karmma_pipeline.models.backbones import BackboneChoice, describe
 
-    choice = config.build(BackboneChoice, {"name": name, "weights": "random:0"}, name, overrides)
-    click.echo(yaml.safe_dump(describe(choice), sort_keys=False).rstrip())
+    weights = "random:0" if clip is None else "DEFAULT"
+    choice = config.build(BackboneChoice, {"name": name, "weights": weights}, name, overrides)
+    if clip is None:
+        facts = describe(choice)
+    else:
+        from karmma_pipeline.extract.showcase import show_clip
+
+        facts = show_clip(choice, clip)
+    click.echo(
+        yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip()
+    )
 
 
 @backbones.command("fetch")

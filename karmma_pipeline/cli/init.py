@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.errors import ConfigError
 
-if TYPE_CHECKING:
-    from karmma_pipeline.config import Recipe
-
-STAGES = ("extract", "train-teacher", "train-baseline", "distill", "evaluate")
+STAGES = ("extract", "train-teacher", "train-baseline", "distill", "evaluate", "chain", "site")
+USES = {
+    "evaluate": "karmma evaluate --recipe RECIPE",
+    "chain": "karmma submit CHAIN",
+    "site": "karmma submit CHAIN --site SITE",
+}
 
 
 @click.command()
@@ -22,7 +24,8 @@ def init(stage: str, out: Path | None) -> None:
     """Write a commented recipe of a stage, with every key and its default."""
     from karmma_pipeline import config, files
 
-    text = f"# Recipe for: karmma {stage} RECIPE\n\n{config.template(recipe_model(stage))}"
+    use = USES.get(stage, f"karmma {stage} RECIPE")
+    text = f"# Recipe for: {use}\n\n{config.template(recipe_model(stage))}"
     if out is None:
         click.echo(text.rstrip())
         return
@@ -30,23 +33,3 @@ def init(stage: str, out: Path | None) -> None:
         raise ConfigError(f"--out {out}: the file exists; choose another name or remove it.")
     files.write_text(out, text)
     click.echo(f"recipe: {out}")
-
-
-def recipe_model(stage: str) -> type[Recipe]:
-    """Return the recipe of a stage."""
-    if stage == "extract":
-        from karmma_pipeline.extract.recipe import ExtractRecipe
-
-        return ExtractRecipe
-    if stage == "evaluate":
-        from karmma_pipeline.evaluate.recipe import EvaluateRecipe
-
-        return EvaluateRecipe
-    from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
-
-    models: dict[str, type[Recipe]] = {
-        "train-teacher": TeacherRecipe,
-        "train-baseline": BaselineRecipe,
-        "distill": DistillRecipe,
-    }
-    return models[stage]

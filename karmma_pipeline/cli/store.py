@@ -63,13 +63,23 @@ def store_verify(path: Path, repair: bool) -> None:
 
 
 @store.command("finalize")
-@click.argument("path", type=click.Path(path_type=Path))
-def store_finalize(path: Path) -> None:
-    """Join the shards of all parts; extraction's last part does this itself."""
-    from karmma_pipeline.data.store import finalize
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--parts", default=1, help="Number of tasks of the array, to name what is missing.")
+def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
+    """Join the shards of all parts; extraction's last part does this itself.
 
-    finalize(path)
-    click.echo(f"{path}: complete")
+    Refuses while a shard is missing, and prints the command that makes it.
+    """
+    from karmma_pipeline.data.store import finalize
+    from karmma_pipeline.extract.parts import finish, recipe_of
+
+    for path in paths:
+        recipe = recipe_of(path)
+        if recipe is None:
+            finalize(path)
+        else:
+            finish(recipe, parts)
+        click.echo(f"{path}: complete")
 
 
 @store.command("stage")

@@ -23,20 +23,20 @@ from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.data.store import (
     Catalog,
     ClipRow,
-    FeatureStore,
     ShardWriter,
     create_store,
-    finalize,
 )
-from karmma_pipeline.errors import TooManyFailuresError
+from karmma_pipeline.extract import parts
 from karmma_pipeline.extract.clips import read_clips, write_groups
 from karmma_pipeline.extract.decode import Decoded, Settings, input_spec
-from karmma_pipeline.extract.failures import write_failures
 from karmma_pipeline.extract.networks import Networks
 from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
+
+_WORKER_BYTES = 2 << 30
+"""Memory that the job must have for each decode process."""
 
 
 @dataclass
@@ -128,11 +128,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
-    for path in report.stores.values():
-        finalize(path)
-    opened = {name: FeatureStore.open(path) for name, path in report.stores.items()}
-    table = recipe.out / "failures.csv"
-    report.failed = write_failures(table, opened)
+    report.failed = parts.join(recipe, report.stores)
     report.complete = True
     summary = {
         "clips": report.clips,
@@ -144,12 +140,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     }
     if report.clips:
         files.write_json(recipe.out / "extract.json", summary)
-    if report.failed > recipe.max_failures * clips:
-        raise TooManyFailuresError(
-            f"{table}: {report.failed} of {clips} clips lost a modality to an error, "
-            f"max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; "
-            "the stores are complete, the table says what to do."
-        )
+    parts.check_failures(recipe, report.failed, clips)
 
 
 def _run(
@@ -164,8 +155,7 @@ def _run(
     first = next(iter(catalogs.values()))
     todo = {
         shard: [n for n, c in catalogs.items() if shard not in c.committed()]
-        for shard in range(first.shards)
-        if part.owns(shard)
+        for shard in part.shards(parts.shard_seconds(first))
     }
     todo = {shard: names for shard, names in todo.items() if names}
     clips = sum(len(first.shard_range(shard)) for shard in todo)
@@ -198,9 +188,10 @@ def _run(
 
 
 def _default_workers(networks: Networks) -> int:
-    """Return how many CPUs decode: all but one beside a GPU, else half of them."""
+    """Return how many CPUs decode: all but one beside a GPU, else half; as memory allows."""
     cpus = jobs.cpu_count()
-    return max(1, cpus // 2 if networks.device.type == "cpu" else cpus - 1)
+    room = jobs.memory_limit() // _WORKER_BYTES
+    return max(1, min(room, cpus // 2 if networks.device.type == "cpu" else cpus - 1))
 
 
 @contextmanager

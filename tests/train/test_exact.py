@@ -49,7 +49,7 @@ def test_a_stopped_student_goes_on_exactly(store: Path, tmp_path: Path) -> None:
         for n in ("whole", "parts")
     )
     distill(whole)
-    for looks in (9, 14):
+    for looks in (6, 8):
         with pytest.raises(StoppedError):
             distill(parts, stop=StopAt(looks))
     distill(parts)

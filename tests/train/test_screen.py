@@ -51,7 +51,7 @@ def test_a_stopped_run_remembers_what_was_bad(tmp_path: Path) -> None:
     whole, parts = (teacher_recipe(store, tmp_path / n, epochs=3) for n in ("whole", "parts"))
     train_teacher(whole)
     with pytest.raises(StoppedError):
-        train_teacher(parts, stop=StopAt(23))
+        train_teacher(parts, stop=StopAt(12))
     train_teacher(parts)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     assert (tmp_path / "parts/log.txt").read_text().count("taken as absent") == 1

@@ -36,7 +36,7 @@ def states(run: Path) -> list[Path]:
     return sorted((run / "state").glob("*.pt"))
 
 
-def halt(recipe: TeacherRecipe, looks: int = 30) -> None:
+def halt(recipe: TeacherRecipe, looks: int = 15) -> None:
     with pytest.raises(StoppedError):
         train_teacher(recipe, stop=StopAt(looks))
 
@@ -163,7 +163,7 @@ def test_another_teacher_at_the_same_path_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "t0").rename(tmp_path / "teacher")
     recipe = student_recipe(store, tmp_path / "teacher", tmp_path / "r", epochs=4)
     with pytest.raises(StoppedError):
-        distill(recipe, stop=StopAt(30))
+        distill(recipe, stop=StopAt(15))
     (tmp_path / "teacher").rename(tmp_path / "t0")
     (tmp_path / "t1").rename(tmp_path / "teacher")
     with pytest.raises(CheckpointError, match=r"began with teacher .*teacher of digest"):

@@ -37,7 +37,11 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
         if _has_all(root, spec):
             return
     # zarr.json alone was left by a run that was stopped right here
-    elif not (root / layout.ROOT).is_file() and root.is_dir() and any(root.iterdir()):
+    elif (
+        not (root / layout.ROOT).is_file()
+        and root.is_dir()
+        and any(not files.is_temporary(p) for p in root.iterdir())
+    ):
         raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
     files.write_json(
         root / layout.ROOT, zarr_group({"format": layout.FORMAT, "version": layout.VERSION})

@@ -70,6 +70,7 @@ class Backbone(nn.Module):
             "backbone": choice.name,
             "weights": choice.weights,
             "weights_sha256": self.loaded.digest,
+            "weights_key_map": [list(pair) for pair in choice.key_map],
             "weights_missing": [*self.loaded.missing, *self.loaded.wrong_shape],
             "input": list(choice.input_shape),
             "transform": choice.transform.facts() if video else {"image": list(choice.image or ())},
@@ -90,12 +91,22 @@ def _load(choice: BackboneChoice) -> tuple[nn.Module, Loaded]:
         # bits between processors.
         drawn = {**dict(net.named_parameters()), "calibration": torch.tensor(CALIBRATION)}
         return net, Loaded(state_dicts.digest(drawn))
-    if source == "file":
-        where, tensors = choice.weights, state_dicts.read_file(Path(choice.weights))
-    else:
-        member = published.enum_member(architecture, choice.weights)
-        where = str(published.cached_file(member))
-        tensors = published.read_published(member, choice.name)
+    where, tensors = read_weights(choice)
     with seeded(0):  # what a file leaves out must be the same in every job
         net = architecture.headless()
     return net, state_dicts.fill(net, tensors, where)
+
+
+def read_weights(choice: BackboneChoice) -> tuple[str, dict[str, Tensor]]:
+    """Return where a choice's file of weights lies, and its tensors under the network's names.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    if choice.source == "file":
+        where, tensors = choice.weights, state_dicts.read_file(Path(choice.weights))
+    else:
+        member = published.enum_member(choice.architecture, choice.weights)
+        where = str(published.cached_file(member))
+        tensors = published.read_published(member, choice.name)
+    return where, state_dicts.renamed(tensors, choice.key_map, where)

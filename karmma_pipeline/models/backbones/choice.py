@@ -1,5 +1,6 @@
 """What a recipe says about a frozen backbone, and what follows from it without any weights."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -29,6 +30,11 @@ class BackboneChoice(Recipe):
         description="A torchvision weight (DEFAULT, KINETICS400_V1, ...), the path of a\n"
         "state dict, or random:SEED.",
     )
+    key_map: tuple[tuple[str, str], ...] = Field(
+        (),
+        description="For a state dict of another code base: [regex, replacement] pairs that turn\n"
+        "its names into this network's, each applied to every name in this order (re.sub).",
+    )
     frames: PositiveInt | None = Field(
         None, description="Frames T per clip; null: the network's own."
     )
@@ -49,7 +55,11 @@ class BackboneChoice(Recipe):
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
         """Find faults when the recipe is read; a package.module:factory is imported later."""
-        parse_seed(self.weights)
+        seed = parse_seed(self.weights)
+        if self.key_map and seed is not None:
+            raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
+        for pattern, replacement in self.key_map:
+            _check_pair(pattern, replacement)
         if ":" not in self.name:
             self._check_input(self.architecture)
         return self
@@ -188,3 +198,13 @@ class BackboneChoice(Recipe):
         """Tokens N and width D of one clip, worked out without building any weights."""
         t, h, w = self.grid
         return t * h * w, registry.map_shape(self.architecture, self.input_shape)[0]
+
+
+def _check_pair(pattern: str, replacement: str) -> None:
+    try:
+        re.sub(f"(?:{pattern})?", replacement, "")  # the replacement is parsed even so
+    except re.error as error:
+        raise ValueError(
+            f"key_map: [{pattern!r}, {replacement!r}] is no regular expression and its "
+            f"replacement ({error})"
+        ) from None

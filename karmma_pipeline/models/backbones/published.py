@@ -14,7 +14,7 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.backbones.registry import Architecture, find
 from karmma_pipeline.models.backbones.state_dicts import read_file
 
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 """Seconds without an answer after which a download counts as failed: nodes behind a firewall
 would wait for ever."""
 
@@ -75,7 +75,7 @@ def fetch(name: str, weights: str = "DEFAULT", folder: Path | None = None) -> Pa
     if path.is_file():
         _check_hash(path)
     else:
-        _download(member.url, path)
+        _download(member.url, path, f"karmma backbones fetch {name} {member}")
     return path
 
 
@@ -93,7 +93,7 @@ def _check_hash(path: Path) -> None:
         )
 
 
-def _download(url: str, path: Path) -> None:
+def _download(url: str, path: Path, command: str) -> None:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE_S)
     try:
@@ -101,8 +101,8 @@ def _download(url: str, path: Path) -> None:
             torch.hub.download_url_to_file(url, str(temporary), _hash_prefix(path) or None)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{url}: the download failed ({error}); run this where there is network, "
-            f"or copy the file to {path} yourself."
+            f"{url}: the download failed ({error}); without network here, run `{command}` where "
+            f"there is, with the same TORCH_HOME or --to, or copy the file to {path} yourself."
         ) from None
     finally:
         socket.setdefaulttimeout(patience)

@@ -5,8 +5,9 @@ They come nested, prefixed, with heads that a backbone has no use for, in half p
 
 import argparse
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,33 @@ def _reason(error: Exception) -> str:
     """Return the line of torch's long advice that names the cause."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if "Unsupported" in line), lines[0][:120])
+
+
+def renamed(
+    tensors: Mapping[str, Tensor], key_map: Sequence[tuple[str, str]], where: str
+) -> dict[str, Tensor]:
+    """Return a state dict of another code base under other names.
+
+    Args:
+        tensors: by the file's names.
+        key_map: (regex, replacement) pairs, each applied to every name in this order.
+        where: opens the error message.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for old, tensor in tensors.items():
+        new = old
+        for pattern, replacement in key_map:
+            new = re.sub(pattern, replacement, new)
+        if new in found:
+            raise CheckpointError(
+                f"{where}: key_map gives {origin[new]!r} and {old!r} the same name {new!r}."
+            )
+        found[new], origin[new] = tensor, old
+    return found
 
 
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Loaded:

@@ -1,0 +1,107 @@
+"""A chain with its recipes read: what each stage reads and writes, so what it waits for."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from karmma_pipeline import config
+from karmma_pipeline.batch.models import recipe_model
+from karmma_pipeline.batch.recipe import Chain, Stage
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.evaluate.recipe import EvaluateRecipe
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.train.recipe import DistillRecipe, TrainRecipe
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage, ready to be sent off.
+
+    Attributes:
+        name: of the stage.
+        stage: from the chain.
+        recipe: the stage's own recipe, overrides applied.
+        reads: folders that must be complete before it starts.
+        writes: folders that it makes.
+        waits: stages of the chain that make what it reads.
+    """
+
+    name: str
+    stage: Stage
+    recipe: Recipe
+    reads: tuple[Path, ...]
+    writes: tuple[Path, ...]
+    waits: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The words after ``karmma``."""
+        recipe = ["--recipe"] if self.stage.command == "evaluate" else []
+        words = [self.stage.command, *recipe, str(self.stage.recipe)]
+        for override in self.stage.overrides:
+            words += ["--set", override]
+        return words
+
+    @property
+    def finish_arguments(self) -> list[str]:
+        """The words after ``karmma`` that join what the tasks of an array have made."""
+        stores = [str(path) for path in self.writes]
+        return ["store", "finalize", *stores, "--parts", str(self.stage.array)]
+
+
+def load_chain(path: Path) -> tuple[Chain, list[Work]]:
+    """Read a chain and all its recipes; paths are relative to the current folder.
+
+    Raises:
+        ConfigError: the chain or a recipe is wrong, or a stage stands before one it needs.
+    """
+    chain = config.load(Chain, path)
+    works: list[Work] = []
+    for name, stage in chain.stages.items():
+        model = recipe_model(stage.command)
+        recipe = config.load(model, stage.recipe, stage.overrides)
+        reads, writes = folders(recipe)
+        works.append(Work(name, stage, recipe, reads, writes))
+    return chain, [_with_waits(path, work, works) for work in works]
+
+
+def _with_waits(path: Path, work: Work, works: list[Work]) -> Work:
+    makers = {w.absolute(): other.name for other in works for w in other.writes}
+    if len(makers) < sum(len(other.writes) for other in works):
+        raise ConfigError(f"{path}: two stages write the same folder; give each its own `out`.")
+    names = [other.name for other in works]
+    waits = {makers[read.absolute()] for read in work.reads if read.absolute() in makers}
+    late = sorted(w for w in waits if names.index(w) >= names.index(work.name))
+    if late:
+        raise ConfigError(
+            f"{path}: stages.{work.name} reads what {late[0]} makes; write {late[0]} before it."
+        )
+    ordered = tuple(name for name in names if name in waits)
+    return Work(work.name, work.stage, work.recipe, work.reads, work.writes, ordered)
+
+
+def folders(recipe: Recipe) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return what a recipe reads and writes, as far as stages are concerned."""
+    if isinstance(recipe, ExtractRecipe):
+        return (), tuple(recipe.out / name for name in recipe.sets)
+    if isinstance(recipe, EvaluateRecipe):
+        return (*recipe.runs, *recipe.stores), (recipe.out,)
+    if isinstance(recipe, DistillRecipe):
+        return (*_stores(recipe), *recipe.teacher, *recipe.teacher_store), (recipe.out,)
+    if isinstance(recipe, TrainRecipe):
+        return _stores(recipe), (recipe.out,)
+    raise TypeError(type(recipe).__name__)
+
+
+def _stores(recipe: TrainRecipe) -> tuple[Path, ...]:
+    return (recipe.store,) if isinstance(recipe.store, Path) else recipe.store
+
+
+def job_name(chain: Chain, *parts: str) -> str:
+    """Return a job's name, by which it is found in the queue again.
+
+    It ends with a digest of the chain's folder: another folder is another chain.
+    """
+    digest = hashlib.sha256(str(chain.folder.absolute()).encode()).hexdigest()
+    return ".".join((chain.name, *parts, digest[:6]))

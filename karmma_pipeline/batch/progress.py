@@ -1,0 +1,118 @@
+"""How far each stage is, judged by what lies on disk, never by what a scheduler remembers."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karmma_pipeline import config
+from karmma_pipeline.batch.chain import Work
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.store import Catalog
+from karmma_pipeline.errors import StoreError, TooManyFailuresError
+from karmma_pipeline.evaluate.recipe import EvaluateRecipe
+from karmma_pipeline.extract import parts
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.jobs import Part
+from karmma_pipeline.models.saved import WEIGHTS
+from karmma_pipeline.train.recipe import TrainRecipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        done: nothing is left to do.
+        text: what is there, such as "3 of 8 shards".
+        missing: parts of an array that have something to do.
+        fault: why the stages after it must not start, though it is complete.
+    """
+
+    done: bool
+    text: str
+    missing: tuple[Part, ...] = ()
+    fault: str = ""
+
+
+def progress(work: Work) -> Progress:
+    """Look at the folders of a stage."""
+    if isinstance(work.recipe, ExtractRecipe):
+        return _extraction(work.recipe, work.writes, work.stage.array)
+    if isinstance(work.recipe, EvaluateRecipe):
+        return _evaluation(work.recipe)
+    if isinstance(work.recipe, TrainRecipe):
+        return _training(work.recipe)
+    raise TypeError(type(work.recipe).__name__)
+
+
+def same_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Tell whether a folder holds the work of this recipe."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return False
+    found = config.parse_yaml(path.read_text(), str(path))
+    return bool(found == config.parse_yaml(config.dump(recipe), "recipe"))
+
+
+def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> Progress:
+    everything = tuple(Part(index, count) for index in range(count))
+    try:
+        shards = Catalog(stores[0]).shards
+        lacking = len(parts.missing_shards(stores))
+        missing = tuple(parts.missing_parts(list(stores), count))
+    except StoreError:
+        return Progress(done=False, text="not begun", missing=everything)
+    text = f"{shards - lacking} of {shards} shards"
+    if missing:
+        return Progress(done=False, text=text, missing=missing)
+    if not all(parts.is_joined(store) for store in stores):
+        return Progress(done=False, text=f"{text}, not joined")
+    try:
+        failed = parts.count_failed(recipe)
+        parts.check_failures(recipe, failed, Catalog(stores[0]).count)
+    except TooManyFailuresError as error:
+        return Progress(done=True, text=text, fault=str(error))
+    return Progress(done=True, text=f"{text}, {failed} clips failed" if failed else text)
+
+
+def _training(recipe: TrainRecipe) -> Progress:
+    metrics = recipe.out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    rows = [row for row in map(_json, lines) if "epoch" in row]
+    epochs = max((int(row["epoch"]) for row in rows), default=0)
+    there = all((recipe.out / name / WEIGHTS).is_file() for name in ("best", "last"))
+    ended = epochs >= recipe.epochs or _out_of_patience(rows, getattr(recipe, "patience", 0))
+    return Progress(there and ended, f"epoch {epochs} of {recipe.epochs}")
+
+
+def _out_of_patience(rows: list[dict[str, Any]], patience: int) -> bool:
+    """Tell whether a training that may end early did: its best epoch lies that far back."""
+    best = max(rows, key=lambda row: row.get("val_action_top1", 0.0), default={"epoch": 0})
+    return bool(patience and rows and rows[-1]["epoch"] - best["epoch"] >= patience)
+
+
+def _json(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return {}  # the last line of a killed run
+    return found if isinstance(found, dict) else {}
+
+
+def _evaluation(recipe: EvaluateRecipe) -> Progress:
+    """A report is done when its page was written for just these models."""
+    results, page = recipe.out / "results.json", recipe.out / "index.html"
+    if not (results.is_file() and page.is_file() and same_recipe(recipe.out, recipe)):
+        return Progress(done=False, text="no report")
+    if page.stat().st_mtime_ns < results.stat().st_mtime_ns:
+        return Progress(done=False, text="half a report")
+    evaluated = [run["model_digest"] for run in json.loads(results.read_text())["runs"]]
+    there = [_digest(run / recipe.checkpoint / WEIGHTS) for run in recipe.runs]
+    same = evaluated == there
+    return Progress(same, "report" if same else "report of other models")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,145 @@
+"""Which part of the work is mine: array variables of batch systems, and shards shared out."""
+
+import heapq
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from karmma_pipeline.errors import ConfigError
+
+PARTS = "KARMMA_PARTS"
+"""Environment variable: the number of parts, where an array does not tell it or has gaps."""
+
+_NUMBERS_ALONE = ("PBS_ARRAY_INDEX", "PBS_ARRAYID")
+"""PBS Pro and Torque tell a task its number, but not how many there are."""
+
+
+def balance(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Share out items so that all parts take about as long; a pure function of its arguments.
+
+    The longest item goes first, each to the part that has least so far (Graham's longest
+    processing time rule: no part takes longer than 4/3 of the best possible).
+
+    Args:
+        costs: of each item, such as seconds of video; finite, from 0 on.
+        count: parts; there may be more than items.
+
+    Returns:
+        The items of each part, ascending.
+    """
+    if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
+        raise ValueError(f"costs={list(costs)}: must be finite and not negative")
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0.0, 0, part) for part in range(count)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        load, items, part = loads[0]
+        parts[part].append(item)
+        heapq.heapreplace(loads, (load + costs[item], items + 1, part))
+    return [sorted(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part ``index`` (from 0) of ``count`` parts of the work."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ConfigError(
+                f"part={self.index + 1}/{self.count}: the part must lie in 1..{self.count}."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``i/n`` with i from 1 to n, as a person counts."""
+        try:
+            index, count = (int(x) for x in text.split("/"))
+        except ValueError:
+            raise ConfigError(
+                f"part={text!r}: write i/n with i from 1 to n, such as 1/4."
+            ) from None
+        return cls(index - 1, count)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read the array variables of Slurm, PBS, LSF or Grid Engine.
+
+        ``KARMMA_PARTS=n`` states the number of parts; tasks are then numbered from 1 to n, and
+        any of them may be run again alone. Without an array, the whole work is one part.
+
+        Raises:
+            ConfigError: the number of parts cannot be known, or does not fit the array.
+        """
+        task = _array_task(environment)
+        if task is None:
+            if PARTS in environment:
+                raise ConfigError(
+                    f"{PARTS}={environment[PARTS]!r}: this is no array task; give --part i/n."
+                )
+            return cls()
+        name, number, index, count = task
+        if PARTS in environment:
+            index, count = number - 1, _integer(environment, PARTS)
+        if count is None:
+            raise ConfigError(
+                f"{name}={number}: this batch system does not tell how many tasks there are; "
+                f"number them from 1 and set {PARTS}=n, or give --part i/n."
+            )
+        if not 0 <= index < count:
+            raise ConfigError(
+                f"{name}={number}: not one of {count} tasks; for an array with gaps, number the "
+                f"tasks from 1 and set {PARTS} to the number of parts."
+            )
+        return cls(index, count)
+
+    def shards(self, costs: Sequence[float]) -> list[int]:
+        """Return my shards, ascending; every shard belongs to exactly one part.
+
+        Args:
+            costs: of every shard of the store, done or not, so that all tasks agree.
+        """
+        return balance(costs, self.count)[self.index]
+
+
+def _array_task(environment: Mapping[str, str]) -> tuple[str, int, int, int | None] | None:
+    """Return variable, number, index from 0 and count of an array task; None outside of one."""
+    name = "SLURM_ARRAY_TASK_ID"
+    if name in environment:
+        number = _integer(environment, name)
+        first = _integer(environment, "SLURM_ARRAY_TASK_MIN", 0)
+        step = _integer(environment, "SLURM_ARRAY_TASK_STEP", 1)
+        count = _integer(environment, "SLURM_ARRAY_TASK_COUNT")
+        return name, number, (number - first) // step, count
+    name = "SGE_TASK_ID"
+    if environment.get(name, "undefined") != "undefined":
+        number = _integer(environment, name)
+        first = _integer(environment, "SGE_TASK_FIRST")
+        step = _integer(environment, "SGE_TASK_STEPSIZE")
+        count = (_integer(environment, "SGE_TASK_LAST") - first) // step + 1
+        return name, number, (number - first) // step, count
+    name = "LSB_JOBINDEX"
+    if environment.get(name, "0") != "0":
+        number = _integer(environment, name)
+        step = _integer(environment, "LSB_JOBINDEX_STEP", 1)
+        count = (_integer(environment, "LSB_JOBINDEX_END") - 1) // step + 1
+        return name, number, (number - 1) // step, count
+    for name in _NUMBERS_ALONE:
+        if name in environment:
+            number = _integer(environment, name)
+            return name, number, number - 1, None
+    return None
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name) or ("" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: must be a number; or give --part i/n.") from None

@@ -1,0 +1,220 @@
+"""Chains: what waits for what, how far stages are, and what is checked before the queue."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch.conftest import RECIPES, extract_recipe, write_chain
+from support.tiny_store import write_store
+
+from karmma_pipeline import config
+from karmma_pipeline.batch.chain import load_chain
+from karmma_pipeline.batch.launch import submit
+from karmma_pipeline.batch.preflight import check
+from karmma_pipeline.batch.progress import progress
+from karmma_pipeline.batch.recipe import Chain, Site
+from karmma_pipeline.data.store import Catalog, ShardWriter
+from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
+from karmma_pipeline.extract import parts
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.train.recipe import TeacherRecipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_stages_wait_for_those_whose_folders_they_read(here: Path) -> None:
+    _, works = load_chain(write_chain())
+    assert {work.name: work.waits for work in works} == {
+        "extract": (),
+        "teacher": ("extract",),
+        "student": ("extract", "teacher"),
+        "report": ("extract", "teacher", "student"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None, "later": {"command": "train-teacher", "recipe": "teacher.yaml"}}, ""),
+        ({"twin": {"command": "train-teacher", "recipe": "teacher.yaml"}}, "same folder"),
+        ({"x": {"command": "extract", "recipe": "e", "nodes": 2}}, "nodes=2: extract takes one"),
+        ({"x": {"command": "distill", "recipe": "e", "array": 2}}, "array=2: only extract"),
+        ({"a/b": {"command": "distill", "recipe": "e"}}, "allowed are 1 to 40"),
+        ({"x": {"command": "distil", "recipe": "e"}}, "stages.x.command='distil'"),
+    ],
+)
+def test_a_wrong_chain_is_refused(changes: dict[str, Any], message: str, here: Path) -> None:
+    message = message or "student reads what later makes; write later before it"
+    with pytest.raises(ConfigError, match=message):
+        load_chain(write_chain(**changes))
+
+
+def extraction(here: Path) -> list[Path]:
+    """Two stores of three shards where the extraction would have put them."""
+    (here / "features").mkdir()
+    config.save(extract_recipe(), here / "features/recipe.yaml")
+    return [write_store(here / "features" / name) for name in ("teacher", "student")]
+
+
+def lose(store: Path, shard: int) -> None:
+    (store / f"commit/{shard:06d}.safetensors").unlink()
+    (store / "manifest.json").unlink()
+
+
+def test_progress_is_what_lies_on_disk(here: Path) -> None:
+    _, works = load_chain(write_chain())
+    extract, teacher, _, report = works
+    assert [p.index for p in progress(extract).missing] == [0, 1, 2]
+    stores = extraction(here)
+    assert progress(extract).done
+    assert progress(extract).text == "3 of 3 shards"
+    lose(stores[1], 1)
+    found = progress(extract)
+    assert (found.done, found.text) == (False, "2 of 3 shards")
+    costs = parts.shard_seconds(Catalog(stores[0]))
+    assert [part.shards(costs) for part in found.missing] == [[1]]
+    assert progress(teacher).text == "epoch 0 of 2"
+    assert not progress(report).done
+
+
+def test_a_training_is_done_when_its_last_epoch_and_weights_are_there(here: Path) -> None:
+    teacher = load_chain(write_chain())[1][1]
+    run = here / "runs/teacher"
+    for name in ("best", "last"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.safetensors").write_bytes(b"x")
+    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
+    assert not progress(teacher).done
+    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert progress(teacher).done
+    (run / "last/model.safetensors").unlink()
+    assert not progress(teacher).done
+
+
+def test_a_report_of_other_models_is_made_again(here: Path) -> None:
+    report = load_chain(write_chain())[1][3]
+    digests = []
+    for name in ("teacher", "student"):
+        weights = here / "runs" / name / "best/model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(name.encode())
+        digests.append({"model_digest": hashlib.sha256(name.encode()).hexdigest()})
+    config.save(report.recipe, here / "report/recipe.yaml")
+    (here / "report/results.json").write_text(json.dumps({"runs": digests}))
+    (here / "report/index.html").write_text("x")
+    assert progress(report).done
+    weights.write_bytes(b"trained again")
+    assert progress(report).text == "report of other models"
+
+
+def test_finalize_names_the_command_for_what_is_missing(here: Path) -> None:
+    stores = extraction(here)
+    for count, command in ((3, "karmma extract features/recipe.yaml --part "), (1, "recipe.yaml`")):
+        for store in stores:
+            (store / "manifest.json").unlink(missing_ok=True)
+        (stores[0] / "commit/000001.safetensors").unlink(missing_ok=True)
+        with pytest.raises(StoreError, match=rf"1 shards are missing \(1\); run `.*{command}"):
+            parts.finish(extract_recipe(), count)
+    (stores[1] / "commit/000002.safetensors").unlink()
+    message = "sbatch --array=.*,.* --export=ALL,KARMMA_PARTS=3 extract/slurm.sbatch features"
+    with pytest.raises(StoreError, match=message):
+        parts.finish(extract_recipe(), 3)
+
+
+def test_finalize_is_idempotent_and_judges_the_failures(here: Path) -> None:
+    extraction(here)
+    strict = extract_recipe().model_copy(update={"max_failures": 0.0})
+    before = {p: p.stat().st_mtime_ns for p in here.rglob("*") if p.is_file()}
+    assert parts.finish(strict) == 0  # clips without sound are no failures
+    for path, when in before.items():
+        assert path.stat().st_mtime_ns == when
+    table = here / "features/failures.csv"
+    table.write_text(table.read_text() + f"c1,rgb,decode,{Reason.CRASHED.name.lower()},\n")
+    assert parts.count_failed(strict) == 1
+    with pytest.raises(TooManyFailuresError, match="1 of 96"):
+        parts.check_failures(strict, 1, 96)
+
+
+def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> None:
+    from karmma_pipeline.data.store import ClipRow, ModalitySpec, StoreSpec, create_store
+
+    spec = StoreSpec(
+        modalities={"rgb": ModalitySpec(tokens=1, width=1)}, heads={}, clips_per_shard=2
+    )
+    ends = [4.0, 6.0, float("nan"), 2.0, 9.0]
+    rows = [ClipRow(f"c{i}", {}, "", "", 1.0, end) for i, end in enumerate(ends)]
+    create_store(here / "s", spec, rows)
+    assert parts.shard_seconds(Catalog(here / "s")) == [3 + 5, 4 + 1, 8]
+
+
+def faults(path: Path) -> str:
+    chain, works = load_chain(path)
+    with pytest.raises(ConfigError, match="nothing was submitted") as error:
+        check(works, [progress(work) for work in works], chain.folder)
+    return str(error.value)
+
+
+def test_what_will_be_missing_is_told_before_the_queue(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
+    chain = write_chain(extract=None)
+    assert "teacher: features/teacher is not there and no stage of the chain makes it" in faults(
+        chain
+    )
+    chain = write_chain()
+    published = {"audio": {"name": "resnet18", "weights": "DEFAULT", "image": [32, 32]}}
+    own = {"audio": {"name": "resnet18", "weights": "my/w.pt", "image": [32, 32]}}
+    tree = {**RECIPES["extract"], "sets": {"teacher": published, "student": own}}
+    Path("extract.yaml").write_text(json.dumps(tree))
+    (here / "clips/m.csv").write_text("clip_id\na\n")
+    config.save(
+        config.build(TeacherRecipe, {**RECIPES["teacher"], "epochs": 9}, ""),
+        here / "runs/teacher/recipe.yaml",
+    )
+    told = faults(chain)
+    assert "clips/m.csv: no column video" in told
+    assert "karmma backbones fetch resnet18 DEFAULT" in told
+    assert str(here / "torch") in told
+    assert "weights='my/w.pt': the file is not there" in told
+    assert "runs/teacher holds a run of another recipe" in told
+    (here / "report").write_text("a file")
+    assert "report cannot be written" in faults(chain)
+
+
+def test_too_many_failures_stop_the_chain(here: Path) -> None:
+    extraction(here)
+    rows = "".join(f"c{i},rgb,decode,crashed,\n" for i in range(20))
+    (here / "features/failures.csv").write_text("clip_id,modality,stage,reason,hint\n" + rows)
+    with pytest.raises(TooManyFailuresError, match=r"failures\.csv: 20 of 96"):
+        submit(write_chain(), Site(), print)
+
+
+def test_the_shipped_chain_and_site_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = Path("batch/epic_kitchens_100.yaml")
+    _, works = load_chain(path)
+    assert [work.waits for work in works if work.name == "student"] == [("extract", "teacher")]
+    config.load(Site, Path("batch/site.yaml"))
+    assert config.load(Chain, path).stages["extract"].array == 64
+    for file in ("batch/epic_kitchens_100.yaml", "batch/site.yaml"):
+        assert Path(file).read_text().startswith("# karmma submit ")
+        assert file in Path(file).read_text().splitlines()[0]
+
+
+def test_a_writer_of_a_dead_job_gives_up_its_lock(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from karmma_pipeline.batch.slurm import release_locks
+
+    store = extraction(here)[0]
+    lose(store, 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    with ShardWriter(store, 1):
+        lock = store / "spool/000001/lock"
+        release_locks([store], {"41"})
+        assert lock.is_file()
+        release_locks([store], {"42"})
+        assert not lock.exists()

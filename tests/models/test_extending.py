@@ -1,0 +1,151 @@
+"""The examples of docs/extending.md do what the page says."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torchvision.models.video import swin_transformer
+
+from karmma_pipeline import config
+from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.models.backbones import (
+    Backbone,
+    BackboneChoice,
+    registry,
+    top_classes,
+)
+
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+MODULES = {
+    re.search(r"# (\w+)\.py", code)[1]: code  # type: ignore[index]
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+}
+RECIPES = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+
+
+@pytest.fixture
+def pages_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, code in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry.find.cache_clear()
+    return tmp_path
+
+
+def test_the_pages_own_network_runs_as_its_recipe_says(pages_modules: Path) -> None:
+    tree = RECIPES[0]["sets"]["mine"]["rgb"]
+    drawn = Backbone(config.build(BackboneChoice, {**tree, "weights": "random:0"}, "page"))
+    path = pages_modules / "tubes.pt"
+    torch.save({"model": {**drawn.net.state_dict(), "head.weight": torch.zeros(400, 128)}}, path)
+    choice = config.build(BackboneChoice, {**tree, "weights": str(path)}, "page")
+    backbone = Backbone(choice)
+    assert choice.output_shape == (4 * 5 * 5, 128)
+    assert backbone.loaded.unexpected == ("head.weight",)
+    frames = torch.randint(0, 256, (2, 8, 3, 112, 112), dtype=torch.uint8)
+    tokens = backbone(backbone.prepare(frames))
+    assert tokens.shape == (2, 100, 128)
+    assert torch.equal(tokens, drawn(drawn.prepare(frames)))
+
+
+@pytest.mark.usefixtures("pages_modules")
+@pytest.mark.parametrize(
+    ("library", "name", "shape"),
+    [
+        ("timm", "timm_nets:vit", (8 * 14 * 14, 384)),
+        ("transformers", "hf_nets:videomae", (8 * 14 * 14, 768)),
+    ],
+)
+def test_networks_of_other_libraries_come_through_the_same_door(
+    library: str, name: str, shape: tuple[int, int]
+) -> None:
+    pytest.importorskip(library)
+    choice = BackboneChoice(name=name, weights="random:0")
+    assert choice.output_shape == shape
+    backbone = Backbone(choice)
+    frames = torch.randint(0, 256, (1, choice.frame_count, 3, 224, 224), dtype=torch.uint8)
+    assert backbone(backbone.prepare(frames)).shape == (1, *shape)
+
+
+SHAPES: dict[str, Any] = {"name": "swin3d_t", "frames": 2, "size": 32}
+
+
+def foreign(state: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+    """Name torchvision's tensors as Video-Swin-Transformer (norm) or mmaction2 (norm3) do."""
+    found = {}
+    for key, tensor in state.items():
+        name = key.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+        if match := re.match(r"features\.(\d)\.(.*)", name):
+            stage, rest = int(match[1]), match[2]
+            what = "downsample" if stage % 2 else "blocks"
+            name = f"layers.{stage // 2}.{what}.{rest}"
+        name = re.sub(r"^norm\.", f"{norm}.", name)
+        found[f"backbone.{name}"] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole() -> nn.Module:
+    torch.manual_seed(0)
+    return swin_transformer.swin3d_t(weights=None).eval()
+
+
+@pytest.mark.parametrize("norm", ["norm", "norm3"])
+def test_checkpoints_of_other_code_bases_load_through_a_key_map(
+    tmp_path: Path, whole: nn.Module, norm: str
+) -> None:
+    state = whole.state_dict()
+    file = foreign({k: v for k, v in state.items() if not k.startswith("head.")}, norm)
+    file |= {f"cls_head.fc_cls.{k}": state[f"head.{k}"] for k in ("weight", "bias")}
+    assert "backbone.layers.0.blocks.1.attn.relative_position_bias_table" in file
+    assert "backbone.layers.2.downsample.reduction.weight" in file
+    torch.save({"meta": {"epoch": 30}, "state_dict": file}, tmp_path / "k400.pth")
+    tree = {**SHAPES, "weights": str(tmp_path / "k400.pth")}
+    with pytest.raises(CheckpointError, match="is it another network"):
+        Backbone(config.build(BackboneChoice, tree, "r"))
+    tree["key_map"] = RECIPES[1]["rgb"]["key_map"]
+    choice = config.build(BackboneChoice, tree, "r")
+    backbone = Backbone(choice)
+    mine = backbone.net.state_dict()
+    assert all(torch.equal(mine[k], v) for k, v in state.items() if not k.startswith("head."))
+    assert backbone.loaded.missing == ()
+    x = torch.randn(1, 3, 2, 32, 32)
+    with torch.inference_mode():
+        wanted = whole(x).softmax(-1).max().item()
+    found = top_classes(choice, x)
+    assert len(found) == 5
+    assert found[0][1] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_head_of_other_classes_is_not_read_as_kinetics(tmp_path: Path, whole: nn.Module) -> None:
+    state = {**whole.state_dict(), "head.weight": torch.zeros(7, 768), "head.bias": torch.zeros(7)}
+    torch.save(state, tmp_path / "mine.pt")
+    choice = BackboneChoice(**SHAPES, weights=str(tmp_path / "mine.pt"))
+    assert top_classes(choice, torch.zeros(1, 3, 2, 32, 32)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_map": [["(", "x"]]}, "no regular expression"),
+        ({"key_map": [["a", r"\1"]]}, "no regular expression"),
+        ({"weights": "random:0", "key_map": [["a", "b"]]}, "has no names to change"),
+    ],
+)
+def test_a_wrong_key_map_is_found_when_the_recipe_is_read(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.build(BackboneChoice, {**SHAPES, "weights": "w.pt", **change}, "r.yaml")
+
+
+def test_a_key_map_that_gives_one_name_twice_is_refused(tmp_path: Path) -> None:
+    torch.save({"a1": torch.zeros(1), "a2": torch.zeros(1)}, tmp_path / "w.pt")
+    choice = BackboneChoice(**SHAPES, weights=str(tmp_path / "w.pt"), key_map=((r"\d", ""),))
+    with pytest.raises(CheckpointError, match="'a1' and 'a2' the same name 'a'"):
+        Backbone(choice)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# tests/slurm/run.sh [FOLDER]: the whole road on a real Slurm, disturbed in every way (see road.py).
+# PYTHON names the interpreter that has karmma-pipeline installed.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+PYTHONPATH="$root:$root/tests" exec "${PYTHON:-python3}" -m slurm.road "$@"
