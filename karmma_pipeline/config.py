@@ -52,6 +52,19 @@ for _tag, _pattern, _first in (
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML or `_Loader` would take for something else, such as 0E0."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    key: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(key, []),
+        *_Loader.yaml_implicit_resolvers.get(key, []),
+    ]
+    for key in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML safely.
 
@@ -186,7 +199,8 @@ def _unwrap(annotation: Any) -> Any:
 
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; loading it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = recipe.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def save(recipe: Recipe, path: Path) -> None:

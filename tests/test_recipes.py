@@ -8,6 +8,7 @@ import pytest
 from karmma_pipeline import config
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.demo import RECIPES, write_recipes
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluate import paper
 from karmma_pipeline.evaluate.recipe import EvaluateRecipe
 from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -38,6 +39,22 @@ def test_a_shipped_recipe_parses_and_opens_with_its_command(
     config.load(model, path)
     assert path.read_text().startswith("# karmma ")
     assert str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"kind": "epic_kitchens_100", "root": "r", "anotations": "a"}, "did you mean 'annot"),
+        ({"kind": "folder_tree", "root": "r", "split": {"train": 0.5}}, "add up to 1"),
+        ({"kind": "epic_100"}, "dataset: Input tag 'epic_100'"),
+        (None, "give either manifest"),
+    ],
+)
+def test_a_wrong_data_set_is_told_where_it_stands(dataset: object, message: str) -> None:
+    tree = {"dataset": dataset, "out": "o", "sets": {"a": {"rgb": {"name": "swin3d_t"}}}}
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.build(ExtractRecipe, tree, "r.yaml")
+    assert "epic_kitchens_100." not in str(caught.value)  # the file has dataset.root
 
 
 def test_the_demos_recipes_parse(tmp_path: Path) -> None:

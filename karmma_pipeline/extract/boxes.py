@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
+from karmma_pipeline.extract.container import open_container
 from karmma_pipeline.extract.faults import MediaFaultError
 from karmma_pipeline.extract.recipe import Sampling
 from karmma_pipeline.extract.sampling import ROUNDING_S, Times, covering, sample_times
@@ -32,8 +33,6 @@ FPS = 12.0
 HEIGHT = 240.0
 FACTS = {"fps": FPS, "height_px": HEIGHT, "slots": SLOTS, "numbers": NUMBERS}
 """What stores record of the boxes."""
-
-_CONTAINERS = "mov,mp4,matroska,webm,avi"
 
 Boxes = npt.NDArray[np.float32]
 
@@ -147,11 +146,8 @@ def _aspect(source: Source) -> float:
         return width / height
     if not isinstance(source, FileSource):
         raise MediaFaultError(Reason.NO_STREAM, "rgb has no pictures")
-    if not source.path.is_file():
-        raise MediaFaultError(Reason.FILE_MISSING, str(source.path))
     try:
-        name = f"file:{source.path.absolute()}"
-        with av.open(name, options={"format_whitelist": _CONTAINERS}) as container:
+        with open_container(source.path) as container:
             video = container.streams.best("video")
             if not isinstance(video, av.VideoStream) or not (video.width and video.height):
                 raise MediaFaultError(Reason.NO_STREAM, f"{source.path}: no video stream")

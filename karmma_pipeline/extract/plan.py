@@ -90,7 +90,7 @@ def plan(
     flow: Flow,
     video: Video,
 ) -> Plan:
-    """Choose the frames of rgb, or the pairs or pictures of flow.
+    """Choose the frames of a clip, or the pairs or pictures of its flow.
 
     Raises:
         MediaFaultError: the clip cannot be had from this video.
@@ -99,7 +99,7 @@ def plan(
     times = sample_times(sampling, start, stop, frames)
     stored = modality == "flow" and isinstance(video, FrameFiles) and len(video.source.names) == 2
     second = None
-    if modality == "rgb":
+    if modality != "flow":
         first = video.numbers(times)
     elif stored:
         assert isinstance(video, FrameFiles)  # noqa: S101  (mypy)

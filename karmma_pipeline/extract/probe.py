@@ -17,10 +17,10 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from tqdm import tqdm
 
 from karmma_pipeline import jobs
+from karmma_pipeline.extract.faults import MediaFaultError
 
 State = Literal["fine", "missing", "empty", "truncated", "damaged"]
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg,asf,flv"
 _AT_ONCE = 64
 """Files of one task."""
 
@@ -114,9 +114,10 @@ def probe(path: Path) -> Probe:
 def _container(path: Path) -> Probe:
     import av
 
+    from karmma_pipeline.extract.container import open_container
+
     try:
-        name = f"file:{path.absolute()}"
-        with av.open(name, options={"format_whitelist": _FORMATS}) as container:
+        with open_container(path) as container:
             video, audio = (container.streams.best(kind) for kind in ("video", "audio"))
             duration = container.duration
             rate = video.average_rate if isinstance(video, av.VideoStream) else None
@@ -127,8 +128,10 @@ def _container(path: Path) -> Probe:
                 has_video=video is not None,
                 has_audio=audio is not None,
             )
+    except MediaFaultError as fault:
+        return Probe("damaged", f"no media file ({fault.reason.name.lower()})")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        return Probe("damaged", f"no media file ({getattr(error, 'strerror', None) or error})")
+        return Probe("damaged", f"no media file ({error})")
 
 
 def _tar(path: Path, size: int) -> Probe:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_pipeline.data.manifest import Clip, parse_time, read_manifest
-from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.data.manifest import Clip, Pictures, parse_time, read_manifest
+from karmma_pipeline.data.sources import FileSource, FrameSource
 from karmma_pipeline.errors import ManifestError
 
 HEADER = "clip_id,video,start,stop,verb,noun,split\n"
@@ -28,7 +28,7 @@ def test_a_clock_reads_the_same_with_two_and_three_decimals(
         assert parse_time(f"{hours:02d}:{minutes:02d}:{seconds[:-1]}") == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1:2:3:4", "a", "1:99x"])
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1:2:3:4", "a", "1:99x", f"{10**400}:00:00"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
         parse_time(text)
@@ -61,6 +61,24 @@ def test_separate_and_missing_audio(tmp_path: Path) -> None:
     assert set(second.media) == {"rgb", "flow"}
 
 
+def test_frames_flow_pictures_and_streams(tmp_path: Path) -> None:
+    text = "clip_id,video,video_stream,audio_stream,frames,fps,flow,verb\n"
+    text += "a,x.mkv,2,5,,,,go\nb,x.mkv,,,x.tar,25,flow/x,go\nc,,,,x,12.5,f.mp4,go\n"
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    pictures = Pictures(frame_name="{:04d}.png", flow_names=("u{:d}.png", "v{:d}.png"))
+    a, b, c = read_manifest(path, pictures).clips
+    assert a.media == {
+        "rgb": FileSource(tmp_path / "x.mkv", 2),
+        "audio": FileSource(tmp_path / "x.mkv", 5),
+    }
+    assert b.media["rgb"] == FrameSource(tmp_path / "x.tar", ("{:04d}.png",), 25)
+    assert b.media["flow"] == FrameSource(tmp_path / "flow/x", pictures.flow_names, 25)
+    assert b.media["audio"] == FileSource(tmp_path / "x.mkv")
+    assert c.media["flow"] == FileSource(tmp_path / "f.mp4")
+    assert "audio" not in c.media
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,6 +93,8 @@ def test_separate_and_missing_audio(tmp_path: Path) -> None:
             r"line 3: clip_id='A' stands already in line 2",
         ),
         (HEADER + "a,,0,1,o,d,t\n", "line 2: video is empty"),
+        ("clip_id,frames\na,f\n", "line 2: fps='': frames needs the pictures' rate"),
+        ("clip_id,video,video_stream\na,x,-1\n", "line 2: video_stream='-1'"),
         (HEADER + "a,x,0\n", "line 2: has not 7 cells"),
         ("clip_id,video,verb,verb\na,x,o,d\n", "stands twice"),
     ],

@@ -180,6 +180,24 @@ def test_groups_have_their_own_scores_and_a_tail_action_has_any_tail_class(
     assert scores["tail_action"].n == ((verb == 0) | (noun == 2)).sum()
 
 
+def test_groups_that_extraction_left_beside_the_store_are_used(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "features/store", clips=24)
+    save_run(tmp_path / "run", store, "Plain")
+    sidecar = tmp_path / "features/groups.json"
+    sidecar.write_text(json.dumps({"unseen": ["P1"], "tail": {"noun": [2]}}))
+    recipe = make_recipe(
+        tmp_path, runs=[str(tmp_path / "run")], stores=[str(store)], out=str(tmp_path / "r")
+    )
+    scores = evaluate(recipe).results.runs[0].subset(("rgb",), "all").scores
+    opened = FeatureStore.open(store)
+    assert scores["unseen_noun"].n == (opened.group == "P1").sum()
+    assert scores["tail_noun"].n == (np.asarray(opened.labels["noun"]) == 2).sum()
+    assert "tail_verb" not in scores
+    sidecar.write_text('{"unseen": 3}')
+    with pytest.raises(ManifestError, match=r"groups\.json: the data set's groups cannot be read"):
+        evaluate(recipe)
+
+
 def test_results_of_another_version_are_refused(place: Path, tmp_path: Path) -> None:
     tree = json.loads((place / "report/results.json").read_text())
     tree["version"] = 99
