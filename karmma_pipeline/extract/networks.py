@@ -22,6 +22,8 @@ from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
 Tokens = npt.NDArray[np.float32]
+Done = dict[tuple[str, str], dict[str, Tokens]]
+"""Modality and network to clip id to tokens."""
 
 
 class Networks:
@@ -82,9 +84,20 @@ class Networks:
         return facts
 
     def tokens(
+        self, modality: str, choice: BackboneChoice, batch: Sequence[Decoded], done: Done
+    ) -> dict[str, Tokens]:
+        """Run one network over the clips of a batch that have its input: id to [N, D].
+
+        ``done`` is what the batch's networks gave so far: sets that choose the same one share it.
+        """
+        key = (modality, _key(choice))
+        if key not in done:
+            done[key] = self._run(modality, choice, batch)
+        return done[key]
+
+    def _run(
         self, modality: str, choice: BackboneChoice, batch: Sequence[Decoded]
     ) -> dict[str, Tokens]:
-        """Run one network over the clips of a batch that have its input: id to [N, D]."""
         spec = input_spec(modality, choice)
         if self.raft:
             self.raft.complete(batch)

@@ -29,7 +29,7 @@ from karmma_pipeline.data.store import (
 from karmma_pipeline.extract import parts
 from karmma_pipeline.extract.clips import read_clips, write_groups
 from karmma_pipeline.extract.decode import Decoded, Settings, input_spec
-from karmma_pipeline.extract.networks import Networks
+from karmma_pipeline.extract.networks import Done, Networks
 from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag
@@ -178,8 +178,9 @@ def _run(
                 }
                 for batch in _shard(recipe, manifest, catalogs, shard, writers, pool, report, bar):
                     stop.check("all finished batches are kept")
+                    done: Done = {}
                     for name, writer in writers.items():
-                        _append(recipe, networks, name, writer, batch, report)
+                        _append(recipe, networks, name, writer, batch, done, report)
                     report.count(batch)
                     _show(bar, report, len(batch))
                 with _timed(report, "write"):
@@ -243,6 +244,7 @@ def _append(
     name: str,
     writer: ShardWriter,
     batch: list[Decoded],
+    done: Done,
     report: ExtractReport,
 ) -> None:
     missing = [clip for clip in batch if clip.clip_id not in writer.done]
@@ -250,7 +252,7 @@ def _append(
         return
     choices = recipe.sets[name]
     with _timed(report, "backbones"):
-        tokens = {m: networks.tokens(m, choice, batch) for m, choice in choices.items()}
+        tokens = {m: networks.tokens(m, choice, batch, done) for m, choice in choices.items()}
     with _timed(report, "write"):
         for clip in missing:
             arrays, reasons, times = {}, {}, {}

@@ -29,6 +29,7 @@ from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.backbones import Backbone
 
 TINY: dict[str, Any] = {
     "sampling": {"mode": "uniform"},
@@ -263,3 +264,27 @@ def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: Settings) -> No
     ):
         list(workers.batches([clips_named("hang")]))
     assert time.monotonic() - started < 30
+
+
+def test_sets_that_choose_the_same_network_run_it_once(
+    tmp_path: Path, make_video: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_video("x.mp4")
+    write_rows(tmp_path, ["a,x.mp4,0,1,x,train", "b,x.mp4,1,2,x,val"])
+    recipe = make_recipe(tmp_path)
+    same = recipe.sets["teacher"]["rgb"]
+    recipe = recipe.model_copy(update={"sets": {"one": {"rgb": same}, "two": {"rgb": same}}})
+    runs: list[int] = []
+    original = Backbone.forward
+
+    def spy(self: Backbone, x: torch.Tensor) -> torch.Tensor:
+        runs.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Backbone, "forward", spy)
+    extract(recipe)
+    assert runs == [2]
+    one, two = (FeatureStore.open(recipe.out / name) for name in ("one", "two"))
+    torch.testing.assert_close(
+        one.gather("rgb", torch.arange(2)), two.gather("rgb", torch.arange(2))
+    )
