@@ -1,12 +1,13 @@
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.runs import RunFolder
 
 
@@ -56,27 +57,25 @@ def test_what_a_killed_start_left_is_taken_over_and_swept(tmp_path: Path) -> Non
     assert (tmp_path / "recipe.yaml").is_file()
 
 
-def _try_to_open(path: str, answers: "multiprocessing.Queue[str]") -> None:
-    try:
-        RunFolder(Path(path), Example()).close()
-        answers.put("opened")
-    except KarmmaError as error:
-        answers.put(str(error))
-
-
 def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[str] = context.Queue()
+    folder = tmp_path / "r"
+    another = (
+        "import pathlib, sys\n"
+        "from karmma_pipeline.config import Recipe\n"
+        "from karmma_pipeline.runs import RunFolder\n"
+        "RunFolder(pathlib.Path(sys.argv[1]), Recipe()).close()\n"
+    )
 
-    def ask() -> str:
-        process = context.Process(target=_try_to_open, args=(str(tmp_path / "r"), answers))
-        process.start()
-        process.join()
-        return answers.get(timeout=30)
+    def ask() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", another, folder], capture_output=True, text=True, check=False
+        )
 
-    with RunFolder(tmp_path / "r", Example()):
-        assert "another process trains into this folder" in ask()
-    assert ask() == "opened"
+    with RunFolder(folder, Recipe()):
+        refused = ask()
+        assert refused.returncode != 0
+        assert "another process trains into this folder" in refused.stderr
+    assert ask().returncode == 0
 
 
 def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:

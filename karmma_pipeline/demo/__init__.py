@@ -11,7 +11,7 @@ import click
 from karmma_pipeline import files
 
 RECIPES = ("extract", "teacher", "baseline", "baseline_delta", "student")
-_FULL = {"clips": "1000", "epochs": "25"}
+_FULL = {"clips": "700", "epochs": "25"}
 _QUICK = {"clips": "64", "epochs": "2"}
 
 
