@@ -160,7 +160,7 @@ class Pictures:
         real_s = np.maximum(starts[one.second] - starts[one.first], flow.gap_s / 8)
         scale = (flow.gap_s / real_s).astype(np.float32)
         if flow.source != "dis":
-            return FramePairs(first, second, scale)
+            return FramePairs(np.stack([first, second]), scale)
         return as_pictures(flow, dis_flow(flow, first, second) * scale[:, None, None, None])
 
     def _stack(self, one: Plan, numbers: Numbers) -> npt.NDArray[np.uint8]:
