@@ -28,14 +28,16 @@ import cv2
 import numpy as np
 import torch
 
-from karmma_pipeline import config, files, jobs
+from karmma_pipeline import config, jobs
 from karmma_pipeline.data.manifest import Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extract.calibrate import device_name, measure
 from karmma_pipeline.extract.decode import Settings, decode_clips, input_spec
 from karmma_pipeline.extract.forward import Mode, Network
+from karmma_pipeline.extract.lanes import Lanes, one_thread
 from karmma_pipeline.extract.media import MediaFile
-from karmma_pipeline.extract.networks import MODES, Networks
+from karmma_pipeline.extract.modes import FOLDER, decide
+from karmma_pipeline.extract.networks import Networks
 from karmma_pipeline.extract.pipeline import extract
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.extract.report import STARTING
@@ -132,7 +134,7 @@ def write_manifest(folder: Path, arguments: argparse.Namespace) -> Path:
         videos = [write_video(folder / f"v{i}.mp4", i, FILE_S) for i in range(count)]
     rows = []
     for path in videos:
-        count = int(MediaFile(path).video_stop_s / CLIP_S)
+        count = int(MediaFile(path).stop_s / CLIP_S)
         rows += [f"{path},{i * CLIP_S},{(i + 1) * CLIP_S}" for i in range(count)]
     return write_rows(folder / "manifest.csv", rows[: arguments.clips])
 
@@ -180,18 +182,19 @@ def compare(
     out = folder / "out"
     recipe = make_recipe(manifest, out, sets, arguments.device)
     networks = Networks(recipe)
-    networks.decide({}, lambda line: print(f"  {line}", file=sys.stderr))
-    modes = files.claim_json(out / MODES, {})
+    with one_thread(networks.device):
+        decide(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
     clips = read_manifest(manifest).clips
     batches = list(preload(networks, recipe, clips))
     bares, loops, seconds, shares, starts = [], [], [], [], []
     bound = ""
     for _ in range(arguments.repeat):
-        shutil.rmtree(out)
-        files.write_json(out / MODES, modes)
+        for path in out.iterdir():  # what was found out stays
+            if path.name != FOLDER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         report = extract(recipe)
         one = report.total_s / report.clips
-        bare = time_bare(networks, batches, report.threads) / len(clips)
+        bare = time_bare(networks, batches, report.lanes) / len(clips)
         loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
         bares.append(one / bare)
         loops.append(loop / one)
@@ -216,20 +219,27 @@ def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) ->
         yield stage(work, decode_clips(some, Settings.of(recipe)), networks.device.type == "cuda")
 
 
-def time_bare(networks: Networks, batches: Sequence[Staged], threads: int) -> float:
-    """Return the seconds of the forward passes alone.
+def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> float:
+    """Return the seconds of the forward passes alone, in the fastest of three ways.
 
-    On as many threads as the pipeline has or on all CPUs, whichever is faster: on a machine
-    with other work the threads of a pass wait for one another.
+    One pass at a time on one thread, on all CPUs, or as many passes at once as the pipeline
+    has: on a machine with other work the threads of a pass wait for one another.
     """
     seconds = []
-    for count in sorted({threads, jobs.cpu_count()}):
+    for count in sorted({1, jobs.cpu_count()}):
         torch.set_num_threads(count)
         networks.compute(batches[0]).wait()
         started = time.perf_counter()
         for computed in [networks.compute(batch) for batch in batches]:
             computed.wait()
         seconds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    with Lanes(networks, lanes) as several:
+        for batch in batches:
+            several.put(batch)
+        while len(several):
+            several.take().wait()
+    seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 

@@ -4,18 +4,18 @@ Timed on one synthetic batch. B clips in a batch, T frames, h and w the input's 
 """
 
 import platform
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from karmma_pipeline import jobs
 from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.extract import memory
 from karmma_pipeline.extract.decode import InputSpec
 from karmma_pipeline.extract.forward import Mode, Network, Precision
 from karmma_pipeline.extract.recipe import ExtractRecipe
@@ -29,9 +29,11 @@ GAIN = 0.95
 _KEYS = ("precision", "layout", "batch_size")
 _MOST = {"cpu": 16, "cuda": 128}
 _PROBE = {"cpu": 1, "cuda": 4}
-_PATIENCE_S = 0.5
-"""CPU passes that take longer are timed once, and larger batches are then not tried: one clip
-keeps all threads busy."""
+_REPEATS, _ENOUGH_S = 3, 0.5
+"""A pass is timed so often more, on a CPU until that many seconds have gone into it."""
+
+_PATIENCE_S = 0.25
+"""Where a clip takes longer on a CPU, larger batches are not tried: they gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ def least_cosine(tokens: Tensor, plain: Tensor) -> float:
 
 
 def _timed(network: Network, clips: Tensor) -> tuple[Tensor, float]:
-    tokens, first = _once(network, clips)
-    if first > _PATIENCE_S and network.device.type == "cpu" and not network.mode.compile:
-        return tokens, first
-    return tokens, min(_once(network, clips)[1] for _ in range(3))
+    """Return the shortest of a few passes: others can only make one longer."""
+    tokens, seconds = _once(network, clips)
+    spent, most = seconds, _ENOUGH_S if network.device.type == "cpu" else float("inf")
+    for _ in range(_REPEATS):
+        if spent > most and not network.mode.compile:
+            break
+        again = _once(network, clips)[1]
+        seconds, spent = min(seconds, again), spent + again
+    return tokens, seconds
 
 
 def _once(network: Network, clips: Tensor) -> tuple[Tensor, float]:
@@ -166,31 +173,19 @@ def _batch(network: Network, spec: InputSpec, one: Trial, recipe: ExtractRecipe)
     kind = network.device.type
     if kind == "cpu" and one.seconds > _PATIENCE_S:
         return 1
-    limit = recipe.memory_gb * 1e9 if recipe.memory_gb else _free(network.device)
-    best, size, seconds, before = 1, 1, float("inf"), _peak(network.device)
+    limit = memory.budget(network.device, recipe) / (jobs.cpu_count() if kind == "cpu" else 1)
+    best, size, seconds = 1, 1, float("inf")
     while size <= _MOST[kind]:
         halved = network.halved
         try:
-            trial = measure(network, one.mode, example(spec, size), None)
+            with memory.measured(network.device) as growth:
+                trial = measure(network, one.mode, example(spec, size), None)
         except KarmmaError:  # not even one clip fits; the run will say so
             break
-        grown = _peak(network.device) - before
         if network.halved > halved or trial.seconds > GAIN * seconds:
             break
         best, seconds = size, trial.seconds
-        if 2 * grown > limit:
+        if 2 * growth.size > limit:
             break
         size *= 2
     return best
-
-
-def _free(device: torch.device) -> float:
-    if device.type == "cuda":
-        return 0.8 * torch.cuda.mem_get_info(device)[0]
-    return 0.5 * psutil.virtual_memory().available
-
-
-def _peak(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -44,6 +44,11 @@ class Computed:
     tokens: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the tokens are there."""
+        return self.events is None or self.events[1].query()
+
     def wait(self) -> float:
         """Wait until the tokens are there; return the seconds that a GPU worked on them."""
         if self.events is None:

@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from karmma_pipeline.extract.decode import Decoded
+from karmma_pipeline.extract.lanes import Lanes
 
 STARTING, BACKBONES = "start-up", "backbones"
 DECODING, WRITING = "decode wait", "write wait"
-"""What the main thread does at any time; start-up ends when the first batch is decoded."""
+"""What keeps the networks, or keeps them from working; start-up ends with the first batch."""
 
 _BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write-bound"}
 _RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -24,14 +25,14 @@ _RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{rem
 
 @dataclass
 class ExtractReport:
-    """What an extraction did; ``seconds`` of the main thread by what they went to.
+    """What an extraction did; ``seconds`` that passed by what they went to.
 
     Attributes:
         decode_s: seconds that decode processes worked, all together.
         write_s: seconds that the writer worked, beside the networks.
         device_s: seconds that a GPU worked; a CPU's are those of the backbones.
         workers: decode processes.
-        threads: of the networks, on a CPU.
+        lanes: batches that are computed at the same time, each on one CPU.
         halved: batches that did not fit into memory and were halved.
         padded: audio windows that reach past their track.
         audio_rates: clips by the rate, in Hz, at which their sound was recorded.
@@ -47,7 +48,7 @@ class ExtractReport:
     write_s: float = 0.0
     device_s: float = 0.0
     workers: int = 0
-    threads: int = 0
+    lanes: int = 0
     halved: int = 0
     padded: int = 0
     audio_rates: Counter[int] = field(default_factory=Counter)
@@ -70,6 +71,17 @@ class ExtractReport:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - started
+
+    @contextmanager
+    def waiting(self, lanes: Lanes) -> Iterator[None]:
+        """Share out the time until a batch comes: idle lanes wait, the others work."""
+        before, started = lanes.idle, time.perf_counter()
+        try:
+            yield
+        finally:
+            passed, idle = time.perf_counter() - started, (before + lanes.idle) / 2
+            self.seconds[DECODING] += idle * passed
+            self.seconds[BACKBONES] += (1 - idle) * passed
 
     @property
     def total_s(self) -> float:
@@ -123,7 +135,7 @@ class ExtractReport:
             "bound": self.bound,
             "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
             "decode_processes": self.workers,
-            "threads": self.threads,
+            "lanes": self.lanes,
             "seconds_decoding_all_processes": round(self.decode_s, 3),
             "seconds_writing_beside": round(self.write_s, 3),
             "seconds_gpu_busy": round(self.device_s, 3),
