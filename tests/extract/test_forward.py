@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from karmma_pipeline.extract import modes
 from karmma_pipeline.extract.calibrate import calibrate, example, measure
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.forward import Mode, Network
+from karmma_pipeline.extract.memory import Growth
 from karmma_pipeline.extract.modes import decide
 from karmma_pipeline.extract.networks import Networks, network_key
 from karmma_pipeline.extract.pipeline import extract
@@ -195,8 +198,14 @@ def test_what_the_recipe_fixes_is_not_measured(
 def test_a_batch_that_would_not_fit_twice_is_the_last_that_is_tried(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    peaks = iter([1e9, 1.5e9, 2e9, 3e9, 5e9])
-    monkeypatch.setattr(calibration, "_peak", lambda _: next(peaks))
+    sizes = iter([0.5e9, 1e9, 2e9, 4e9])
+
+    @contextmanager
+    def told(_: object) -> Iterator[Growth]:
+        yield Growth(int(next(sizes)))
+
+    monkeypatch.setattr(calibration.memory, "measured", told)
+    monkeypatch.setattr(calibration.jobs, "cpu_count", lambda: 1)
     monkeypatch.setattr(calibration, "_timed", lambda one, x: (one.tokens(x), 0.1))
     recipe = make_recipe(tmp_path, layout="contiguous", precision="float32", memory_gb=3)
     spec = input_spec("rgb", BackboneChoice(**S3D))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.media_files import write_video
 
 from karmma_pipeline.data.manifest import Clip
@@ -15,8 +16,10 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extract.decode import Decoded, InputSpec, Settings, decode_clips, input_spec
 from karmma_pipeline.extract.overlap import Ahead, Behind
 from karmma_pipeline.extract.pool import DecodePool, _by_video
+from karmma_pipeline.extract.raft import Raft
 from karmma_pipeline.extract.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extract.report import BACKBONES, DECODING, ExtractReport
+from karmma_pipeline.extract.staging import Work, stage
 from karmma_pipeline.extract.transport import Arena, clip_bytes, decode_into
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.backbones import BackboneChoice
@@ -186,3 +189,23 @@ def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> Non
     assert not places
     assert decoded.arrays[spec].sum() == 5000
     arena.close()
+
+
+def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:
+    flow = Flow(source="raft_small", weights="random:0", updates=1)
+    before = settings()
+    wanted = Settings(before.sampling, flow, before.audio, before.inputs)
+    clips = clips_of(write_video(tmp_path / "a.mp4", pan_px_s=30.0), 2)
+    alone = decode_clips(clips, wanted)
+    raft = Raft(flow, torch.device("cpu"))
+    arena = Arena(clip_bytes(wanted), slots=3)
+    with DecodePool(wanted, 1, 60, StopFlag(), ahead=3, arena=arena) as pool:
+        for batch in pool.batches([clips]):
+            staged = stage(Work(clips, {}, last=True), batch, pin=False)
+    arena.close()  # what is staged needs it no longer
+    spec = wanted.inputs[1]
+    staged.complete(raft)
+    raft.complete(alone)
+    found = staged.inputs[spec].numpy()
+    np.testing.assert_array_equal(found, [clip.arrays[spec] for clip in alone])
+    assert found.std() > 0
