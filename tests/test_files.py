@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,12 @@ def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "c", float("nan"))
+
+
+def test_of_several_that_claim_a_file_one_wins_and_all_agree(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a.json"
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: files.claim_json(path, {"by": n}), range(8)))
+    assert answers == [json.loads(path.read_text())] * 8
+    assert files.claim_json(path, {"by": "late"}) == answers[0]
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]

@@ -128,10 +128,19 @@ def decode_clips(
         decoder: the one that is tried first.
     """
     with Readers(decoder, settings.index_folder) as readers:
-        return [_decode(clip, settings, readers) for clip in clips]
+        begun = [_begin(clip, settings, readers) for clip in clips]
+        several = len(begun) > 1
+        pictures = Pictures([p for _, plans in begun for p in plans.values()], several)
+        for decoded, plans in begun:
+            again = several and pictures.lack(plans.values())
+            _finish(decoded, plans, Pictures(plans.values()) if again else pictures, settings)
+        return [decoded for decoded, _ in begun]
 
 
-def _decode(clip: Clip, settings: Settings, readers: Readers) -> Decoded:
+def _begin(
+    clip: Clip, settings: Settings, readers: Readers
+) -> tuple[Decoded, dict[InputSpec, Plan]]:
+    """Read boxes and sound, and choose the frames of the rest."""
     decoded = Decoded(clip.clip_id)
     plans: dict[InputSpec, Plan] = {}
     for spec in settings.inputs:
@@ -146,7 +155,12 @@ def _decode(clip: Clip, settings: Settings, readers: Readers) -> Decoded:
                 _audio(decoded, clip, spec, settings, readers)
             else:
                 plans[spec] = _plan(clip, spec, settings, readers)
-    pictures = Pictures(plans.values())
+    return decoded, plans
+
+
+def _finish(
+    decoded: Decoded, plans: dict[InputSpec, Plan], pictures: Pictures, settings: Settings
+) -> None:
     for spec, one in plans.items():
         with _faults_of(decoded, spec):
             found = pictures.input(one, settings.flow)
@@ -156,7 +170,6 @@ def _decode(clip: Clip, settings: Settings, readers: Readers) -> Decoded:
                 decoded.arrays[spec] = found
             decoded.times[spec] = one.times
             decoded.decoders[spec.modality] = one.video.video_decoder
-    return decoded
 
 
 @contextmanager

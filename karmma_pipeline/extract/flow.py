@@ -32,11 +32,11 @@ Motion = npt.NDArray[np.float32]
 class FramePairs:
     """Frames whose motion is computed later, where the backbones run.
 
-    first, second: uint8 [T, 3, h, w]. scale: what makes px per pair px per gap, float32 [T].
+    frames: uint8 [2, T, 3, h, w], first and second ones. scale: what makes px per pair px per
+    gap, float32 [T].
     """
 
-    first: Pictures
-    second: Pictures
+    frames: Pictures
     scale: npt.NDArray[np.float32]
 
 

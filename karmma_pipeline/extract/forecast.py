@@ -124,7 +124,7 @@ def _seconds(recipe: ExtractRecipe, manifest: Manifest, clips: list[Clip]) -> fl
         changes = {"out": Path(folder) / "stores", "max_failures": 1.0}
         few = Manifest(tuple(clips), manifest.heads)
         report = extract(recipe.model_copy(update=changes), manifest=few)
-    return sum(report.seconds.values())
+    return report.total_s
 
 
 def tasks(hours: float, shards: int, task_hours: float) -> int:

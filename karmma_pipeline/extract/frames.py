@@ -87,6 +87,8 @@ class FrameFiles:
             for n in np.unique(numbers).tolist():
                 yield n, reader.picture(self._table[n], 0, cv2.IMREAD_COLOR)[..., ::-1].copy()
 
+    decode_for_several = decode
+
     def motion(self, numbers: Numbers) -> npt.NDArray[np.float32]:
         """Return flow that is stored as bytes, float32 [T, 2, H, W]: px of the pictures per pair.
 

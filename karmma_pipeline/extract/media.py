@@ -114,6 +114,21 @@ class MediaFile:
                 (n, pictures[t]) for n, t in zip(rest.tolist(), there.tolist(), strict=True)
             )
 
+    def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+        """Yield frames as `decode` does, in one go through the file for several clips.
+
+        They are the same, for each is decoded from its key frame on; but a fault, which may be
+        one clip's alone, is raised and not worked around.
+
+        Raises:
+            MediaFaultError: they cannot be decoded like this; the file is as good as new.
+        """
+        try:
+            yield from self._video.decode(np.unique(numbers))
+        except MediaFaultError:
+            self.close()
+            raise
+
     def frames(self, times: Times) -> tuple[Frames, Times]:
         """Return the frames shown at the given moments and the moments at which they start.
 

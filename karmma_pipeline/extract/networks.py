@@ -1,49 +1,107 @@
 """The frozen backbones of all sets on one device: batches of decoded clips in, tokens out."""
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from math import lcm
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.store import ModalitySpec, StoreSpec
 from karmma_pipeline.extract import boxes
-from karmma_pipeline.extract.decode import Decoded, input_spec
+from karmma_pipeline.extract.decode import InputSpec, input_spec
+from karmma_pipeline.extract.forward import Mode, Network
 from karmma_pipeline.extract.raft import Raft
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.extract.sampling import PAIRS, ROUNDING_S
+from karmma_pipeline.extract.staging import Staged
 from karmma_pipeline.extract.track import RESAMPLING
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
-Tokens = npt.NDArray[np.float32]
-Done = dict[tuple[str, str], dict[str, Tokens]]
-"""Modality and network to clip id to tokens."""
+
+class Job(NamedTuple):
+    """A network on an input: what several sets may share."""
+
+    network: str
+    spec: InputSpec
+
+
+@dataclass
+class Computed:
+    """A batch whose tokens are there, or on a GPU soon will be.
+
+    tokens: of each job and place in the batch, float32 [N, D].
+    """
+
+    staged: Staged
+    tokens: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the tokens are there."""
+        return self.events is None or self.events[1].query()
+
+    def wait(self) -> float:
+        """Wait until the tokens are there; return the seconds that a GPU worked on them."""
+        if self.events is None:
+            return 0.0
+        start, stop = self.events
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+
+    def of(self, job: Job, place: int) -> npt.NDArray[np.float32] | None:
+        """Return the tokens [N, D] of a clip; None if it lacks the input."""
+        if job.spec in self.staged.clips[place].reasons:
+            return None
+        return self.tokens[job][place].numpy()
 
 
 class Networks:
-    """All backbones of a recipe; two sets that choose the same network share it."""
+    """All backbones of a recipe; two sets that choose the same network share it.
+
+    Attributes:
+        all: by a name that their choice alone decides; in plain float32 until told otherwise.
+        inputs: what each is fed.
+    """
 
     def __init__(self, recipe: ExtractRecipe) -> None:
         self.recipe = recipe
         self.device = pick_device(recipe.device)
-        bfloat16 = recipe.precision == "bfloat16" or (
-            recipe.precision == "auto" and self.device.type == "cuda"
-        )
-        self.precision = "bfloat16" if bfloat16 else "float32"
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         has_flow = any("flow" in choices for choices in recipe.sets.values())
         computed = has_flow and recipe.flow.source != "dis"
         self.raft = Raft(recipe.flow, self.device) if computed else None
-        self._backbones: dict[str, Backbone] = {}
+        self.all: dict[str, Network] = {}
+        self.inputs: dict[str, InputSpec] = {}
         for choices in recipe.sets.values():
-            for choice in choices.values():
-                if _key(choice) not in self._backbones:
-                    self._backbones[_key(choice)] = Backbone(choice).to(self.device)
+            for modality, choice in choices.items():
+                key = network_key(choice)
+                if key not in self.all:
+                    self.all[key] = Network(Backbone(choice), self.device, Mode())
+                    self.inputs[key] = input_spec(modality, choice)
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of a batch: what the networks compute at once goes into it without rest."""
+        return lcm(*(network.mode.batch_size for network in self.all.values()))
+
+    @property
+    def halved(self) -> int:
+        """How often a batch did not fit into memory."""
+        return sum(network.halved for network in self.all.values())
+
+    def jobs(self, name: str) -> dict[str, Job]:
+        """Return what each modality of a set takes."""
+        choices = self.recipe.sets[name].items()
+        return {m: Job(network_key(choice), input_spec(m, choice)) for m, choice in choices}
 
     def store_spec(self, name: str, manifest: Manifest) -> StoreSpec:
         """Return what the store of a set looks like, provenance included."""
@@ -56,6 +114,7 @@ class Networks:
                 dtype=self.recipe.store.dtype,
                 frames=input_spec(modality, choice).times,
                 provenance=self._provenance(modality, choice),
+                computed=self.all[network_key(choice)].mode.model_dump(mode="json"),
             )
         return StoreSpec(
             modalities=specs,
@@ -65,9 +124,8 @@ class Networks:
 
     def _provenance(self, modality: str, choice: BackboneChoice) -> dict[str, Any]:
         recipe = self.recipe
-        facts = self._backbones[_key(choice)].provenance()
+        facts = self.all[network_key(choice)].backbone.provenance()
         facts["sampling"] = recipe.sampling.model_dump(mode="json")
-        facts["precision"] = self.precision
         facts["decoder"] = f"decord {version('decord')}, else PyAV {version('av')}"
         facts["rounding_s"] = ROUNDING_S
         if modality == "flow":
@@ -83,39 +141,61 @@ class Networks:
             facts["audio"]["resampling"] = RESAMPLING
         return facts
 
-    def tokens(
-        self, modality: str, choice: BackboneChoice, batch: Sequence[Decoded], done: Done
-    ) -> dict[str, Tokens]:
-        """Run one network over the clips of a batch that have its input: id to [N, D].
+    def compute(self, staged: Staged) -> Computed:
+        """Run the networks of the sets that lack the batch, each once on each input.
 
-        ``done`` is what the batch's networks gave so far: sets that choose the same one share it.
+        On a GPU this returns before the tokens are there (see `Computed.wait`), so that the
+        next batch is copied while this one is computed.
         """
-        key = (modality, _key(choice))
-        if key not in done:
-            done[key] = self._run(modality, choice, batch)
-        return done[key]
+        jobs = dict.fromkeys(
+            job for name in staged.work.writers for job in self.jobs(name).values()
+        )
+        if self.raft:
+            staged.complete(self.raft)
+        if self._copies is None:
+            return Computed(staged, self._tokens(jobs, staged, staged.inputs))
+        stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            inputs = {
+                spec: clips.to(self.device, non_blocking=True)
+                for spec, clips in staged.inputs.items()
+            }
+        stream.wait_stream(self._copies)
+        for clips in inputs.values():
+            clips.record_stream(stream)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record(stream)
+        tokens = self._tokens(jobs, staged, inputs)
+        stop.record(stream)
+        return Computed(staged, tokens, (start, stop))
+
+    def _tokens(
+        self, jobs: Iterable[Job], staged: Staged, inputs: Mapping[InputSpec, Tensor]
+    ) -> dict[Job, dict[int, Tensor]]:
+        return {job: self._run(job, staged, inputs) for job in jobs if job.spec in inputs}
 
     def _run(
-        self, modality: str, choice: BackboneChoice, batch: Sequence[Decoded]
-    ) -> dict[str, Tokens]:
-        spec = input_spec(modality, choice)
-        if self.raft:
-            self.raft.complete(batch)
-        present = [clip for clip in batch if spec in clip.arrays]
-        if not present:
-            return {}
-        arrays = np.stack([clip.arrays[spec] for clip in present])
-        backbone = self._backbones[_key(choice)]
-        with torch.inference_mode(), self._autocast():
-            clips = torch.from_numpy(arrays).to(self.device)
-            tokens = backbone(backbone.prepare(clips)).float().cpu().numpy()
-        return {clip.clip_id: t for clip, t in zip(present, tokens, strict=True)}
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        self, job: Job, staged: Staged, inputs: Mapping[InputSpec, Tensor]
+    ) -> dict[int, Tensor]:
+        network, clips = self.all[job.network], inputs[job.spec]
+        size = network.mode.batch_size
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(clips), size):
+            rows = staged.rows(job.spec, first, size)
+            if rows:
+                whole = len(rows) == len(clips[first : first + size])
+                some = clips[first : first + size] if whole else clips[rows]
+                found.update(zip(rows, _to_host(network.tokens(some)), strict=True))
+        return found
 
 
-def _key(choice: BackboneChoice) -> str:
+def _to_host(tokens: Tensor) -> Tensor:
+    if tokens.device.type == "cpu":
+        return tokens
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    return host.copy_(tokens, non_blocking=True)
+
+
+def network_key(choice: BackboneChoice) -> str:
+    """Return what tells networks apart: equal choices are one network."""
     return hashlib.sha256(choice.model_dump_json().encode()).hexdigest()

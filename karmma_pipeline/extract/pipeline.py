@@ -1,82 +1,45 @@
 """Extraction from manifest to stores: decode ahead, run the backbones, append, commit.
 
-Batches are aligned to the start of their shard, so that a clip is always computed in the same
-company: a run that was killed and goes on writes the same bytes as one that was not.
+One stream over all shards: decode processes, a thread that lays batches out, the networks and a
+thread that writes work at the same time, with a bounded number of clips between them.
 """
 
-import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
-from karmma_pipeline.data.store import (
-    Catalog,
-    ClipRow,
-    ShardWriter,
-    create_store,
-)
+from karmma_pipeline.data.store import Catalog, ClipRow, create_store
 from karmma_pipeline.extract import parts
 from karmma_pipeline.extract.clips import read_clips, write_groups
-from karmma_pipeline.extract.decode import Decoded, Settings, input_spec
-from karmma_pipeline.extract.networks import Done, Networks
+from karmma_pipeline.extract.decode import Settings
+from karmma_pipeline.extract.lanes import Lanes, lane_count, one_thread
+from karmma_pipeline.extract.modes import decide
+from karmma_pipeline.extract.networks import Computed, Networks
+from karmma_pipeline.extract.overlap import Ahead, Behind
 from karmma_pipeline.extract.pool import DecodePool
 from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.extract.report import (
+    BACKBONES,
+    STARTING,
+    WRITING,
+    Bar,
+    ExtractReport,
+)
+from karmma_pipeline.extract.staging import Staged, Work, Writers, plan, stage
+from karmma_pipeline.extract.transport import Arena, clip_bytes
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 
 _WORKER_BYTES = 2 << 30
 """Memory that the job must have for each decode process."""
-
-
-@dataclass
-class ExtractReport:
-    """What an extraction did; seconds by what they went to (waiting for decoders counts).
-
-    padded: audio windows that reach past their track; audio_rates: clips by the rate, in Hz,
-    at which their sound was recorded; decoders: clips by modality and what read it.
-    """
-
-    stores: dict[str, Path]
-    clips: int = 0
-    failed: int = 0
-    complete: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    padded: int = 0
-    audio_rates: Counter[int] = field(default_factory=Counter)
-    decoders: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-
-    def count(self, batch: list[Decoded]) -> None:
-        """Take note of a batch that is done."""
-        self.clips += len(batch)
-        self.padded += sum(clip.padded for clip in batch)
-        self.audio_rates.update(clip.audio_rate for clip in batch if clip.audio_rate)
-        for clip in batch:
-            for modality, decoder in clip.decoders.items():
-                self.decoders[modality][decoder] += 1
-
-    def summary(self) -> str:
-        """Return the closing lines of the command."""
-        lines = [f"store {name}: {path}" for name, path in self.stores.items()]
-        total = sum(self.seconds.values())
-        if self.clips and total:
-            shares = ", ".join(f"{k} {v / total:.0%}" for k, v in sorted(self.seconds.items()))
-            lines.append(f"{self.clips} clips, {self.clips / total:.1f} clips/s: {shares}")
-        if not self.complete:
-            lines.append("this part is done; the stores are complete when the other parts are")
-        elif self.failed:
-            lines.append(f"{self.failed} clips lost a modality to an error; see failures.csv")
-        return "\n".join(lines)
 
 
 def extract(
@@ -102,19 +65,25 @@ def extract(
     if manifest is None:
         manifest = read_clips(recipe)
     for line in manifest.found:
-        tqdm.write(line, file=sys.stderr)
+        _note(line)
     networks = Networks(recipe)
-    stores = {name: recipe.out / name for name in recipe.sets}
+    report = ExtractReport({name: recipe.out / name for name in recipe.sets})
+    report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
-    for name, path in stores.items():
-        create_store(path, networks.store_spec(name, manifest), rows)
-    config.save(recipe, recipe.out / "recipe.yaml")
-    write_groups(recipe.out, manifest)
-    report = ExtractReport(stores)
-    _run(recipe, part, stop, manifest, networks, report)
-    if all(_is_whole(path) for path in stores.values()):
+    with one_thread(networks.device):
+        decide(networks, report.stores, _note)
+        for name, path in report.stores.items():
+            create_store(path, networks.store_spec(name, manifest), rows)
+        config.save(recipe, recipe.out / "recipe.yaml")
+        write_groups(recipe.out, manifest)
+        _run(recipe, part, stop, manifest, networks, report)
+    if all(_is_whole(path) for path in report.stores.values()):
         _complete(recipe, report, len(rows))
     return report
+
+
+def _note(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _row(clip: Clip) -> ClipRow:
@@ -130,16 +99,8 @@ def _is_whole(path: Path) -> bool:
 def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     report.failed = parts.join(recipe, report.stores)
     report.complete = True
-    summary = {
-        "clips": report.clips,
-        "failed": report.failed,
-        "audio_windows_padded": report.padded,
-        "decoders": {m: dict(counts) for m, counts in report.decoders.items()},
-        "audio_native_rates": {str(hz): n for hz, n in sorted(report.audio_rates.items())},
-        "seconds": {k: round(v, 3) for k, v in report.seconds.items()},
-    }
     if report.clips:
-        files.write_json(recipe.out / "extract.json", summary)
+        files.write_json(recipe.out / "extract.json", report.facts())
     parts.check_failures(recipe, report.failed, clips)
 
 
@@ -152,40 +113,61 @@ def _run(
     report: ExtractReport,
 ) -> None:
     catalogs = {name: Catalog(path) for name, path in report.stores.items()}
-    first = next(iter(catalogs.values()))
-    todo = {
-        shard: [n for n, c in catalogs.items() if shard not in c.committed()]
-        for shard in part.shards(parts.shard_seconds(first))
-    }
-    todo = {shard: names for shard, names in todo.items() if names}
-    clips = sum(len(first.shard_range(shard)) for shard in todo)
+    shards = _lacking(catalogs, part)
+    clips = sum(len(numbers) for numbers, _ in shards.values())
     if not clips:
         return
+    with Writers(catalogs) as opened, ExitStack() as stack:
+        works = plan(manifest.clips, shards, networks.batch_size, opened)
+        pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
+        staged = stack.enter_context(Ahead(_staged(works, pool, networks)))
+        report.lanes = lane_count(networks)  # while decoders start
+        lanes = stack.enter_context(Lanes(networks, report.lanes))
+
+        def write(computed: Computed) -> None:
+            _write(recipe, networks, computed, opened, report)
+
+        writer = stack.enter_context(Behind(write))
+        bar = stack.enter_context(Bar(clips, report))
+        try:
+            _stream(staged, lanes, writer, stop, report, bar)
+        except BaseException:
+            stop.request()  # or the threads would go on waiting for decoders
+            raise
+        finally:
+            report.decode_s, report.halved = pool.busy_s, networks.halved
+
+
+def _lacking(catalogs: dict[str, Catalog], part: Part) -> dict[int, tuple[range, list[str]]]:
+    """Return the shards of a part that some stores lack: their clips and those stores."""
+    first = next(iter(catalogs.values()))
+    committed = {name: catalog.committed() for name, catalog in catalogs.items()}
+    found = {}
+    for shard in part.shards(parts.shard_seconds(first)):
+        names = [name for name, shards in committed.items() if shard not in shards]
+        if names:
+            found[shard] = (first.shard_range(shard), names)
+    return found
+
+
+def _pool(
+    recipe: ExtractRecipe,
+    networks: Networks,
+    report: ExtractReport,
+    stop: StopFlag,
+    stack: ExitStack,
+) -> DecodePool:
+    """Return a pool whose clips, decoded and not yet used, stay within the recipe's memory."""
     settings = Settings.of(recipe)
-    workers = recipe.decode.workers or _default_workers(networks)
-    with (
-        _threads(networks, jobs.cpu_count() - workers),
-        DecodePool(
-            settings, workers, recipe.decode.timeout_s, stop, recipe.decode.memory_gb
-        ) as pool,
-        tqdm(total=clips, desc="extract", unit="clip") as bar,
-    ):
-        for shard, names in todo.items():
-            with ExitStack() as stack:
-                writers = {
-                    name: stack.enter_context(ShardWriter(report.stores[name], shard))
-                    for name in names
-                }
-                for batch in _shard(recipe, manifest, catalogs, shard, writers, pool, report, bar):
-                    stop.check("all finished batches are kept")
-                    done: Done = {}
-                    for name, writer in writers.items():
-                        _append(recipe, networks, name, writer, batch, done, report)
-                    report.count(batch)
-                    _show(bar, report, len(batch))
-                with _timed(report, "write"):
-                    for writer in writers.values():
-                        writer.commit()
+    size = clip_bytes(settings)
+    ahead = max(report.workers + 1, int(recipe.decode.queue_gb * 1e9 / size))
+    ahead = min(ahead, 16 * report.workers + 4 * networks.batch_size)  # more does not help
+    arena = Arena(size, ahead + networks.batch_size)
+    stack.callback(arena.close)
+    decode = recipe.decode
+    return DecodePool(
+        settings, report.workers, decode.timeout_s, stop, decode.memory_gb, ahead, arena
+    )
 
 
 def _default_workers(networks: Networks) -> int:
@@ -195,90 +177,80 @@ def _default_workers(networks: Networks) -> int:
     return max(1, min(room, cpus // 2 if networks.device.type == "cpu" else cpus - 1))
 
 
-@contextmanager
-def _threads(networks: Networks, count: int) -> Iterator[None]:
-    """Leave the decoders their CPUs: threads that outnumber CPUs spin for one another.
+def _staged(works: Iterator[Work], pool: DecodePool, networks: Networks) -> Iterator[Staged]:
+    """Yield batches laid out for the networks, in a thread of its own."""
+    planned: deque[Work] = deque()
 
-    On two CPUs 1 + 1 extracted 2.5 times as fast as 2 + 2.
-    """
-    before = torch.get_num_threads()
-    if networks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def clips() -> Iterator[list[Clip]]:
+        for work in works:
+            planned.append(work)
+            yield work.clips
+
+    for decoded in pool.batches(clips()):
+        yield stage(planned.popleft(), decoded, pin=networks.device.type == "cuda")
 
 
-def _shard(
-    recipe: ExtractRecipe,
-    manifest: Manifest,
-    catalogs: dict[str, Catalog],
-    shard: int,
-    writers: dict[str, ShardWriter],
-    pool: DecodePool,
+def _stream(
+    staged: Ahead[Staged],
+    lanes: Lanes,
+    writer: Behind[Computed],
+    stop: StopFlag,
     report: ExtractReport,
-    bar: "tqdm[Any]",
-) -> Iterator[list[Decoded]]:
-    """Yield the decoded batches of a shard that some store still lacks."""
-    numbers = next(iter(catalogs.values())).shard_range(shard)
-    size = recipe.batch_size
-    done = min(writer.next for writer in writers.values()) // size * size
-    bar.update(min(done, len(numbers)))
-    batches = (
-        [manifest.clips[i] for i in numbers[first : first + size]]
-        for first in range(done, len(numbers), size)
-    )
-    source = pool.batches(batches)
-    while True:
-        with _timed(report, "decode wait"):
-            batch = next(source, None)
-        if batch is None:
-            return
-        yield batch
+    bar: Bar,
+) -> None:
+    """Hand decoded batches to the lanes, and what they have computed to the writer, in order."""
+    source = iter(staged)
+    with report.timed(STARTING):
+        batch = next(source, None)
+    while batch is not None or len(lanes):
+        if batch is not None:
+            stop.check("all finished batches are kept")
+            bar.skip(batch.work.skipped)
+            lanes.put(batch)
+        if lanes.full or batch is None:
+            with report.timed(BACKBONES):
+                computed = lanes.take()
+                report.device_s += computed.wait()
+            with report.timed(WRITING):
+                writer.put(computed)
+            report.count(computed.staged.clips)
+            bar.show(len(computed.staged.clips))
+        if batch is not None:
+            with report.waiting(lanes):
+                batch = next(source, None)
 
 
-def _append(
+def _write(
     recipe: ExtractRecipe,
     networks: Networks,
-    name: str,
-    writer: ShardWriter,
-    batch: list[Decoded],
-    done: Done,
+    computed: Computed,
+    opened: Writers,
     report: ExtractReport,
 ) -> None:
-    missing = [clip for clip in batch if clip.clip_id not in writer.done]
-    if not missing:
-        return
-    choices = recipe.sets[name]
-    with _timed(report, "backbones"):
-        tokens = {m: networks.tokens(m, choice, batch, done) for m, choice in choices.items()}
-    with _timed(report, "write"):
-        for clip in missing:
-            arrays, reasons, times = {}, {}, {}
-            for modality, choice in choices.items():
-                spec = input_spec(modality, choice)
-                found = tokens[modality].get(clip.clip_id)
-                if found is None:
-                    reasons[modality] = clip.reasons[spec]
-                elif not float(np.abs(found).max()) <= writer.spec.modalities[modality].largest:
-                    reasons[modality] = Reason.BAD_VALUE
-                else:
-                    arrays[modality], times[modality] = found, clip.times[spec]
-            writer.append(clip.clip_id, arrays, reasons, times)
-
-
-@contextmanager
-def _timed(report: ExtractReport, what: str) -> Iterator[None]:
+    """Append a batch to the stores that lack it, in a thread of its own."""
     started = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[what] += time.perf_counter() - started
+    work = computed.staged.work
+    for name in work.writers:
+        _append(recipe, networks, name, computed)
+    if work.last:
+        opened.commit(work.writers)
+    report.write_s += time.perf_counter() - started
 
 
-def _show(bar: "tqdm[Any]", report: ExtractReport, clips: int) -> None:
-    total = sum(report.seconds.values())
-    shares = {k: f"{v / total:.0%}" for k, v in sorted(report.seconds.items())}
-    bar.set_postfix(shares, refresh=False)
-    bar.update(clips)
+def _append(recipe: ExtractRecipe, networks: Networks, name: str, computed: Computed) -> None:
+    work, jobs_of_set = computed.staged.work, networks.jobs(name)
+    writer = work.writers[name]
+    done = writer.done
+    for place, clip in enumerate(computed.staged.clips):
+        if clip.clip_id in done:
+            continue
+        arrays, reasons, times = {}, {}, {}
+        for modality, job in jobs_of_set.items():
+            found = computed.of(job, place)
+            if found is None:
+                reasons[modality] = clip.reasons[job.spec]
+            elif not float(np.abs(found).max()) <= writer.spec.modalities[modality].largest:
+                reasons[modality] = Reason.BAD_VALUE
+            else:
+                arrays[modality], times[modality] = found, clip.times[job.spec]
+        writer.append(clip.clip_id, arrays, reasons, times)

@@ -117,9 +117,15 @@ def plan(
 
 
 class Pictures:
-    """Resized and cropped frames of one clip."""
+    """Resized and cropped frames of one clip, or of several, which share those they have in common.
 
-    def __init__(self, plans: Iterable[Plan]) -> None:
+    Args:
+        plans: of all of them.
+        several: a fault may then be another clip's.
+    """
+
+    def __init__(self, plans: Iterable[Plan], several: bool = False) -> None:
+        self._several = several
         self._pictures: dict[tuple[Video, FrameTransform, int], npt.NDArray[np.uint8]] = {}
         self._faults: dict[Video, MediaFaultError] = {}
         by_video: dict[Video, list[Plan]] = {}
@@ -138,10 +144,15 @@ class Pictures:
         for one in plans:
             wanted.setdefault(one.transform, set()).update(one.decoded.tolist())
         union = np.array(sorted(set().union(*wanted.values())), np.int64)
-        for number, frame in video.decode(union):
+        read = video.decode_for_several if self._several else video.decode
+        for number, frame in read(union):
             for transform, numbers in wanted.items():
                 if number in numbers:
                     self._pictures[video, transform, number] = transform.apply(frame[None])[0]
+
+    def lack(self, plans: Iterable[Plan]) -> bool:
+        """Tell whether a video of these plans could not be decoded."""
+        return any(one.video in self._faults for one in plans)
 
     def input(self, one: Plan, flow: Flow) -> npt.NDArray[np.uint8] | FramePairs:
         """Return uint8 [T, 3, h, w], or, for flow that is computed later, the pairs of frames.
@@ -160,7 +171,7 @@ class Pictures:
         real_s = np.maximum(starts[one.second] - starts[one.first], flow.gap_s / 8)
         scale = (flow.gap_s / real_s).astype(np.float32)
         if flow.source != "dis":
-            return FramePairs(first, second, scale)
+            return FramePairs(np.stack([first, second]), scale)
         return as_pictures(flow, dis_flow(flow, first, second) * scale[:, None, None, None])
 
     def _stack(self, one: Plan, numbers: Numbers) -> npt.NDArray[np.uint8]:

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings, decode_clips, lost
 from karmma_pipeline.extract.media import Decoder
+from karmma_pipeline.extract.transport import Arena, Places, decode_into
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
@@ -39,11 +42,23 @@ _LOOK_S = 0.2
 _START_S = 60.0
 """How long a process may take to start."""
 
+_MOST_AT_ONCE = 16
+"""Clips of a video that one task decodes at most: a fault costs all of them a second try."""
+
 _GIGABYTE = 1e9
 _SAVED = "finished batches are saved"
 
 if TYPE_CHECKING:
-    _Future = ProcessFuture[list[Decoded]]
+    _Future = ProcessFuture[tuple[float, list[tuple[Decoded, Places]]]]
+
+
+@dataclass
+class _Task:
+    """Clips of one video on their way, and the slots for their arrays."""
+
+    clips: list[Clip]
+    slots: list[int | None]
+    future: _Future
 
 
 class DecodePool:
@@ -55,6 +70,11 @@ class DecodePool:
         timeout_s: a task is killed after that.
         stop: looked at while waiting; before a process's death is blamed on a clip, too.
         memory_gb: a process that takes more is killed.
+        ahead: clips that are decoded ahead of the consumer; null: two more than processes.
+        arena: where they are put; null: everything comes through a pipe.
+
+    Attributes:
+        busy_s: seconds that processes have spent on decoding, all together.
 
     Raises:
         StoppedError: from `batches`, when a stop was asked for.
@@ -67,9 +87,13 @@ class DecodePool:
         timeout_s: float,
         stop: StopFlag,
         memory_gb: float = float("inf"),
+        ahead: int | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
-        self._workers, self._ahead = workers, 2 + workers
+        self._workers, self._ahead = workers, ahead or 2 + workers
+        self._arena = arena
+        self.busy_s = 0.0
         self._pool = self._start()
         self._open: set[_Future] = set()
         self._watch = _MemoryWatch(memory_gb)
@@ -96,30 +120,51 @@ class DecodePool:
         self._stop()
 
     def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[Decoded]]:
-        """Yield the decoded clips of each batch, in order, a few batches ahead of the consumer."""
-        waiting: deque[list[tuple[list[Clip], _Future]]] = deque()
-        source = iter(batches)
-        for batch in source:
-            waiting.append([(clips, self._submit(clips)) for clips in _by_video(batch)])
-            if len(waiting) > self._ahead:
-                yield self._collect(waiting.popleft())
-        while waiting:
-            yield self._collect(waiting.popleft())
+        """Yield the decoded clips of each batch, in order, ahead of the consumer.
 
-    def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Future:
+        A batch's arrays are valid until the next one is asked for. Clips of one video that
+        follow one another are decoded together, whatever batches they are in.
+        """
+        sizes: deque[int] = deque()
+        stream = self._stream(_sized(batches, sizes))
+        for first, slot in stream:
+            rest = list(islice(stream, sizes.popleft() - 1))
+            yield [first, *(clip for clip, _ in rest)]
+            self._give([slot, *(other for _, other in rest)])
+
+    def _stream(self, clips: Iterable[Clip]) -> Iterator[tuple[Decoded, int | None]]:
+        waiting: deque[_Task] = deque()
+        pending = 0
+        at_once = min(_MOST_AT_ONCE, max(1, self._ahead // (self._workers + 1)))
+        for group in _by_video(clips, at_once):
+            while waiting and pending + len(group) > self._ahead:
+                pending -= len(waiting[0].clips)
+                yield from self._result(waiting.popleft())
+            waiting.append(self._submit(group))
+            pending += len(group)
+        while waiting:
+            yield from self._result(waiting.popleft())
+
+    def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
+        slots = [self._arena.take() if self._arena else None for _ in clips]
         try:
-            return self._schedule(clips, decoder)
+            future = self._schedule(clips, slots, decoder)
         except RuntimeError:  # a process died between tasks, which ends pebble's pool
             self._restart()
-            return self._schedule(clips, decoder)
+            future = self._schedule(clips, slots, decoder)
+        return _Task(clips, slots, future)
 
-    def _schedule(self, clips: list[Clip], decoder: Decoder) -> _Future:
-        future = self._pool.schedule(
-            decode_clips, args=[clips, self.settings, decoder], timeout=self.timeout_s
-        )
+    def _schedule(self, clips: list[Clip], slots: list[int | None], decoder: Decoder) -> _Future:
+        address, size = (self._arena.address, self._arena.slot_bytes) if self._arena else ("", 0)
+        args = [address, size, slots, decode_clips, clips, self.settings, decoder]
+        future = self._pool.schedule(decode_into, args=args, timeout=self.timeout_s)
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         return future
+
+    def _give(self, slots: list[int | None]) -> None:
+        if self._arena:
+            self._arena.give(slots)
 
     def _restart(self) -> None:
         self._open.clear()  # the old pool will not finish them
@@ -130,29 +175,44 @@ class DecodePool:
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
-    def _collect(self, tasks: list[tuple[list[Clip], _Future]]) -> list[Decoded]:
-        return [decoded for clips, future in tasks for decoded in self._result(clips, future)]
-
-    def _result(self, clips: list[Clip], future: _Future) -> list[Decoded]:
+    def _result(self, task: _Task) -> Iterator[tuple[Decoded, int | None]]:
         """Wait for a task; if it fails, decode each of its clips by itself."""
-        found = self._wait(future)
+        found = self._wait(task)
         if not isinstance(found, Reason):
-            return found
-        return [self._again(clip) for clip in clips]
+            yield from zip(found, task.slots, strict=True)
+            return
+        for clip in task.clips:
+            yield self._again(clip)
 
-    def _again(self, clip: Clip) -> Decoded:
+    def _again(self, clip: Clip) -> tuple[Decoded, int | None]:
         """Try a clip once more in another process, then with the second decoder."""
-        found = self._wait(self._submit([clip]))
+        task = self._submit([clip])
+        found = self._wait(task)
         if isinstance(found, Reason):
-            found = self._wait(self._submit([clip], "pyav"))
-        return lost(clip.clip_id, self.settings, found) if isinstance(found, Reason) else found[0]
+            task = self._submit([clip], "pyav")
+            found = self._wait(task)
+        if isinstance(found, Reason):
+            return lost(clip.clip_id, self.settings, found), None
+        return found[0], task.slots[0]
 
-    def _wait(self, future: _Future) -> list[Decoded] | Reason:
+    def _wait(self, task: _Task) -> list[Decoded] | Reason:
+        """Return what a task decoded; if it failed, why, and its slots are free again."""
+        outcome = self._outcome(task.future)
+        if isinstance(outcome, Reason):
+            self._give(task.slots)  # its process is dead or done with them
+            return outcome
+        seconds, parts = outcome
+        self.busy_s += seconds
+        for (decoded, places), slot in zip(parts, task.slots, strict=True):
+            if self._arena:
+                self._arena.restore(decoded, places, slot)
+        return [decoded for decoded, _ in parts]
+
+    def _outcome(self, future: _Future) -> tuple[float, list[tuple[Decoded, Places]]] | Reason:
         if not self._is_done(future):
             return Reason.CRASHED
         try:
-            decoded: list[Decoded] = future.result(0)
-            return decoded
+            return future.result(0)
         except TimeoutError:
             return Reason.TIMEOUT
         except MemoryError:
@@ -212,14 +272,21 @@ def _is_spawned(process: psutil.Process) -> bool:
     return "--multiprocessing-fork" in process.cmdline()
 
 
-def _by_video(batch: list[Clip]) -> Iterator[list[Clip]]:
+def _sized(batches: Iterable[list[Clip]], sizes: deque[int]) -> Iterator[Clip]:
+    for batch in batches:
+        sizes.append(len(batch))
+        yield from batch
+
+
+def _by_video(clips: Iterable[Clip], most: int) -> Iterator[list[Clip]]:
     group: list[Clip] = []
-    for clip in batch:
-        if group and _place(group[-1]) != _place(clip):
+    for clip in clips:
+        if group and (len(group) == most or _place(group[-1]) != _place(clip)):
             yield group
             group = []
         group.append(clip)
-    yield group
+    if group:
+        yield group
 
 
 def _place(clip: Clip) -> Path | None:

@@ -52,9 +52,7 @@ class Raft:
         """Return uint8 [T, 3, h, w], see `flow.as_pictures`."""
         size = self.settings.pairs_at_once
         flows = [
-            self.flow(
-                *(torch.from_numpy(half[i : i + size]) for half in (pairs.first, pairs.second))
-            )
+            self.flow(*torch.from_numpy(pairs.frames[:, i : i + size]))
             for i in range(0, len(pairs.scale), size)
         ]
         motion = torch.cat(flows).cpu().numpy()

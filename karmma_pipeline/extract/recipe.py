@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.annotations import check_clip_id
@@ -150,6 +150,11 @@ class Decode(Recipe):
     memory_gb: float = Field(
         8.0, gt=0, description="A process that takes more is killed; its clips are out_of_memory."
     )
+    queue_gb: float = Field(
+        1.0,
+        gt=0,
+        description="Memory for clips that are decoded ahead of the networks, all together.",
+    )
 
 
 class ExtractRecipe(Recipe):
@@ -188,10 +193,29 @@ class ExtractRecipe(Recipe):
     )
     store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
     decode: Decode = Field(Decode(), description="Reading of media.")
-    batch_size: int = Field(8, gt=0, description="Clips that go through a backbone at once.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs, float32 elsewhere."
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Clips that go through a network at once. auto, here and in the next two:\n"
+        "what a short calibration on this device finds fastest. The first run of a store\n"
+        "calibrates, the store records it, every later run of it computes in the same way.",
+    )
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "auto",
+        description="Of convolutions and products. auto tries what the device is fast at and\n"
+        "keeps it only if every token stays within cosine 0.999 of float32.",
+    )
+    layout: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto", description="Order of the numbers of a picture or video in memory."
+    )
+    compile: bool = Field(
+        False, description="torch.compile: minutes at the start, faster forward passes after."
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Device memory that batch_size auto may use for a forward pass; null: 80 % of\n"
+        "what is free, on a CPU half.",
     )
     max_failures: float = Field(
         0.05, ge=0, le=1, description="Share of clips that may lose a modality to an error."

@@ -48,6 +48,8 @@ TINY: dict[str, Any] = {
     "store": {"clips_per_shard": 4},
     "decode": {"workers": 1},
     "batch_size": 2,
+    "precision": "float32",
+    "layout": "contiguous",
 }
 
 

@@ -25,6 +25,7 @@ def info(root: Path) -> dict[str, Any]:
             "present": counts.pop(int(Reason.PRESENT), 0),
             "absent": {Reason(code).name.lower(): n for code, n in sorted(counts.items())},
             "provenance": one.provenance,
+            "computed": one.computed,
         }
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     return {

@@ -108,7 +108,7 @@ class JoinedStore:
         first = having[0].spec.modalities[modality]
         for other in having[1:]:
             theirs = other.spec.modalities[modality]
-            mine, its = (one.model_dump() for one in (first, theirs))
+            mine, its = (one.model_dump(exclude={"computed"}) for one in (first, theirs))
             for key in mine:
                 if mine[key] != its[key]:
                     raise StoreError(

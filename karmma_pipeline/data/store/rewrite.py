@@ -137,7 +137,12 @@ def _converted(
         tokens = math.prod(grid)
         provenance |= {"token_grid": list(grid), "pooled_from": list(old)}
     return ModalitySpec(
-        tokens=tokens, width=one.width, dtype=dtype, frames=one.frames, provenance=provenance
+        tokens=tokens,
+        width=one.width,
+        dtype=dtype,
+        frames=one.frames,
+        provenance=provenance,
+        computed=one.computed,
     )
 
 

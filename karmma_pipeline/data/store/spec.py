@@ -57,6 +57,11 @@ class ModalitySpec(Recipe):
     )
     frames: int = Field(0, ge=0, description="Sampled times T that are recorded per clip.")
     provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
+    computed: dict[str, Any] = Field(
+        {},
+        description="Precision, layout and batch size of the computation: what decides the last\n"
+        "bits of a token, not what it means.",
+    )
 
     @model_validator(mode="after")
     def _is_of_sane_size(self) -> Self:

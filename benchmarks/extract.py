@@ -1,0 +1,329 @@
+"""How fast `karmma extract` is, as ratios: python benchmarks/extract.py [--quick].
+
+In one run, interleaved, on generated H.264 clips with sound (or --video FILE ...):
+
+    extract   the whole pipeline, from files to a committed store, after its start-up
+    bare      the forward passes alone, on tensors that are there: same mode, same batches
+    loop      what a script does: open the file, read, one clip at a time, float32, save an .npy
+
+Then what each way of computing gains and how far it strays from plain float32, and the peak
+memory over a small and a ten times larger data set. Random weights: speed does not depend on
+them, deviations do a little (--weights DEFAULT after `karmma backbones fetch`).
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import torch
+
+from karmma_pipeline import config, jobs
+from karmma_pipeline.data.manifest import Clip, read_manifest
+from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.extract.calibrate import device_name, measure
+from karmma_pipeline.extract.decode import Settings, decode_clips, input_spec
+from karmma_pipeline.extract.forward import Mode, Network
+from karmma_pipeline.extract.lanes import Lanes, one_thread
+from karmma_pipeline.extract.media import MediaFile
+from karmma_pipeline.extract.modes import FOLDER, decide
+from karmma_pipeline.extract.networks import Networks
+from karmma_pipeline.extract.pipeline import extract
+from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.extract.report import STARTING
+from karmma_pipeline.extract.sampling import sample_times
+from karmma_pipeline.extract.staging import Staged, Work, stage
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.device import pick_device
+
+Sets = dict[str, dict[str, dict[str, Any]]]
+CLIP_S, FILE_S, FPS = 2.0, 16.0, 30
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    arguments = parse()
+    device = pick_device(arguments.device)
+    print(f"{device_name(device)}, {jobs.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n")
+    with tempfile.TemporaryDirectory(prefix="karmma-benchmark-") as name:
+        folder = Path(name)
+        manifest = write_manifest(folder, arguments)
+        print(
+            "| case | extract : bare | loop : extract | s/clip | decode share | bound | start-up |"
+        )
+        print("|---|---:|---:|---:|---:|---|---:|")
+        for case, sets in cases(arguments).items():
+            print(compare(folder, manifest, case, sets, arguments), flush=True)
+        print("\n| backbone | way | time : float32 | least cosine of a token | largest error |")
+        print("|---|---|---:|---:|---:|")
+        for choice in singles(arguments).values():
+            for row in deviations(manifest, choice, device, arguments):
+                print(row, flush=True)
+        if not arguments.no_memory:
+            print(f"\n{peak_memory(folder, arguments)}")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small inputs, few clips: a minute")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--weights", default="random:0")
+    parser.add_argument("--clips", type=int, help="clips of a run; default 24, quick 8")
+    parser.add_argument("--repeat", type=int, help="rounds; default 3, quick 2")
+    parser.add_argument("--case", nargs="*", help="only these cases")
+    parser.add_argument("--video", nargs="*", type=Path, default=[], help="files of your own")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
+    parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
+    arguments = parser.parse_args()
+    arguments.clips = arguments.clips or (8 if arguments.quick else 24)
+    arguments.repeat = arguments.repeat or (2 if arguments.quick else 3)
+    return arguments
+
+
+def singles(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the networks that are looked at one by one."""
+    small = {"frames": 8, "size": 64} if arguments.quick else {}
+    rows: dict[str, dict[str, Any]] = {
+        "swin3d_t": {"frames": 32},
+        "s3d": {"frames": 16},
+        "r2plus1d_18": {"frames": 16},
+    }
+    return {
+        name: {"name": name, "weights": arguments.weights, **row, **small}
+        for name, row in rows.items()
+        if not arguments.case or name in arguments.case
+    }
+
+
+def cases(arguments: argparse.Namespace) -> dict[str, Sets]:
+    """Return the backbone sets that are extracted."""
+    found: dict[str, Sets] = {
+        name: {"one": {"rgb": choice}} for name, choice in singles(arguments).items()
+    }
+    everything = singles(argparse.Namespace(**{**vars(arguments), "case": None}))
+    image = [64, 96] if arguments.quick else [128, 256]
+    sound = {"name": "efficientnet_b0", "weights": arguments.weights, "image": image}
+    s3d = everything["s3d"]
+    found["rgb+flow+audio (s3d, s3d, efficientnet_b0)"] = {
+        "one": {"rgb": s3d, "flow": {**s3d, "weights": "random:1"}, "audio": sound}
+    }
+    found["two sets (swin3d_t, s3d)"] = {
+        "teacher": {"rgb": everything["swin3d_t"]},
+        "student": {"rgb": s3d},
+    }
+    wanted = arguments.case
+    return {k: v for k, v in found.items() if not wanted or any(k.startswith(w) for w in wanted)}
+
+
+def write_manifest(folder: Path, arguments: argparse.Namespace) -> Path:
+    """Write the videos, unless some were given, and their clips."""
+    videos = [path.absolute() for path in arguments.video]
+    if not videos:
+        count = -(-arguments.clips // int(FILE_S / CLIP_S))
+        videos = [write_video(folder / f"v{i}.mp4", i, FILE_S) for i in range(count)]
+    rows = []
+    for path in videos:
+        count = int(MediaFile(path).stop_s / CLIP_S)
+        rows += [f"{path},{i * CLIP_S},{(i + 1) * CLIP_S}" for i in range(count)]
+    return write_rows(folder / "manifest.csv", rows[: arguments.clips])
+
+
+def write_rows(path: Path, rows: Sequence[str]) -> Path:
+    """Write a manifest: file, start and stop of each clip."""
+    lines = [f"c{i},{row},x,train" for i, row in enumerate(rows)]
+    path.write_text("\n".join(["clip_id,video,start,stop,verb,split", *lines]) + "\n")
+    return path
+
+
+def write_video(path: Path, seed: int, seconds: float, size: tuple[int, int] = (854, 480)) -> Path:
+    """Write H.264 and AAC: a texture that moves under a camera's grain."""
+    rng, (w, h) = np.random.default_rng(seed), size
+    noise = rng.integers(0, 256, (h // 8, w // 4, 3), np.uint8)
+    texture = cv2.resize(noise, (2 * w, h), interpolation=cv2.INTER_CUBIC)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.options = {"preset": "veryfast"}
+        track = container.add_stream("aac", rate=24_000, layout="mono")
+        for number in range(round(seconds * FPS)):
+            at = 3 * number % w
+            picture = cv2.add(texture[:, at : at + w], rng.integers(0, 12, (h, w, 3), np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+        wave = rng.normal(0, 0.1, (1, round(seconds * 24_000))).astype(np.float32)
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.sample_rate = 24_000
+        container.mux(track.encode(sound))
+        container.mux(track.encode())
+    return path
+
+
+def make_recipe(manifest: Path, out: Path, sets: Sets, device: str, **more: Any) -> ExtractRecipe:
+    """Build a recipe in default settings."""
+    tree = {"manifest": str(manifest), "out": str(out), "sets": sets, "device": device, **more}
+    return config.build(ExtractRecipe, tree, "benchmark")
+
+
+def compare(
+    folder: Path, manifest: Path, case: str, sets: Sets, arguments: argparse.Namespace
+) -> str:
+    """Time the three against one another and return a row of the table."""
+    out = folder / "out"
+    recipe = make_recipe(manifest, out, sets, arguments.device)
+    networks = Networks(recipe)
+    with one_thread(networks.device):
+        decide(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
+    clips = read_manifest(manifest).clips
+    batches = list(preload(networks, recipe, clips))
+    bares, loops, seconds, shares, starts = [], [], [], [], []
+    bound = ""
+    for _ in range(arguments.repeat):
+        for path in out.iterdir():  # what was found out stays
+            if path.name != FOLDER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        report = extract(recipe)
+        one = report.total_s / report.clips
+        bare = time_bare(networks, batches, report.lanes) / len(clips)
+        loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
+        bares.append(one / bare)
+        loops.append(loop / one)
+        seconds.append(one)
+        shares.append(report.decode_s / report.workers / report.total_s)
+        starts.append(report.seconds[STARTING])
+        bound = report.bound
+    middle = statistics.median
+    return (
+        f"| {case} | {middle(bares):.2f} | {middle(loops):.2f} | {middle(seconds):.3f} "
+        f"| {middle(shares):.0%} | {bound} | {middle(starts):.1f} s |"
+    )
+
+
+def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) -> Iterator[Staged]:
+    """Decode all batches."""
+    writers: Any = dict.fromkeys(recipe.sets)
+    size = networks.batch_size
+    for first in range(0, len(clips), size):
+        some = list(clips[first : first + size])
+        work = Work(some, writers, last=False)
+        yield stage(work, decode_clips(some, Settings.of(recipe)), networks.device.type == "cuda")
+
+
+def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> float:
+    """Return the seconds of the forward passes alone, in the fastest of three ways.
+
+    One pass at a time on one thread, on all CPUs, or as many passes at once as the pipeline
+    has: on a machine with other work the threads of a pass wait for one another.
+    """
+    seconds = []
+    for count in sorted({1, jobs.cpu_count()}):
+        torch.set_num_threads(count)
+        networks.compute(batches[0]).wait()
+        started = time.perf_counter()
+        for computed in [networks.compute(batch) for batch in batches]:
+            computed.wait()
+        seconds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    with Lanes(networks, lanes) as several:
+        for batch in batches:
+            several.put(batch)
+        while len(several):
+            several.take().wait()
+    seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def time_loop(recipe: ExtractRecipe, clips: Sequence[Clip], folder: Path) -> float:
+    """Return the seconds per clip of a plain script, one network after the other."""
+    torch.set_num_threads(jobs.cpu_count())
+    device = pick_device(recipe.device)
+    total = 0.0
+    for choices in recipe.sets.values():
+        for modality, choice in choices.items():
+            backbone = Backbone(choice).to(device)
+            started = time.perf_counter()
+            for clip in clips:
+                if modality == "rgb":
+                    array = read_frames(clip, choice, recipe)
+                else:
+                    settings = Settings(
+                        recipe.sampling, recipe.flow, recipe.audio, (input_spec(modality, choice),)
+                    )
+                    (array,) = decode_clips([clip], settings)[0].arrays.values()
+                with torch.no_grad():
+                    x = backbone.prepare(torch.from_numpy(array)[None].to(device))
+                    np.save(folder / "tokens.npy", backbone(x)[0].cpu().numpy())
+            total += time.perf_counter() - started
+    return total / len(clips)
+
+
+def read_frames(clip: Clip, choice: BackboneChoice, recipe: ExtractRecipe) -> Any:
+    """Open the file and read the frames of one clip."""
+    source = clip.media["rgb"]
+    assert isinstance(source, FileSource)  # noqa: S101
+    stop_s = clip.start_s + CLIP_S if clip.stop_s is None else clip.stop_s
+    times = sample_times(recipe.sampling, clip.start_s, stop_s, choice.frame_count)
+    frames, _ = MediaFile(source.path).frames(times)
+    return choice.transform.apply(frames)
+
+
+def deviations(
+    manifest: Path, tree: dict[str, Any], device: torch.device, arguments: argparse.Namespace
+) -> Iterator[str]:
+    """Yield a row for each way of computing: its time and how far it is from plain float32."""
+    torch.set_num_threads(jobs.cpu_count())
+    choice = config.build(BackboneChoice, tree, "benchmark")
+    recipe = make_recipe(manifest, Path("none"), {"one": {"rgb": tree}}, arguments.device)
+    decoded = decode_clips(list(read_manifest(manifest).clips[:2]), Settings.of(recipe))
+    clips = torch.from_numpy(np.stack([clip.arrays[input_spec("rgb", choice)] for clip in decoded]))
+    network = Network(Backbone(choice), device, Mode())
+    network.tokens(clips[:1])
+    plain = measure(network, Mode(), clips, None)
+    ways = {
+        "channels_last": Mode(layout="channels_last"),
+        "bfloat16": Mode(precision="bfloat16"),
+        "bfloat16, channels_last": Mode(precision="bfloat16", layout="channels_last"),
+    }
+    if device.type == "cuda":
+        ways["tf32"] = Mode(precision="tf32")
+    if arguments.compile:
+        ways["compile"] = Mode(compile=True)
+    for way, mode in ways.items():
+        trial = measure(network, mode, clips, plain.tokens)
+        ratio = trial.seconds / plain.seconds
+        yield (f"| {choice.name} | {way} | {ratio:.2f} | {trial.cosine:.6f} | {trial.error:.2e} |")
+
+
+def peak_memory(folder: Path, arguments: argparse.Namespace) -> str:
+    """Extract few clips and ten times as many, each in a process of its own."""
+    few = 20 if arguments.quick else 200
+    video = write_video(folder / "small.mp4", 0, 8, (160, 96))
+    tiny = {"name": "s3d", "weights": "random:0", "frames": 16, "size": 64}
+    peaks = []
+    for count in (few, 10 * few):
+        rows = [f"{video},{i % 7},{i % 7 + 1}" for i in range(count)]
+        manifest = write_rows(folder / f"{count}.csv", rows)
+        out = folder / f"out{count}"
+        recipe = make_recipe(manifest, out, {"one": {"rgb": tiny}}, arguments.device, batch_size=8)
+        config.save(recipe, folder / "memory.yaml")
+        command = [sys.executable, "-m", "karmma_pipeline.cli", "extract"]
+        subprocess.run([*command, str(folder / "memory.yaml")], check=True, capture_output=True)
+        peaks.append(config.parse_yaml((out / "extract.json").read_text(), "")["peak_memory_bytes"])
+    return (
+        f"peak memory: {peaks[0] / 1e6:.0f} MB for {few} clips, {peaks[1] / 1e6:.0f} MB for "
+        f"{10 * few}: ratio {peaks[1] / peaks[0]:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
