@@ -34,7 +34,7 @@ def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: i
             "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
             "modalities": {m: opened.shape(m) for m in opened.modalities},
             "heads": opened.heads,
-            "provenance": {m: BACKBONE for m in opened.modalities},
+            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
             "store_digest": opened.digest,
         }
     )
