@@ -1,6 +1,7 @@
 """Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from itertools import chain, permutations
 from pathlib import Path
@@ -52,6 +53,7 @@ class JoinedStore:
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
         self.digest = _joined_digest(self.stores, label_spaces)
         self._rows: dict[str, Rows] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -76,7 +78,10 @@ class JoinedStore:
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
         """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent are zeros."""
         if modality not in self._rows:
-            self._rows[modality] = Rows(self.specs[modality].arrays, self._places(modality))
+            with self._lock:
+                if modality not in self._rows:
+                    arrays = self.specs[modality].arrays
+                    self._rows[modality] = Rows(arrays, self._places(modality))
         self._rows[modality].gather(index, out)
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
