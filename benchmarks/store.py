@@ -16,12 +16,12 @@ import argparse
 import json
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -378,31 +378,43 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small: shows that it works")
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--rounds", type=int, help="rounds of each system")
+    parser.add_argument(
+        "--only", choices=["8x1024", "300x1024", "open"], help="one part of it (default: all)"
+    )
     options = parser.parse_args()
-    rounds = options.rounds or (2 if options.quick else 7)
-    cases = [
-        (Case(8, 1024, 1000 if options.quick else 6000), [1, 1000], True),
-        (Case(300, 1024, 256 if options.quick else 400), [1], True),
-    ]
-    if not options.quick:
-        cases.append((Case(300, 1024, 1000), [1, 1000], False))
     torch.set_num_threads(1)
-    print(f"| clips | system | {BASE} / system | range | plain writing / system |")
-    print("|---|---|---:|---|---:|")
-    for case, shard_counts, others in cases:
-        folder = Path(tempfile.mkdtemp(prefix="karmma-benchmark-", dir=options.folder))
-        try:
-            for line in read_table(case, folder, rounds, shard_counts, others):
-                print(line, flush=True)
-        finally:
-            shutil.rmtree(folder)
-    print("\n| store | open | and first batch of all modalities | CPU |\n|---|---|---|---|")
-    folder = Path(tempfile.mkdtemp(prefix="karmma-benchmark-", dir=options.folder))
-    try:
-        for line in open_table(folder, 20_000 if options.quick else 1_000_000):
-            print(line)
-    finally:
-        shutil.rmtree(folder)
+    if options.only != "open":
+        print(f"| clips | system | {BASE} / system | range | plain writing / system |")
+        print("|---|---|---:|---|---:|")
+        for case, shard_counts, others in cases(options.quick):
+            if case.name.startswith(options.only or ""):
+                rounds = options.rounds or (2 if options.quick else 7)
+                with work_folder(options.folder) as folder:
+                    for line in read_table(case, folder, rounds, shard_counts, others):
+                        print(line, flush=True)
+    if options.only in {None, "open"}:
+        print("\n| store | open | and first batch of all modalities | CPU |\n|---|---|---|---|")
+        with work_folder(options.folder) as folder:
+            for line in open_table(folder, 20_000 if options.quick else 1_000_000):
+                print(line)
+
+
+def cases(quick: bool) -> list[tuple[Case, list[int], bool]]:
+    """Return cases, each with its numbers of shards and whether other formats take part."""
+    if quick:
+        return [(Case(8, 1024, 1000), [1, 1000], True), (Case(300, 1024, 256), [1], True)]
+    return [
+        (Case(8, 1024, 6000), [1, 1000], True),
+        (Case(300, 1024, 400), [1], True),
+        (Case(300, 1024, 1000), [1, 1000], False),
+    ]
+
+
+@contextmanager
+def work_folder(where: Path | None) -> Iterator[Path]:
+    """Lend a folder and take it away."""
+    with tempfile.TemporaryDirectory(prefix="karmma-benchmark-", dir=where) as folder:
+        yield Path(folder)
 
 
 if __name__ == "__main__":
