@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +26,13 @@ _LOCK = ".lock"
 class RunFolder:
     """The folder of a run; while it is open no other process may train into it.
 
-    Of several ranks only the one that ``writes`` changes anything; to the others all methods
-    that write do nothing.
+    Args:
+        path: the folder.
+        recipe: of the run.
+        writes: of several ranks only the one that writes changes anything; to the others all
+            methods that write do nothing.
+        free: dotted keys of the recipe that may change when a run goes on, since what comes out
+            does not depend on them.
 
     Raises:
         ConfigError: the folder belongs to another run (the first difference is named) or
@@ -35,8 +40,10 @@ class RunFolder:
         KarmmaError: another process trains into it.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    def __init__(
+        self, path: Path, recipe: Recipe, writes: bool = True, free: Collection[str] = ()
+    ) -> None:
+        self.path, self.writes, self._free = path, writes, free
         self.metrics = path / METRICS
         self._lock: IO[str] | None = None
         if writes:
@@ -45,7 +52,7 @@ class RunFolder:
     def _open(self, recipe: Recipe) -> None:
         there = self.path / RECIPE
         if there.is_file():
-            _check_same(self.path, there, recipe)
+            _check_same(self.path, there, recipe, self._free)
         elif self.path.is_dir():
             _check_ours(self.path)
         elif self.path.exists():
@@ -91,9 +98,9 @@ class RunFolder:
             files.write_text(self.metrics, "".join(lines))
 
 
-def _check_same(path: Path, there: Path, recipe: Recipe) -> None:
-    found = config.parse_yaml(there.read_text(), str(there))
-    wanted = config.parse_yaml(config.dump(recipe), "recipe")
+def _check_same(path: Path, there: Path, recipe: Recipe, free: Collection[str]) -> None:
+    found = _without(config.parse_yaml(there.read_text(), str(there)), free)
+    wanted = _without(config.parse_yaml(config.dump(recipe), "recipe"), free)
     if found != wanted:
         raise ConfigError(
             f"{path}: holds a run of another recipe ({_difference(found, wanted)}); "
@@ -157,6 +164,16 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def _without(tree: Any, keys: Collection[str]) -> Any:
+    for key in keys:
+        part, *names = tree, *key.split(".")
+        for name in names[:-1]:
+            part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            part.pop(names[-1], None)
+    return tree
 
 
 def _difference(there: Any, here: Any, path: str = "") -> str:

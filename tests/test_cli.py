@@ -48,9 +48,12 @@ def test_a_wrong_recipe_is_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
 
 def test_check_prints_the_resolved_recipe_and_does_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"store: {tmp_path}/s\nout: {tmp_path}/run\n")
-    result = run("train-teacher", tmp_path / "r.yaml", "--check", "--set", "optimiser.lr=3e-4")
+    switches = ["--set", "optimiser.lr=3e-4", "--stage", tmp_path / "it's: #1"]
+    result = run("train-teacher", tmp_path / "r.yaml", "--check", *switches)
     assert result.exit_code == 0
     assert "lr: 0.0003" in result.output
+    resolved = config.parse_yaml(result.output, "")
+    assert resolved["loader"]["stage"] == str(tmp_path / "it's: #1")
     assert not (tmp_path / "run").exists()
 
 

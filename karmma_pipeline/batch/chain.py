@@ -88,14 +88,15 @@ def folders(recipe: Recipe) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     if isinstance(recipe, EvaluateRecipe):
         return (*recipe.runs, *recipe.stores), (recipe.out,)
     if isinstance(recipe, DistillRecipe):
-        return (*_stores(recipe), *recipe.teacher, *recipe.teacher_store), (recipe.out,)
+        theirs = (path for one in recipe.teacher_store for path in _paths(one))
+        return (*_paths(recipe.store), *recipe.teacher, *theirs), (recipe.out,)
     if isinstance(recipe, TrainRecipe):
-        return _stores(recipe), (recipe.out,)
+        return _paths(recipe.store), (recipe.out,)
     raise TypeError(type(recipe).__name__)
 
 
-def _stores(recipe: TrainRecipe) -> tuple[Path, ...]:
-    return (recipe.store,) if isinstance(recipe.store, Path) else recipe.store
+def _paths(one_or_more: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    return (one_or_more,) if isinstance(one_or_more, Path) else one_or_more
 
 
 def job_name(chain: Chain, *parts: str) -> str:

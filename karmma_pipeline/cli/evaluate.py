@@ -16,7 +16,7 @@ from karmma_pipeline.cli.options import check_option, load_recipe, set_option
     "stores",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Feature store; with several, each run takes the one it was trained on.",
+    help="Feature store; with several, each run takes the one, or those, it was trained on.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe for all other settings.")

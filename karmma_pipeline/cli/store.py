@@ -86,12 +86,12 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 @_store
 @click.argument("folder", type=click.Path(path_type=Path))
 def store_stage(store: Path, folder: Path) -> None:
-    """Copy a store to a node's own disk and verify it; a verified copy is used again."""
+    """Copy a store to a node's own disk and verify every byte, of a copy that is there too."""
     from karmma_pipeline.data.store import stage
     from karmma_pipeline.jobs import StopFlag
 
     with StopFlag() as stop:
-        click.echo(f"store: {stage(store, folder, stop)}")
+        click.echo(f"store: {stage(store, folder, stop, check_again=True)}")
 
 
 @store.command("merge")

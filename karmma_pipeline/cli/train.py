@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,26 @@ if TYPE_CHECKING:
 
     from karmma_pipeline.config import Recipe
 
+_stage_option = click.option(
+    "--stage",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Copy the store to the node's own disk first, verified: the recipe's loader.stage.",
+)
+
 
 @click.command("train-teacher")
 @recipe_argument
 @set_option
+@_stage_option
 @check_option
-def train_teacher(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
+def train_teacher(
+    recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
+) -> None:
     """Train the multimodal teacher on cached tokens."""
     from karmma_pipeline.train.recipe import TeacherRecipe
 
-    resolved = load_recipe(TeacherRecipe, recipe, overrides, check)
+    resolved = load_recipe(TeacherRecipe, recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.train import stages
 
     _train(stages.train_teacher, resolved)
@@ -32,12 +43,15 @@ def train_teacher(recipe: Path, overrides: tuple[str, ...], check: bool) -> None
 @click.command("train-baseline")
 @recipe_argument
 @set_option
+@_stage_option
 @check_option
-def train_baseline(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
+def train_baseline(
+    recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
+) -> None:
     """Train the student's architecture without a teacher: Baseline and Baseline w/ delta."""
     from karmma_pipeline.train.recipe import BaselineRecipe
 
-    resolved = load_recipe(BaselineRecipe, recipe, overrides, check)
+    resolved = load_recipe(BaselineRecipe, recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.train import stages
 
     _train(stages.train_baseline, resolved)
@@ -46,15 +60,20 @@ def train_baseline(recipe: Path, overrides: tuple[str, ...], check: bool) -> Non
 @click.command()
 @recipe_argument
 @set_option
+@_stage_option
 @check_option
-def distill(recipe: Path, overrides: tuple[str, ...], check: bool) -> None:
+def distill(recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool) -> None:
     """Train the student to follow the teacher under the same missing modalities."""
     from karmma_pipeline.train.recipe import DistillRecipe
 
-    resolved = load_recipe(DistillRecipe, recipe, overrides, check)
+    resolved = load_recipe(DistillRecipe, recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.train import stages
 
     _train(stages.distill, resolved)
+
+
+def _with_stage(overrides: tuple[str, ...], stage: Path | None) -> tuple[str, ...]:
+    return overrides if stage is None else (*overrides, f"loader.stage={json.dumps(str(stage))}")
 
 
 def _train(run: Callable[..., Any], recipe: Recipe) -> None:

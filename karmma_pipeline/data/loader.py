@@ -153,30 +153,34 @@ class FeatureLoader:
             places = self.order(epoch)
         elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
+        masks = self._masks(epoch)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
             for b in range(start_batch, len(self))
         )
         if self.threads == 0:
-            yield from (self._load(part, epoch) for part in parts)
+            yield from (self._load(part, masks) for part in parts)
             return
         pool = ThreadPoolExecutor(self.threads, "loader")
         try:
             waiting = deque(
-                pool.submit(self._load, part, epoch) for part in islice(parts, self.ahead)
+                pool.submit(self._load, part, masks) for part in islice(parts, self.ahead)
             )
             while waiting:
                 batch = waiting.popleft().result()
-                waiting.extend(pool.submit(self._load, part, epoch) for part in islice(parts, 1))
+                waiting.extend(pool.submit(self._load, part, masks) for part in islice(parts, 1))
                 yield batch
                 del batch  # its buffer may be lent again as soon as the consumer lets go of it
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, places: npt.NDArray[np.int64], epoch: int) -> Batch:
+    def _masks(self, epoch: int) -> npt.NDArray[np.bool_]:
+        """Return the masks of all clips: drawn at once they cost next to nothing."""
+        present = self.store.present[self.indices]
+        return modality_mask(self.seed, epoch, self._keys, present, self.p)
+
+    def _load(self, places: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_]) -> Batch:
         clips = self.indices[places]
-        present = self.store.present[clips]
-        mask = modality_mask(self.seed, epoch, self._keys[places], present, self.p)
         index = torch.from_numpy(clips)
         parts, slot = self._gather(index)
         labels = {
@@ -185,8 +189,8 @@ class FeatureLoader:
         }
         return Batch(
             {m: of[0] for m, of in parts.items()},
-            torch.from_numpy(present),
-            torch.from_numpy(mask),
+            torch.from_numpy(self.store.present[clips]),
+            torch.from_numpy(masks[places]),
             labels,
             index,
             {m: of[1] for m, of in parts.items() if len(of) > 1},

@@ -3,7 +3,8 @@
 S subsets, N clips of the split, C classes of a head, M modalities.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import FeatureStore, TokenSource, find_joined, open_joined
 from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
 from karmma_pipeline.evaluate.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
@@ -32,7 +33,7 @@ class Predictions:
 
     name: str
     card: ModelCard
-    store: FeatureStore
+    store: TokenSource
     clips: npt.NDArray[np.int64]
     subsets: tuple[tuple[str, ...], ...]
     logits: dict[str, npt.NDArray[np.float32]]
@@ -92,23 +93,45 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     )
 
 
-def _matching(card: ModelCard, run: Path, stores: list[Path]) -> FeatureStore:
+def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
+    """Return what the run was trained on, or else other clips of the same features.
+
+    Both may be one store or several as one.
+    """
     opened = [FeatureStore.open(path) for path in stores]
-    for store in opened:
-        if store.digest == card.store_digest:
+    if (found := find_joined(opened, card.store_digest)) is not None:
+        return found
+    for store in opened:  # other clips, such as a test set
+        if _takes(card, store) and _has_all(card, store):
             return store
-    for store in opened:  # other clips, such as a test set, of the same features
-        same = store.provenance == card.provenance and store.heads == card.heads
-        if same and {m: store.shape(m) for m in store.modalities} == card.modalities:
-            return store
+    if fitting := [store.path for store in opened if _takes(card, store)]:
+        joined = open_joined(fitting)
+        if _has_all(card, joined):
+            return joined
     given = ", ".join(map(str, stores))
     raise StoreError(
-        f"{run}: was trained on other features than those in {given}; "
-        "add the store that it was trained on with --store."
+        f"{run}: was trained on other features than those in {given}; add the store, or all the "
+        "stores, that it was trained on with --store."
     )
 
 
-def _clips(store: FeatureStore, split: str) -> npt.NDArray[np.int64]:
+def _takes(card: ModelCard, store: TokenSource) -> bool:
+    """Whether all that a store has is what the model was trained on."""
+    return all(
+        card.modalities.get(m) == store.shape(m) and card.provenance.get(m) == store.provenance[m]
+        for m in store.modalities
+    ) and _within(store.heads, card.heads)
+
+
+def _has_all(card: ModelCard, store: TokenSource) -> bool:
+    return {*card.modalities} == {*store.modalities} and card.heads == store.heads
+
+
+def _within(some: Mapping[str, object], every: Mapping[str, object]) -> bool:
+    return all(every.get(name) == value for name, value in some.items())
+
+
+def _clips(store: TokenSource, split: str) -> npt.NDArray[np.int64]:
     chosen = store.split == split if split else np.ones(len(store), bool)
     if not chosen.any():
         known = ", ".join(sorted(set(store.split.tolist())))
@@ -116,8 +139,8 @@ def _clips(store: FeatureStore, split: str) -> npt.NDArray[np.int64]:
     return np.flatnonzero(chosen)
 
 
-def check_same_clips(runs: list[Predictions]) -> None:
-    """Refuse to compare runs that answered different clips.
+def align(runs: list[Predictions]) -> list[Predictions]:
+    """Return the runs with their clips in the order of the first.
 
     Raises:
         ConfigError: the runs' stores hold other clips, labels or modalities.
@@ -127,10 +150,26 @@ def check_same_clips(runs: list[Predictions]) -> None:
         same = (
             first.subsets == other.subsets
             and first.card.heads == other.card.heads
-            and np.array_equal(first.clip_ids, other.clip_ids)
+            and np.array_equal(np.sort(first.clip_ids), np.sort(other.clip_ids))
         )
         if not same:
             raise ConfigError(
                 f"runs {first.name!r} and {other.name!r} do not share their clips, classes and "
                 "modalities; evaluate them in separate reports."
             )
+    return [first, *(_in_order(run, first.clip_ids) for run in runs[1:])]
+
+
+def _in_order(run: Predictions, clip_ids: npt.NDArray[np.bytes_]) -> Predictions:
+    if np.array_equal(run.clip_ids, clip_ids):
+        return run
+    rows = np.empty(len(clip_ids), np.int64)
+    rows[np.argsort(clip_ids)] = np.argsort(run.clip_ids)
+    return replace(
+        run,
+        clips=run.clips[rows],
+        logits={head: of[:, rows] for head, of in run.logits.items()},
+        labels={head: of[rows] for head, of in run.labels.items()},
+        present=run.present[rows],
+        clip_ids=run.clip_ids[rows],
+    )

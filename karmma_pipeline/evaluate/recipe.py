@@ -56,7 +56,8 @@ class EvaluateRecipe(Recipe):
         examples=[["runs/teacher", "runs/baseline", "runs/baseline_delta", "runs/student"]],
     )
     stores: Annotated[list[Path], Field(min_length=1)] = Field(
-        description="Feature stores; each run takes the one whose features it was trained on.",
+        description="Feature stores; each run takes the one whose features it was trained on, or\n"
+        "those of them that it was trained on as one.",
         examples=[["stores/teacher", "stores/student"]],
     )
     out: Path = Field(Path("report"), description="Folder of the report.")

@@ -13,7 +13,7 @@ from karmma_pipeline.evaluate import figures, page, results, tables
 from karmma_pipeline.evaluate.costs import peak_memory_mib, subset_costs
 from karmma_pipeline.evaluate.groups import find_groups
 from karmma_pipeline.evaluate.paper import SIZES
-from karmma_pipeline.evaluate.predict import Predictions, check_same_clips, predict
+from karmma_pipeline.evaluate.predict import Predictions, align, predict
 from karmma_pipeline.evaluate.recipe import EvaluateRecipe
 from karmma_pipeline.evaluate.results import ACTION, Cost, Data, Results, RunResult
 from karmma_pipeline.evaluate.score import Correct, drop_curves, subset_scores
@@ -52,8 +52,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     """
     stop = stop or StopFlag()
     device = pick_device(recipe.device)
-    predictions = [predict(run, recipe, device, stop) for run in recipe.runs]
-    check_same_clips(predictions)
+    predictions = align([predict(run, recipe, device, stop) for run in recipe.runs])
     found = Results(
         software={k: v for k, v in runs.environment()["packages"].items() if v},
         commit=runs.commit(),

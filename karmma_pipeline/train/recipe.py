@@ -117,6 +117,11 @@ def _as_tuple(value: Any) -> Any:
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 """One path, or a list of them."""
 
+Stores = Annotated[
+    tuple[Path | tuple[Path, ...], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+]
+"""One store, or a list of them; each may be a list of stores that are read as one."""
+
 
 class DistillRecipe(TrainRecipe):
     """`karmma distill`: the student follows the teacher under the same masks.
@@ -129,8 +134,9 @@ class DistillRecipe(TrainRecipe):
     teacher: Paths = Field(
         description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
     )
-    teacher_store: Paths = Field(
-        description="The store that the teacher was trained on; one for all, or one for each.",
+    teacher_store: Stores = Field(
+        description="The store that the teacher was trained on; one for all, or one for each.\n"
+        "Several that were trained on as one are a list in the list: [[rgb, audio]].",
         examples=["features/teacher"],
     )
     teacher_weights: tuple[float, ...] = Field(
@@ -150,7 +156,7 @@ class DistillRecipe(TrainRecipe):
     @model_validator(mode="after")
     def _one_store_each(self) -> "DistillRecipe":
         count = len(self.teacher)
-        if len(self.teacher_store) not in {1, count}:
+        if not all(self.teacher_store) or len(self.teacher_store) not in {1, count}:
             raise ValueError(
                 f"teacher_store names {len(self.teacher_store)} stores for {count} teachers; "
                 "give one for all, or one for each"

@@ -30,6 +30,9 @@ from karmma_pipeline.train.table import Tabling
 
 Kind = Literal["teacher", "student", "baseline"]
 
+_WHERE_TOKENS_LIE = ("loader.cache", "loader.stage", "loader.threads", "loader.ahead")
+"""Keys that a run may go on with other values of: a job's own disk has another name each time."""
+
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
     """Train a teacher with cross-entropy under modality dropout."""
@@ -48,7 +51,10 @@ def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
 
 def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
     device = pick_device(recipe.device, Ranks.from_environment().local_rank)
-    with joined(device) as ranks, RunFolder(recipe.out, recipe, writes=ranks.main) as run:
+    with (
+        joined(device) as ranks,
+        RunFolder(recipe.out, recipe, writes=ranks.main, free=_WHERE_TOKENS_LIE) as run,
+    ):
         ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has made it
         try:
             return _resume_or_start(recipe, kind, run, device, ranks, stop)

@@ -10,6 +10,7 @@ N clips, C classes of all heads together, M modalities of the student.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import FeatureStore, TokenSource
+from karmma_pipeline.data.store import FeatureStore, TokenSource, find_joined
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import subsets
@@ -80,7 +81,7 @@ class Tabling:
 
     Args:
         teacher: folder of the saved teacher.
-        teacher_store: the store that it was trained on.
+        teacher_store: the store that it was trained on, or several that it saw as one.
         student: the student's store.
         clips: int64 [N], places in the student's store.
 
@@ -92,17 +93,21 @@ class Tabling:
     def __init__(
         self,
         teacher: Path,
-        teacher_store: Path,
+        teacher_store: Path | Sequence[Path],
         student: TokenSource,
         clips: npt.NDArray[np.int64],
     ) -> None:
         self.teacher, self.student, self.clips = teacher, student, clips
-        self.store, self.card = FeatureStore.open(teacher_store), read_card(teacher)
-        if self.card.store_digest != self.store.digest:
+        self.card = read_card(teacher)
+        paths = [teacher_store] if isinstance(teacher_store, Path) else list(teacher_store)
+        store = find_joined([FeatureStore.open(path) for path in paths], self.card.store_digest)
+        if store is None:
             raise StoreError(
-                f"{teacher_store}: is not the store that {teacher} was trained on; "
-                "set teacher_store to that one."
+                f"{', '.join(map(str, paths))}: is not the store that {teacher} was trained on; "
+                "set teacher_store to that one, or to a list in a list of those that it was "
+                "trained on as one."
             )
+        self.store = store
         if self.card.heads != student.heads:
             raise CheckpointError(
                 f"{teacher}: knows the heads and classes {_sizes(self.card.heads)}, the "
@@ -194,7 +199,7 @@ class Tabling:
 @torch.inference_mode()
 def _ask(
     model: torch.nn.Module,
-    store: FeatureStore,
+    store: TokenSource,
     places: npt.NDArray[np.int64],
     modalities: tuple[str, ...],
     heads: dict[str, int],
@@ -239,7 +244,7 @@ def _whole(folder: Path, number: int) -> bool:
 
 
 def _join(
-    student: TokenSource, teacher: FeatureStore, clips: npt.NDArray[np.int64]
+    student: TokenSource, teacher: TokenSource, clips: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return the places of the student's clips in the teacher's store, met by clip id."""
     place = {clip_id: i for i, clip_id in enumerate(teacher.clip_ids.tolist())}

@@ -20,11 +20,14 @@ from karmma_pipeline.data.store.rewrite import convert, merge, select
 from karmma_pipeline.errors import StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 
+POOLED = {"token_grid": [2, 2, 2], "raw_grid": [4, 7, 7]}
+AS_IT_CAME = {"token_grid": None, "raw_grid": [2, 2, 2]}
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture(scope="module", params=[POOLED, AS_IT_CAME], ids=["pooled", "whole"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("rewrite") / "s"
-    return fill_store(place, modalities={"rgb": (8, 6)}, provenance={"token_grid": [2, 2, 2]})
+    return fill_store(place, modalities={"rgb": (8, 6)}, provenance=request.param)
 
 
 @pytest.fixture(scope="module")

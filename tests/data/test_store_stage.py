@@ -1,5 +1,6 @@
 """Copies near the processor: whole or not there, used again, never without space."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.any_store import fill_store
 
+from karmma_pipeline.cli import main
 from karmma_pipeline.data.loader import LoaderSettings
 from karmma_pipeline.data.opening import open_source
 from karmma_pipeline.data.store import FeatureStore, stage
@@ -43,6 +46,45 @@ def test_a_copy_that_was_cut_or_killed_is_mended(store: Path, tmp_path: Path) ->
     shard_file(place, "rgb", 1).write_bytes(b"cut")
     (place / ".zarr.json.x.tmp").write_text("left by a kill")
     assert stage(store, tmp_path) == place
+    assert tree(place) == tree(store)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def test_a_copy_in_which_a_byte_was_changed_is_copied_again(store: Path, tmp_path: Path) -> None:
+    place = stage(store, tmp_path)
+    path = shard_file(place, "rgb", 1)
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stage(store, tmp_path) == place
+    assert tree(place) == tree(store)
+
+
+def test_a_byte_that_flipped_on_the_disk_itself_is_found_when_asked(
+    store: Path, tmp_path: Path
+) -> None:
+    place = stage(store, tmp_path)
+    path = shard_file(place, "rgb", 1)
+    flip(path)
+    done = place.with_name(f"{place.name}.verified")
+    record = json.loads(done.read_text())
+    state = path.stat()
+    record["files"][str(path.relative_to(place))] = [
+        state.st_size,
+        state.st_ino,
+        state.st_ctime_ns,
+    ]
+    done.write_text(json.dumps(record))
+    stage(store, tmp_path)
+    assert tree(place) != tree(store)
+    assert CliRunner().invoke(main, ["store", "stage", str(store), str(tmp_path)]).exit_code == 0
     assert tree(place) == tree(store)
 
 

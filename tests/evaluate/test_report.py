@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from support.any_store import IDS, fill_store
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.store import FeatureStore, open_joined
 from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
 from karmma_pipeline.evaluate import results as schema
 from karmma_pipeline.evaluate.recipe import EvaluateRecipe
@@ -20,11 +21,12 @@ from karmma_pipeline.evaluate.stage import evaluate, write_report
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, load_model, save_model
 
+BACKBONE = {"backbone": "x", "weights": "random:3"}
 EVIL = "<script>alert(1)</script> $x_$ | a"
 
 
-def save_run(run: Path, store: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
-    opened = FeatureStore.open(store)
+def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
+    opened = open_joined(stores, "join")
     card = ModelCard.model_validate(
         {
             "kind": kind,
@@ -32,7 +34,7 @@ def save_run(run: Path, store: Path, name: str, kind: str = "student", seed: int
             "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
             "modalities": {m: opened.shape(m) for m in opened.modalities},
             "heads": opened.heads,
-            "provenance": {m: {"backbone": "x", "weights": "random:3"} for m in opened.modalities},
+            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
             "store_digest": opened.digest,
         }
     )
@@ -46,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
     store = write_store(root / "store", clips=60)
     for seed, name in enumerate(("Plain", EVIL)):
-        save_run(root / f"run{seed}", store, name, seed=seed)
+        save_run(root / f"run{seed}", store, name=name, seed=seed)
     return root
 
 
@@ -143,9 +145,52 @@ def test_a_run_takes_the_store_it_was_trained_on(place: Path, tmp_path: Path) ->
         evaluate(make_recipe(place, stores=[str(other)], out=str(tmp_path / "r")))
 
 
+RGB, AUDIO = {"rgb": (4, 6)}, {"audio": (2, 5)}
+
+
+def test_a_run_on_several_stores_finds_them_whatever_their_order(tmp_path: Path) -> None:
+    rgb = fill_store(tmp_path / "rgb", IDS, RGB)
+    audio = fill_store(tmp_path / "audio", IDS[::-1], AUDIO)
+    both = fill_store(tmp_path / "both", IDS)
+    runs = [
+        save_run(tmp_path / "joined", audio, rgb, name="joined"),
+        save_run(tmp_path / "plain", both, name="plain"),
+    ]
+    found = evaluate(make_recipe(tmp_path, runs=runs, stores=[both, rgb, audio])).results
+    assert found.data.present == {"rgb": 12, "audio": 11}
+    assert found.runs[0].store_digest == open_joined([audio, rgb], "join").digest
+    with pytest.raises(StoreError, match="all the stores"):
+        evaluate(make_recipe(tmp_path, runs=runs[:1], stores=[both, rgb]))
+
+
+def test_other_clips_of_the_same_features_may_be_several_stores(tmp_path: Path) -> None:
+    made: dict[str, Any] = {"provenance": BACKBONE}
+    shapes = (RGB | AUDIO).items()
+    parts = [fill_store(tmp_path / m, modalities={m: s}, **made) for m, s in shapes]
+    run = save_run(tmp_path / "run", *parts, name="joined")
+    more = [f"d{i:02d}" for i in range(7)]
+    test = [fill_store(tmp_path / f"{m}_", more, {m: s}, **made) for m, s in shapes]
+    found = evaluate(make_recipe(tmp_path, runs=[run], stores=test)).results
+    assert (found.data.clips, found.data.complete) == (7, 7)
+
+
+def test_runs_that_list_their_clips_in_another_order_are_compared_clip_by_clip(
+    tmp_path: Path,
+) -> None:
+    plain = fill_store(tmp_path / "plain", IDS)
+    turned = fill_store(tmp_path / "turned", IDS[::-1])
+    runs = [save_run(tmp_path / s.name, s, name=s.name, kind="teacher") for s in (plain, turned)]
+    evaluate(make_recipe(tmp_path, runs=runs, stores=[plain, turned], names={}))
+    one, other = (
+        load_file(tmp_path / f"report/logits/{n}.safetensors") for n in ("0_plain", "1_turned")
+    )
+    for name, of in one.items():
+        np.testing.assert_allclose(of, other[name], atol=1e-5, err_msg=name)
+
+
 def test_runs_on_other_clips_are_not_put_into_one_report(place: Path, tmp_path: Path) -> None:
     other = write_store(tmp_path / "other", clips=40)
-    save_run(tmp_path / "run", other, "Other")
+    save_run(tmp_path / "run", other, name="Other")
     recipe = make_recipe(
         place,
         runs=[str(place / "run0"), str(tmp_path / "run")],
@@ -182,7 +227,7 @@ def test_groups_have_their_own_scores_and_a_tail_action_has_any_tail_class(
 
 def test_groups_that_extraction_left_beside_the_store_are_used(tmp_path: Path) -> None:
     store = write_store(tmp_path / "features/store", clips=24)
-    save_run(tmp_path / "run", store, "Plain")
+    save_run(tmp_path / "run", store, name="Plain")
     sidecar = tmp_path / "features/groups.json"
     sidecar.write_text(json.dumps({"unseen": ["P1"], "tail": {"noun": [2]}}))
     recipe = make_recipe(

@@ -23,16 +23,16 @@ from karmma_pipeline.train.screen import finite
 SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
 
 
-def common(store: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def common(store: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     tree = {"store": str(store), "out": str(out), "size": SIZE, "epochs": 12, "batch_size": 16}
     return {**tree, "optimiser": {"lr": 5e-3}, "name": "t", **changes}
 
 
-def teacher_recipe(store: Path, out: Path, **changes: Any) -> TeacherRecipe:
+def teacher_recipe(store: Path, out: Path, /, **changes: Any) -> TeacherRecipe:
     return config.build(TeacherRecipe, common(store, out, **changes), "test")
 
 
-def baseline_recipe(store: Path, out: Path, **changes: Any) -> BaselineRecipe:
+def baseline_recipe(store: Path, out: Path, /, **changes: Any) -> BaselineRecipe:
     return config.build(BaselineRecipe, common(store, out, **changes), "test")
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.any_store import fill_store
 from support.tiny_store import write_store
 from support.training import StopAt, student_recipe, teacher_recipe
 
 from karmma_pipeline.data.store import FeatureStore
-from karmma_pipeline.errors import CheckpointError, ConfigError, StoppedError
+from karmma_pipeline.errors import CheckpointError, ConfigError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.train import table as tables
 from karmma_pipeline.train.objective import teacher_log_probabilities
@@ -141,6 +142,16 @@ def test_a_student_follows_two_teachers(store: Path, teachers: list[Path], tmp_p
     distill(alone)
     pair = [(tmp_path / n / "last/model.safetensors").read_bytes() for n in ("s", "one")]
     assert pair[0] != pair[1]
+
+
+def test_a_teacher_that_was_trained_on_several_stores_as_one_teaches(tmp_path: Path) -> None:
+    shapes = {"rgb": (4, 6), "audio": (2, 5)}
+    parts = [str(fill_store(tmp_path / m, modalities={m: s})) for m, s in shapes.items()]
+    train_teacher(teacher_recipe(Path(), tmp_path / "t", epochs=1, store=parts))
+    student = {"epochs": 1, "teacher_store": [parts[::-1]]}
+    distill(student_recipe(Path(parts[0]), tmp_path / "t", tmp_path / "s", **student))
+    with pytest.raises(StoreError, match="a list in a list"):
+        distill(student_recipe(Path(parts[0]), tmp_path / "t", tmp_path / "u"))
 
 
 @pytest.mark.parametrize(

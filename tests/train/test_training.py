@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_store import write_store
-from support.training import SIZE, baseline_recipe, student_recipe, teacher_recipe
+from support.training import (
+    SIZE,
+    StopAt,
+    baseline_recipe,
+    results,
+    student_recipe,
+    teacher_recipe,
+)
 
 from karmma_pipeline.data.loader import FeatureLoader
 from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.errors import (
     CheckpointError,
     ConfigError,
+    StoppedError,
     StoreError,
 )
 from karmma_pipeline.jobs import StopFlag
@@ -61,6 +69,19 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(
     assert (teacher / "best/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"optimiser\.lr is 0\.005 there and 0\.1 here"):
         train_teacher(teacher_recipe(store, teacher, optimiser={"lr": 0.1}))
+
+
+def test_a_run_goes_on_with_its_tokens_elsewhere(store: Path, tmp_path: Path) -> None:
+    done = train_teacher(teacher_recipe(store, tmp_path / "plain", epochs=2))
+    settings: dict[str, Any] = {"stage": str(tmp_path / "job1"), "cache": "device"}
+    recipe = teacher_recipe(store, tmp_path / "run", epochs=2, loader=settings)
+    with pytest.raises(StoppedError):
+        train_teacher(recipe, StopAt(4))
+    moved = {"stage": str(tmp_path / "job2"), "threads": 0}
+    train_teacher(teacher_recipe(store, tmp_path / "run", epochs=2, loader=moved))
+    assert results(tmp_path / "run") == results(done.run)
+    with pytest.raises(ConfigError, match=r"loader\.label_spaces is 'same' there"):
+        train_teacher(teacher_recipe(store, done.run, epochs=2, loader={"label_spaces": "join"}))
 
 
 def test_the_first_loss_is_that_of_a_plain_computation(store: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from karmma_pipeline.data.store.catalog import Catalog, create_store
 from karmma_pipeline.data.store.check import Damage, repair, verify
 from karmma_pipeline.data.store.describe import info
 from karmma_pipeline.data.store.finalize import finalize
-from karmma_pipeline.data.store.joined import JoinedStore, open_joined
+from karmma_pipeline.data.store.joined import JoinedStore, find_joined, open_joined
 from karmma_pipeline.data.store.reader import FeatureStore
 from karmma_pipeline.data.store.source import TokenSource
 from karmma_pipeline.data.store.spec import ClipRow, ModalitySpec, StoreSpec
@@ -26,6 +26,7 @@ __all__ = [
     "TokenSource",
     "create_store",
     "finalize",
+    "find_joined",
     "info",
     "open_joined",
     "repair",

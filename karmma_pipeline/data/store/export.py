@@ -122,12 +122,7 @@ def over_time(
 ) -> npt.NDArray[np.float32]:
     """Return tokens as a sequence [T, D]: the mean over all but the first side of their grid."""
     tokens = one.decode(arrays)
-    return tokens.reshape(_steps(one), -1, one.width).mean(axis=1)
-
-
-def _steps(one: ModalitySpec) -> int:
-    grid = one.provenance.get("token_grid", [one.tokens])
-    return int(grid[0]) if one.tokens % int(grid[0]) == 0 else one.tokens
+    return tokens.reshape(one.grid[0], -1, one.width).mean(axis=1)
 
 
 def _write_clips(store: FeatureStore, out: Path) -> None:
@@ -166,7 +161,7 @@ def _write_tim(store: FeatureStore, out: Path) -> None:
     """Write when each feature begins and ends, on the clip's own clock."""
     duration = _durations(store)
     for column, m in enumerate(store.modalities):
-        steps = _steps(store.specs[m])
+        steps = store.specs[m].grid[0]
         rows: dict[str, list[list[str]]] = defaultdict(
             lambda: [["video_id", "narration_sec", "start_sec", "stop_sec"]]
         )

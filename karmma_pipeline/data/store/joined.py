@@ -1,9 +1,11 @@
 """Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
+from itertools import chain, permutations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +51,9 @@ class JoinedStore:
         self._seconds = {column: self._join_seconds(column) for column in ("start_s", "stop_s")}
         self._owner, self.reasons = self._presence()
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
-        sha = hashlib.sha256(label_spaces.encode())
-        for store in self.stores:
-            sha.update(store.digest.encode())
-        self.digest = sha.hexdigest()
+        self.digest = _joined_digest(self.stores, label_spaces)
         self._rows: dict[str, Rows] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -78,7 +78,10 @@ class JoinedStore:
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
         """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent are zeros."""
         if modality not in self._rows:
-            self._rows[modality] = Rows(self.specs[modality].arrays, self._places(modality))
+            with self._lock:
+                if modality not in self._rows:
+                    arrays = self.specs[modality].arrays
+                    self._rows[modality] = Rows(arrays, self._places(modality))
         self._rows[modality].gather(index, out)
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
@@ -209,6 +212,13 @@ class JoinedStore:
         return joined
 
 
+def _joined_digest(stores: Sequence[FeatureStore], label_spaces: LabelSpaces) -> str:
+    sha = hashlib.sha256(label_spaces.encode())
+    for store in stores:
+        sha.update(store.digest.encode())
+    return sha.hexdigest()
+
+
 def _union(
     ids: Sequence[npt.NDArray[np.bytes_]],
 ) -> tuple[npt.NDArray[np.bytes_], list[npt.NDArray[np.int64]]]:
@@ -253,3 +263,16 @@ def open_joined(paths: Sequence[Path], label_spaces: LabelSpaces = "same") -> To
     """Open one store, or several as one."""
     stores = [FeatureStore.open(path) for path in paths]
     return stores[0] if len(stores) == 1 else JoinedStore(stores, label_spaces)
+
+
+def find_joined(stores: Sequence[FeatureStore], digest: str) -> TokenSource | None:
+    """Return what has a digest: one of the stores, or several as one, given in whatever order."""
+    for store in stores:
+        if store.digest == digest:
+            return store
+    sizes = range(2, len(stores) + 1)
+    for chosen in chain.from_iterable(permutations(stores, size) for size in sizes):
+        for label_spaces in get_args(LabelSpaces):
+            if _joined_digest(chosen, label_spaces) == digest:
+                return JoinedStore(chosen, label_spaces)
+    return None

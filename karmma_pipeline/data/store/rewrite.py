@@ -96,7 +96,8 @@ def convert(
         out: to be written.
         dtype: of all modalities; None keeps each.
         pool: modality to its new token grid, such as [12, 1, 1]: the mean over blocks of the
-            old grid, which stands in the provenance as ``token_grid`` (else it is [N]).
+            old grid, which stands in the provenance as ``token_grid`` (else the backbone's
+            own, ``raw_grid``).
         stop: asks for a stop.
 
     Raises:
@@ -125,7 +126,7 @@ def _converted(
     if dtype != one.dtype:
         provenance["converted_from"] = one.dtype
     if grid is not None:
-        old = _grid(one)
+        old = one.grid
         fits = len(old) == len(grid) and all(
             new > 0 and side % new == 0 for side, new in zip(old, grid, strict=True)
         )
@@ -146,15 +147,10 @@ def _converted(
     )
 
 
-def _grid(one: ModalitySpec) -> tuple[int, ...]:
-    grid = tuple(one.provenance.get("token_grid", (one.tokens,)))
-    return grid if math.prod(grid) == one.tokens else (one.tokens,)
-
-
 def _change(one: ModalitySpec, grid: Sequence[int] | None) -> Change:
     def change(encoded: Encoded) -> npt.NDArray[np.float32]:
         tokens = one.decode(encoded)
-        return tokens if grid is None else pool_tokens(tokens, _grid(one), grid)
+        return tokens if grid is None else pool_tokens(tokens, one.grid, grid)
 
     return change
 

@@ -1,5 +1,6 @@
 """What a feature store is made of: its modalities, label space and list of clips."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -79,6 +80,15 @@ class ModalitySpec(Recipe):
         if self.dtype != "int8":
             return (tokens,)
         return tokens, StoredArray("scale", self.tokens, 1, np.dtype("<f2"))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of the N tokens: what they were pooled to, else the backbone's own map."""
+        for sides in (self.provenance.get("token_grid"), self.provenance.get("raw_grid")):
+            whole = isinstance(sides, list) and all(isinstance(s, int) and s > 0 for s in sides)
+            if sides and whole:
+                return tuple(sides) if math.prod(sides) == self.tokens else (self.tokens,)
+        return (self.tokens,)
 
     @property
     def clip_bytes(self) -> int:

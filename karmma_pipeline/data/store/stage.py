@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,11 +24,21 @@ _ROOM = 1.02
 """Free space that is asked for, times the store's size: folders take some too."""
 
 
-def stage(store: Path, folder: Path, stop: StopFlag | None = None) -> Path:
+def stage(
+    store: Path, folder: Path, stop: StopFlag | None = None, *, check_again: bool = False
+) -> Path:
     """Copy a store into a folder, verify every byte of the copy, and return where it lies.
 
-    A copy that is there and whole is used again; of several processes that ask at once one
-    copies and the others wait. A stopped copy goes on with the files that it lacks.
+    A copy that was verified is used again if none of its files has changed since, by size, inode
+    and time of change; else it is verified again, and mended. Of several processes that ask at
+    once one copies and the others wait. A stopped copy goes on with the files that it lacks.
+
+    Args:
+        store: what to copy.
+        folder: where the copy's folder is made.
+        stop: stops the copying.
+        check_again: verify every byte of a copy that is there, as against bytes that flipped on
+            the disk itself, which change no time.
 
     Raises:
         StoreError: there is not the space (bytes or inodes), or the copy differs.
@@ -39,17 +50,26 @@ def stage(store: Path, folder: Path, stop: StopFlag | None = None) -> Path:
     with files.disk_errors(folder / "x"):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f".{place.name}.lock"):
-            if not _is_copy(place, store):
-                _copy(store, place, stop)
-                damages = verify(place, stop)
-                if damages:
-                    forget(place)
-                    raise StoreError(
-                        f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
-                        "away. Check the store with `karmma store verify`."
-                    )
-                files.write_text(_done(place), _fingerprint(store))
+            if check_again or not _is_unchanged(place, store):
+                _make(store, place, stop)
     return place
+
+
+def _make(store: Path, place: Path, stop: StopFlag) -> None:
+    """Copy what is missing and verify all; what was there and is damaged is copied once more."""
+    used_again = _copy(store, place, stop)
+    states, damages = _states(place), verify(place, stop)
+    if damages and used_again:
+        forget(place)
+        _copy(store, place, stop)
+        states, damages = _states(place), verify(place, stop)
+    if damages:
+        forget(place)
+        raise StoreError(
+            f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
+            "away. Check the store with `karmma store verify`."
+        )
+    files.write_json(_done(place), {"manifest": _fingerprint(store), "files": states})
 
 
 def forget(place: Path) -> None:
@@ -63,18 +83,27 @@ def _done(place: Path) -> Path:
     return place.with_name(f"{place.name}.verified")
 
 
-def _is_copy(place: Path, store: Path) -> bool:
-    """Tell whether a verified copy of just this store is there, files of the right size."""
+def _is_unchanged(place: Path, store: Path) -> bool:
+    """Tell whether a copy of just this store was verified and not touched since."""
     try:
-        if _done(place).read_text() != _fingerprint(store):
-            return False
-        return all((place / n).stat().st_size == size for n, size in _sizes(store).items())
-    except OSError:
+        done = json.loads(_done(place).read_text())
+        return bool(done["manifest"] == _fingerprint(store) and done["files"] == _states(place))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _fingerprint(store: Path) -> str:
     return hashlib.sha256((store / layout.MANIFEST).read_bytes()).hexdigest()
+
+
+def _states(place: Path) -> dict[str, list[int]]:
+    """Return size, inode and time of change (which nobody can set) of every file of a copy."""
+    found, start = {}, len(str(place)) + 1
+    for folder, _, names in os.walk(place):
+        for path in (f"{folder}/{name}" for name in names):
+            state = os.lstat(path)
+            found[path[start:]] = [state.st_size, state.st_ino, state.st_ctime_ns]
+    return found
 
 
 def _sizes(store: Path) -> dict[str, int]:
@@ -91,7 +120,8 @@ def _sizes(store: Path) -> dict[str, int]:
     return found
 
 
-def _copy(store: Path, place: Path, stop: StopFlag) -> None:
+def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
+    """Copy the files that a copy lacks; return whether it had any."""
     sizes = _sizes(store)
     missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
     check_space(place.parent, sum(missing.values()), 4 * len(missing))
@@ -110,6 +140,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> None:
                     stop.check("the files that are copied are kept")
                     target.write(data)
                     bar.update(len(data))
+    return len(missing) < len(sizes)
 
 
 def _has(path: Path, size: int) -> bool:
