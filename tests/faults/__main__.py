@@ -53,12 +53,14 @@ def main() -> int:
 
 def hurt_all(options: argparse.Namespace, folder: Path) -> int:
     """Hurt the scenarios as asked, print how that went, and return the exit code."""
+    from faults.scenarios import warm
     from faults.schedule import schedule
     from faults.trials import DefectError, Trials
 
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     began, defects, ended = time.monotonic(), 0, Counter[str]()
     calls = Calls.preloaded()
+    warm()
     trials = [Trials(name, folder / name, calls) for name in options.only]
     for one in trials:
         print(f"{one.scenario.name}: {len(one.made)} calls change files", flush=True)

@@ -8,12 +8,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import librosa
+import numpy as np
+import torch
 from support.any_store import IDS, fill_store
 from support.media_files import write_video
 from support.tiny_store import write_store
 from support.training import SIZE, common
+from torchvision.models import resnet18
+from torchvision.models.video import s3d
 
 from karmma_pipeline import config, files
+from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.train.recipe import TeacherRecipe
 from karmma_pipeline.train.stages import train_teacher
@@ -55,18 +61,33 @@ def recipe(folder: Path, tree: dict[str, Any]) -> str:
     return str(path)
 
 
+_RGB: dict[str, Any] = {"name": "s3d", "frames": 8, "size": 32}
+_SOUND: dict[str, Any] = {"name": "resnet18", "image": [32, 32]}
+
+
+def warm() -> None:
+    """Do here once what forks would each do again: late imports, and what is remembered."""
+    librosa.stft(np.zeros(1024, np.float32), n_fft=512)
+    librosa.filters.mel(sr=16000, n_fft=512)
+    for choice in (_RGB, _SOUND):
+        BackboneChoice.model_validate(choice).output_shape  # noqa: B018
+
+
 def _extract(folder: Path) -> list[str]:
     write_video(folder / "v.mp4", seconds=1.5, click_s=0.7)
     rows = ["clip_id,video,start,stop,verb,split"]
     rows += [f"c{i},v.mp4,{i * 0.5},{i * 0.5 + 0.5},{'ab'[i % 2]},train" for i in range(3)]
     (folder / "m.csv").write_text("\n".join([*rows, "gone,gone.mp4,0,1,a,val"]) + "\n")
-    rgb = {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32}
-    sound = {"name": "resnet18", "weights": "random:2", "image": [32, 32]}
+    torch.manual_seed(0)
+    for net in (s3d(), resnet18()):
+        torch.save(net.state_dict(), folder / f"{type(net).__name__}.pt")
+    rgb = {**_RGB, "weights": str(folder / "S3D.pt")}
+    sound = {**_SOUND, "weights": str(folder / "ResNet.pt")}
     tree = {
         "manifest": str(folder / "m.csv"),
         "out": str(folder / "work/out"),
         "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
-        "sets": {"teacher": {"rgb": rgb, "audio": sound}, "student": {"audio": sound}},
+        "sets": {"teacher": {"rgb": rgb}, "student": {"audio": sound}},
         "store": {"clips_per_shard": 2},
         "decode": {"workers": 2},
         "batch_size": 2,
