@@ -1,6 +1,9 @@
 import errno
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -53,3 +56,23 @@ def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "c", float("nan"))
+
+
+def test_what_a_killed_process_was_writing_is_swept_away_and_nothing_else(tmp_path: Path) -> None:
+    def die(path: Path) -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=die, args=[tmp_path / "a.json"])
+    child.start()
+    child.join()
+    (left,) = tmp_path.iterdir()
+    assert files.is_temporary(left)
+    other = left.with_name(left.name.replace(socket.gethostname(), "elsewhere"))
+    other.touch()
+    with files.replacing(tmp_path / "b.json") as living:
+        theirs = living.rename(living.with_name(living.name.replace(f"{os.getpid()}", "1")))
+        files.sweep([tmp_path, tmp_path / "gone"])
+        assert sorted(tmp_path.iterdir()) == sorted([theirs, other])
+        theirs.rename(living)

@@ -70,6 +70,8 @@ def hurt_all(options: argparse.Namespace, folder: Path) -> int:
         except DefectError as defect:
             defects += 1
             print(f"DEFECT {one.scenario.name} ({again}): {defect}\n", flush=True)
+    for one in trials:
+        one.close()
     for line, count in sorted(ended.items()):
         print(f"{count:5} {line}")
     print(f"{ended.total()} trials ended with the same bytes, {defects} did not")

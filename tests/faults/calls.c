@@ -203,12 +203,6 @@ int mkdir(const char *path, mode_t mode) {
 int mkdirat(int folder, const char *path, mode_t mode) {
     return hit_at("mkdir", folder, path) ? -1 : REAL(mkdirat, folder, path, mode);
 }
-int chmod(const char *path, mode_t mode) {
-    return hit_at("chmod", AT_FDCWD, path) ? -1 : REAL(chmod, path, mode);
-}
-int fchmodat(int folder, const char *path, mode_t mode, int flags) {
-    return hit_at("chmod", folder, path) ? -1 : REAL(fchmodat, folder, path, mode, flags);
-}
 
 /* Opening counts where it may make or empty a file. */
 #define OPENER(name, folder, path, ...)                                            \

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from faults import damage
 from faults.calls import ERRORS, FAULTS, KILL, Fault
 from faults.trials import Trials
 
@@ -55,6 +56,10 @@ def _kill(one: Trials, rng: random.Random) -> Item:
 def _any(one: Trials, rng: random.Random) -> Item:
     if one.made and rng.randrange(10) < _CALLS_OF_TEN:
         return _hit(one, rng.randint(1, len(one.made)), rng.choice([KILL, *ERRORS]))
-    if rng.random() < 0.5:
+    names = ["a kill", "a stop", *damage.possible(one)]
+    name = rng.choice(names)
+    if name == "a kill":
         return _kill(one, rng)
-    return one, "a stop", partial(one.kill, rng, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+    if name == "a stop":
+        return one, name, partial(one.kill, rng, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+    return one, name, partial(damage.hurt, one, rng, name)

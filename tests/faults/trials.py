@@ -1,9 +1,11 @@
 """One command is hurt, its end is judged, and it runs again; then all must be as if untouched."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 from faults.calls import KILL, Calls, Fault
 from faults.process import PATIENCE_S, Ended, apart, start
 from faults.scenarios import SCENARIOS, losses
+
+MOUNT, UMOUNT = (shutil.which(name) or name for name in ("mount", "umount"))
 
 CLEAR = ("is full", "file system failed", "cannot be written")
 """One of these is in the sentence that a failing disk ends a command with."""
@@ -35,6 +39,8 @@ class Trials:
         self.scenario = SCENARIOS[self.name]
         self.folder.mkdir(parents=True)
         self.work, self.log = self.folder / "work", self.folder / "log"
+        self.work.mkdir()
+        self.mounted = os.geteuid() == 0 and _mount(self.work)
         given = self.folder / "arguments.json"
         apart(lambda: given.write_text(json.dumps(self.scenario.prepare(self.folder))) and None)
         self.arguments: list[str] = json.loads(given.read_text())
@@ -44,22 +50,26 @@ class Trials:
         self._finish("at first")
         self.made = self.calls.rest() if self.calls is not None else []
         self.wanted = self.scenario.tree(self.work)
-        self._seconds: float | None = None
+        self._seconds: dict[bool, float] = {}
 
     def clear(self) -> None:
         """Begin anew."""
-        for path in self.work.iterdir() if self.work.is_dir() else []:
+        for path in self.work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.work.mkdir(exist_ok=True)
 
-    def seconds(self) -> float:
-        """Return how long the command takes in a process of its own; work is cleared."""
-        if self._seconds is None:
+    def close(self) -> None:
+        """Give the disk back."""
+        if self.mounted:
+            subprocess.run([UMOUNT, "-l", str(self.work)], check=True)
+
+    def seconds(self, fresh: bool = True) -> float:
+        """Return how long the command takes, in a new process or in a fork; work is cleared."""
+        if fresh not in self._seconds:
             self.clear()
             began = time.monotonic()
-            self._finish("in a process of its own", fresh=True)
-            self._seconds = time.monotonic() - began
-        return self._seconds
+            self._finish("at first", fresh)
+            self._seconds[fresh] = time.monotonic() - began
+        return self._seconds[fresh]
 
     def hit(self, number: int, fault: Fault) -> str:
         """Hurt the n-th call of a run that begins anew; return what happened."""
@@ -71,21 +81,35 @@ class Trials:
         call = made[number - 1] if number <= len(made) else "no call"
         what = f"{fault.name} at call {number}, {call}"
         self.judge(what, ended, fault is KILL)
-        self._finish(what)
-        self.compare(what)
+        self.end(what)
         return f"{fault.name} at {call.split()[0]}: exit {ended.code}"
 
-    def kill(self, rng: random.Random, number: int = signal.SIGKILL, only: str = "") -> str:
-        """Signal the command in a process of its own at a random moment; return what happened."""
-        moment = rng.uniform(0, self.seconds())
-        self.clear()
-        return self.interrupt(moment, number, only)
+    def kill_at(self, number: int) -> None:
+        """Leave behind what a kill at the n-th call leaves."""
+        assert self.calls is not None
+        self.calls.watch(self.work, number)
+        self.run()
+        self.calls.rest()
 
-    def interrupt(self, moment: float, number: int, only: str) -> str:
-        """Signal the command after some seconds, see that all its processes end, and finish."""
-        name = signal.Signals(number).name
-        what = f"{name} to {only or 'all'} after {moment:.3f} s"
-        run = start(self.arguments, self.log, fresh=True)
+    def kill(
+        self,
+        rng: random.Random,
+        number: int = signal.SIGKILL,
+        only: str = "",
+        fresh: bool = True,
+    ) -> str:
+        """Signal the command at a random moment, run it to the end; return what happened."""
+        moment = rng.uniform(0, self.seconds(fresh))
+        self.clear()
+        ended = self.interrupt(moment, number, only, fresh)
+        what = f"{signal.Signals(number).name} to {only or 'all'}"
+        self.end(f"{what} after {moment:.3f} s")
+        return f"{what}: exit {ended.code}"
+
+    def interrupt(self, moment: float, number: int, only: str, fresh: bool) -> Ended:
+        """Signal the command after some seconds and see that all its processes end well."""
+        what = f"{signal.Signals(number).name} to {only or 'all'} after {moment:.3f} s"
+        run = start(self.arguments, self.log, fresh)
         ended = run.wait(moment)
         if ended is None:
             run.signal(number, only)
@@ -98,9 +122,7 @@ class Trials:
                 raise DefectError(f"{what}: processes are left: {run.members()}")
             time.sleep(0.05)
         self.judge(what, ended, number == signal.SIGKILL and only != "worker", number)
-        self._finish(what)
-        self.compare(what)
-        return f"{name} to {only or 'all'}: exit {ended.code}"
+        return ended
 
     def run(self, fresh: bool = False) -> Ended:
         """Run the command to its end."""
@@ -140,9 +162,18 @@ class Trials:
         if missing or other or (more and not left_over):
             raise DefectError(f"{what}: missing {missing}, different {other}, left over {more}")
 
+    def end(self, what: str) -> None:
+        """Run undisturbed to the end and see that everything is as it must be."""
+        self._finish(what)
+        self.compare(what)
+
     def _finish(self, what: str, fresh: bool = False) -> None:
         ended = self.run(fresh)
         if ended.code != 0 or "Traceback" in ended.said:
             raise DefectError(f"{what}: the run to the end: exit code {ended.code}\n{ended.said}")
 
 
+def _mount(folder: Path) -> bool:
+    """Mount a small disk of memory, which can be filled; False where that is not allowed."""
+    command = [MOUNT, "-t", "tmpfs", "-o", "size=64m,nr_inodes=100000", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

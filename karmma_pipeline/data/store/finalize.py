@@ -51,6 +51,7 @@ def finalize(root: Path) -> None:
         "records": checksums,
         "files": {name: file_sha256(root / name) for name in digested_files(catalog.spec)},
     }
+    files.sweep((root, *(path for path in root.rglob("*") if path.is_dir())))
     layout.write_manifest(root, content)  # last: its being there means a complete store
 
 

@@ -49,6 +49,7 @@ def stage(store: Path, folder: Path, stop: StopFlag | None = None) -> Path:
                         "away. Check the store with `karmma store verify`."
                     )
                 files.write_text(_done(place), _fingerprint(store))
+            files.sweep([folder])
     return place
 
 
