@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchvision.models.video import s3d
 from karmma_pipeline import config, files
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.train import sealed
 from karmma_pipeline.train.recipe import TeacherRecipe
 from karmma_pipeline.train.stages import train_teacher
 from karmma_pipeline.train.state import load_state
@@ -48,10 +50,33 @@ class Scenario:
             name = str(path.relative_to(work))
             if any(fnmatch(name, pattern) for pattern in self.varies):
                 continue
-            found[name + "/" * path.is_dir()] = (
-                "" if path.is_dir() else sha256(path.read_bytes()).hexdigest()
-            )
+            found[name + "/" * path.is_dir()] = "" if path.is_dir() else digest(path)
         return found
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file; of a training state, of what it says.
+
+    The bytes of a pickle depend on which equal strings are one object.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".pt":
+        state = torch.load(BytesIO(sealed.read(path)), weights_only=True)
+        data = "\n".join(_plain(state)).encode()
+    return sha256(data).hexdigest()
+
+
+def _plain(value: Any, name: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key in value:
+            yield from _plain(value[key], f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from _plain(one, f"{name}.{number}")
+    elif isinstance(value, torch.Tensor):
+        yield f"{name} {value.dtype} {value.shape} {value.numpy().tobytes().hex()}"
+    else:
+        yield f"{name} {value!r}"
 
 
 def recipe(folder: Path, tree: dict[str, Any]) -> str:
@@ -174,10 +199,10 @@ def losses(work: Path, wanted: Tree) -> Iterator[str]:
 def _differing(work: Path, folder: Path, wanted: Tree) -> Iterator[str]:
     """Yield what a finished folder lacks or has otherwise; what is left over may be there."""
     start = f"{folder.relative_to(work)}/"
-    for name, digest in wanted.items():
+    for name, sha in wanted.items():
         path = work / name
         if name.startswith(start) and not name.endswith("/"):
             if not path.is_file():
                 yield f"{name} is missing"
-            elif sha256(path.read_bytes()).hexdigest() != digest:
+            elif digest(path) != sha:
                 yield f"{name} differs"
