@@ -22,7 +22,7 @@ from pathlib import Path
 from faults.calls import FAULTS, Calls, build
 
 FOLDER = "KARMMA_FAULTS_FOLDER"
-SCENARIOS = ("extract", "train-teacher", "distill", "evaluate", "convert")
+SCENARIOS = ("extract", "train-teacher", "distill", "evaluate", "convert", "stage")
 
 
 def parse() -> argparse.Namespace:

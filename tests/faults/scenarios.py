@@ -114,7 +114,7 @@ def _extract(folder: Path) -> list[str]:
         "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
         "sets": {"teacher": {"rgb": rgb}, "student": {"audio": sound}},
         "store": {"clips_per_shard": 2},
-        "decode": {"workers": 2},
+        "decode": {"workers": 1},
         "batch_size": 2,
         "max_failures": 1.0,
     }
@@ -122,10 +122,8 @@ def _extract(folder: Path) -> list[str]:
 
 
 def _train_teacher(folder: Path) -> list[str]:
-    store = write_store(folder / "store")
-    loader = {"stage": str(folder / "work/node")}
-    out = folder / "work/run"
-    tree = common(store, out, epochs=2, batch_size=32, save_every_s=0.0, loader=loader)
+    store, out = write_store(folder / "store"), folder / "work/run"
+    tree = common(store, out, epochs=2, batch_size=32, save_every_s=0.0)
     return ["train-teacher", recipe(folder, tree)]
 
 
@@ -161,11 +159,16 @@ def _evaluate(folder: Path) -> list[str]:
 
 
 def _convert(folder: Path) -> list[str]:
-    store = fill_store(folder / "store", IDS[:6], per_shard=4)
+    store = fill_store(folder / "store", IDS[:4], per_shard=2)
     return ["store", "convert", str(store), str(folder / "work/int8"), "--dtype", "int8"]
 
 
-_RUN = ("run/log.txt", "run/environment.json", "run/tensorboard/*", "node/.*.lock")
+def _stage(folder: Path) -> list[str]:
+    store = fill_store(folder / "store", IDS[:4], per_shard=2)
+    return ["store", "stage", str(store), str(folder / "work/node")]
+
+
+_RUN = ("run/log.txt", "run/environment.json", "run/tensorboard/*")
 
 SCENARIOS = {
     scenario.name: scenario
@@ -175,6 +178,7 @@ SCENARIOS = {
         Scenario("distill", _distill, _RUN),
         Scenario("evaluate", _evaluate),
         Scenario("convert", _convert),
+        Scenario("stage", _stage),
     )
 }
 

@@ -41,9 +41,8 @@ class Trials:
         self.work, self.log = self.folder / "work", self.folder / "log"
         self.work.mkdir()
         self.mounted = os.geteuid() == 0 and _mount(self.work)
-        given = self.folder / "arguments.json"
-        apart(lambda: given.write_text(json.dumps(self.scenario.prepare(self.folder))) and None)
-        self.arguments: list[str] = json.loads(given.read_text())
+        apart(self._prepare)
+        self.arguments: list[str] = json.loads((self.folder / "arguments.json").read_text())
         self.clear()
         if self.calls is not None:
             self.calls.watch(self.work)
@@ -51,6 +50,10 @@ class Trials:
         self.made = self.calls.rest() if self.calls is not None else []
         self.wanted = self.scenario.tree(self.work)
         self._seconds: dict[bool, float] = {}
+
+    def _prepare(self) -> None:
+        arguments = self.scenario.prepare(self.folder)
+        (self.folder / "arguments.json").write_text(json.dumps(arguments))
 
     def clear(self) -> None:
         """Begin anew."""
