@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import re
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from karmma_pipeline.errors import KarmmaError
 
@@ -34,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        prefix = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
         try:
@@ -53,6 +58,26 @@ def replacing(path: Path) -> Iterator[Path]:
 def is_temporary(path: Path) -> bool:
     """Tell whether a file is one that `replacing` is writing, or left when it was killed."""
     return path.name.startswith(".") and path.suffix == ".tmp"
+
+
+def sweep(folders: Iterable[Path]) -> None:
+    """Take away what killed processes of this machine were writing; of living ones nothing.
+
+    Args:
+        folders: looked into, but not into folders inside them.
+    """
+    name = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.\w+\.tmp")
+    for folder in folders:
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                found = name.fullmatch(path.name)
+                if found and not _lives(int(found[1])):
+                    path.unlink()
+
+
+def _lives(process: int) -> bool:
+    """Tell whether another process lives; a number like mine is of one before a restart."""
+    return process != os.getpid() and psutil.pid_exists(process)
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 import errno
 import json
 import os
+import signal
+import socket
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,3 +67,24 @@ def test_of_several_that_claim_a_file_one_wins_and_all_agree(tmp_path: Path) -> 
     assert answers == [json.loads(path.read_text())] * 8
     assert files.claim_json(path, {"by": "late"}) == answers[0]
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_process_was_writing_is_swept_away_and_nothing_else(tmp_path: Path) -> None:
+    die = (
+        "import os, pathlib, signal, sys\n"
+        "from karmma_pipeline import files\n"
+        "with files.replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    died = subprocess.run([sys.executable, "-c", die, tmp_path / "a.json"], check=False)
+    assert died.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert files.is_temporary(left)
+    other = left.with_name(left.name.replace(socket.gethostname(), "elsewhere"))
+    other.touch()
+    with files.replacing(tmp_path / "b.json") as living:
+        theirs = living.rename(living.with_name(living.name.replace(f"{os.getpid()}", "1")))
+        files.sweep([tmp_path, tmp_path / "gone"])
+        assert sorted(tmp_path.iterdir()) == sorted([theirs, other])
+        theirs.rename(living)

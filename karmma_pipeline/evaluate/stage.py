@@ -24,6 +24,8 @@ from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import WEIGHTS, ModelCard
 
+_FOLDERS = ("logits", "submission", "tables", "figures")
+
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
 
 _NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
@@ -73,6 +75,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
             write_submission(recipe.out / "submission", file_name, run, recipe.submission)
     config.save(recipe, recipe.out / "recipe.yaml")
     write_report(recipe.out, found)
+    files.sweep([recipe.out, *(recipe.out / name for name in _FOLDERS)])
     return EvaluateReport(recipe.out, found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from karmma_pipeline import config
+from karmma_pipeline import config, files
 from karmma_pipeline.data.store import Catalog, FeatureStore, finalize, layout
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
 from karmma_pipeline.extract.failures import NATURAL, write_failures
@@ -88,7 +88,9 @@ def join(recipe: ExtractRecipe, stores: Mapping[str, Path]) -> int:
     for path in stores.values():
         finalize(path)
     opened = {name: FeatureStore.open(path) for name, path in stores.items()}
-    return write_failures(recipe.out / TABLE, opened)
+    failed = write_failures(recipe.out / TABLE, opened)
+    files.sweep([recipe.out])
+    return failed
 
 
 def is_joined(store: Path) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from karmma_pipeline import files
@@ -22,6 +21,7 @@ from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.train.average import moving_average
+from karmma_pipeline.train.board import Board
 from karmma_pipeline.train.gradient import Gradient, adamw, learning_rate
 from karmma_pipeline.train.objective import Objective
 from karmma_pipeline.train.progress import Clock, Progress, TrainReport, on_screen, progress_bar
@@ -86,16 +86,15 @@ class Trainer:
         total = job.recipe.epochs * len(job.train)
         with (
             files.disk_errors(job.run.metrics),
-            self._boards() as boards,
+            self._board() as board,
             progress_bar(total, self._step_number(), job.card.name, job.ranks.main) as bar,
         ):
             while not progress.finished(job.recipe):
                 clock = Clock()
                 self._train_epoch(objective, stop, clock, bar)
                 row = self._close_epoch(clock, bar)
-                for key, value in row.items():
-                    if boards is not None:
-                        boards.add_scalar(key, value, progress.epoch)
+                if board is not None:
+                    board.write(row, progress.epoch)
         early = progress.epoch < job.recipe.epochs
         return TrainReport(job.run.path, progress.best, progress.epoch, early=early)
 
@@ -240,11 +239,10 @@ class Trainer:
         )
         return row
 
-    def _boards(self) -> AbstractContextManager[SummaryWriter | None]:
+    def _board(self) -> AbstractContextManager[Board | None]:
         if not self.job.ranks.main:
             return nullcontext()
-        folder = self.job.run.path / "tensorboard"
-        return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
+        return Board(self.job.run.path / "tensorboard", self.progress.epoch + 1)
 
     def _step_number(self) -> int:
         return self.progress.epoch * len(self.job.train) + self.progress.batch

@@ -145,6 +145,8 @@ class Tabling:
         missing = [c for c in chunks if c % ranks.size == ranks.rank and not _whole(folder, c)]
         if missing:
             self._compute(folder, missing, device, ranks, stop)
+        if ranks.main:
+            files.sweep([folder])
         stopping, _ = ranks.agree_to_stop(stop)
         if stopping:
             stop.check(f"the chunks of {folder} that are done are kept")

@@ -1,31 +1,39 @@
-"""A few seconds of `tests/faults/trainer.py`; run that by hand for as long as you like."""
+"""A few of the faults of `python -m faults`; run that by hand for as long as you like."""
 
-from collections.abc import Callable, Iterator
+import random
+import signal
+from collections.abc import Iterator
 
 import pytest
-from faults import trainer
-from faults.trainer import Arena
+from faults import damage
+from faults.trials import Trials
 
 
 @pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    made = Arena(tmp_path_factory.mktemp("arena"), seed=0)
+def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+    made = Trials("distill", tmp_path_factory.mktemp("faults") / "distill", None)
     yield made
     made.close()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [trainer.kill, trainer.flip, trainer.vanish, trainer.inject, trainer.fill, trainer.lock],
-)
-def test_a_hurt_training_says_why_and_ends_with_the_same_bytes(
-    arena: Arena, fault: Callable[[Arena], None]
-) -> None:
-    if fault is trainer.inject and not trainer.STRACE:
-        pytest.skip("strace is not installed")
-    if fault in (trainer.fill, trainer.lock) and not arena.mounted:
+@pytest.mark.parametrize("name", [*damage.DISK, *damage.LOST])
+def test_a_hurt_training_says_why_and_ends_with_the_same_bytes(student: Trials, name: str) -> None:
+    if name in damage.DISK and not student.mounted:
         pytest.skip("only root can mount a small disk")
+    damage.hurt(student, random.Random(0), name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+def test_a_training_that_is_stopped_anywhere_ends_with_the_same_bytes(
+    student: Trials, number: int
+) -> None:
+    rng = random.Random(number)
     for _ in range(2):
-        fault(arena)
-    trainer.torment(arena, 0.001, [fault])
-    assert arena.counts["runs with equal bytes"] > 0
+        student.kill(rng, number, fresh=False)
+
+
+def test_flipped_bytes_of_a_half_trained_student_are_noticed(student: Trials) -> None:
+    student.clear()
+    student.interrupt(0.6 * student.seconds(fresh=False), signal.SIGKILL, "", False)
+    with damage.flipped(student, random.Random(0)):
+        student.end("flipped bytes")

@@ -1,6 +1,7 @@
 """Joins the shards of all jobs into a store that knows its clips without opening its shards."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -51,6 +52,8 @@ def finalize(root: Path) -> None:
         "records": checksums,
         "files": {name: file_sha256(root / name) for name in digested_files(catalog.spec)},
     }
+    shutil.rmtree(root / layout.SPOOL, ignore_errors=True)  # of a writer killed after its commit
+    files.sweep((root, *(path for path in root.rglob("*") if path.is_dir())))
     layout.write_manifest(root, content)  # last: its being there means a complete store
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from karmma_pipeline.data.store import layout
 from karmma_pipeline.data.store.catalog import Catalog
 from karmma_pipeline.data.store.check import foreign_files
 from karmma_pipeline.data.store.writer import lock_holder
@@ -28,7 +29,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
     Spools that an extraction will go on with, and whatever a living process writes, stay.
     """
     catalog = Catalog(root)
-    spools = root / "spool"
+    spools = root / layout.SPOOL
     committed = catalog.committed()
     listed: set[Path] = set()
     for folder in sorted(spools.glob("*")) if spools.is_dir() else []:

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 SPEC = "spec.json"
 INDEX = "index.h5"
 ROOT = "zarr.json"
+SPOOL = "spool"
 
 
 def shard_file(root: Path, modality: str, shard: int, array: str = "tokens") -> Path:
@@ -46,7 +47,7 @@ def record_file(root: Path, shard: int) -> Path:
 
 def spool_folder(root: Path, shard: int) -> Path:
     """Return where a shard lies while it is being written."""
-    return root / "spool" / f"{shard:06d}"
+    return root / SPOOL / f"{shard:06d}"
 
 
 def chunk_rows(array: StoredArray, clips_per_shard: int) -> int:

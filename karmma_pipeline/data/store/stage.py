@@ -52,6 +52,7 @@ def stage(
         with _alone(folder / f".{place.name}.lock"):
             if check_again or not _is_unchanged(place, store):
                 _make(store, place, stop)
+            files.sweep([folder])
     return place
 
 

@@ -1,0 +1,65 @@
+"""What is done to which scenario, and when it is enough."""
+
+import argparse
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from faults import damage
+from faults.calls import ERRORS, FAULTS, KILL, Fault
+from faults.trials import Trials
+
+Item = tuple[Trials, str, Callable[[], str]]
+"""A scenario, the options that repeat what is done to it, and what does it."""
+
+_CALLS_OF_TEN = 7
+"""Of ten trials of a short run so many hit a call; the others take new processes, or a disk."""
+
+
+def schedule(
+    options: argparse.Namespace, trials: Sequence[Trials], rng: random.Random, began: float
+) -> Iterator[Item]:
+    """Yield what the options ask for."""
+    if options.sweep or options.call:
+        yield from _sweep(options, trials)
+    elif options.kills:
+        yield from (_kill(one, rng) for one in trials for _ in range(options.kills))
+    else:
+        while time.monotonic() - began < options.seconds:
+            yield _any(rng.choice(trials), rng)
+
+
+def _sweep(options: argparse.Namespace, trials: Sequence[Trials]) -> Iterator[Item]:
+    """Yield a kill and one of the errors, in turn, for every call."""
+    part, parts = (int(word) for word in options.part.split("/"))
+    for one in trials:
+        for number in range(part, len(one.made) + 1, parts):
+            if options.call in (None, number):
+                faults = [KILL, ERRORS[number // parts % len(ERRORS)]]
+                if options.fault:
+                    faults = [FAULTS[options.fault]]
+                yield from (_hit(one, number, fault) for fault in faults)
+
+
+def _hit(one: Trials, number: int, fault: Fault) -> Item:
+    return one, f"--call {number} --fault {fault.name}", partial(one.hit, number, fault)
+
+
+def _kill(one: Trials, rng: random.Random) -> Item:
+    """Return a SIGKILL at a random moment; of a command with workers at times to one process."""
+    only = rng.choice(["", "", "main", "worker"]) if one.scenario.name == "extract" else ""
+    return one, f"--kills 1 {only}", partial(one.kill, rng, signal.SIGKILL, only)
+
+
+def _any(one: Trials, rng: random.Random) -> Item:
+    if one.made and rng.randrange(10) < _CALLS_OF_TEN:
+        return _hit(one, rng.randint(1, len(one.made)), rng.choice([KILL, *ERRORS]))
+    names = ["a kill", "a stop", *damage.possible(one)]
+    name = rng.choice(names)
+    if name == "a kill":
+        return _kill(one, rng)
+    if name == "a stop":
+        return one, name, partial(one.kill, rng, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+    return one, name, partial(damage.hurt, one, rng, name)
