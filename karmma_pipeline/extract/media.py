@@ -32,7 +32,8 @@ class MediaFile:
 
     Args:
         path: the file.
-        stream: number of the stream to read; None: the default one of each kind.
+        stream: number of the stream to read, the only one then; None: the default one of each
+            kind.
         decoder: the one that is tried first; after pyav there is none.
         left_half: of side-by-side pictures, give the left one.
     """
