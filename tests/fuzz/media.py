@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import h5py
 import numpy as np
 import torch
@@ -72,10 +72,9 @@ def write_originals(folder: Path) -> None:
     write_video(folder / "r.avi", codec="mpeg4", times=(np.arange(40) / 25).tolist(), **silent)
     write_video(folder / "p.mpg", codec="mpeg2video", times=(np.arange(40) / 25).tolist(), **silent)
     write_video(folder / "sound.m4a", video=False)
-    with av.open(str(folder / "sound.wav"), "w") as out:
-        stream = out.add_stream("pcm_s16le", rate=16_000, layout="mono")
-        wave = np.zeros((1, 32_000), np.int16)
-        out.mux(stream.encode(av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")))
+    with wave.open(str(folder / "sound.wav"), "wb") as out:
+        out.setparams((1, 2, 16_000, 0, "NONE", ""))
+        out.writeframes(np.zeros(32_000, np.int16).tobytes())
     (folder / "list.mp4").write_text(f"ffconcat version 1.0\nfile {folder / 'a.mp4'}\n")
     pictures = folder / "pictures"
     pack(write_frames(pictures / "rgb", range(1, 51)), folder / "rgb.tar")
