@@ -20,10 +20,24 @@ from karmma_pipeline.cli.options import (
 @set_option
 @check_option
 @click.option("--part", metavar="I/N", help="Do part I of N only; Slurm arrays set it themselves.")
-def extract(recipe: Path, overrides: tuple[str, ...], check: bool, part: str | None) -> None:
+@click.option(
+    "--max-failures",
+    metavar="SHARE",
+    help="End with code 3 if more clips than that lose a modality to an error; the recipe's\n"
+    "max_failures.",
+)
+def extract(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    check: bool,
+    part: str | None,
+    max_failures: str | None,
+) -> None:
     """Turn the clips of a manifest into feature stores."""
     from karmma_pipeline.extract.recipe import ExtractRecipe
 
+    if max_failures is not None:
+        overrides = (*overrides, f"max_failures={max_failures}")
     resolved = load_recipe(ExtractRecipe, recipe, overrides, check)
     from karmma_pipeline.extract.pipeline import extract as run
     from karmma_pipeline.jobs import Part, StopFlag

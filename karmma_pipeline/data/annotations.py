@@ -172,7 +172,8 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
 
 
 def _called(kind: type) -> str:
-    return {dict: "object", list: "array", str: "string", int: "number", float: "number"}[kind]
+    names = {dict: "object", list: "array", str: "string", bool: "true or false"}
+    return names.get(kind, "number")
 
 
 def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:

@@ -13,10 +13,12 @@ class FileSource:
     """A video or sound file, addressed by time.
 
     stream: number of the stream in the file; None is the default one of its kind.
+    left_half: its pictures show two views side by side; the left one is taken.
     """
 
     path: Path
     stream: int | None = None
+    left_half: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def open_container(path: Path) -> "av.container.InputContainer":
 
 
 def probe(path: Path, stream: int | None = None) -> Probe:
-    """Look at the default streams of a file, or at the named one and the default of the other kind.
+    """Look at the default streams of a file, or at the named one alone; the clock is the file's.
 
     Raises:
         MediaFaultError: see `open_container`.
@@ -71,28 +71,38 @@ def probe(path: Path, stream: int | None = None) -> Probe:
         if any(s.codec_context is None for s in container.streams.video):
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: damaged header")
         best = {kind: container.streams.best(kind) for kind in ("video", "audio")}
-        chosen = dict(best)
+        chosen: dict[str, Any] = dict(best)
         if stream is not None:
             if not 0 <= stream < len(container.streams):
                 raise MediaFaultError(Reason.NO_STREAM, f"{path}: no stream {stream}")
-            chosen[container.streams[stream].type] = container.streams[stream]
-        video = chosen["video"]
-        if video is not None and video.disposition & Disposition.attached_pic:
-            chosen["video"] = None  # the cover of a sound file
-        firsts = {kind: _first_s(s) for kind, s in chosen.items() if s is not None}
-        zero = min((max(0.0, first) for first in firsts.values()), default=0.0)
+            named = container.streams[stream]
+            chosen = {named.type: named}
+        zero = _zero_s(container)
 
         def facts(kind: str) -> StreamFacts | None:
-            found: Any = chosen.get(kind)
-            if found is None:
+            found = chosen.get(kind)
+            if found is None or _is_cover(found):
                 return None
+            first = _first_s(found)
             # Sound before zero is the encoder's run-in, which decoders leave out.
-            delay = max(0.0, firsts[kind]) - zero
+            delay = max(0.0, first) - zero
             rate = found.sample_rate if kind == "audio" else None
-            return StreamFacts(found.index, firsts[kind], delay, rate, found is best[kind])
+            return StreamFacts(found.index, first, delay, rate, found is best[kind])
 
         names = set(container.format.name.split(","))
         return Probe(facts("video"), facts("audio"), bool(names & {"mp4", "matroska"}))
+
+
+def _is_cover(stream: Any) -> bool:
+    """Tell whether a stream is the cover picture of a sound file."""
+    return stream.type == "video" and bool(stream.disposition & Disposition.attached_pic)
+
+
+def _zero_s(container: Any) -> float:
+    """Return when the first picture or sound of a file starts, on its own time stamps."""
+    streams = [*container.streams.video, *container.streams.audio]
+    firsts = [_first_s(s) for s in streams if s.start_time is not None and not _is_cover(s)]
+    return min((max(0.0, first) for first in firsts), default=0.0)
 
 
 def _first_s(stream: Any) -> float:

@@ -32,12 +32,22 @@ class MediaFile:
 
     Args:
         path: the file.
-        stream: number of the stream to read; None: the default one of each kind.
+        stream: number of the stream to read, the only one then; None: the default one of each
+            kind.
         decoder: the one that is tried first; after pyav there is none.
+        left_half: of side-by-side pictures, give the left one.
     """
 
-    def __init__(self, path: Path, stream: int | None = None, decoder: Decoder = "decord") -> None:
+    def __init__(
+        self,
+        path: Path,
+        stream: int | None = None,
+        decoder: Decoder = "decord",
+        *,
+        left_half: bool = False,
+    ) -> None:
         self.path, self._stream, self._decoder = path, stream, decoder
+        self._left_half = left_half
 
     @cached_property
     def _probe(self) -> Probe:
@@ -93,11 +103,14 @@ class MediaFile:
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
         """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
 
-        What decord cannot decode is left to PyAV, frame by frame at the same time.
-
         Raises:
-            MediaFaultError: neither can decode them.
+            MediaFaultError: no decoder can decode them.
         """
+        for number, picture in self._decode(numbers):
+            yield number, picture[:, : picture.shape[1] // 2] if self._left_half else picture
+
+    def _decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+        """What decord cannot decode is left to PyAV, frame by frame at the same time."""
         unique, video, done = np.unique(numbers), self._video, 0
         try:
             for number, picture in video.decode(unique):

@@ -71,7 +71,9 @@ class Readers:
     def _opened(self, source: Source) -> Reader:
         match source:
             case FileSource():
-                return MediaFile(source.path, source.stream, self._decoder)
+                return MediaFile(
+                    source.path, source.stream, self._decoder, left_half=source.left_half
+                )
             case FrameSource():
                 return FrameFiles(source, self._index_folder)
             case SoundArray():

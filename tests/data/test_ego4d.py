@@ -37,6 +37,7 @@ def write_ego4d(root: Path, *rows: Any) -> None:
     videos = [
         {"video_uid": "v-1", "video_metadata": {"audio_base_denominator": 48000}},
         {"video_uid": "v-2", "video_metadata": {"audio_base_denominator": None}},
+        {"video_uid": "v-3", "is_stereo": True},
     ]
     (root / "ego4d.json").write_text(json.dumps({"videos": videos}))
 
@@ -62,6 +63,30 @@ def test_actions_lie_in_their_clip_file_or_later_in_the_whole_video(tmp_path: Pa
 def test_a_video_that_was_recorded_mute_has_no_audio(tmp_path: Path) -> None:
     write_ego4d(tmp_path, ACTION, MUTE)
     assert ["audio" in clip.media for clip in ego4d(tmp_path).clips] == [True, False]
+
+
+def test_of_side_by_side_stereo_the_left_half_is_taken_and_told(tmp_path: Path) -> None:
+    write_ego4d(tmp_path, ACTION, {**ACTION, "video_uid": "v-3", "clip_uid": "c-3"})
+    touch(tmp_path, "clips/c-1.mp4", "full_scale/v-3.mp4")
+    manifest = ego4d(tmp_path)
+    halves = [media.left_half for clip in manifest.clips for media in clip.media.values()
+              if isinstance(media, FileSource)]  # fmt: skip
+    assert halves == [False] * 3 + [True] * 3
+    assert "clips of side-by-side stereo, left half taken: 1" in manifest.found
+
+
+@pytest.mark.parametrize(
+    ("videos", "message"),
+    [
+        (7, r"ego4d\.json: has no list 'videos'"),
+        ([{"video_uid": "v", "is_stereo": "no"}], r"entry 1: is_stereo='no': must be a JSON true"),
+    ],
+)
+def test_a_wrong_list_of_videos_is_named(tmp_path: Path, videos: Any, message: str) -> None:
+    write_ego4d(tmp_path, ACTION)
+    (tmp_path / "ego4d.json").write_text(json.dumps({"videos": videos}))
+    with pytest.raises(ManifestError, match=message):
+        ego4d(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,17 @@ def test_odd_names_are_files(make_video: Maker, name: str, decoder: Decoder) -> 
     assert read_counter(frames[0]) == 12
 
 
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_the_left_view_of_stereo_pictures_is_half_as_wide(
+    make_video: Maker, decoder: Decoder
+) -> None:
+    path, time = make_video(sound=False), np.array([0.5])
+    both = MediaFile(path, decoder=decoder).frames(time)[0]
+    left = MediaFile(path, decoder=decoder, left_half=True).frames(time)[0]
+    assert both.shape[2] == 96
+    np.testing.assert_array_equal(left, both[:, :, :48])
+
+
 @pytest.mark.parametrize("audio_delay_s", [0.0, 0.5])
 def test_sound_that_starts_late_stays_late(make_video: Maker, audio_delay_s: float) -> None:
     file = MediaFile(make_video(click_s=0.7, audio_delay_s=audio_delay_s))

@@ -1,5 +1,6 @@
 """Both decoders count, time and turn frames alike; PyAV reads what decord cannot."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,35 @@ def test_no_frame_that_damage_may_have_touched_is_given(make_video: Maker) -> No
     assert set(faults) == {Reason.DECODE_ERROR}
 
 
-def test_a_named_stream_is_read_instead_of_the_default(make_video: Maker, tmp_path: Path) -> None:
-    parts = [make_video("a.mp4", sound=False), make_video("b.mp4", sound=False, seconds=4.0)]
-    path = tmp_path / "two.mp4"
-    with av.open(str(path), "w") as out:
-        inputs = [av.open(str(part)) for part in parts]
-        streams: list[Any] = [out.add_stream_from_template(one.streams.video[0]) for one in inputs]
-        for one, stream in zip(inputs, streams, strict=True):
-            for packet in one.demux(video=0):
+def joined(path: Path, *parts: Path) -> Path:
+    """Put the streams of files into one file, in the order of the files."""
+    with ExitStack() as stack:
+        inputs: list[Any] = [stack.enter_context(av.open(str(part))) for part in parts]
+        out = stack.enter_context(av.open(str(path), "w"))
+        streams = [[out.add_stream_from_template(s) for s in one.streams] for one in inputs]
+        for one, targets in zip(inputs, streams, strict=True):
+            for packet in one.demux():
                 if packet.size:
-                    packet.stream = stream
+                    packet.stream = targets[packet.stream.index]
                     out.mux(packet)
-            one.close()
-    assert [round(MediaFile(path, stream=n).stop_s) for n in (0, 1)] == [2, 4]
-    for number in (7, -1):
+    return path
+
+
+def test_a_named_stream_is_read_instead_of_the_default(make_video: Maker, tmp_path: Path) -> None:
+    parts = [make_video("a.mp4"), make_video("b.mp4", sound=False, seconds=4.0)]
+    path = joined(tmp_path / "three.mp4", *parts)  # 0: picture, 1: sound, 2: picture
+    assert [round(MediaFile(path, stream=n).stop_s) for n in (0, 2)] == [2, 4]
+    for number in (1, 7, -1):  # one that is there is no picture
         with pytest.raises(MediaFaultError) as caught:
             _ = MediaFile(path, stream=number).stop_s
         assert caught.value.reason is Reason.NO_STREAM
+    assert MediaFile(path, stream=1).sound_span(16_000)[1] == pytest.approx(2, abs=0.1)
+    with pytest.raises(MediaFaultError):
+        MediaFile(path, stream=2).sound_span(16_000)
+
+
+def test_a_named_stream_keeps_the_clock_of_its_file(make_video: Maker, tmp_path: Path) -> None:
+    late = make_video("late.mp4", sound=False, video_delay_s=0.5)
+    path = joined(tmp_path / "two.mp4", make_video("a.mp4", sound=False), late)
+    for number, start_s in ((0, 0.0), (1, 0.5)):
+        assert MediaFile(path, stream=number).frame_starts[0] == pytest.approx(start_s, abs=1e-3)

@@ -52,7 +52,7 @@ def read(dataset: Ego4dLta) -> Manifest:
     """
     folder = dataset.annotations or dataset.root / "annotations"
     heads = _taxonomy(folder / "fho_lta_taxonomy.json")
-    reader = _Reader(dataset, heads, _silent(dataset.root / "ego4d.json"))
+    reader = _Reader(dataset, heads, _videos(dataset.root / "ego4d.json"))
     clips: list[tuple[str, Clip]] = []
     found = []
     for split in dict.fromkeys(dataset.splits):
@@ -65,7 +65,7 @@ def read(dataset: Ego4dLta) -> Manifest:
         some = annotations.collect(path, items, partial(reader.clip, split=split))
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
         found.append(f"{split}: {len(some):,} clips")
-    lines = (*found, *reader.found.lines("clips"))
+    lines = (*found, *reader.found.lines("clips"), *reader.notes())
     return Manifest(unique(folder, clips), heads, found=lines)
 
 
@@ -82,21 +82,37 @@ def _taxonomy(path: Path) -> dict[str, tuple[str, ...]]:
     return heads
 
 
-def _silent(path: Path) -> frozenset[str]:
-    """Return the videos without a sound track, which were recorded mute or redacted."""
+@dataclass(frozen=True)
+class _Videos:
+    """Videos that ego4d.json says are special.
+
+    silent: without a sound track: recorded mute, or redacted.
+    stereo: two views side by side; Ego4D's own features are of the left one.
+    """
+
+    silent: frozenset[str] = frozenset()
+    stereo: frozenset[str] = frozenset()
+
+
+def _videos(path: Path) -> _Videos:
     if not path.is_file():
-        return frozenset()
-    table = annotations.read_json(path, dict, "list of videos")
-    entries = table.get("videos")
-    items = [(f"videos entry {i}", entry) for i, entry in enumerate(entries or [], 1)]
-    return frozenset(uid for _, uid in annotations.collect(path, items, _mute_uid) if uid)
+        return _Videos()
+    entries = annotations.read_json(path, dict, "list of videos").get("videos")
+    if not isinstance(entries, list):
+        raise ManifestError(f"{path}: has no list 'videos'.")
+    items = [(f"videos entry {i}", entry) for i, entry in enumerate(entries, 1)]
+    facts = [fact for _, fact in annotations.collect(path, items, _video)]
+    return _Videos(
+        frozenset(uid for uid, silent, _ in facts if silent),
+        frozenset(uid for uid, _, stereo in facts if stereo),
+    )
 
 
-def _mute_uid(entry: Any) -> str:
+def _video(entry: Any) -> tuple[str, bool, bool]:
     facts = annotations.field(entry, "video_metadata", dict, {})
-    uid = annotations.field(entry, "video_uid", str)
-    has_sound = facts.get("audio_base_denominator", 1) is not None
-    return "" if has_sound else uid
+    silent = facts.get("audio_base_denominator", 1) is None
+    stereo = annotations.field(entry, "is_stereo", bool, False)
+    return annotations.field(entry, "video_uid", str), silent, stereo
 
 
 @dataclass
@@ -105,9 +121,16 @@ class _Reader:
 
     dataset: Ego4dLta
     heads: Mapping[str, tuple[str, ...]]
-    silent: frozenset[str]
+    videos: _Videos
     listing: Listing = field(default_factory=Listing)
     found: Found = field(default_factory=Found)
+    stereo: int = 0
+
+    def notes(self) -> list[str]:
+        """Say how many clips are halves of pictures."""
+        if not self.stereo:
+            return []
+        return [f"clips of side-by-side stereo, left half taken: {self.stereo:,}"]
 
     def clip(self, entry: Any, split: Split) -> Clip:
         uids = {key: annotations.field(entry, key, str) for key in ("video_uid", "clip_uid")}
@@ -123,7 +146,7 @@ class _Reader:
             raise ValueError(f"action_clip_end_sec={stop_s}: is not after {start_s}")
         source, offset_s = self._media(video, clip, entry)
         media: dict[str, Source] = {"rgb": source, "flow": source}
-        if video not in self.silent:
+        if video not in self.videos.silent:
             media["audio"] = source
         labels = {head: self._label(entry, head) for head in HEADS}
         clip_id = f"{clip}_{annotations.field(entry, 'action_idx', int)}"
@@ -138,16 +161,18 @@ class _Reader:
         )
 
     def _media(self, video: str, clip: str, entry: Any) -> tuple[FileSource, float]:
-        root = self.dataset.root
+        root, left_half = self.dataset.root, video in self.videos.stereo
+        self.stereo += left_half
         for place in self.dataset.prefer:
             name = f"{place}/{clip if place == 'clips' else video}.mp4"
             if self.listing.has(root / name):
                 self.found.add("rgb", f"in {place}", root / name)
-                return FileSource(root / name), self._offset(place, entry)
+                source = FileSource(root / name, left_half=left_half)
+                return source, self._offset(place, entry)
         place = self.dataset.prefer[0]
         path = root / f"{place}/{clip if place == 'clips' else video}.mp4"
         self.found.add("rgb", MISSING, path)
-        return FileSource(path), self._offset(place, entry)
+        return FileSource(path, left_half=left_half), self._offset(place, entry)
 
     @staticmethod
     def _offset(place: Place, entry: Any) -> float:
