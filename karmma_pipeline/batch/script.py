@@ -89,7 +89,7 @@ def batch_script(job: Job, site: Site) -> str:
             torchrun=program(site, "torchrun"),
             ranks=job.ranks,
             retries=site.retries,
-            command=f"{program(site)} {job.arguments}",
+            command=f"{'karmma' if site.container else program(site)} {job.arguments}",  # inside
         )
     else:
         text += f"{program(site)} {job.arguments} &\n"

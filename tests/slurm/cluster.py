@@ -1,5 +1,9 @@
-"""A real Slurm of three virtual nodes on one machine: loopback only, no systemd, no database."""
+"""A real Slurm of three virtual nodes on one machine: loopback only, no systemd, no database.
 
+It needs no root, and nothing of the machine but the programs.
+"""
+
+import getpass
 import os
 import secrets
 import shutil
@@ -8,24 +12,29 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-NODES = ("n1", "n2", "n3")
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+"""Names that every machine can resolve, for torchrun goes to the first node by its name."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "munged", "munge")
+JOBS = 100
+"""Ports kept free for torchrun: the scripts choose 20000 + the job's number."""
+FIRST_PORT = 21000
+MEMORY_GB, DISK_GB = 4, 2
 
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
+SlurmUser={user}
+SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job may start again only after its credential has run out: 120 s by default.
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=5,socket={folder}/munge.socket
 # Without these the daemons would listen to the whole network.
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
@@ -48,8 +57,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
 SlurmctldTimeout=30
-SlurmdTimeout=30
-NodeName=n[1-3] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=6000
+SlurmdTimeout=15
+FirstJobId={first_job}
+NodeName=127.0.0.[1-3] NodeHostname={host} Port=[{first}-{last}] CPUs=2 RealMemory=6000
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -58,14 +68,47 @@ class CannotRunError(Exception):
     """This machine cannot have a Slurm of its own; says why."""
 
 
-@contextmanager
-def running(folder: Path) -> Iterator["Cluster"]:
-    """Start Slurm, installing it where that is possible, and stop it whatever happens.
+def install() -> None:
+    """Install Slurm and munge.
 
     Raises:
-        CannotRunError: it cannot be installed or started.
+        CannotRunError: there is no apt-get, or it fails.
     """
-    _install()
+    if not _missing():
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise CannotRunError("Slurm can be installed only by root, with apt-get")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20"]
+    packages = ["-y", "--no-install-recommends", "slurm-wlm", "munge"]
+    for words in ([*apt, "update"], [*apt, "install", *packages]):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise CannotRunError(f"{' '.join(words)}: {done.stderr.strip()[-200:]}")
+
+
+def _missing() -> list[str]:
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+@contextmanager
+def running(folder: Path) -> Iterator["Cluster"]:
+    """Start Slurm, and stop it whatever happens.
+
+    Raises:
+        CannotRunError: it is not here, or cannot be started.
+    """
+    missing = _missing()
+    if missing:
+        raise CannotRunError(f"{', '.join(missing)} not found; --install installs Slurm (Debian)")
+    if psutil.virtual_memory().available < MEMORY_GB << 30:
+        raise CannotRunError(f"less than {MEMORY_GB} GB of memory are free")
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < DISK_GB << 30:
+        raise CannotRunError(f"less than {DISK_GB} GB are free at {folder}")
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SQUEUE"))]:
+        del os.environ[name]  # of another cluster, or of a job that we run in
     cluster = Cluster(folder)
     try:
         cluster.start()
@@ -74,23 +117,11 @@ def running(folder: Path) -> Iterator["Cluster"]:
         cluster.stop()
 
 
-def _install() -> None:
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if os.geteuid() != 0:
-        raise CannotRunError("Slurm's daemons must be started by root")
-    if missing and shutil.which("apt-get") is None:
-        raise CannotRunError(f"{', '.join(missing)} not found, and there is no apt-get")
-    if missing:
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends"]
-        for command in (["apt-get", "update", "-qq"], [*install, "slurm-wlm", "munge"]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise CannotRunError(f"{' '.join(command)}: {done.stderr.strip()[-200:]}")
-
-
 class Cluster:
-    """Three nodes of two CPUs; commands find it through ``SLURM_CONF``."""
+    """Three nodes of two CPUs; commands find it through ``SLURM_CONF``.
+
+    Nothing outside of its folder is changed: it has a munge and a key of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,76 +130,92 @@ class Cluster:
 
     def start(self) -> None:
         for name in ("state", "spool", "log"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        port = _free_ports(4)
+            (self.folder / name).mkdir(exist_ok=True)
+        port = _free_ports(4 + JOBS)
         text = CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
+            user=getpass.getuser(),
             folder=self.folder,
             port=port,
             first=port + 1,
             last=port + 3,
+            first_job=port + 4 - 20000,
         )
         self.configuration.write_text(text)
         os.environ["SLURM_CONF"] = str(self.configuration)
         self._start_munge()
-        _output("slurmctld", "-i", check=True)
+        self._start("slurmctld", "-i")
         for node in NODES:
             self.start_node(node)
-        deadline = time.monotonic() + 60
-        while _output("sinfo", "-h", "-o", "%T").split() != ["idle"]:
-            if time.monotonic() > deadline:
-                raise CannotRunError(f"Slurm does not come up; see {self.folder / 'log'}")
-            time.sleep(0.2)
+        self._wait("Slurm", lambda: output("sinfo", "-h", "-o", "%T").split() == ["idle"])
 
     def _start_munge(self) -> None:
-        """Use the machine's munge if it runs, else one as its own user, for the time being."""
-        if _output("munge", "-n"):
-            return
-        key = Path("/etc/munge/munge.key")
-        if not key.is_file():
-            key.write_bytes(secrets.token_bytes(1024))
-            shutil.chown(key, "munge", "munge")
-            key.chmod(0o400)
-        run = Path("/run/munge")
-        run.mkdir(mode=0o755, exist_ok=True)
-        shutil.chown(run, "munge", "munge")
-        command = ["munged", "--foreground"]
-        quiet = subprocess.DEVNULL
-        self.munged = subprocess.Popen(command, user="munge", group="munge", stderr=quiet)
-        deadline = time.monotonic() + 20
-        while not _output("munge", "-n"):
-            if time.monotonic() > deadline:
-                raise CannotRunError("munged does not come up")
-            time.sleep(0.1)
+        key, socket_path = self.folder / "munge.key", self.folder / "munge.socket"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(1024))
+        places = {"socket": socket_path, "key-file": key}
+        places |= {f"{kind}-file": self.folder / f"munge.{kind}" for kind in ("log", "pid", "seed")}
+        command = ["munged", "--foreground", *(f"--{k}={v}" for k, v in places.items())]
+        with (self.folder / "log/munged.log").open("wb") as log:
+            self.munged = subprocess.Popen(command, stdout=log, stderr=log)
+        self._wait("munged", lambda: output("munge", "-n", "-S", str(socket_path)))
 
     def start_node(self, node: str) -> None:
-        _output("slurmd", "-N", node, check=True)
+        self._start("slurmd", "-N", node)
+
+    def _start(self, *command: str) -> None:
+        try:
+            output(*command, check=True)
+        except subprocess.SubprocessError as error:
+            raise CannotRunError(f"{error}{self._says()}") from None
+
+    def _wait(self, what: str, is_up: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not is_up():
+            if time.monotonic() > deadline:
+                raise CannotRunError(f"{what} does not come up{self._says()}")
+            time.sleep(0.1)
+
+    def _says(self) -> str:
+        """Return what the logs say of errors."""
+        lines = [
+            line
+            for log in sorted((self.folder / "log").glob("*.log"))
+            for line in log.read_text(errors="replace").splitlines()
+            if "error:" in line.lower() or "fatal:" in line.lower()
+        ]
+        return "".join(f"\n  {line}" for line in lines[-5:])
 
     def kill_node(self, node: str, jobs: list[str]) -> None:
         """Take a node down as a power cut does: its daemon, then all that its jobs started."""
-        _kill(int((self.folder / f"slurmd-{node}.pid").read_text()))
+        kill(int((self.folder / f"slurmd-{node}.pid").read_text()))
         for step in psutil.process_iter(["cmdline"]):
             line = " ".join(step.info["cmdline"] or [])
             if any(line.startswith(f"slurmstepd: [{job}.") for job in jobs):
                 children = step.children(recursive=True)
-                _kill(step.pid)
+                kill(step.pid)
                 for child in children:
-                    _kill(child.pid)
+                    kill(child.pid)
 
     def stop(self) -> None:
         """End all jobs and daemons."""
         with suppress(subprocess.SubprocessError, OSError):
-            _output("scancel", "--user=root")
+            output("scancel", f"--user={getpass.getuser()}")
             deadline = time.monotonic() + 15
-            while _output("squeue", "-h") and time.monotonic() < deadline:
+            while output("squeue", "-h") and time.monotonic() < deadline:
                 time.sleep(0.5)
+        daemons = []
         for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld"):
-            with suppress(OSError, ValueError):
-                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+            with suppress(OSError, ValueError, psutil.Error):
+                daemons.append(psutil.Process(int((self.folder / f"{name}.pid").read_text())))
+                daemons[-1].terminate()
+        deadline = time.monotonic() + 15
+        while any(map(_is_alive, daemons)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error):  # whatever it has started and has not ended
                 ours = process.environ().get("SLURM_CONF") == str(self.configuration)
-                if ours and "SLURM_JOB_ID" in process.environ():
+                if ours and process.pid != os.getpid():
                     process.kill()
         if self.munged is not None:
             self.munged.terminate()
@@ -176,22 +223,29 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of some free ports in a row."""
-    for first in range(26817, 28817, count):
+    """Return the first of some free ports in a row, below those that the kernel gives away."""
+    for first in range(FIRST_PORT, 30000, count):
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port))
             return first
-    raise CannotRunError("no free ports")
+    raise CannotRunError(f"no {count} free ports in a row")
 
 
-def _kill(pid: int) -> None:
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE  # nobody reaps them in a bare container
+    return False
+
+
+def kill(pid: int) -> None:
+    """Kill a process that may be gone."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
-def _output(*command: str, check: bool = False) -> str:
+def output(*command: str, check: bool = False) -> str:
     """Run a command; daemons put themselves into the background and keep stdout open."""
     with tempfile.TemporaryFile("w+") as out:
         subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=60, check=check)

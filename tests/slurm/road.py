@@ -1,162 +1,133 @@
 """The whole road on a real Slurm, disturbed in every way, against an undisturbed run.
 
-    tests/slurm/run.sh [FOLDER]
+    tests/slurm/run.sh [--install] [--quick] [FOLDER]
 
-Installs Slurm where it can (root, apt-get), starts three nodes on this machine, sends the road
-from extraction (an array of 8) to the report off as one chain, and then: kills the launching
-process, requeues a task, lets one meet its time limit, kills a decoder, a task and a node, and
-warns a training. Some clips raise, crash or hang. In the end store and weights must equal, byte
-for byte, those of the same chain run here in peace. Takes some minutes; exits with 0 and says
-why where Slurm cannot run.
+Starts a Slurm of three nodes on this machine, sends the road from extraction (an array of 8) to
+the report off as one chain, and then kills the launching process, a decoder, tasks, a node and
+ranks, requeues a task, and warns others, one by its time limit. Some clips raise, crash or hang.
+In the end store and weights must equal, byte for byte, those of the same recipes run here in
+peace. Exits with 0 and says why where Slurm cannot run.
+
+--install installs Slurm where it is missing (root, apt-get); --quick leaves out the loss of a
+shard afterwards. Without FOLDER a temporary one is used, and removed if all went well.
 """
 
+import argparse
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
-import yaml
-from slurm import nodes
-from slurm.cluster import CannotRunError, Cluster, running
+from slurm.cluster import CannotRunError, Cluster, install, running
+from slurm.scene import (
+    PARTS,
+    POISON,
+    RUNS,
+    WARNING_S,
+    hold,
+    is_held,
+    karmma,
+    prepare,
+    release,
+    start_reference,
+)
+from slurm.watch import (
+    KARMMA,
+    Deed,
+    decoder,
+    do_all,
+    expect,
+    fact,
+    jobs,
+    program,
+    programs,
+    queue,
+    restarts,
+    say,
+    shell,
+    until,
+    wait_for,
+)
+from slurm.watch import running as running_task
 
-HERE = Path(__file__).parent
-KARMMA = [sys.executable, "-m", "karmma_pipeline.cli"]
-PARTS = 8
-WARNING_S = 20
-PATIENCE_S = 1800.0
-STARTED = time.monotonic()
-
-POISON = {
-    "poison_raise": "decode_error",
-    "poison_crash": "crashed",
-    "poison_hang": "timeout",
-}
-RESOURCES = {"cpus": 2, "gpus": 0, "memory_gb": 4, "hours": 0.5}
-SIZE = {"dim": 32, "layers": 1, "attention_heads": 4, "ffn_width": 32, "head_width": 64}
-TRAINING = {"epochs": 3, "batch_size": 16, "size": SIZE, "optimiser": {"lr": 1e-3}}
-RUNS = ("teacher", "baseline", "student")
-RECIPES: dict[str, dict[str, Any]] = {
-    "extract": {
-        "manifest": "../clips/manifest.csv",
-        "out": "features",
-        "flow": {"bound_px": 4},
-        "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
-        "sets": {
-            "teacher": {
-                "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 48},
-                "flow": {"name": "s3d", "weights": "random:1", "frames": 8, "size": 48},
-                "audio": {"name": "resnet18", "weights": "random:2", "image": [32, 64]},
-            },
-            "student": {
-                "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
-                "audio": {"name": "resnet18", "weights": "random:2", "image": [32, 32]},
-            },
-        },
-        "store": {"clips_per_shard": 4},
-        "decode": {"workers": 1, "timeout_s": 45},
-        "batch_size": 2,
-    },
-    "teacher": {**TRAINING, "store": "features/teacher", "out": "runs/teacher"},
-    "baseline": {**TRAINING, "store": "features/student", "out": "runs/baseline"},
-    "student": {
-        **TRAINING,
-        "store": "features/student",
-        "out": "runs/student",
-        "teacher": "runs/teacher",
-        "teacher_store": "features/teacher",
-    },
-    "report": {
-        "runs": [f"runs/{name}" for name in RUNS],
-        "stores": ["features/teacher", "features/student"],
-        "out": "report",
-        "draws": 2,
-    },
-}
-COMMANDS = {
-    "extract": "extract",
-    "teacher": "train-teacher",
-    "baseline": "train-baseline",
-    "student": "distill",
-    "report": "evaluate",
-}
+TOLERANCE = 0.02
+"""How far the loss of two ranks may lie from that of one, relative: sums are in another order."""
 
 
 def main() -> None:
-    given = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else None
-    folder = given or Path(tempfile.mkdtemp(prefix="karmma-slurm-"))
-    prepare(folder)
+    options = argparse.ArgumentParser(usage=__doc__)
+    options.add_argument("--install", action="store_true")
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("folder", type=Path, nargs="?")
+    given = options.parse_args()
+    folder = (given.folder or Path(tempfile.mkdtemp(prefix="karmma-slurm-"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
+        if given.install:
+            install()
         with running(folder / "cluster") as cluster:
-            reference = start_reference(folder / "reference")
-            try:
-                disturbed = folder / "a cluster"  # a name with a space
-                run_disturbed(cluster, disturbed)
-                say("waiting for the undisturbed run")
-                expect(reference.wait(PATIENCE_S) == 0, "the undisturbed run failed")
-            finally:
-                reference.kill()
-            compare(folder / "reference", disturbed)
-            check_exit_codes(disturbed)
-            lose_a_shard(disturbed)
-            compare(folder / "reference", disturbed)
-            train_on_two_nodes(disturbed)
+            run_road(cluster, folder, quick=given.quick)
     except CannotRunError as reason:
         say(f"SKIPPED: {reason}")
-        return
-    say("everything holds")
-    if given is None:
+    except BaseException:
+        say(f"everything is left in {folder}")
+        raise
+    else:
+        say("everything holds")
+    if given.folder is None:
         shutil.rmtree(folder)
 
 
-def prepare(folder: Path) -> None:
-    """Write clips, three of them poisoned, and the same recipes for both runs."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "faults"), str(HERE.parents[1])])
-    run("sample", str(folder / "clips"), "--clips", "64")
-    manifest = folder / "clips/manifest.csv"
-    with manifest.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    good = manifest.parent / rows[0]["video"]
-    (good.parent / "page.mp4").write_text("<html>")
-    for number, clip_id in enumerate(POISON):
-        video = "videos/page.mp4" if clip_id == "poison_raise" else f"videos/{clip_id}.mp4"
-        if clip_id != "poison_raise":
-            shutil.copy(good, manifest.parent / video)
-        rows.insert(7 + 21 * number, {**rows[0], "clip_id": clip_id, "video": video})
-    with manifest.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    for name, array in (("reference", 1), ("a cluster", PARTS)):
-        for recipe, tree in RECIPES.items():
-            write_yaml(folder / name / f"recipes/{recipe}.yaml", tree)
-        stages: dict[str, Any] = {
-            stage: {"command": c, "recipe": f"recipes/{stage}.yaml", "resources": RESOURCES}
-            for stage, c in COMMANDS.items()
-        }
-        stages["extract"]["array"] = array
-        write_yaml(folder / name / "chain.yaml", {"name": "road", "stages": stages})
-        site = {"env": {"OMP_NUM_THREADS": "1"}, "warning_s": WARNING_S}
-        write_yaml(folder / name / "site.yaml", site)
-
-
-def start_reference(folder: Path) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "KARMMA_TEST_DECODE_S": "0"}
-    command = [*KARMMA, "submit", "chain.yaml", "--site", "site.yaml", "--launcher", "local"]
-    with (folder / "out.txt").open("wb") as out:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+def run_road(cluster: Cluster, folder: Path, *, quick: bool) -> None:
+    reference, disturbed = prepare(folder)
+    process = start_reference(reference)
+    try:
+        run_disturbed(cluster, disturbed)
+        wait_for("the undisturbed run", lambda: process.poll() is not None)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+    expect(process.returncode == 0, f"the undisturbed run failed; see {reference / 'out.txt'}")
+    compare(reference, disturbed)
+    check_exit_codes(disturbed)
+    if not quick:
+        lose_a_shard(disturbed)
+        compare(reference, disturbed)
 
 
 def run_disturbed(cluster: Cluster, folder: Path) -> None:
     """Send the chain off and disturb it; return when the queue is empty and all is done."""
-    os.environ["KARMMA_TEST_DECODE_S"] = "1"
+    shell("scontrol", "update", "PartitionName=debug", "State=DOWN")  # until all is laid out
+    array = launch(folder)
+    for name in ("extract-1", "extract-2", "decode-3", "extract-4", "extract-5"):
+        hold(name)
+    for training in ("teacher", "baseline", "two_nodes"):
+        hold(training)
+    shell("scontrol", "update", "PartitionName=debug", "State=UP")
+    do_all(
+        task_1=meet_the_time_limit(folder, array, 1),
+        task_2=lose_the_node(cluster, array, 2),
+        task_3=kill_decoder(array, 3),
+        task_4=requeue(array, 4),
+        task_5=kill_task(array, 5),
+        teacher=warn_training(folder),
+        baseline=kill_training(),
+        two_nodes=disturb_two_nodes(folder),
+        the_queue=run_empty(array),
+    )
+    print(karmma("status", "chain.yaml", cwd=folder).stdout)
+    report = folder / "report/index.html"
+    expect(report.is_file(), f"no report; see {folder / 'jobs/logs'}")
+
+
+def launch(folder: Path) -> str:
+    """Submit, kill that half-way, submit again; return the array."""
     command = [*KARMMA, "submit", "chain.yaml", "--site", "site.yaml"]
     launcher = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     wait_for("the first job in the queue", lambda: jobs("extract"))
@@ -167,39 +138,109 @@ def run_disturbed(cluster: Cluster, folder: Path) -> None:
     again = submit(folder)
     expect(f"extract: in the queue as job {array}" in again, "the array was submitted twice")
     expect(len(jobs("extract.finish")) == 1, "the joining job is not there just once")
+    return array
 
-    worker = wait_for("a decoder of task 2", lambda: decoder(array, 2))
-    worker.kill()
-    say("task 2: decoder killed with -9")
-    wait_for("a decoder of task 1", lambda: decoder(array, 1))
-    shell("scontrol", "requeue", f"{array}_1")
-    say("task 1: requeued")
-    wait_for("a decoder of task 3", lambda: decoder(array, 3))
-    limit = (seconds_run(array, 3) + 2 * WARNING_S) // 60 + 1  # in time to be warned
-    shell("scontrol", "update", f"JobId={array}_3", f"TimeLimit={limit}")
-    say(f"task 3: time limit cut to {limit} minutes")
-    task = wait_for("a decoder of task 4", lambda: decoder(array, 4) and program(array, 4))
-    task.kill()
-    say("task 4: killed with -9")
-    victim = wait_for("task 5 at work", lambda: decoder(array, 5) and running_task(array, 5))
+
+def meet_the_time_limit(folder: Path, array: str, task: int) -> Deed:
+    yield from until(lambda: is_held(f"extract-{task}"))
+    hours, minutes, seconds = map(int, fact(f"{array}_{task}", "RunTime").split(":"))
+    limit = hours * 60 + minutes + (seconds + WARNING_S) // 60 + 1  # minutes; in time to be warned
+    shell("scontrol", "update", f"JobId={array}_{task}", f"TimeLimit={limit}")
+    yield f"time limit cut to {limit} minutes"
+    yield from until(lambda: restarts(f"{array}_{task}"))
+    release(f"extract-{task}")
+    shell("scontrol", "update", f"JobId={array}_{task}", "TimeLimit=30")
+    log = folder / f"jobs/logs/extract.{array}_{task}.log"
+    expect("stopped by SIGUSR1" in log.read_text(), f"{log} does not tell of a warning")
+    yield "warned before its time limit, saved and waiting again"
+
+
+def lose_the_node(cluster: Cluster, array: str, task: int) -> Deed:
+    yield from until(lambda: is_held(f"extract-{task}"))
+    victim = yield from until(lambda: running_task(array, task))
     cluster.kill_node(victim["node"], [victim["id"]])
-    say(f"node {victim['node']} taken down with task 5")
-    wait_for("task 3 stopped and waiting again", lambda: restarts(array, 3) > 0)
-    say("task 3: warned, saved and waiting again")
-    shell("scontrol", "update", f"JobId={array}_3", "TimeLimit=30")
-    wait_for("Slurm to miss the node", lambda: restarts(array, 5) > 0)
+    release(f"extract-{task}")
+    yield f"node {victim['node']} taken down with it"
+    yield from until(lambda: restarts(f"{array}_{task}"))
     cluster.start_node(victim["node"])
-    say(f"node {victim['node']} back")
-    teacher = wait_for("the teacher's training", lambda: program(jobs("teacher")[0]["id"]))
-    time.sleep(5)
-    shell("scancel", "--batch", "--signal=USR1", teacher.environ()["SLURM_JOB_ID"])
-    say("teacher: warned as before its time limit")
-    wait_for("an empty queue", lambda: not queue())
-    for task_number in range(1, PARTS + 1):
-        say(f"task {task_number}: restarted {restarts(array, task_number)} times")
-    print(run("status", "chain.yaml", cwd=folder).stdout)
-    report = folder / "report/index.html"
-    expect(report.is_file(), f"no report; see {folder / 'jobs/logs'}")
+    yield f"missed and waiting again; node {victim['node']} back"
+
+
+def kill_decoder(array: str, task: int) -> Deed:
+    yield from until(lambda: is_held(f"decode-{task}"))
+    victim = yield from until(lambda: decoder(array, task))
+    victim.kill()
+    release(f"decode-{task}")
+    yield "decoder killed with -9"
+
+
+def requeue(array: str, task: int) -> Deed:
+    yield from until(lambda: is_held(f"extract-{task}"))
+    shell("scontrol", "requeue", f"{array}_{task}")
+    release(f"extract-{task}")
+    yield "requeued"
+
+
+def kill_task(array: str, task: int) -> Deed:
+    yield from until(lambda: is_held(f"extract-{task}"))
+    victim = yield from until(lambda: program(array, task))
+    victim.kill()
+    release(f"extract-{task}")
+    yield "killed with -9"
+    yield from until(lambda: restarts(f"{array}_{task}"))
+    yield "waiting again"
+
+
+def warn_training(folder: Path) -> Deed:
+    yield from until(lambda: is_held("teacher"))
+    job = jobs("teacher")[0]["id"]
+    shell("scancel", "--batch", "--signal=USR1", job)
+    yield "warned as before its time limit"
+    yield from until(lambda: restarts(job))
+    release("teacher")
+    log = folder / f"jobs/logs/teacher.{job}.log"
+    expect("stopped by SIGUSR1" in log.read_text(), f"{log} does not tell of a warning")
+    yield "saved and waiting again"
+
+
+def kill_training() -> Deed:
+    yield from until(lambda: is_held("baseline"))
+    job = jobs("baseline")[0]["id"]
+    programs(SLURM_JOB_ID=job)[0].kill()
+    yield "killed with -9"
+    yield from until(lambda: restarts(job))
+    release("baseline")
+    yield "waiting again"
+
+
+def disturb_two_nodes(folder: Path) -> Deed:
+    """Kill one of two ranks, later warn the job as Slurm does: agents, ranks and all."""
+    yield from until(lambda: is_held("two_nodes"))
+    job, metrics = jobs("two_nodes")[0]["id"], folder / "runs/two_nodes/metrics.jsonl"
+    yield from until(lambda: epochs(metrics))
+    programs(SLURM_JOB_ID=job, RANK="1")[0].kill()
+    before = epochs(metrics)
+    yield f"rank 1 killed with -9 after {before} epochs"
+    yield from until(lambda: epochs(metrics) > before)
+    expect(restarts(job) == 0, "torchrun has not replaced the rank by itself")
+    shell("scancel", "--signal=USR1", job)
+    yield "both ranks started again by torchrun and gone on; now warned"
+    yield from until(lambda: restarts(job))
+    release("two_nodes")
+    (log,) = (folder / "jobs/logs").glob(f"two_nodes.{job}.log")
+    expect("stopped by SIGUSR1" in log.read_text(), f"{log} does not tell of a warning")
+    yield "saved and waiting again"
+
+
+def run_empty(array: str) -> Deed:
+    yield from until(lambda: not queue())
+    counts = [restarts(f"{array}_{task}") for task in range(1, PARTS + 1)]
+    expect(all(counts[task - 1] for task in (1, 2, 4, 5)), f"restarts of tasks: {counts}")
+    yield f"empty; restarts of tasks: {counts}"
+
+
+def epochs(metrics: Path) -> int:
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
 
 
 def compare(reference: Path, disturbed: Path) -> None:
@@ -212,6 +253,10 @@ def compare(reference: Path, disturbed: Path) -> None:
             expect(data == theirs[path], f"{top}/{path} differs from the undisturbed run's")
         compared += len(ours)
     say(f"{compared} files of stores and weights equal the undisturbed run's, byte for byte")
+    one, two = (losses(disturbed / f"runs/{name}/metrics.jsonl") for name in ("teacher", RUNS[-1]))
+    away = max(abs(a - b) / max(a, 1e-3) for a, b in zip(one, two, strict=True))
+    expect(away < TOLERANCE, f"two ranks end {away:.1%} away from one")
+    say(f"two ranks: every epoch's loss within {away:.2%} of one process's")
     with (disturbed / "features/failures.csv").open(newline="") as file:
         reasons = {(row["clip_id"], row["reason"]) for row in csv.DictReader(file)}
     found = {pair for pair in reasons if pair[1] != "no_stream"}
@@ -220,8 +265,9 @@ def compare(reference: Path, disturbed: Path) -> None:
 
 
 def stored(root: Path) -> dict[str, bytes]:
-    """Return the bytes of a store, or of the weights of a run, by path."""
-    files = root.rglob("*.safetensors" if root.parent.name == "runs" else "*")
+    """Return the bytes of a store, or of the weights and metrics of a run, by path."""
+    is_run = root.parent.name == "runs"
+    files = [*root.rglob("*.safetensors"), root / "metrics.jsonl"] if is_run else root.rglob("*")
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(files)
@@ -229,10 +275,14 @@ def stored(root: Path) -> dict[str, bytes]:
     }
 
 
+def losses(metrics: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in metrics.read_text().splitlines()]
+
+
 def check_exit_codes(folder: Path) -> None:
-    strict = run("extract", "recipes/extract.yaml", "--set", "max_failures=0.01", cwd=folder)
+    strict = karmma("extract", "recipes/extract.yaml", "--set", "max_failures=0.01", cwd=folder)
     expect(strict.returncode == 3, f"too many failures: exit code {strict.returncode}")
-    done = run("extract", "recipes/extract.yaml", cwd=folder)
+    done = karmma("extract", "recipes/extract.yaml", cwd=folder)
     expect(done.returncode == 0, f"nothing to do: exit code {done.returncode}")
     say("exit codes: 3 with a stricter max_failures, 0 without")
 
@@ -242,7 +292,7 @@ def lose_a_shard(folder: Path) -> None:
     store = folder / "features/teacher"
     (store / "commit/000005.safetensors").unlink()
     (store / "manifest.json").unlink()
-    refused = run("store", "finalize", "features/teacher", "--parts", str(PARTS), cwd=folder)
+    refused = karmma("store", "finalize", "features/teacher", "--parts", str(PARTS), cwd=folder)
     expect(refused.returncode == 1, f"a shard is missing: exit code {refused.returncode}")
     expect("--part " in refused.stderr, refused.stderr)
     say(refused.stderr.strip())
@@ -259,119 +309,11 @@ def lose_a_shard(folder: Path) -> None:
     expect("everything is done" in submit(folder), "the chain is not done again")
 
 
-def train_on_two_nodes(folder: Path) -> None:
-    """Train with a rank on each of two nodes, kill one, warn them, compare with one process."""
-    if not nodes.is_built():
-        say("training on two nodes: skipped, this version trains in one process")
-        return
-    for name in ("one", "two"):
-        recipe = nodes.recipe(TRAINING, f"runs/{name}")
-        write_yaml(folder / f"recipes/{name}.yaml", recipe)
-    write_yaml(folder / "nodes.yaml", nodes.chain(RESOURCES))
-    submit(folder, "nodes.yaml")
-    job_id = next(job["id"] for job in queue() if job["name"].startswith("nodes.two."))
-    found = nodes.disturb(job_id, wait_for, shell, folder / "runs/two")
-    say(f"two nodes: a rank killed and replaced, warned, requeued {found['Restarts']} times")
-    wait_for("both trainings", lambda: not queue())
-    print(run("status", "nodes.yaml", cwd=folder).stdout)
-    away = nodes.difference(folder / "runs/one", folder / "runs/two")
-    expect(away < nodes.TOLERANCE, f"two ranks end {away:.1%} away from one")
-    say(f"two ranks: every epoch's loss within {away:.2%} of one process's")
-
-
-def submit(folder: Path, chain: str = "chain.yaml") -> str:
-    done = run("submit", chain, "--site", "site.yaml", cwd=folder)
+def submit(folder: Path) -> str:
+    done = karmma("submit", "chain.yaml", "--site", "site.yaml", cwd=folder)
     expect(done.returncode == 0, done.stderr)
     print(done.stdout.rstrip(), flush=True)
     return done.stdout
-
-
-def queue() -> list[dict[str, str]]:
-    fields = ("id", "array", "task", "state", "name", "node")
-    lines = shell("squeue", "-h", "-r", "-o", "%A|%F|%K|%T|%j|%N").splitlines()
-    return [dict(zip(fields, line.split("|"), strict=True)) for line in lines]
-
-
-def jobs(stage: str) -> list[dict[str, str]]:
-    return [job for job in queue() if job["name"].rpartition(".")[0] == f"road.{stage}"]
-
-
-def running_task(array: str, task: int) -> dict[str, str] | None:
-    found = [j for j in queue() if j["array"] == array and j["task"] == str(task)]
-    return next((j for j in found if j["state"] == "RUNNING"), None)
-
-
-def restarts(array: str, task: int) -> int:
-    return int(fact(array, task, "Restarts") or 0)
-
-
-def seconds_run(array: str, task: int) -> int:
-    hours, minutes, seconds = fact(array, task, "RunTime").split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
-
-
-def fact(array: str, task: int, name: str) -> str:
-    words = shell("scontrol", "show", "job", f"{array}_{task}").split()
-    return next((w.split("=")[1] for w in words if w.startswith(f"{name}=")), "")
-
-
-def program(array: str, task: int | None = None) -> psutil.Process | None:
-    """Return the karmma process of a job or an array task."""
-    name = "SLURM_JOB_ID" if task is None else "SLURM_ARRAY_JOB_ID"
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            environment, words = process.environ(), process.info["cmdline"] or []
-        except psutil.Error:
-            continue
-        mine = task is None or environment.get("SLURM_ARRAY_TASK_ID") == str(task)
-        if environment.get(name) == array and mine and words[1:3] == KARMMA[1:]:
-            return process
-    return None
-
-
-def decoder(array: str, task: int) -> psutil.Process | None:
-    """Return a decode process of an array task."""
-    parent = program(array, task)
-    try:
-        children = parent.children() if parent else []
-        return next((c for c in children if "--multiprocessing-fork" in c.cmdline()), None)
-    except psutil.Error:
-        return None
-
-
-def wait_for(what: str, look: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        try:
-            found = look()
-        except (IndexError, psutil.Error):
-            found = None
-        if found:
-            return found
-        time.sleep(0.2)
-    raise SystemExit(f"FAILED: waited {PATIENCE_S:.0f} s for {what}")
-
-
-def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*KARMMA, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
-def shell(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def write_yaml(path: Path, tree: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-
-
-def expect(holds: bool, what: str) -> None:
-    if not holds:
-        raise SystemExit(f"FAILED: {what}")
-
-
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - STARTED:4.0f} s] {text}", flush=True)
 
 
 if __name__ == "__main__":

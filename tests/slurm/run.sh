@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tests/slurm/run.sh [FOLDER]: the whole road on a real Slurm, disturbed in every way (see road.py).
+# tests/slurm/run.sh [--install] [--quick] [FOLDER]
+# The whole road on a real Slurm, disturbed in every way (see road.py).
 # PYTHON names the interpreter that has karmma-pipeline installed.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)

@@ -1,4 +1,4 @@
-"""Put on the path of `run.py`'s jobs: makes the decoder crash or hang on clips of that name.
+"""Put on the path of the jobs of `road.py`: poisons clips, and holds jobs until they are hurt.
 
 Python imports a module of this name at its start, in decode processes too.
 """
@@ -10,18 +10,34 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from multiprocessing import parent_process
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DECODER = "karmma_pipeline.extract.decode"
+Function = Callable[..., Any]
+
+HOLDS = "KARMMA_TEST_HOLDS"
+"""Environment variable: a folder where a file holds a job of Slurm while it is there, and
+``FILE.here`` tells that it does. ``extract-3``: task 3 gets no further clips from its decoders;
+``decode-3``: its decoders are slow; ``teacher``: that training's steps are slow."""
+
+FREE = {"extract": 2, "decode": 1, "step": 4}
+"""So many clips, or steps, come through before."""
+
+SLOW_S = {"decode": 10.0, "step": 1.0}
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the decoder's module and breaks it."""
+    """Finds a module and puts something around one of its functions."""
+
+    def __init__(self, module: str, function: str, around: Callable[[Function], Function]) -> None:
+        self.module, self.function, self.around = module, function, around
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != DECODER:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -31,25 +47,90 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            module.decode_clips = broken(module.decode_clips)  # type: ignore[attr-defined]
+            whole = getattr(module, self.function)
+            # its name too, so that it travels to decode processes
+            setattr(module, self.function, functools.wraps(whole)(self.around(whole)))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def broken(decode_clips: Any) -> Any:
-    @functools.wraps(decode_clips)  # its name too, so that it travels to decode processes
-    def decode(clips: Any, *arguments: Any) -> Any:
-        time.sleep(float(os.environ.get("KARMMA_TEST_DECODE_S", "0")))
+class Hold:
+    """What holds this process, once it has come through so often."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.passed = kind, 0
+
+    @property
+    def here(self) -> bool:
+        if self.passed < FREE[self.kind] or "SLURM_JOB_ID" not in os.environ:
+            return False
+        recipe = next((Path(word).stem for word in sys.argv if word.endswith(".yaml")), "")
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        name = recipe if self.kind == "step" else f"{self.kind}-{task}"
+        place = Path(os.environ[HOLDS]) / name
+        if not place.is_file():
+            return False
+        place.with_name(f"{name}.here").touch()
+        return True
+
+    def slow_down(self) -> None:
+        ends = time.monotonic() + SLOW_S[self.kind]
+        while self.here and time.monotonic() < ends:
+            time.sleep(0.05)
+        self.passed += 1
+
+
+def poisoned(decode: Function) -> Function:
+    hold = Hold("decode")
+    if parent_process() is not None:  # loading takes seconds, which would count as decoding
+        import librosa
+
+        librosa.stft(
+            librosa.resample(librosa.tone(440, sr=9000, length=9000), orig_sr=9000, target_sr=8000)
+        )
+        librosa.filters.mel(sr=8000, n_fft=512)
+
+    def decode_clips(clips: Any, *arguments: Any) -> Any:
+        hold.slow_down()
         for clip in clips:
             if clip.clip_id == "poison_crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
             if clip.clip_id == "poison_hang":
                 time.sleep(3600)
-        return decode_clips(clips, *arguments)
+        return decode(clips, *arguments)
 
-    return decode
+    return decode_clips
 
 
-if "KARMMA_TEST_DECODE_S" in os.environ:
-    sys.meta_path.insert(0, Finder())
+def waiting(wait: Function) -> Function:
+    """Keep from the extraction that its decoders are done."""
+    hold = Hold("extract")
+
+    def wait_for(futures: Any, timeout: float) -> Any:
+        if hold.here:
+            time.sleep(timeout)
+            return wait([], 0)
+        found = wait(futures, timeout)
+        hold.passed += len(found.done)
+        return found
+
+    return wait_for
+
+
+def slow(step: Function) -> Function:
+    hold = Hold("step")
+
+    def learning_rate(*arguments: Any) -> Any:
+        hold.slow_down()
+        return step(*arguments)
+
+    return learning_rate
+
+
+if HOLDS in os.environ:
+    sys.meta_path[:0] = [
+        Finder("karmma_pipeline.extract.decode", "decode_clips", poisoned),
+        Finder("karmma_pipeline.extract.pool", "wait", waiting),
+        Finder("karmma_pipeline.train.loop", "learning_rate", slow),
+    ]
