@@ -1,8 +1,11 @@
 import os
 import signal
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,3 +199,23 @@ def test_memory_follows_the_control_group(
     machine = memory_limit(tmp_path)
     wanted = machine if gib is None else gib * GIB
     assert memory_limit(cgroups(tmp_path, lines, limits)) == wanted
+
+
+def test_workers_end_with_a_main_process_that_is_killed() -> None:
+    main = (
+        "import concurrent.futures, multiprocessing, os, time\n"
+        "from karmma_pipeline.jobs import become_worker\n"
+        "if __name__ == '__main__':\n"
+        "    spawn = multiprocessing.get_context('spawn')\n"
+        "    with concurrent.futures.ProcessPoolExecutor(1, spawn, become_worker) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        worker = psutil.Process(int(process.stdout.readline()))
+        worker.send_signal(signal.SIGTERM)  # of the batch system, to all: the main one decides
+        assert worker.is_running()
+        process.kill()
+        _, alive = psutil.wait_procs([worker], timeout=60)
+        assert not alive

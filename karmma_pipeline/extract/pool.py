@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import torch
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from tqdm import tqdm
 
+from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings, decode_clips, lost
 from karmma_pipeline.extract.media import Decoder
@@ -296,7 +296,6 @@ def _place(clip: Clip) -> Path | None:
 
 
 def _start_worker() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the main process decides
+    jobs.become_worker()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

@@ -51,7 +51,7 @@ def probe_all(paths: Sequence[Path]) -> dict[Path, Probe]:
     workers = max(1, min(_MOST_PROCESSES, jobs.cpu_count(), len(tasks)))
     found: dict[Path, Probe] = {}
     with (
-        ProcessPool(workers, context=get_context("spawn")) as pool,
+        ProcessPool(workers, initializer=jobs.become_worker, context=get_context("spawn")) as pool,
         tqdm(total=len(paths), desc="probe", unit="file") as bar,
     ):
         futures = [(task, _submit(pool, task)) for task in tasks]

@@ -2,6 +2,14 @@
 
 from karmma_pipeline.jobs.limits import cpu_count, memory_limit
 from karmma_pipeline.jobs.part import Part, balance
-from karmma_pipeline.jobs.stop import STOP_SIGNALS, StopFlag
+from karmma_pipeline.jobs.stop import StopFlag
+from karmma_pipeline.jobs.worker import become_worker
 
-__all__ = ["STOP_SIGNALS", "Part", "StopFlag", "balance", "cpu_count", "memory_limit"]
+__all__ = [
+    "Part",
+    "StopFlag",
+    "balance",
+    "become_worker",
+    "cpu_count",
+    "memory_limit",
+]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
-from signal import SIG_IGN, signal
 
 import numpy as np
 from tqdm import tqdm
@@ -64,7 +63,7 @@ def write_sample(
     videos = list(_plan(clips, seed))
     missing = [v for v in videos if not (out / v.name).is_file()]
     workers = max(1, min(jobs.cpu_count(), len(missing)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_signals) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), jobs.become_worker) as pool:
         futures = [pool.submit(_write, out, video) for video in missing]
         try:
             for done in tqdm(as_completed(futures), "videos", total=len(futures), unit="video"):
@@ -76,11 +75,6 @@ def write_sample(
     manifest = out / "manifest.csv"
     write_manifest(manifest, [row for video in videos for row in _rows(video)])
     return manifest
-
-
-def _ignore_signals() -> None:
-    for number in jobs.STOP_SIGNALS:
-        signal(number, SIG_IGN)  # the main process decides
 
 
 def _claim(out: Path, settings: dict[str, int]) -> None:
