@@ -84,7 +84,7 @@ def _fusion(
 _PROBE = """
 import json, os, sys
 import torch
-from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 given = json.load(sys.stdin)
 device, cuda = given["device"], given["device"].startswith("cuda")
@@ -95,16 +95,27 @@ def resident(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
+def zeros(architecture):  # drawing random weights would take most of the time
+    with torch.device("meta"):
+        net = architecture.headless().eval()
+    net.to_empty(device=device)
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.zero_()
+    return net
+
 @torch.inference_mode()
 def measure(used):
     before = resident("VmRSS:")
     open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-    nets = {m: Backbone(choices[m]).to(device) for m in used}
+    nets = {m: zeros(choices[m].architecture) for m in used}
     model = FusionModel(size, {m: choices[m].output_shape for m in used}, heads).eval().to(device)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    tokens = {m: nets[m](torch.zeros(1, *choices[m].input_shape, device=device)) for m in used}
+    for m in used:
+        x = torch.zeros(1, *choices[m].input_shape, device=device)
+        choices[m].architecture.feature_map(nets[m], x)
+    tokens = {m: torch.zeros(1, *choices[m].output_shape, device=device) for m in used}
     model(tokens, torch.ones(1, len(used), dtype=torch.bool))
     return torch.cuda.max_memory_reserved() / 2**20 if cuda else resident("VmHWM:") - before
 
@@ -126,18 +137,14 @@ def peak_memory_mib(
     """Measure the peak memory of one clip in float32 for every subset, each in its own process.
 
     On a GPU the allocator's reserved memory, as in the paper; on a CPU what the process grew
-    by while it built the networks (of random weights) and ran them. Linux only.
+    by while it built the networks (of zeros) and ran them. Linux only.
 
     Raises:
         KarmmaError: it could not be measured, for lack of memory perhaps.
     """
-    plain = {
-        m: c.model_copy(update={"weights": "random:0"}).model_dump(mode="json")
-        for m, c in backbones.items()
-    }
     chosen = subsets(backbones)
     given = {
-        "backbones": plain,
+        "backbones": {m: choice.model_dump(mode="json") for m, choice in backbones.items()},
         "size": size.model_dump(),
         "heads": dict(heads),
         "device": device,

@@ -42,3 +42,10 @@ def test_peak_memory_grows_with_the_modalities_and_holds_the_weights() -> None:
     weights = 11.2e6 * 4 / 2**20
     assert weights < found["audio",] < 1000
     assert found["rgb", "audio"] > found["audio",] + 0.8 * weights
+
+
+def test_memory_of_object_boxes_which_have_no_network_is_that_of_the_fusion_block() -> None:
+    choice = BackboneChoice(name="boxes", frames=8)
+    small = FusionSize(dim=16, attention_heads=2, ffn_width=16, head_width=16)
+    found = peak_memory_mib({"boxes": choice}, small, {"verb": 4})
+    assert 0 <= found["boxes",] < 50
