@@ -2,7 +2,8 @@
 
 In one run, interleaved, on generated H.264 clips with sound (or --video FILE ...):
 
-    extract   the whole pipeline, from files to a committed store, after its start-up
+    extract   the whole pipeline, from files to a committed store, after its start-up (to be
+              compared in seconds; in CPU seconds where other work shares the machine)
     bare      the forward passes alone, on tensors that are there: same mode, same batches
     loop      what a script does: open the file, read, one clip at a time, float32, save an .npy
 
@@ -59,9 +60,10 @@ def main() -> None:
         folder = Path(name)
         manifest = write_manifest(folder, arguments)
         print(
-            "| case | extract : bare | loop : extract | s/clip | decode share | bound | start-up |"
+            "| case | extract : bare | the same in CPU seconds | loop : extract | s/clip "
+            "| decoding | bound | start-up |"
         )
-        print("|---|---:|---:|---:|---:|---|---:|")
+        print("|---|---:|---:|---:|---:|---:|---|---:|")
         for case, sets in cases(arguments).items():
             print(compare(folder, manifest, case, sets, arguments), flush=True)
         print("\n| backbone | way | time : float32 | least cosine of a token | largest error |")
@@ -186,26 +188,26 @@ def compare(
         decide(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
     clips = read_manifest(manifest).clips
     batches = list(preload(networks, recipe, clips))
-    bares, loops, seconds, shares, starts = [], [], [], [], []
-    bound = ""
+    bares, work, loops, seconds, shares, starts = ([] for _ in range(6))
     for _ in range(arguments.repeat):
         for path in out.iterdir():  # what was found out stays
             if path.name != FOLDER:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         report = extract(recipe)
-        one = report.total_s / report.clips
-        bare = time_bare(networks, batches, report.lanes) / len(clips)
+        one, cpu = report.total_s / report.clips, report.cpu_s + report.decode_s
+        bare, bare_cpu = time_bare(networks, batches, report.lanes)
         loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
-        bares.append(one / bare)
+        bares.append(one / bare * len(clips))
+        work.append(cpu / bare_cpu)
         loops.append(loop / one)
         seconds.append(one)
-        shares.append(report.decode_s / report.workers / report.total_s)
+        shares.append(report.decode_s / cpu)
         starts.append(report.seconds[STARTING])
-        bound = report.bound
     middle = statistics.median
     return (
-        f"| {case} | {middle(bares):.2f} | {middle(loops):.2f} | {middle(seconds):.3f} "
-        f"| {middle(shares):.0%} | {bound} | {middle(starts):.1f} s |"
+        f"| {case} | {middle(bares):.2f} | {middle(work):.2f} | {middle(loops):.2f} "
+        f"| {middle(seconds):.3f} | {middle(shares):.0%} | {report.bound} "
+        f"| {middle(starts):.1f} s |"
     )
 
 
@@ -219,20 +221,22 @@ def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) ->
         yield stage(work, decode_clips(some, Settings.of(recipe)), networks.device.type == "cuda")
 
 
-def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> float:
-    """Return the seconds of the forward passes alone, in the fastest of three ways.
+def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> tuple[float, float]:
+    """Return seconds and CPU seconds of the forward passes alone, in the fastest of three ways.
 
     One pass at a time on one thread, on all CPUs, or as many passes at once as the pipeline
-    has: on a machine with other work the threads of a pass wait for one another.
+    has: on a machine with other work the threads of a pass wait for one another. The CPU
+    seconds are those of one thread, which does not wait.
     """
-    seconds = []
-    for count in sorted({1, jobs.cpu_count()}):
+    seconds, cpu = [], 0.0
+    for count in sorted({1, jobs.cpu_count()}, reverse=True):
         torch.set_num_threads(count)
         networks.compute(batches[0]).wait()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for computed in [networks.compute(batch) for batch in batches]:
             computed.wait()
         seconds.append(time.perf_counter() - started)
+        cpu = time.process_time() - cpu
     started = time.perf_counter()
     with Lanes(networks, lanes) as several:
         for batch in batches:
@@ -240,7 +244,7 @@ def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> floa
         while len(several):
             several.take().wait()
     seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(seconds), cpu
 
 
 def time_loop(recipe: ExtractRecipe, clips: Sequence[Clip], folder: Path) -> float:
@@ -281,7 +285,7 @@ def deviations(
     manifest: Path, tree: dict[str, Any], device: torch.device, arguments: argparse.Namespace
 ) -> Iterator[str]:
     """Yield a row for each way of computing: its time and how far it is from plain float32."""
-    torch.set_num_threads(jobs.cpu_count())
+    torch.set_num_threads(1)
     choice = config.build(BackboneChoice, tree, "benchmark")
     recipe = make_recipe(manifest, Path("none"), {"one": {"rgb": tree}}, arguments.device)
     decoded = decode_clips(list(read_manifest(manifest).clips[:2]), Settings.of(recipe))

@@ -77,14 +77,19 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def lane_count(networks: Networks) -> int:
     """Return how many passes may run at once: one per CPU, as memory allows; beside a GPU one."""
-    if networks.device.type != "cpu":
-        return 1
-    cpus = jobs.cpu_count()
-    asked = min(cpus, int(os.environ.get("OMP_NUM_THREADS") or cpus))
-    if asked < 2:
+    most = most_lanes(networks.device)
+    if most == 1:
         return 1
     room = memory.budget(networks.device, networks.recipe) / _pass_bytes(networks)
-    return max(1, min(asked, int(room)))
+    return max(1, min(most, int(room)))
+
+
+def most_lanes(device: torch.device) -> int:
+    """Return how many lanes there are where memory is no concern."""
+    if device.type != "cpu":
+        return 1
+    cpus, asked = jobs.cpu_count(), os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
 
 
 def _on_one_cpu() -> None:

@@ -47,7 +47,7 @@ class Computed:
     @property
     def is_done(self) -> bool:
         """Whether the tokens are there."""
-        return self.events is None or self.events[1].query()
+        return self.events is None or self.events[1].query()  # type: ignore[no-untyped-call]
 
     def wait(self) -> float:
         """Wait until the tokens are there; return the seconds that a GPU worked on them."""

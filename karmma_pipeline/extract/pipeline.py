@@ -202,6 +202,7 @@ def _stream(
     source = iter(staged)
     with report.timed(STARTING):
         batch = next(source, None)
+    started = time.process_time()
     while batch is not None or len(lanes):
         if batch is not None:
             stop.check("all finished batches are kept")
@@ -218,6 +219,7 @@ def _stream(
         if batch is not None:
             with report.waiting(lanes):
                 batch = next(source, None)
+        report.cpu_s = time.process_time() - started
 
 
 def _write(

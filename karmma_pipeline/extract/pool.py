@@ -74,7 +74,7 @@ class DecodePool:
         arena: where they are put; null: everything comes through a pipe.
 
     Attributes:
-        busy_s: seconds that processes have spent on decoding, all together.
+        busy_s: CPU seconds that processes have spent on decoding, all together.
 
     Raises:
         StoppedError: from `batches`, when a stop was asked for.

@@ -28,7 +28,8 @@ class ExtractReport:
     """What an extraction did; ``seconds`` that passed by what they went to.
 
     Attributes:
-        decode_s: seconds that decode processes worked, all together.
+        cpu_s: CPU seconds of the main process, without start-up.
+        decode_s: CPU seconds of the decode processes on decoding, all together.
         write_s: seconds that the writer worked, beside the networks.
         device_s: seconds that a GPU worked; a CPU's are those of the backbones.
         workers: decode processes.
@@ -44,6 +45,7 @@ class ExtractReport:
     failed: int = 0
     complete: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    cpu_s: float = 0.0
     decode_s: float = 0.0
     write_s: float = 0.0
     device_s: float = 0.0
@@ -136,7 +138,8 @@ class ExtractReport:
             "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
             "decode_processes": self.workers,
             "lanes": self.lanes,
-            "seconds_decoding_all_processes": round(self.decode_s, 3),
+            "cpu_seconds": round(self.cpu_s, 3),
+            "cpu_seconds_decoding": round(self.decode_s, 3),
             "seconds_writing_beside": round(self.write_s, 3),
             "seconds_gpu_busy": round(self.device_s, 3),
             "batches_halved": self.halved,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from support.media_files import write_video
 
-from karmma_pipeline import config, files
+from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
 from karmma_pipeline.extract import calibrate as calibration
-from karmma_pipeline.extract import modes
+from karmma_pipeline.extract import memory, modes
 from karmma_pipeline.extract.calibrate import calibrate, example, measure
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.forward import Mode, Network
@@ -204,8 +204,8 @@ def test_a_batch_that_would_not_fit_twice_is_the_last_that_is_tried(
     def told(_: object) -> Iterator[Growth]:
         yield Growth(int(next(sizes)))
 
-    monkeypatch.setattr(calibration.memory, "measured", told)
-    monkeypatch.setattr(calibration.jobs, "cpu_count", lambda: 1)
+    monkeypatch.setattr(memory, "measured", told)
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 1)
     monkeypatch.setattr(calibration, "_timed", lambda one, x: (one.tokens(x), 0.1))
     recipe = make_recipe(tmp_path, layout="contiguous", precision="float32", memory_gb=3)
     spec = input_spec("rgb", BackboneChoice(**S3D))

@@ -8,8 +8,7 @@ import pytest
 import torch
 from support.media_files import write_video
 
-from karmma_pipeline import config
-from karmma_pipeline.extract import lanes as lanes_module
+from karmma_pipeline import config, jobs
 from karmma_pipeline.extract import memory, pipeline
 from karmma_pipeline.extract.lanes import Lanes, lane_count
 from karmma_pipeline.extract.memory import Growth, measured
@@ -69,7 +68,8 @@ def test_batches_run_beside_one_another_on_one_thread_each_and_come_back_in_orde
         assert lanes.idle == 0
         slow.go[0].set()
         slow.go[2].set()
-        assert [lanes.take().staged for _ in range(3)] == [0, 1, 2]
+        numbers: list[Any] = [lanes.take().staged for _ in range(3)]
+        assert numbers == [0, 1, 2]
     assert slow.threads == [1, 1, 1]
 
 
@@ -98,7 +98,7 @@ def test_there_are_as_many_lanes_as_cpus_and_memory_allow(
 ) -> None:
     networks = Networks(make_recipe(tmp_path, memory_gb=2.5))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(lanes_module.jobs, "cpu_count", lambda: 4)
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
     sizes = iter([Growth(int(pass_gb * 1e9)), Growth(1)])
 
     class Told:
