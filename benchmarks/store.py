@@ -4,10 +4,12 @@
 
 Random batches of 256 clips, three modalities, fp16, a fifth of the clips without each. A ratio is
 time of the limit / time of the system, both measured in turn: 1.00 is the limit, more is faster.
+In brackets stands the ratio of CPU time, which other jobs on the machine hardly touch.
+
 All fill tensors of the same size, absent clips with zeros. The limit reads a dense array in which
 these are stored; ours reads them from one row that is always in the processor's cache, which is
 why it can be above 1. Every file was read once before (in the page cache, mapped), and every batch
-is another one. In brackets stands the ratio of CPU time. Ours is the loader that trains: an order of the epoch, masks drawn with p = 0.3.
+is another one. Ours is the loader that trains: an order of the epoch, masks drawn with p = 0.3.
 The ratio of writing is that of writing the present tokens alone into one file per modality, fsync
 included, to writing the store.
 """
@@ -106,7 +108,8 @@ def read_table(
     found = ratios(data, formats.limit(data, base_path), systems, rounds)
     for name, (median, least, most, cpu) in found.items():
         write = f"{plain / written[name]:.2f}" if name in written else ""
-        yield f"| {case.name} | {name} | {median:.3g} ({cpu:.3g}) | {least:.3g} - {most:.3g} | {write} |"
+        cells = f"{median:.3g} ({cpu:.3g}) | {least:.3g} - {most:.3g} | {write}"
+        yield f"| {case.name} | {name} | {cells} |"
 
 
 def other_systems(
