@@ -4,6 +4,8 @@
 
 Random batches of 256 clips, three modalities, fp16, a fifth of the clips without each. A ratio is
 time of the limit / time of the system, both measured in turn: 1.00 is the limit, more is faster.
+In brackets stands the ratio of CPU time, which other jobs on the machine hardly touch.
+
 All fill tensors of the same size, absent clips with zeros. The limit reads a dense array in which
 these are stored; ours reads them from one row that is always in the processor's cache, which is
 why it can be above 1. Every file was read once before (in the page cache, mapped), and every batch
@@ -33,19 +35,24 @@ BASE = "numpy memmap gather"
 
 def ratios(
     data: Data, base: Read, systems: dict[str, Read], rounds: int
-) -> dict[str, tuple[float, float, float]]:
-    """Return median, least and most of limit / system, the limit timed before and after each."""
+) -> dict[str, tuple[float, float, float, float]]:
+    """Return median, least and most of limit / system, the limit timed before and after each.
+
+    The fourth is the median of the ratios of CPU time, which other jobs hardly touch.
+    """
     rng = np.random.default_rng(1)
     found: dict[str, list[float]] = {name: [] for name in systems}
+    processor: dict[str, list[float]] = {name: [] for name in systems}
 
-    def clock(read: Read, batches: int) -> float:
-        spent = 0.0
+    def clock(read: Read, batches: int) -> tuple[float, float]:
+        spent = cpu = 0.0
         for _ in range(batches):
             index = rng.integers(0, data.case.clips, BATCH)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             read(index)
             spent += time.perf_counter() - started
-        return spent / batches
+            cpu += time.process_time() - before
+        return spent / batches, cpu / batches
 
     for name in (BASE, *systems):
         read = systems.get(name, base)
@@ -56,8 +63,12 @@ def ratios(
             before = clock(base, 5)
             taken = clock(read, 5 if name in mapped(systems) else 1)
             after = clock(base, 5)
-            found[name].append((before + after) / 2 / taken)
-    return {n: (float(np.median(r)), min(r), max(r)) for n, r in found.items()}
+            found[name].append((before[0] + after[0]) / 2 / taken[0])
+            processor[name].append((before[1] + after[1]) / 2 / max(1e-9, taken[1]))
+    return {
+        n: (float(np.median(r)), min(r), max(r), float(np.median(processor[n])))
+        for n, r in found.items()
+    }
 
 
 def mapped(systems: Iterable[str]) -> list[str]:
@@ -95,9 +106,10 @@ def read_table(
     if others:
         systems |= other_systems(data, folder, folder / f"ours_{shard_counts[0]}", timed)
     found = ratios(data, formats.limit(data, base_path), systems, rounds)
-    for name, (median, least, most) in found.items():
+    for name, (median, least, most, cpu) in found.items():
         write = f"{plain / written[name]:.2f}" if name in written else ""
-        yield f"| {case.name} | {name} | {median:.3g} | {least:.3g} - {most:.3g} | {write} |"
+        cells = f"{median:.3g} ({cpu:.3g}) | {least:.3g} - {most:.3g} | {write}"
+        yield f"| {case.name} | {name} | {cells} |"
 
 
 def other_systems(
@@ -173,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["8x1024", "300x1024", "open"], help="one part of it (default: all)"
     )
+    parser.add_argument("--ours", action="store_true", help="without the other formats")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only != "open":
@@ -182,6 +195,7 @@ def main() -> None:
             if case.name.startswith(options.only or ""):
                 rounds = options.rounds or (2 if options.quick else 7)
                 with work_folder(options.folder) as folder:
+                    others = others and not options.ours
                     for line in read_table(case, folder, rounds, shard_counts, others):
                         print(line, flush=True)
     if options.only in {None, "open"}:

@@ -95,3 +95,28 @@ def test_a_store_pickles_as_its_path(store: FeatureStore) -> None:
     again: FeatureStore = pickle.loads(data)  # noqa: S301  (made one line above)
     assert again.digest == store.digest
     assert isinstance(again.path, Path)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_stays_what_it_is_for_as_long_as_it_is_held(
+    store: FeatureStore, threads: int
+) -> None:
+    loader = FeatureLoader(store, range(50), 8, shuffle=True, threads=threads)
+    kept = [batch.tokens["audio"][1:3] for epoch in range(2) for batch in loader.epoch(epoch)]
+    index = [batch.clip_index[1:3] for epoch in range(2) for batch in loader.epoch(epoch)]
+    for found, clips in zip(kept, index, strict=True):
+        assert torch.equal(found, store.gather("audio", clips))
+
+
+def test_memory_that_nobody_holds_is_used_again(store: FeatureStore) -> None:
+    loader = FeatureLoader(store, range(48), 8, threads=0)
+    places = {batch.tokens["rgb"].data_ptr() for _ in range(3) for batch in loader.epoch(0)}
+    assert len(places) <= 2
+
+
+def test_a_rank_without_a_clip_gets_an_empty_batch(store: FeatureStore) -> None:
+    (batch,) = FeatureLoader(store, range(1), 8, p=0.5, rank=1, world_size=2).epoch(0)
+    assert {m: tuple(t.shape) for m, t in batch.tokens.items()} == {
+        m: (0, *store.shape(m)) for m in store.modalities
+    }
+    assert tuple(batch.mask.shape) == (0, 3)
