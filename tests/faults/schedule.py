@@ -35,7 +35,7 @@ def _sweep(options: argparse.Namespace, trials: Sequence[Trials]) -> Iterator[It
     part, parts = (int(word) for word in options.part.split("/"))
     for one in trials:
         for number in range(part, len(one.made) + 1, parts):
-            if options.call in (None, number):
+            if number in (options.call or [number]):
                 faults = [KILL, ERRORS[number // parts % len(ERRORS)]]
                 if options.fault:
                     faults = [FAULTS[options.fault]]
