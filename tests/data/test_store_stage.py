@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.any_store import fill_store
+from support.leftovers import leave
 
 from karmma_pipeline.data.loader import LoaderSettings
 from karmma_pipeline.data.opening import open_source
@@ -42,7 +43,9 @@ def test_a_copy_that_was_cut_or_killed_is_mended(store: Path, tmp_path: Path) ->
     place = stage(store, tmp_path)
     shard_file(place, "rgb", 1).write_bytes(b"cut")
     (place / ".zarr.json.x.tmp").write_text("left by a kill")
+    left = leave(place.with_name(f"{place.name}.verified"))
     assert stage(store, tmp_path) == place
+    assert not left.exists()
     assert tree(place) == tree(store)
 
 
