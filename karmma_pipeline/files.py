@@ -84,31 +84,36 @@ def _lives(process: int) -> bool:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, quota or read-only folder into one clear error.
 
-    Libraries report a full disk in their own ways (torch.save: a RuntimeError about
-    positions), so free space and inodes are looked at, not only the errno.
+    Libraries report a failing disk in their own ways (torch.save: a RuntimeError about
+    positions), so free space and inodes are looked at, not only the system's error number.
     """
     try:
         yield
     except KarmmaError:
         raise
-    except OSError as error:
-        if error.errno in _FULL or _is_full(path):
+    except Exception as error:
+        number = _errno(error)
+        if number in _FULL or _is_full(path):
             raise _full(path) from error
-        if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        if number in {errno.EROFS, errno.EACCES, errno.EPERM}:
             raise KarmmaError(
-                f"{path}: the folder cannot be written ({error.strerror}); "
+                f"{path}: the folder cannot be written ({os.strerror(number)}); "
                 "choose another folder or change its permissions."
             ) from error
-        if error.errno in _BROKEN:
+        if number in _BROKEN:
             raise KarmmaError(
-                f"{path}: the file system failed ({error.strerror}); what was saved before is "
+                f"{path}: the file system failed ({os.strerror(number)}); what was saved before is "
                 "kept. Run the same command again once the disk is well."
             ) from error
         raise
-    except Exception as error:
-        if "os error 28" in str(error) or _is_full(path):
-            raise _full(path) from error
-        raise
+
+
+def _errno(error: Exception) -> int:
+    """Return the system's number of an error; HDF5 and Rust only write it into their text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"(?:errno =|os error) (\d{1,4})", str(error))
+    return int(found[1]) if found else 0
 
 
 def _is_full(path: Path) -> bool:

@@ -46,6 +46,25 @@ def test_a_full_disk_is_one_clear_error(
     assert path.read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Can't decrement id ref count (file write failed: errno = 122, error", "quota is full"),
+        ("Can't write data (file write failed: errno = 5, error", "file system failed"),
+        ("Error while serializing: I/O error: No space left (os error 28)", "quota is full"),
+        ("unable to truncate (errno = 30, error message = 'Read-only", "cannot be written"),
+    ],
+)
+def test_libraries_that_hide_the_error_number_are_understood(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    for error in (RuntimeError(text), OSError(text)):
+        with pytest.raises(KarmmaError, match=sentence), files.disk_errors(tmp_path / "a"):
+            raise error
+    with pytest.raises(RuntimeError, match="own"), files.disk_errors(tmp_path / "a"):
+        raise RuntimeError("our own mistake")
+
+
 def test_others_may_read_what_we_write(tmp_path: Path) -> None:
     files.write_text(tmp_path / "deep" / "a.txt", "x")
     mode = stat.S_IMODE((tmp_path / "deep" / "a.txt").stat().st_mode)

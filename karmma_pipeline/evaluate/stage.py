@@ -75,7 +75,6 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
             write_submission(recipe.out / "submission", file_name, run, recipe.submission)
     config.save(recipe, recipe.out / "recipe.yaml")
     write_report(recipe.out, found)
-    files.sweep([recipe.out, *(recipe.out / name for name in _FOLDERS)])
     return EvaluateReport(recipe.out, found)
 
 
@@ -97,6 +96,7 @@ def write_report(folder: Path, found: Results) -> None:
         for kind in ("png", "svg"):
             files.write_bytes(folder / "figures" / f"{name}.{kind}", figures.to_bytes(figure, kind))
     files.write_text(folder / "index.html", page.render(found, pictures))
+    files.sweep([folder, *(folder / name for name in _FOLDERS)])
 
 
 def _data(run: Predictions, recipe: EvaluateRecipe) -> Data:

@@ -2,16 +2,14 @@
 
 import errno
 import os
-import socket
 from pathlib import Path
 
 import pytest
 from support.any_store import IDS, RGB_AUDIO, fill_store, tokens_of
+from support.leftovers import leave
 
 from karmma_pipeline.data.store import Catalog, ShardWriter, finalize, layout
 from karmma_pipeline.errors import KarmmaError
-
-NO_PROCESS = 999_999_999
 
 
 def names(root: Path) -> set[str]:
@@ -25,8 +23,7 @@ def test_completing_a_store_takes_away_what_killed_writers_left(tmp_path: Path) 
     spool.mkdir(parents=True)
     (spool / "journal").write_bytes(b"x")
     for name in (layout.SPEC, "commit/000000.safetensors", "rgb/tokens/c/0/0", "clips/group/c/0"):
-        left = f".{Path(name).name}.{socket.gethostname()}.{NO_PROCESS}.abcdefgh.tmp"
-        (root / name).with_name(left).write_bytes(b"half")
+        leave(root / name)
     finalize(root)
     assert names(root) == names(whole)
 

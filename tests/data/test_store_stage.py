@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.any_store import fill_store
+from support.leftovers import leave
 
 from karmma_pipeline.cli import main
 from karmma_pipeline.data.loader import LoaderSettings
@@ -45,7 +46,9 @@ def test_a_copy_that_was_cut_or_killed_is_mended(store: Path, tmp_path: Path) ->
     place = stage(store, tmp_path)
     shard_file(place, "rgb", 1).write_bytes(b"cut")
     (place / ".zarr.json.x.tmp").write_text("left by a kill")
+    left = leave(place.with_name(f"{place.name}.verified"))
     assert stage(store, tmp_path) == place
+    assert not left.exists()
     assert tree(place) == tree(store)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support.any_store import IDS, fill_store
+from support.leftovers import leave
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
@@ -117,7 +118,9 @@ def test_the_expected_drop_curve_joins_the_subsets_and_the_sampled_one(found: Re
 
 
 def test_equal_models_make_equal_bytes(place: Path, found: Results, tmp_path: Path) -> None:
+    left = leave(tmp_path / "index.html")
     write_report(tmp_path, found)
+    assert not left.exists()
     for path in sorted(tmp_path.rglob("*.*")):
         assert path.read_bytes() == (place / "report" / path.relative_to(tmp_path)).read_bytes()
     assert schema.read(tmp_path / "results.json") == found

@@ -10,6 +10,7 @@ defect is printed with the options that repeat it, and makes the exit code 1.
 """
 
 import argparse
+import math
 import os
 import random
 import subprocess
@@ -28,11 +29,12 @@ SCENARIOS = ("extract", "train-teacher", "distill", "evaluate", "convert", "stag
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="for how long (default: 60)")
+    parser.add_argument("--seconds", type=float, default=None, help="no longer than that")
     parser.add_argument("--kills", type=int, default=0, help="so many random moments instead")
     parser.add_argument("--sweep", action="store_true", help="every call once instead")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th call of a sweep")
-    parser.add_argument("--call", type=int, help="of a sweep this call only")
+    parser.add_argument("--call", type=int, nargs="+", help="of a sweep these calls only")
+    parser.add_argument("--list", action="store_true", help="print the calls and do nothing")
     parser.add_argument("--fault", choices=FAULTS, help="of a sweep this fault only")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
     parser.add_argument("--seed", type=int, default=None, help="of what is chosen by chance")
@@ -64,7 +66,14 @@ def hurt_all(options: argparse.Namespace, folder: Path) -> int:
     trials = [Trials(name, folder / name, calls) for name in options.only]
     for one in trials:
         print(f"{one.scenario.name}: {len(one.made)} calls change files", flush=True)
-    for one, again, hurt in schedule(options, trials, random.Random(seed), began):
+        for number, call in enumerate(one.made if options.list else [], start=1):
+            print(f"{number:5} {call}")
+    chosen = options.sweep or options.kills or options.call
+    limit = 0 if options.list else options.seconds or (math.inf if chosen else 60)
+    for one, again, hurt in schedule(options, trials, random.Random(seed)):
+        if time.monotonic() - began > limit:
+            print(f"out of time before {one.scenario.name} ({again})")
+            break
         try:
             ended[f"{one.scenario.name}: {hurt()}"] += 1
         except DefectError as defect:

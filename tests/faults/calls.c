@@ -197,23 +197,32 @@ int unlinkat(int folder, const char *path, int flags) {
     return hit_at("unlink", folder, path) ? -1 : REAL(unlinkat, folder, path, flags);
 }
 int rmdir(const char *path) { return hit_at("unlink", AT_FDCWD, path) ? -1 : REAL(rmdir, path); }
-int mkdir(const char *path, mode_t mode) {
-    return hit_at("mkdir", AT_FDCWD, path) ? -1 : REAL(mkdir, path, mode);
-}
-int mkdirat(int folder, const char *path, mode_t mode) {
-    return hit_at("mkdir", folder, path) ? -1 : REAL(mkdirat, folder, path, mode);
+
+/* What is there already cannot fail to be made. */
+static int hit_new(const char *call, int folder, const char *path) {
+    int before = errno;
+    if (faccessat(folder, path, F_OK, AT_SYMLINK_NOFOLLOW) == 0) return 0;
+    errno = before;
+    return hit_at(call, folder, path);
 }
 
-/* Opening counts where it may make or empty a file. */
-#define OPENER(name, folder, path, ...)                                            \
-    mode_t mode = 0;                                                               \
-    if (flags & (O_CREAT | O_TMPFILE)) {                                           \
-        va_list more;                                                              \
-        va_start(more, flags);                                                     \
-        mode = va_arg(more, mode_t);                                               \
-        va_end(more);                                                              \
-    }                                                                              \
-    if ((flags & (O_CREAT | O_TRUNC)) && hit_at("create", folder, path)) return -1; \
+int mkdir(const char *path, mode_t mode) {
+    return hit_new("mkdir", AT_FDCWD, path) ? -1 : REAL(mkdir, path, mode);
+}
+int mkdirat(int folder, const char *path, mode_t mode) {
+    return hit_new("mkdir", folder, path) ? -1 : REAL(mkdirat, folder, path, mode);
+}
+
+/* Opening counts where it makes a file. */
+#define OPENER(name, folder, path, ...)                                    \
+    mode_t mode = 0;                                                       \
+    if (flags & (O_CREAT | O_TMPFILE)) {                                   \
+        va_list more;                                                      \
+        va_start(more, flags);                                             \
+        mode = va_arg(more, mode_t);                                       \
+        va_end(more);                                                      \
+    }                                                                      \
+    if ((flags & O_CREAT) && hit_new("create", folder, path)) return -1;   \
     return REAL(name, __VA_ARGS__, flags, mode)
 
 int open(const char *path, int flags, ...) { OPENER(open, AT_FDCWD, path, path); }
@@ -225,8 +234,8 @@ int openat64(int folder, const char *path, int flags, ...) {
     OPENER(openat64, folder, path, folder, path);
 }
 FILE *fopen(const char *path, const char *mode) {
-    return mode[0] != 'r' && hit_at("create", AT_FDCWD, path) ? NULL : REAL(fopen, path, mode);
+    return mode[0] != 'r' && hit_new("create", AT_FDCWD, path) ? NULL : REAL(fopen, path, mode);
 }
 FILE *fopen64(const char *path, const char *mode) {
-    return mode[0] != 'r' && hit_at("create", AT_FDCWD, path) ? NULL : REAL(fopen64, path, mode);
+    return mode[0] != 'r' && hit_new("create", AT_FDCWD, path) ? NULL : REAL(fopen64, path, mode);
 }

@@ -107,7 +107,7 @@ class Trials:
         ended = self.interrupt(moment, number, only, fresh)
         what = f"{signal.Signals(number).name} to {only or 'all'}"
         self.end(f"{what} after {moment:.3f} s")
-        return f"{what}: exit {ended.code}"
+        return f"{what} of {'a new process' if fresh else 'a fork'}: exit {ended.code}"
 
     def interrupt(self, moment: float, number: int, only: str, fresh: bool) -> Ended:
         """Signal the command after some seconds and see that all its processes end well."""

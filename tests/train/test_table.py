@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.any_store import fill_store
+from support.leftovers import leave
 from support.tiny_store import write_store
 from support.training import StopAt, student_recipe, teacher_recipe
 
@@ -51,8 +52,10 @@ def test_a_flipped_byte_is_noticed_and_its_chunk_computed_again(
     hurt = bytearray(before[1])
     hurt[len(hurt) // 2] ^= 1
     chunks[1].write_bytes(hurt)
+    left = leave(chunks[2])
     again = tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopFlag())
     assert [c.read_bytes() for c in chunks] == before
+    assert not left.exists()
     assert torch.equal(again.logits, made.logits)
 
 
