@@ -14,7 +14,7 @@ import numpy as np
 CLOCK = 90_000
 RATE = 16_000
 BITS = 12
-LONG_BITS = 17
+LONG_BITS, LONG_RATE = 17, 8_000
 Maker = Callable[..., Path]
 
 
@@ -85,10 +85,11 @@ def write_video(
     return path
 
 
-def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
+def long_video(path: Path, minutes: int, rate: Fraction, click_s: float) -> Path:
     """Write many tiny pictures fast: the number is 17 bright or dark columns of 4 px."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=rate)
+        track: Any = container.add_stream("aac", rate=LONG_RATE, layout="mono")
         stream.width, stream.height, stream.pix_fmt = 4 * LONG_BITS + 12, 16, "yuv420p"
         stream.gop_size, stream.bit_rate = 120, 200_000
         count = int(minutes * 60 * rate)
@@ -99,6 +100,13 @@ def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
             picture[:16] = row
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
         container.mux(stream.encode())
+        wave = np.zeros((1, minutes * 60 * LONG_RATE), np.float32)
+        at = round(click_s * LONG_RATE)
+        wave[0, at : at + 40] = np.sin(np.arange(40) * 1.2)
+        samples = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        samples.sample_rate, samples.pts = LONG_RATE, 0
+        container.mux(track.encode(samples))
+        container.mux(track.encode())
     return path
 
 
