@@ -51,6 +51,7 @@ def write_video(
     audio_delay_s: float = 0.0,
     codec: str = "libx264",
     index_first: bool = False,
+    size: tuple[int, int] = (96, 48),
 ) -> Path:
     """Write pictures at ``times`` or ``fps``: a counter, or a texture that moves to the right."""
     shown = np.arange(round(seconds * fps)) / fps if times is None else np.asarray(times)
@@ -61,13 +62,14 @@ def write_video(
         track = None
         if video:
             stream = container.add_stream(codec, rate=25)
-            stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
             stream.time_base = stream.codec_context.time_base = Fraction(1, clock)
         if sound:
             track = container.add_stream("aac", rate=RATE, layout="mono")
         if stream is not None:
             for number, t in enumerate(shown):
                 picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
+                picture = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts = round((t + video_delay_s) * clock)
                 frame.time_base = Fraction(1, clock)
