@@ -69,8 +69,8 @@ def write_video(
         if stream is not None:
             for number, t in enumerate(shown):
                 picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
-                picture = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                scaled: Any = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
+                frame = av.VideoFrame.from_ndarray(scaled, format="rgb24")
                 frame.pts = round((t + video_delay_s) * clock)
                 frame.time_base = Fraction(1, clock)
                 container.mux(stream.encode(frame))
