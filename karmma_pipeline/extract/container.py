@@ -86,7 +86,8 @@ def probe(path: Path, stream: int | None = None) -> Probe:
             first = _first_s(found)
             # Sound before zero is the encoder's run-in, which decoders leave out.
             delay = max(0.0, first) - zero
-            rate = found.sample_rate if kind == "audio" else None
+            known = kind == "audio" and found.codec_context is not None
+            rate = found.sample_rate if known else None
             return StreamFacts(found.index, first, delay, rate, found is best[kind])
 
         names = set(container.format.name.split(","))

@@ -84,6 +84,7 @@ class ExtractPlan:
             "clips_lost_to_faults": one.lost,
             "start_after_end": one.after_end,
             "stop_after_end": one.past_end,
+            "stop_too_far_after_end": one.too_far,
             "shorter_than_window": [
                 {
                     "modality": w.modality,
@@ -195,6 +196,11 @@ def _presence(one: Survey, recipe: ExtractRecipe) -> list[str]:
         lines.append(
             f"stop after their file's end and are cut there, {len(one.past_end):,}: "
             f"{_examples(one.past_end)}"
+        )
+    if one.too_far:
+        lines.append(
+            f"stop more than {recipe.sampling.tolerance_s:g} s after their file's end, "
+            f"{len(one.too_far):,}: {_examples(one.too_far)}"
         )
     if one.lost:
         verdict = "more" if one.lost > recipe.max_failures * one.clips else "no more"

@@ -48,9 +48,12 @@ class Survey:
         present: modality to bool [clips]: what will probably be there.
         wanted: the same if no file were missing, cut or damaged.
         lost: clips that will lose a modality to a fault that is known by now.
+        faulty: their places in the list of clips.
         no_stream: modality to clips whose file was recorded without it.
         after_end: clips that start after their file's end.
         past_end: clips that stop after their file's end, and are cut there.
+        too_far: clips that stop farther after it than the recipe tolerates: their pictures are
+            out of range.
         windows: see `Window`.
         doubles: pairs of clip ids with the same video and span.
         shared: videos with clips in more than one split.
@@ -70,9 +73,11 @@ class Survey:
     present: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     wanted: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     lost: int = 0
+    faulty: set[int] = field(default_factory=set)
     no_stream: Counter[str] = field(default_factory=Counter)
     after_end: list[str] = field(default_factory=list)
     past_end: list[str] = field(default_factory=list)
+    too_far: list[str] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     doubles: list[tuple[str, str]] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
@@ -103,7 +108,9 @@ def survey(recipe: ExtractRecipe, manifest: Manifest, *, probe: bool = True) -> 
             found.details[path] = one.detail
     spans = [_span(clip, probes) for clip in manifest.clips]
     _count_clips(found, manifest.clips, spans)
-    _count_presence(found, manifest.clips, modalities, spans, probes)
+    _count_presence(found, manifest.clips, modalities, probes)
+    _count_ends(found, manifest.clips, recipe.sampling.tolerance_s, probes)
+    found.lost = len(found.faulty)
     found.windows = list(_windows(recipe, manifest.clips, spans, probes))
     _find_overlaps(found, manifest.clips, spans)
     return found
@@ -151,10 +158,8 @@ def _count_presence(
     found: Survey,
     clips: Sequence[Clip],
     modalities: Sequence[str],
-    spans: Sequence[tuple[float, float | None]],
     probes: Mapping[Path, Probe],
 ) -> None:
-    lost = set()
     for modality in modalities:
         present = found.present[modality] = np.zeros(len(clips), np.bool_)
         wanted = found.wanted[modality] = np.zeros(len(clips), np.bool_)
@@ -165,22 +170,36 @@ def _count_presence(
             known = probes[source.path]
             wanted[number] = True
             if known.state != "fine":
-                lost.add(number)
+                found.faulty.add(number)
             elif (known.has_audio if modality == "audio" else known.has_video) is False:
                 found.no_stream[modality] += 1
                 wanted[number] = False
             else:
                 present[number] = True
-    ends = (_end(clip, probes) for clip in clips)
-    for number, (clip, end) in enumerate(zip(clips, ends, strict=True)):
-        if end is not None and clip.start_s >= end:
+
+
+def _count_ends(
+    found: Survey, clips: Sequence[Clip], tolerance_s: float, probes: Mapping[Path, Probe]
+) -> None:
+    """Tell the clips that reach out of their file: what plays on is cut, or nothing is left."""
+    for number, clip in enumerate(clips):
+        end = _end(clip, probes)
+        if end is None:
+            continue
+        past_s = (end if clip.stop_s is None else clip.stop_s) - end
+        if clip.start_s >= end:
             found.after_end.append(clip.clip_id)
-            lost.add(number)
-            for present in found.present.values():
-                present[number] = False
-        elif end is not None and clip.stop_s is not None and clip.stop_s > end + _NEAR_S:
-            found.past_end.append(clip.clip_id)
-    found.lost = len(lost)
+            gone = set(found.present)
+        elif past_s > max(tolerance_s, _NEAR_S):
+            found.too_far.append(clip.clip_id)
+            gone = found.present.keys() & {"rgb", "flow"}  # sound is padded
+        else:
+            found.past_end += [clip.clip_id] if past_s > _NEAR_S else []
+            continue
+        if gone:
+            found.faulty.add(number)
+        for modality in gone:
+            found.present[modality][number] = False
 
 
 def _end(clip: Clip, probes: Mapping[Path, Probe]) -> float | None:

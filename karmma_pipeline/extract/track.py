@@ -66,6 +66,8 @@ def _pieces(path: Path, facts: StreamFacts, native: int, damaged: list[Span]) ->
     zero_s, length = max(0.0, facts.first_s), 0
     with open_container(path) as container:
         stream = container.streams[facts.index]
+        if stream.codec_context is None:
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: sound in an unknown codec")
         for packet in until_end(container.demux(stream)):
             try:
                 frames = packet.decode()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import (
+    LONG_RATE,
     RATE,
     Maker,
     long_video,
@@ -164,8 +165,8 @@ def test_headers_that_claim_more_than_there_is_are_not_believed(make_video: Make
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rate = Fraction(60_000, 1001)
-    return long_video(tmp_path_factory.mktemp("long") / "long.mp4", minutes=20, rate=rate)
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    return long_video(path, minutes=20, rate=Fraction(60_000, 1001), click_s=1190.25)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -180,6 +181,11 @@ def test_twenty_minutes_in_it_is_still_the_right_frame(
     assert [read_long_counter(f) for f in frames] == numbers.tolist()
     np.testing.assert_allclose(real, numbers * 1001 / 60_000, atol=1e-3)
     file.close()
+
+
+def test_twenty_minutes_in_the_sound_is_still_in_its_place(long: Path) -> None:
+    window = np.abs(MediaFile(long).sound(1189.9, 1190.6, LONG_RATE))
+    assert 1189.9 + float(np.argmax(window)) / LONG_RATE == pytest.approx(1190.25, abs=0.05)
 
 
 def test_memory_stays_flat_over_many_files(make_video: Maker) -> None:

@@ -4,16 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from support.media_files import Maker
 
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
+from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.extract import forecast
 from karmma_pipeline.extract.pipeline import extract
 from karmma_pipeline.extract.planning import ExtractPlan, make_plan
 from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.modalities import Reason
 
 SETS = {
     "one": {
@@ -39,7 +42,7 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
     make_video("mute.mp4", sound=False)
     (tmp_path / "empty.mp4").touch()
     rows = (
-        "a,v.mp4,0,1.5,x,train\nb,v.mp4,1,5,x,train\nc,v.mp4,9,10,x,train\n"
+        "a,v.mp4,0,1.5,x,train\nb,v.mp4,1,2.4,x,train\nc,v.mp4,9,10,x,train\n"
         "d,mute.mp4,,,x,val\ne,gone.mp4,0,1,x,val\nf,empty.mp4,0,1,x,val\n"
     )
     plan = plan_of(tmp_path, rows, max_failures=0.5)
@@ -140,3 +143,21 @@ def test_a_modality_that_no_clip_has_is_refused_with_the_nearest(tmp_path: Path)
     result = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yaml")])
     assert result.exit_code == 2
     assert "sets.one.rbg: no clip has this modality; did you mean 'rgb'?" in result.output
+
+
+def test_a_clip_that_stops_too_far_after_its_file_is_counted_as_extraction_will(
+    make_video: Maker, tmp_path: Path
+) -> None:
+    make_video("v.mp4")  # two seconds
+    rows = "a,v.mp4,1,2.4,x,train\nb,v.mp4,1,2.9,x,train\n"
+    plan = plan_of(tmp_path, rows, max_failures=0.4)
+    found = plan.survey
+    assert (found.past_end, found.too_far, found.lost) == (["a"], ["b"], 1)
+    assert found.present["rgb"].tolist() == [True, False]
+    assert found.present["audio"].tolist() == [True, True]
+    assert "stop more than 0.5 s after their file's end, 1: b" in plan.text(Path("r.yaml"))
+    assert plan.too_many_lost
+    recipe = recipe_of(tmp_path, rows, max_failures=1.0)
+    extract(recipe)
+    store = FeatureStore.open(tmp_path / "out/one")
+    assert (np.asarray(store.reasons) == Reason.PRESENT).tolist() == [[True, True], [False, True]]

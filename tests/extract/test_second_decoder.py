@@ -115,6 +115,16 @@ def test_no_frame_that_damage_may_have_touched_is_given(make_video: Maker) -> No
     assert set(faults) == {Reason.DECODE_ERROR}
 
 
+def test_sound_in_an_unknown_codec_costs_only_the_sound(make_video: Maker, tmp_path: Path) -> None:
+    path = tmp_path / "unknown.mkv"
+    path.write_bytes(make_video("v.mkv").read_bytes().replace(b"A_AAC", b"A_ZZZ"))
+    file = MediaFile(path)
+    assert read_counter(file.frames(np.array([0.5]))[0][0]) == 12
+    with pytest.raises(MediaFaultError) as caught:
+        file.sound(0.2, 0.8, 16_000)
+    assert caught.value.reason is Reason.DECODE_ERROR
+
+
 def joined(path: Path, *parts: Path) -> Path:
     """Put the streams of files into one file, in the order of the files."""
     with ExitStack() as stack:

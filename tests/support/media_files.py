@@ -14,7 +14,7 @@ import numpy as np
 CLOCK = 90_000
 RATE = 16_000
 BITS = 12
-LONG_BITS = 17
+LONG_BITS, LONG_RATE = 17, 8_000
 Maker = Callable[..., Path]
 
 
@@ -51,6 +51,7 @@ def write_video(
     audio_delay_s: float = 0.0,
     codec: str = "libx264",
     index_first: bool = False,
+    size: tuple[int, int] = (96, 48),
 ) -> Path:
     """Write pictures at ``times`` or ``fps``: a counter, or a texture that moves to the right."""
     shown = np.arange(round(seconds * fps)) / fps if times is None else np.asarray(times)
@@ -61,14 +62,15 @@ def write_video(
         track = None
         if video:
             stream = container.add_stream(codec, rate=25)
-            stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
             stream.time_base = stream.codec_context.time_base = Fraction(1, clock)
         if sound:
             track = container.add_stream("aac", rate=RATE, layout="mono")
         if stream is not None:
             for number, t in enumerate(shown):
                 picture = counter_picture(number) if pan_px_s is None else panned(pan_px_s * t)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                scaled: Any = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
+                frame = av.VideoFrame.from_ndarray(scaled, format="rgb24")
                 frame.pts = round((t + video_delay_s) * clock)
                 frame.time_base = Fraction(1, clock)
                 container.mux(stream.encode(frame))
@@ -85,10 +87,11 @@ def write_video(
     return path
 
 
-def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
+def long_video(path: Path, minutes: int, rate: Fraction, click_s: float) -> Path:
     """Write many tiny pictures fast: the number is 17 bright or dark columns of 4 px."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=rate)
+        track: Any = container.add_stream("aac", rate=LONG_RATE, layout="mono")
         stream.width, stream.height, stream.pix_fmt = 4 * LONG_BITS + 12, 16, "yuv420p"
         stream.gop_size, stream.bit_rate = 120, 200_000
         count = int(minutes * 60 * rate)
@@ -99,6 +102,13 @@ def long_video(path: Path, minutes: int, rate: Fraction) -> Path:
             picture[:16] = row
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
         container.mux(stream.encode())
+        wave = np.zeros((1, minutes * 60 * LONG_RATE), np.float32)
+        at = round(click_s * LONG_RATE)
+        wave[0, at : at + 40] = np.sin(np.arange(40) * 1.2)
+        samples = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        samples.sample_rate, samples.pts = LONG_RATE, 0
+        container.mux(track.encode(samples))
+        container.mux(track.encode())
     return path
 
 
