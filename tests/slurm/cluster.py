@@ -216,9 +216,10 @@ class Cluster:
         while any(map(_is_alive, daemons)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # whatever it has started and has not ended
+            with suppress(psutil.Error):  # whatever has not ended
+                is_step = Path(process.cwd()).is_relative_to(self.folder)  # hides its environment
                 ours = process.environ().get("SLURM_CONF") == str(self.configuration)
-                if ours and process.pid != os.getpid():
+                if (ours or is_step) and process.pid != os.getpid():
                     process.kill()
         if self.munged is not None:
             self.munged.terminate()
