@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -155,7 +154,7 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(1024))
         places = {"socket": socket_path, "key-file": key}
         places |= {f"{kind}-file": self.folder / f"munge.{kind}" for kind in ("log", "pid", "seed")}
-        command = ["munged", "--foreground", *(f"--{k}={v}" for k, v in places.items())]
+        command = ["munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in places.items())]
         with (self.folder / "log/munged.log").open("wb") as log:
             self.munged = subprocess.Popen(command, stdout=log, stderr=log)
         self._wait("munged", lambda: output("munge", "-n", "-S", str(socket_path)))
@@ -164,15 +163,18 @@ class Cluster:
         self._start("slurmd", "-N", node)
 
     def _start(self, *command: str) -> None:
-        try:
-            output(*command, check=True)
-        except subprocess.SubprocessError as error:
-            raise CannotRunError(f"{error}{self._says()}") from None
+        """Start a daemon; it puts itself into the background."""
+        with (self.folder / "log/start.log").open("ab") as log:
+            try:
+                subprocess.run(command, stdout=log, stderr=log, timeout=60, check=True)
+            except subprocess.SubprocessError as error:
+                raise CannotRunError(f"{error}{self._says()}") from None
 
     def _wait(self, what: str, is_up: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
         while not is_up():
-            if time.monotonic() > deadline:
+            dead = self.munged is not None and self.munged.poll() is not None
+            if dead or time.monotonic() > deadline:
                 raise CannotRunError(f"{what} does not come up{self._says()}")
             time.sleep(0.1)
 
@@ -199,11 +201,12 @@ class Cluster:
 
     def stop(self) -> None:
         """End all jobs and daemons."""
-        with suppress(subprocess.SubprocessError, OSError):
-            output("scancel", f"--user={getpass.getuser()}")
-            deadline = time.monotonic() + 15
-            while output("squeue", "-h") and time.monotonic() < deadline:
-                time.sleep(0.5)
+        if (self.folder / "slurmctld.pid").exists():
+            with suppress(subprocess.SubprocessError, OSError):
+                output("scancel", f"--user={getpass.getuser()}")
+                deadline = time.monotonic() + 15
+                while output("squeue", "-h") and time.monotonic() < deadline:
+                    time.sleep(0.5)
         daemons = []
         for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld"):
             with suppress(OSError, ValueError, psutil.Error):
@@ -213,9 +216,10 @@ class Cluster:
         while any(map(_is_alive, daemons)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # whatever it has started and has not ended
+            with suppress(psutil.Error):  # whatever has not ended
+                is_step = Path(process.cwd()).is_relative_to(self.folder)  # hides its environment
                 ours = process.environ().get("SLURM_CONF") == str(self.configuration)
-                if ours and process.pid != os.getpid():
+                if (ours or is_step) and process.pid != os.getpid():
                     process.kill()
         if self.munged is not None:
             self.munged.terminate()
@@ -245,9 +249,5 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def output(*command: str, check: bool = False) -> str:
-    """Run a command; daemons put themselves into the background and keep stdout open."""
-    with tempfile.TemporaryFile("w+") as out:
-        subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=60, check=check)
-        out.seek(0)
-        return out.read().strip()
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()

@@ -65,7 +65,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true")
     options.add_argument("folder", type=Path, nargs="?")
     given = options.parse_args()
-    folder = (given.folder or Path(tempfile.mkdtemp(prefix="karmma-slurm-"))).absolute()
+    folder = (given.folder or Path(tempfile.mkdtemp(prefix="karmma-slurm-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if given.install:

@@ -140,7 +140,7 @@ def start_reference(folder: Path) -> "subprocess.Popen[bytes]":
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ranks += ["-m", KARMMA[2], "train-teacher", "recipes/two_nodes.yaml"]
     both = f"{shlex.join(chain)} && {shlex.join(ranks)}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **LOCAL, "OMP_NUM_THREADS": "1"}
     with (folder / "out.txt").open("wb") as out:
         return subprocess.Popen(
             ["bash", "-c", both],  # noqa: S607

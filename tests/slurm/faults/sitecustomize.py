@@ -24,8 +24,8 @@ HOLDS = "KARMMA_TEST_HOLDS"
 ``FILE.here`` tells that it does. ``extract-3``: task 3 gets no further clips from its decoders;
 ``decode-3``: its decoders are slow; ``teacher``: that training's steps are slow."""
 
-FREE = {"extract": 2, "decode": 1, "step": 4}
-"""So many clips, or steps, come through before."""
+FREE = {"extract": 1, "decode": 0, "step": 4}
+"""So many decodings, or steps, come through before."""
 
 SLOW_S = {"decode": 10.0, "step": 1.0}
 
@@ -47,9 +47,11 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            whole = getattr(module, self.function)
+            path, _, name = self.function.rpartition(".")
+            owner = getattr(module, path) if path else module
+            whole = getattr(owner, name)
             # its name too, so that it travels to decode processes
-            setattr(module, self.function, functools.wraps(whole)(self.around(whole)))
+            setattr(owner, name, functools.wraps(whole)(self.around(whole)))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -103,19 +105,18 @@ def poisoned(decode: Function) -> Function:
     return decode_clips
 
 
-def waiting(wait: Function) -> Function:
+def waiting(is_done: Function) -> Function:
     """Keep from the extraction that its decoders are done."""
     hold = Hold("extract")
 
-    def wait_for(futures: Any, timeout: float) -> Any:
-        if hold.here:
-            time.sleep(timeout)
-            return wait([], 0)
-        found = wait(futures, timeout)
-        hold.passed += len(found.done)
-        return found
+    def _is_done(pool: Any, future: Any) -> Any:
+        while hold.here:
+            pool.stop.check("finished batches are saved")
+            time.sleep(0.1)
+        hold.passed += 1
+        return is_done(pool, future)
 
-    return wait_for
+    return _is_done
 
 
 def slow(step: Function) -> Function:
@@ -131,6 +132,6 @@ def slow(step: Function) -> Function:
 if HOLDS in os.environ:
     sys.meta_path[:0] = [
         Finder("karmma_pipeline.extract.decode", "decode_clips", poisoned),
-        Finder("karmma_pipeline.extract.pool", "wait", waiting),
+        Finder("karmma_pipeline.extract.pool", "DecodePool._is_done", waiting),
         Finder("karmma_pipeline.train.loop", "learning_rate", slow),
     ]
