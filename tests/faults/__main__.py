@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th call of a sweep")
     parser.add_argument("--call", type=int, nargs="+", help="of a sweep these calls only")
     parser.add_argument("--list", action="store_true", help="print the calls and do nothing")
-    parser.add_argument("--fault", choices=FAULTS, help="of a sweep this fault only")
+    parser.add_argument("--fault", choices=FAULTS, nargs="+", help="of a sweep all these faults")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
     parser.add_argument("--seed", type=int, default=None, help="of what is chosen by chance")
     return parser.parse_args()
