@@ -62,6 +62,8 @@ def hurt_all(options: argparse.Namespace, folder: Path) -> int:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     began, defects, ended = time.monotonic(), 0, Counter[str]()
     calls = Calls.preloaded()
+    if calls is None:
+        print("no C compiler: no call is made to fail", file=sys.stderr)
     warm()
     trials = [Trials(name, folder / name, calls) for name in options.only]
     for one in trials:
