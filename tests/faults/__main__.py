@@ -18,11 +18,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from faults.calls import FAULTS, Calls, build
 
+if TYPE_CHECKING:
+    from faults.trials import Trials
+
 FOLDER = "KARMMA_FAULTS_FOLDER"
+_TELL_S = 30.0
 SCENARIOS = ("extract", "train-teacher", "distill", "evaluate", "convert", "stage")
 
 
@@ -35,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th call of a sweep")
     parser.add_argument("--call", type=int, nargs="+", help="of a sweep these calls only")
     parser.add_argument("--list", action="store_true", help="print the calls and do nothing")
-    parser.add_argument("--fault", choices=FAULTS, help="of a sweep this fault only")
+    parser.add_argument("--fault", choices=FAULTS, nargs="+", help="of a sweep all these faults")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
     parser.add_argument("--seed", type=int, default=None, help="of what is chosen by chance")
     return parser.parse_args()
@@ -56,31 +63,46 @@ def main() -> int:
 def hurt_all(options: argparse.Namespace, folder: Path) -> int:
     """Hurt the scenarios as asked, print how that went, and return the exit code."""
     from faults.scenarios import warm
+    from faults.trials import Trials
+
+    began = time.monotonic()
+    calls = Calls.preloaded()
+    if calls is None:
+        print("no C compiler: no call is made to fail", file=sys.stderr)
+    warm()
+    with ExitStack() as stack:
+        trials = []
+        for name in options.only:
+            one = Trials(name, folder / name, calls)
+            stack.callback(one.close)
+            trials.append(one)
+            print(f"{name}: {len(one.made)} calls change files", flush=True)
+            for number, call in enumerate(one.made if options.list else [], start=1):
+                print(f"{number:5} {call}")
+        return 0 if options.list else _hurt(options, trials, began)
+
+
+def _hurt(options: argparse.Namespace, trials: "Sequence[Trials]", began: float) -> int:
     from faults.schedule import schedule
-    from faults.trials import DefectError, Trials
+    from faults.trials import DefectError
 
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
-    began, defects, ended = time.monotonic(), 0, Counter[str]()
-    calls = Calls.preloaded()
-    warm()
-    trials = [Trials(name, folder / name, calls) for name in options.only]
-    for one in trials:
-        print(f"{one.scenario.name}: {len(one.made)} calls change files", flush=True)
-        for number, call in enumerate(one.made if options.list else [], start=1):
-            print(f"{number:5} {call}")
+    defects, ended, told = 0, Counter[str](), began
     chosen = options.sweep or options.kills or options.call
-    limit = 0 if options.list else options.seconds or (math.inf if chosen else 60)
+    limit = options.seconds or (math.inf if chosen else 60)
     for one, again, hurt in schedule(options, trials, random.Random(seed)):
-        if time.monotonic() - began > limit:
-            print(f"out of time before {one.scenario.name} ({again})")
+        now = time.monotonic()
+        if now - began > limit:
+            print(f"out of time before {one.name} ({again})")
             break
+        if now - told > _TELL_S:
+            print(f"{ended.total()} trials until now, next {one.name} ({again})", flush=True)
+            told = now
         try:
-            ended[f"{one.scenario.name}: {hurt()}"] += 1
+            ended[f"{one.name}: {hurt()}"] += 1
         except DefectError as defect:
             defects += 1
-            print(f"DEFECT {one.scenario.name} ({again}): {defect}\n", flush=True)
-    for one in trials:
-        one.close()
+            print(f"DEFECT {one.name} ({again}): {defect}\n", flush=True)
     for line, count in sorted(ended.items()):
         print(f"{count:5} {line}")
     print(f"{ended.total()} trials ended with the same bytes, {defects} did not")

@@ -41,7 +41,7 @@ def _sweep(options: argparse.Namespace, trials: Sequence[Trials]) -> Iterator[It
             if number in (options.call or [number]):
                 faults = [KILL, ERRORS[number // parts % len(ERRORS)]]
                 if options.fault:
-                    faults = [FAULTS[options.fault]]
+                    faults = [FAULTS[name] for name in options.fault]
                 yield from (_hit(one, number, fault) for fault in faults)
 
 

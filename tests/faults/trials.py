@@ -118,6 +118,8 @@ class Trials:
             run.signal(number, only)
             ended = run.wait()
         if ended is None:
+            run.signal(signal.SIGKILL)
+            run.wait()
             raise DefectError(f"{what}: hangs\n{self.log.read_text()}")
         until = time.monotonic() + PATIENCE_S
         while run.members():
