@@ -10,6 +10,8 @@ All fill tensors of the same size, absent clips with zeros. The limit reads a de
 these are stored; ours reads them from one row that is always in the processor's cache, which is
 why it can be above 1. Every file was read once before (in the page cache, mapped), and every batch
 is another one. Ours is the loader that trains: an order of the epoch, masks drawn with p = 0.3.
+It gathers when asked here; in a training a thread does so ahead, and train.py shows what is left to
+wait for.
 The ratio of writing is that of writing the present tokens alone into one file per modality, fsync
 included, to writing the store.
 """
@@ -99,10 +101,8 @@ def read_table(
             "plain", lambda p=folder / f"plain_{shards}": formats.write_raw(data, p, absent=False)
         )
         plain = min(plain or written["plain"], written["plain"])
-        systems[name] = formats.ours(
-            timed(name, lambda p=place, s=shards: formats.write_ours(data, p, s)), 0
-        )
-        systems[f"{name}, read ahead by a thread"] = formats.ours(place, 1)
+        path = timed(name, lambda p=place, s=shards: formats.write_ours(data, p, s))
+        systems[name] = formats.ours(path)
     if others:
         systems |= other_systems(data, folder, folder / f"ours_{shard_counts[0]}", timed)
     found = ratios(data, formats.limit(data, base_path), systems, rounds)
@@ -118,7 +118,7 @@ def other_systems(
     """Write and open the other formats."""
     systems: dict[str, Read] = {}
     name, place = "**karmma store, int8 (as stored)**", folder / "ours_int8"
-    systems[name] = formats.ours(timed(name, lambda: formats.write_ours(data, place, 1, "int8")), 0)
+    systems[name] = formats.ours(timed(name, lambda: formats.write_ours(data, place, 1, "int8")))
     systems["zarr-python, the same store"] = formats.plain_zarr(data, store)
     name = "h5py, one group per clip"
     systems[name] = formats.h5_groups(

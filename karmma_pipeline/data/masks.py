@@ -25,9 +25,12 @@ ORDER = 2**32 + 1
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finish splitmix64: a bijection that scatters its input over all 64 bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def clip_keys(clip_ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
@@ -45,10 +48,19 @@ def clip_keys(clip_ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
 
 def draws(seed: int, epoch: int, keys: NDArray[np.uint64], stream: int) -> NDArray[np.uint64]:
     """Return one random word per clip, uint64 [B]; streams are independent of one another."""
+    return _stream(_base(seed, epoch, keys), stream)
+
+
+def _base(seed: int, epoch: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return what all streams of these clips and this epoch begin with."""
     word = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch):
         word = _mix(word + np.uint64(part & _WORD) + np.uint64(_GOLDEN))
-    return _mix(_mix(word ^ keys) + np.uint64((stream + 1) * _GOLDEN & _WORD))
+    return _mix(word ^ keys)
+
+
+def _stream(base: NDArray[np.uint64], stream: int) -> NDArray[np.uint64]:
+    return _mix(base + np.uint64((stream + 1) * _GOLDEN & _WORD))
 
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -85,11 +97,17 @@ def modality_mask(
         raise ConfigError(f"modality_dropout={p}: a probability lies in 0..1.")
     if p == 0:
         return present.copy()
-    columns = [_uniform(draws(seed, epoch, keys, m)) >= p for m in range(present.shape[1])]
-    mask = present & np.stack(columns, axis=1)
-    empty: NDArray[np.bool_] = np.logical_not(mask.any(axis=1))
-    counts = present.sum(axis=1)
-    chosen = (_uniform(draws(seed, epoch, keys, _REPAIR)) * counts).astype(np.int64)
+    base = _base(seed, epoch, keys)
+    mask = present.copy()
+    for m in range(present.shape[1]):
+        mask[:, m] &= _uniform(_stream(base, m)) >= p
+    empty = np.flatnonzero(~mask.any(axis=1) & present.any(axis=1))
+    mask[empty] = _one_of(present[empty], _uniform(_stream(base[empty], _REPAIR)))
+    return mask
+
+
+def _one_of(present: NDArray[np.bool_], where: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return masks [B, M] of one of the present modalities, chosen by a number in [0, 1)."""
+    chosen = (where * present.sum(axis=1)).astype(np.int64)
     order = np.asarray(present.cumsum(axis=1), np.int64)
-    restored = present & np.equal(order, chosen[:, None] + 1)
-    return np.where(empty[:, None], restored, mask)
+    return present & np.equal(order, chosen[:, None] + 1)

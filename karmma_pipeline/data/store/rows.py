@@ -54,7 +54,7 @@ class Rows:
         clips = index.numpy()
         for (rows, row), target in zip(self._arrays, out, strict=True):
             flat = target.flatten(1).view(torch.uint8).numpy()
-            np.take(rows, row[clips], axis=0, out=flat, mode="clip")
+            rows.take(row[clips], axis=0, out=flat, mode="clip")
 
     def close(self) -> None:
         """Unmap the files."""
