@@ -32,6 +32,11 @@ decord.logging.set_level(decord.logging.QUIET)  # faults are reported as reasons
 class DecordVideo:
     """The default video stream of a file.
 
+    Args:
+        path: the file.
+        facts: of the stream.
+        left_half: of each picture, give the left half.
+
     Attributes:
         starts: start of every frame, seconds on the file's clock [frames].
         stop_s: end of the last frame.
@@ -42,7 +47,8 @@ class DecordVideo:
 
     decoder = "decord"
 
-    def __init__(self, path: Path, facts: StreamFacts) -> None:
+    def __init__(self, path: Path, facts: StreamFacts, left_half: bool = False) -> None:
+        self._parts = 2 if left_half else 1
         try:
             self._reader = decord.VideoReader(
                 str(path.absolute()), ctx=decord.cpu(), num_threads=1, fault_tol=_NO_REPEATS
@@ -67,7 +73,9 @@ class DecordVideo:
             self._reader.seek(0)
             for first in range(0, len(numbers), _AT_ONCE):
                 some = numbers[first : first + _AT_ONCE]
-                yield from zip(some.tolist(), self._reader.get_batch(some).asnumpy(), strict=True)
+                pictures = self._reader.get_batch(some).asnumpy()
+                pictures = pictures[:, :, : pictures.shape[2] // self._parts]
+                yield from zip(some.tolist(), pictures, strict=True)
             self._reader.seek(0)  # an idle reader would go on to fill its queue
         except _ERRORS as error:
             raise MediaFaultError(Reason.DECODE_ERROR, first_line(error)) from None

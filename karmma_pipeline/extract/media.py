@@ -65,14 +65,14 @@ class MediaFile:
         # Without an index decord's seeks land elsewhere: it gives other frames than asked for.
         if self._decoder == "decord" and facts.default and self._probe.indexed:
             try:
-                return DecordVideo(self.path, facts)
+                return DecordVideo(self.path, facts, self._left_half)
             except MediaFaultError:
                 pass
         return self._second
 
     @cached_property
     def _second(self) -> PyavVideo:
-        return PyavVideo(self.path, self._facts("video"))
+        return PyavVideo(self.path, self._facts("video"), self._left_half)
 
     @property
     def video_decoder(self) -> str:
@@ -103,14 +103,11 @@ class MediaFile:
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
         """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
 
-        Raises:
-            MediaFaultError: no decoder can decode them.
-        """
-        for number, picture in self._decode(numbers):
-            yield number, picture[:, : picture.shape[1] // 2] if self._left_half else picture
+        What decord cannot decode is left to PyAV, frame by frame at the same time.
 
-    def _decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
-        """What decord cannot decode is left to PyAV, frame by frame at the same time."""
+        Raises:
+            MediaFaultError: neither can decode them.
+        """
         unique, video, done = np.unique(numbers), self._video, 0
         try:
             for number, picture in video.decode(unique):

@@ -28,6 +28,11 @@ _Shown = tuple[int, Any, bool]
 class PyavVideo:
     """One video stream of a file; only what the file really holds is counted.
 
+    Args:
+        path: the file.
+        facts: of the stream.
+        left_half: of each picture, give the left half.
+
     Attributes:
         starts: start of every frame, seconds on the file's clock [frames].
         stop_s: end of the last frame.
@@ -38,8 +43,8 @@ class PyavVideo:
 
     decoder = "pyav"
 
-    def __init__(self, path: Path, facts: StreamFacts) -> None:
-        self.path, self._index = path, facts.index
+    def __init__(self, path: Path, facts: StreamFacts, left_half: bool = False) -> None:
+        self.path, self._index, self._parts = path, facts.index, 2 if left_half else 1
         self._container = open_container(path)
         rows = list(_packets(self._container.streams[self._index], self._container))
         if not rows:
@@ -82,7 +87,8 @@ class PyavVideo:
         goal = wanted.popleft()
         if shown is None or shown[0] < goal - 1 or not shown[2]:
             raise self._fault(goal)
-        return goal, _turned(shown[1])
+        picture = _turned(shown[1])
+        return goal, picture[:, : picture.shape[1] // self._parts]
 
     def _fault(self, number: int) -> MediaFaultError:
         return MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: frame {number} is damaged")
