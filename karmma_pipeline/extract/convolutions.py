@@ -8,6 +8,7 @@ B clips, C channels, T frames, h and w of a feature map.
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,4 +37,4 @@ def _over_time(m: nn.Conv3d, x: Tensor) -> Tensor:
     padding, dilation = (int(m.padding[0]), 0), (m.dilation[0], 1)
     weight = m.weight.squeeze(-1)
     y = F.conv2d(x.flatten(3), weight, m.bias, (1, 1), padding, dilation, m.groups)
-    return y.unflatten(3, x.shape[3:])
+    return torch.unflatten(y, 3, x.shape[3:])

@@ -323,7 +323,7 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
 def test_convolutions_over_time_stay_what_they_are(
     layout: torch.memory_format, options: dict[str, Any]
 ) -> None:
-    ours = nn.Conv3d(8, 12, (3, 1, 1), groups=2, **options).to(memory_format=layout)  # type: ignore[call-overload]
+    ours = nn.Conv3d(8, 12, (3, 1, 1), groups=2, **options).to(memory_format=layout)
     plain = copy.deepcopy(ours)
     x = torch.randn(2, 8, 9, 5, 7).contiguous(memory_format=layout)
     assert speed_up(ours) == 1
