@@ -10,6 +10,7 @@ from torch import Tensor
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.extract.convolutions import speed_up
 from karmma_pipeline.models.backbones import Backbone
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -44,6 +45,8 @@ class Network:
     def __init__(self, backbone: Backbone, device: torch.device, mode: Mode) -> None:
         self.backbone, self.device = backbone.to(device), device
         self.halved = 0
+        if device.type == "cpu":
+            speed_up(self.backbone)
         self.use(mode)
 
     def use(self, mode: Mode) -> None:
