@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             },
         },
         "store": {"clips_per_shard": 4},
-        "decode": {"workers": 1, "timeout_s": 20},
+        "decode": {"workers": 1, "timeout_s": 30},
         "batch_size": 2,
     },
     "teacher": {**TRAINING, "store": "features/teacher", "out": "runs/teacher"},
