@@ -68,7 +68,7 @@ class Case:
     teacher: dict[str, int]
 
 
-SMALL_CASE = Case("small student, 8 x 512", SMALL, 8, 512, 64, 20, {**SMALL, "dim": 192})
+SMALL_CASE = Case("small student, 8 x 512", SMALL, 8, 512, 64, 40, {**SMALL, "dim": 192})
 PAPER = (
     Case("paper student, 8 x 1024", STUDENT, 8, 1024, 64, 12, TEACHER),
     Case("paper student, 300 x 768", STUDENT, 300, 768, 4, 2, TEACHER),
