@@ -55,7 +55,7 @@ from slurm.watch import (
 )
 from slurm.watch import running as running_task
 
-TOLERANCE = 0.02
+TOLERANCE = 1e-3
 """How far the loss of two ranks may lie from that of one, relative: sums are in another order."""
 
 
@@ -255,8 +255,8 @@ def compare(reference: Path, disturbed: Path) -> None:
     say(f"{compared} files of stores and weights equal the undisturbed run's, byte for byte")
     one, two = (losses(disturbed / f"runs/{name}/metrics.jsonl") for name in ("teacher", RUNS[-1]))
     away = max(abs(a - b) / max(a, 1e-3) for a, b in zip(one, two, strict=True))
-    expect(away < TOLERANCE, f"two ranks end {away:.1%} away from one")
-    say(f"two ranks: every epoch's loss within {away:.2%} of one process's")
+    expect(away < TOLERANCE, f"two ranks end {away:.3%} away from one")
+    say(f"two ranks: every epoch's loss within {away:.4%} of one process's")
     with (disturbed / "features/failures.csv").open(newline="") as file:
         reasons = {(row["clip_id"], row["reason"]) for row in csv.DictReader(file)}
     found = {pair for pair in reasons if pair[1] != "no_stream"}
