@@ -1,7 +1,7 @@
 """How much memory a forward pass takes, and how much all of them may take together."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,8 @@ def measured(device: torch.device) -> Iterator[Growth]:
         yield growth
         growth.size = torch.cuda.max_memory_allocated(device) - before
         return
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, see proc(5)
+    with suppress(OSError):  # a container may forbid it; an older, higher peak is then taken
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, see proc(5)
     before = _status("VmRSS")
     yield growth
     growth.size = _status("VmHWM") - before

@@ -37,6 +37,14 @@ def make_recipe(folder: Path, **changes: Any) -> ExtractRecipe:
     return config.build(ExtractRecipe, tree, "test")
 
 
+WITH_BOXES = {
+    "one": {
+        "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
+        "boxes": {"name": "boxes", "frames": 4},
+    }
+}
+
+
 class Slow:
     """Networks that compute a batch when they are told to."""
 
@@ -96,7 +104,7 @@ def test_memory_that_comes_and_goes_is_measured() -> None:
 def test_there_are_as_many_lanes_as_cpus_and_memory_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_gb: float, wanted: int
 ) -> None:
-    networks = Networks(make_recipe(tmp_path, memory_gb=2.5))
+    networks = Networks(make_recipe(tmp_path, memory_gb=2.5, sets=WITH_BOXES))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
     sizes = iter([Growth(int(pass_gb * 1e9)), Growth(1)])
