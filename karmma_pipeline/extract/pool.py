@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import cv2
+import numpy as np
 import psutil
 import torch
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -26,6 +27,7 @@ from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extract.decode import Decoded, Settings, decode_clips, lost
 from karmma_pipeline.extract.media import Decoder
+from karmma_pipeline.extract.spectrogram import log_mel
 from karmma_pipeline.extract.transport import Arena, Places, decode_into
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
@@ -103,6 +105,7 @@ class DecodePool:
             max_workers=self._workers,
             max_tasks=_TASKS_PER_PROCESS,
             initializer=_start_worker,
+            initargs=[self.settings],
             context=get_context("spawn"),
         )
 
@@ -295,7 +298,10 @@ def _place(clip: Clip) -> Path | None:
     return None if source is None else source.path
 
 
-def _start_worker() -> None:
+def _start_worker(settings: Settings) -> None:
     jobs.become_worker()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    if any(wanted.modality == "audio" for wanted in settings.inputs):
+        # librosa loads for seconds when it is first used: not on the first clip's time
+        log_mel(settings.audio, np.zeros(settings.audio.sample_rate, np.float32))
