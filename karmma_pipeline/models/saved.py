@@ -141,7 +141,9 @@ def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:
             continue
         if hashlib.sha256(data).hexdigest() == card.weights_sha256:
             try:
-                return load(data)
+                # Clones lie on boundaries of 64 bytes. safetensors' own tensors lie anywhere, and
+                # products then differ in their last bits from one process to the next.
+                return {name: tensor.clone() for name, tensor in load(data).items()}
             except SafetensorError as error:
                 fault = f"is no safetensors file ({error})"
     raise CheckpointError(f"{path}: {fault}; train again or copy the folder again.")

@@ -34,6 +34,15 @@ def test_a_saved_model_comes_back_with_all_it_is(tmp_path: Path) -> None:
     assert not again.training
 
 
+def test_weights_lie_on_boundaries_so_that_every_process_computes_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    save_model(tmp_path, make_card(dim=48).build(), make_card(dim=48))
+    for _ in range(5):
+        model, _ = load_model(tmp_path)
+        assert {p.data_ptr() % 64 for p in model.parameters()} == {0}
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no saved model"):
         load_model(tmp_path)
