@@ -10,6 +10,7 @@ import numpy as np
 from karmma_pipeline import config, files
 from karmma_pipeline.data.store import Catalog, FeatureStore, finalize, layout
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
+from karmma_pipeline.extract import media_facts
 from karmma_pipeline.extract.failures import NATURAL, write_failures
 from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part
@@ -89,6 +90,8 @@ def join(recipe: ExtractRecipe, stores: Mapping[str, Path]) -> int:
         finalize(path)
     opened = {name: FeatureStore.open(path) for name, path in stores.items()}
     failed = write_failures(recipe.out / TABLE, opened)
+    ids = next(iter(opened.values())).clip_ids
+    media_facts.write_table(recipe.out, (clip_id.decode() for clip_id in ids))
     files.sweep([recipe.out])
     return failed
 

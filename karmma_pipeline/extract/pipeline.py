@@ -17,7 +17,7 @@ from tqdm import tqdm
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.data.store import Catalog, ClipRow, create_store
-from karmma_pipeline.extract import parts
+from karmma_pipeline.extract import media_facts, parts
 from karmma_pipeline.extract.clips import read_clips, write_groups
 from karmma_pipeline.extract.decode import Settings
 from karmma_pipeline.extract.lanes import Lanes, lane_count, one_thread
@@ -232,6 +232,8 @@ def _write(
     """Append a batch to the stores that lack it, in a thread of its own."""
     started = time.perf_counter()
     work = computed.staged.work
+    shard = next(iter(work.writers.values())).shard
+    media_facts.note(recipe.out, shard, computed.staged.clips)
     for name in work.writers:
         _append(recipe, networks, name, computed)
     if work.last:

@@ -107,6 +107,12 @@ def test_every_fault_costs_its_clip_and_is_named(make_video: Maker, tmp_path: Pa
         ("g", "out_of_range"),
     }
     assert all(row["hint"] for row in table)
+    with (tmp_path / "out/media.csv").open() as file:
+        media = {row["clip_id"]: row for row in csv.DictReader(file)}
+    assert list(media) == list("abcdefg")
+    assert {i for i, row in media.items() if row["audio_rate_hz"]} == {"a", "c", "f"}
+    assert media["a"]["rgb_decoder"] == "decord"
+    assert media["d"]["rgb_decoder"] == ""
     report = extract(make_recipe(tmp_path, max_failures=0.5))  # nothing is done again
     assert report.clips == 0
     assert report.complete
@@ -160,6 +166,7 @@ def check_same_stores(found: Path, undisturbed: Path) -> None:
     for name in ("teacher", "student"):
         ours = {k: v for k, v in tree(found / name).items() if ".tmp" not in k}
         assert ours == tree(undisturbed / "out" / name)
+    assert (found / "media.csv").read_text() == (undisturbed / "out/media.csv").read_text()
 
 
 def recipe_for(undisturbed: Path, out: Path) -> ExtractRecipe:

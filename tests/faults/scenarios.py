@@ -173,7 +173,7 @@ _RUN = ("run/log.txt", "run/environment.json", "run/tensorboard/*")
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("extract", _extract, ("out/extract.json",)),
+        Scenario("extract", _extract, ("out/extract.json", "out/media_notes/*")),
         Scenario("train-teacher", _train_teacher, _RUN),
         Scenario("distill", _distill, _RUN),
         Scenario("evaluate", _evaluate),
