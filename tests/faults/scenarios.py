@@ -178,7 +178,7 @@ SCENARIOS = {
         Scenario("distill", _distill, _RUN),
         Scenario("evaluate", _evaluate),
         Scenario("convert", _convert),
-        Scenario("stage", _stage),
+        Scenario("stage", _stage, ("node/*.verified",)),  # inodes and times of the copy
     )
 }
 
