@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,12 @@ from karmma_pipeline.data.store import (
     info,
     verify,
 )
-from karmma_pipeline.data.store.layout import PAYLOAD_OFFSET, record_file, shard_file
+from karmma_pipeline.data.store.layout import (
+    PAYLOAD_OFFSET,
+    record_file,
+    shard_file,
+    spool_folder,
+)
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 
@@ -263,6 +269,16 @@ def test_a_second_writer_of_a_shard_is_refused_while_the_first_lives(tmp_path: P
         other.send_signal(signal.SIGKILL)
     with ShardWriter(tmp_path / "s", 0):  # its lock is stale now
         pass
+
+
+@pytest.mark.parametrize("damage", [b"", b"host", b"host1 -", b"\xff\xfe", b"a b c d"])
+def test_a_damaged_lock_holds_nobody_off(tmp_path: Path, damage: bytes) -> None:
+    create_store(tmp_path / "s", make_spec(), make_clips(4))
+    lock = spool_folder(tmp_path / "s", 0) / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_bytes(damage)
+    with ShardWriter(tmp_path / "s", 0):
+        assert lock.read_text().split()[1] == str(os.getpid())
 
 
 WRITE = """

@@ -158,7 +158,8 @@ def check_space(folder: Path, size: int, inodes: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if free < size * _ROOM:
         raise StoreError(
-            f"{folder}: {size / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
+            f"{folder}: {tqdm.format_sizeof(size, 'B')} are needed, "
+            f"{tqdm.format_sizeof(free, 'B')} are free; "
             "choose another folder or free some space."
         )
     if disk.f_files and disk.f_favail < inodes:

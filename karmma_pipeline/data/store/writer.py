@@ -300,25 +300,27 @@ def _lock(path: Path, shard: int) -> Path:
         os.link(mine, path)  # whole or not there, and an error if it is there
         mine.unlink()
     except FileExistsError:
-        if not _is_stale(path.read_text()):
+        if not _is_stale(path.read_text(errors="replace")):
             mine.unlink()
-            raise _taken(path, shard, path.read_text()) from None
+            raise _taken(path, shard, path.read_text(errors="replace")) from None
         mine.replace(path)
     return path
 
 
 def _is_stale(text: str) -> bool:
-    host, pid, job = [*text.split(), "", "0", "-"][:3]
+    host, pid, job = [*text.split(), "", "", "-"][:3]
+    if not pid.isdecimal():  # damaged: nobody is known to hold it, and the journal is locked, too
+        return True
     requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
     here = host == socket.gethostname()
     alive = psutil.pid_exists(int(pid)) and int(pid) != os.getpid()
-    return not host or requeued or (here and not alive)
+    return requeued or (here and not alive)
 
 
 def lock_holder(path: Path) -> str:
     """Return who holds a shard's lock, empty if nobody does."""
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError:
         return ""
     return "" if _is_stale(text) else text
@@ -337,6 +339,6 @@ def _hold(journal: FileIO, lock: Path, shard: int) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _taken(lock, shard, lock.read_text()) from None
+        raise _taken(lock, shard, lock.read_text(errors="replace")) from None
     except OSError:
         return
