@@ -3,6 +3,7 @@
 S subsets, N clips of the split, C classes of a head, M modalities.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,10 @@ class Predictions:
     clip_ids: npt.NDArray[np.bytes_]
 
     def save(self, path: Path) -> None:
-        """Write raw logits, labels and ids, from which every metric can be computed again."""
+        """Write raw logits, labels and ids, from which every metric can be computed again.
+
+        The file's ``karmma`` metadata is JSON: the run's name and the subsets in order.
+        """
         tensors: dict[str, npt.NDArray[np.generic]] = {
             f"logits.{head}": np.ascontiguousarray(values) for head, values in self.logits.items()
         }
@@ -50,8 +54,9 @@ class Predictions:
         width = self.clip_ids.dtype.itemsize
         ids = np.ascontiguousarray(self.clip_ids).view(np.uint8).reshape(-1, width)
         tensors |= {"present": self.present.astype(np.uint8), "clip_ids": ids}
-        names = {"subsets": " ".join("+".join(s) for s in self.subsets), "name": self.name}
-        files.write_bytes(path, save(tensors, metadata=names))
+        # One entry only: safetensors writes several in an order that chance decides.
+        about = json.dumps({"name": self.name, "subsets": self.subsets})
+        files.write_bytes(path, save(tensors, metadata={"karmma": about}))
 
 
 def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag) -> Predictions:

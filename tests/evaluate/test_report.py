@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.any_store import IDS, fill_store
 from support.leftovers import leave
@@ -84,7 +85,11 @@ def test_a_subset_is_what_the_model_says_without_the_other_modalities(
         right &= scores.argmax(axis=1) == store.labels[head]
     score = found.runs[0].subset(("rgb", "audio"), "all").scores["action_top1"]
     assert (score.correct, score.n) == (right.sum(), 60)
-    logits = load_file(place / "report/logits/0_Plain.safetensors")
+    path = place / "report/logits/0_Plain.safetensors"
+    with safe_open(path, "numpy") as file:
+        (about,) = file.metadata().values()  # of several the order, and the bytes, would vary
+    assert json.loads(about)["subsets"][2] == ["rgb", "audio"]
+    logits = load_file(path)
     np.testing.assert_allclose(logits["logits.verb"][2], out["verb"], atol=1e-5)
 
 
