@@ -116,6 +116,8 @@ def _extract(folder: Path) -> list[str]:
         "store": {"clips_per_shard": 2},
         "decode": {"workers": 1},
         "batch_size": 2,
+        "precision": "float32",
+        "layout": "contiguous",  # calibrated twice, two extractions may differ in their last bits
         "max_failures": 1.0,
     }
     return ["extract", recipe(folder, tree)]
