@@ -135,40 +135,46 @@ def _shard_columns(
 
 
 def _write_index(catalog: Catalog, present: npt.NDArray[np.int64]) -> None:
-    """Write the HDF5 view: virtual datasets over the shards, and the clip table."""
+    """Write the HDF5 view: virtual datasets over the shards, and the clip table.
+
+    Made in memory: the HDF5 library ends the process where a write of its own fails.
+    """
+    settings: dict[str, Any] = {"driver": "core", "backing_store": False, "locking": False}
+    with h5py.File(layout.INDEX, "w", libver=("v110", "v110"), **settings) as index:
+        _fill_index(index, catalog, present)
+        index.flush()
+        image = index.id.get_file_image()
+    files.write_bytes(catalog.root / layout.INDEX, image)
+
+
+def _fill_index(index: h5py.File, catalog: Catalog, present: npt.NDArray[np.int64]) -> None:
     spec = catalog.spec
-    with (
-        files.replacing(catalog.root / layout.INDEX) as temporary,
-        h5py.File(temporary, "w", libver=("v110", "v110"), locking=False) as index,
-    ):
-        for m, array in spec.arrays:
-            clips = present[:, spec.order.index(m)]
-            capacity = layout.capacity_rows(array, spec.clips_per_shard)
-            shape = (catalog.shards * capacity, array.width)
-            plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plan.set_obj_track_times(False)
-            for shard in range(catalog.shards):
-                rows = layout.file_rows(array, spec.clips_per_shard, int(clips[shard]))
-                source = h5py.h5s.create_simple((rows, array.width))
-                target = h5py.h5s.create_simple(shape)
-                target.select_hyperslab((shard * capacity, 0), (rows, array.width))
-                name = str(layout.shard_file(Path(), m, shard, array.name)).encode()
-                plan.set_virtual(target, name, array.name.encode(), source)
-            kind = h5py.h5t.py_create(array.dtype)
-            space = h5py.h5s.create_simple(shape)
-            group = _group(index, m).id
-            made = h5py.h5d.create(group, array.name.encode(), kind, space, plan)
-            if array.name == "tokens":
-                h5py.Dataset(made).attrs["logical_dtype"] = spec.modalities[m].dtype
-        table = _group(index, columns.FOLDER)
-        names = [Path(n).parts for n in digested_files(spec) if n.startswith(columns.FOLDER)]
-        for column in sorted({parts[1] for parts in names if len(parts) > 2}):
-            meta = layout.read_json(
-                catalog.root, catalog.root / columns.FOLDER / column / "zarr.json"
-            )
-            shape = tuple(meta["shape"])
-            raw = columns.map_column(catalog.root, column, meta["data_type"], shape)
-            table.create_dataset(column, data=raw, track_times=False)
+    for m, array in spec.arrays:
+        clips = present[:, spec.order.index(m)]
+        capacity = layout.capacity_rows(array, spec.clips_per_shard)
+        shape = (catalog.shards * capacity, array.width)
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_obj_track_times(False)
+        for shard in range(catalog.shards):
+            rows = layout.file_rows(array, spec.clips_per_shard, int(clips[shard]))
+            source = h5py.h5s.create_simple((rows, array.width))
+            target = h5py.h5s.create_simple(shape)
+            target.select_hyperslab((shard * capacity, 0), (rows, array.width))
+            name = str(layout.shard_file(Path(), m, shard, array.name)).encode()
+            plan.set_virtual(target, name, array.name.encode(), source)
+        kind = h5py.h5t.py_create(array.dtype)
+        space = h5py.h5s.create_simple(shape)
+        group = _group(index, m).id
+        made = h5py.h5d.create(group, array.name.encode(), kind, space, plan)
+        if array.name == "tokens":
+            h5py.Dataset(made).attrs["logical_dtype"] = spec.modalities[m].dtype
+    table = _group(index, columns.FOLDER)
+    names = [Path(n).parts for n in digested_files(spec) if n.startswith(columns.FOLDER)]
+    for column in sorted({parts[1] for parts in names if len(parts) > 2}):
+        meta = layout.read_json(catalog.root, catalog.root / columns.FOLDER / column / "zarr.json")
+        shape = tuple(meta["shape"])
+        raw = columns.map_column(catalog.root, column, meta["data_type"], shape)
+        table.create_dataset(column, data=raw, track_times=False)
 
 
 def _group(index: h5py.File, name: str) -> h5py.Group:
