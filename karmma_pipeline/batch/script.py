@@ -34,6 +34,8 @@ while kill -0 "$pid" 2>/dev/null; do wait "$pid"; rc=$?; done
 _TORCHRUN = """\
 # One agent per node, one rank per GPU. The warning signal reaches agents and ranks alike: an agent
 # must not die of it (trap), and a rank that has saved (75) must not look like one that failed.
+# Ranks that torchrun starts again must not find the addresses of the dead in a store that it kept.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 export KARMMA_STOPPED={mark}.$SLURM_JOB_ID
