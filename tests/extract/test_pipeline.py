@@ -194,7 +194,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_store(
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         while process.poll() is None and not list(tmp_path.glob("killed/*/spool/*/journal")):
-            assert time.monotonic() - started < 60
+            assert time.monotonic() - started < 300
             time.sleep(0.02)
         time.sleep(float(rng.uniform(0, 1.5)))
         os.killpg(process.pid, signal.SIGKILL)
@@ -272,7 +272,7 @@ def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: Settings) -> No
         pytest.raises(StoppedError, match="run the same command again"),
     ):
         list(workers.batches([clips_named("hang")]))
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 90
 
 
 def test_sets_that_choose_the_same_network_run_it_once(
