@@ -10,7 +10,7 @@ from torch import Tensor
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
-from karmma_pipeline.extract.convolutions import speed_up
+from karmma_pipeline.extract.convolutions import fold_norms, speed_up
 from karmma_pipeline.models.backbones import Backbone
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -45,6 +45,8 @@ class Network:
     def __init__(self, backbone: Backbone, device: torch.device, mode: Mode) -> None:
         self.backbone, self.device = backbone.to(device), device
         self.halved = 0
+        if type(self.backbone.net).__module__.startswith("torchvision."):
+            fold_norms(self.backbone.net)  # nets of others may look at what lies between
         if device.type == "cpu":
             speed_up(self.backbone)
         self.use(mode)

@@ -20,7 +20,7 @@ from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
 from karmma_pipeline.extract import calibrate as calibration
 from karmma_pipeline.extract import memory, modes
 from karmma_pipeline.extract.calibrate import calibrate, example, measure
-from karmma_pipeline.extract.convolutions import speed_up
+from karmma_pipeline.extract.convolutions import fold_norms, speed_up
 from karmma_pipeline.extract.decode import Decoded, input_spec
 from karmma_pipeline.extract.forward import Mode, Network
 from karmma_pipeline.extract.memory import Growth
@@ -319,26 +319,79 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("options", [{}, {"padding": (1, 0, 0)}, {"dilation": (2, 1, 1)}])
-def test_convolutions_over_time_stay_what_they_are(
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (1, 3, 3), "bias": False},
+        {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "groups": 2},
+        {"kernel_size": (3, 1, 1), "dilation": (2, 1, 1)},
+    ],
+)
+def test_convolutions_stay_what_they_are(
     layout: torch.memory_format, options: dict[str, Any]
 ) -> None:
-    ours = nn.Conv3d(8, 12, (3, 1, 1), groups=2, **options).to(memory_format=layout)
+    ours = nn.Conv3d(8, 12, **options).to(memory_format=layout)
     plain = copy.deepcopy(ours)
-    x = torch.randn(2, 8, 9, 5, 7).contiguous(memory_format=layout)
+    x = torch.randn(1, 8, 9, 5, 7).contiguous(memory_format=layout)
     assert speed_up(ours) == 1
     with torch.inference_mode():
         found, wanted = ours(x), plain(x)
+        unbatched = ours(x[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(x), plain(x))
     torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(unbatched, wanted[0])
     assert found.is_contiguous(memory_format=layout)
 
 
 def test_other_convolutions_are_left_alone() -> None:
     nets = nn.Sequential(
-        nn.Conv3d(3, 3, 3),
-        nn.Conv3d(3, 3, 1),
-        nn.Conv3d(3, 3, (3, 1, 1), stride=2),
-        nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 1, 0)),
-        nn.Conv3d(3, 3, (3, 1, 1), padding="same", padding_mode="replicate"),
+        nn.Conv3d(3, 3, (3, 1, 1), padding="same"),
+        nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0), padding_mode="replicate"),
+        nn.Conv2d(3, 3, 3),
     )
     assert speed_up(nets) == 0
+
+
+@pytest.mark.parametrize("name", ["s3d", "r2plus1d_18", "efficientnet_b0"])
+def test_norms_that_are_folded_in_change_no_token(name: str) -> None:
+    tree = {"image": (64, 64)} if name == "efficientnet_b0" else {"frames": 8, "size": 32}
+    choice = BackboneChoice(name=name, weights="random:0", **tree)
+    plain, ours = Backbone(choice), Backbone(choice)
+    norms = sum(isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d) for m in plain.modules())
+    kind = nn.BatchNorm2d if name == "efficientnet_b0" else nn.BatchNorm3d
+    assert norms > 10
+    folded = fold_norms(ours.net)
+    assert folded == norms - sum(isinstance(m, kind) for m in ours.modules())
+    x = torch.randn(2, *choice.input_shape)
+    with torch.inference_mode():
+        found, wanted = ours(x), plain(x)
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_norms_that_something_else_looks_at_stay() -> None:
+    class Own(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self[1](self[0](x))
+            return y
+
+    def pair() -> list[nn.Module]:
+        return [nn.Conv3d(3, 3, 1), nn.BatchNorm3d(3)]
+
+    shared, watched = pair(), pair()
+    watched[0].register_forward_hook(lambda *_: None)
+    without = [nn.Conv3d(3, 3, 1), nn.BatchNorm3d(3, track_running_stats=False)]
+    net = nn.ModuleList(
+        [
+            Own(*pair()),
+            nn.Sequential(*shared, shared[0]),
+            nn.Sequential(*watched),
+            nn.Sequential(*without),
+            nn.Sequential(nn.BatchNorm3d(3), nn.Conv3d(3, 3, 1)),
+        ]
+    ).eval()
+    assert fold_norms(net) == 0
+    assert fold_norms(nn.Sequential(*pair())) == 0  # it is still trained
+    assert fold_norms(nn.Sequential(*pair()).eval()) == 1
