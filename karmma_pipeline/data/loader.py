@@ -6,8 +6,9 @@ threads or ranks, and after a resume. B clips in a batch, M modalities, N tokens
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -135,6 +136,7 @@ class FeatureLoader:
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.clip_ids[self.indices])
         self._device: torch.device | None = getattr(store, "device", None)
+        self._begun: _Stream | None = None
         self._pool = BufferPool(
             {m: store.parts(m) for m in store.modalities},
             min(-(-batch_size // world_size), len(self.indices)),
@@ -148,31 +150,43 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
+        begun, self._begun = self._begun, None
+        if begun is None or begun.name != (epoch, start_batch):
+            if begun is not None:
+                begun.close()
+            begun = self._begin(epoch, start_batch)
+        try:
+            yield from begun
+        finally:
+            begun.close()
+
+    def prefetch(self, epoch: int) -> None:
+        """Begin to gather the first batches of the epoch that is asked for next."""
+        if self.threads:
+            self.close()
+            self._begun = self._begin(epoch, 0)
+
+    def close(self) -> None:
+        """Drop what `prefetch` has begun."""
+        if self._begun is not None:
+            self._begun.close()
+            self._begun = None
+
+    def _begin(self, epoch: int, start_batch: int) -> "_Stream":
         places = np.arange(len(self.indices))
         if self.order is not None:
             places = self.order(epoch)
         elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         masks = self._masks(epoch)
-        parts = (
-            places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
-            for b in range(start_batch, len(self))
-        )
-        if self.threads == 0:
-            yield from (self._load(part, masks) for part in parts)
-            return
-        pool = ThreadPoolExecutor(self.threads, "loader")
-        try:
-            waiting = deque(
-                pool.submit(self._load, part, masks) for part in islice(parts, self.ahead)
+        loads = (
+            partial(self._load, batch[self.rank :: self.world_size], masks)
+            for batch in (
+                places[b * self.batch_size : (b + 1) * self.batch_size]
+                for b in range(start_batch, len(self))
             )
-            while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(pool.submit(self._load, part, masks) for part in islice(parts, 1))
-                yield batch
-                del batch  # its buffer may be lent again as soon as the consumer lets go of it
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        )
+        return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
 
     def _masks(self, epoch: int) -> npt.NDArray[np.bool_]:
         """Return the masks of all clips: drawn at once they cost next to nothing."""
@@ -213,3 +227,32 @@ class FeatureLoader:
         )
         self.store.gather_parts(modality, index, parts)
         return parts
+
+
+class _Stream:
+    """The batches of an epoch on their way, in order: threads gather some of them ahead."""
+
+    def __init__(
+        self, name: tuple[int, int], loads: Iterator[Callable[[], Batch]], threads: int, ahead: int
+    ) -> None:
+        self.name, self._loads = name, loads
+        self._pool = ThreadPoolExecutor(threads, "loader") if threads else None
+        self._waiting = deque(self._submit(ahead))
+
+    def _submit(self, count: int) -> list[Future[Batch]]:
+        some = islice(self._loads, count)
+        return [self._pool.submit(load) for load in some] if self._pool else []
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._pool is None:
+            yield from (load() for load in self._loads)
+        while self._waiting:
+            batch = self._waiting.popleft().result()
+            self._waiting.extend(self._submit(1))
+            yield batch
+            del batch  # its buffer may be lent again as soon as the consumer lets go of it
+
+    def close(self) -> None:
+        """Stop the threads; what they gathered is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -18,6 +18,10 @@ class Growth:
     size: int = 0
 
 
+_peaks = [0]
+"""What Linux has been made to forget."""
+
+
 def budget(device: torch.device, recipe: ExtractRecipe) -> float:
     """Return the bytes of a device that forward passes may take."""
     if recipe.memory_gb:
@@ -37,11 +41,17 @@ def measured(device: torch.device) -> Iterator[Growth]:
         yield growth
         growth.size = torch.cuda.max_memory_allocated(device) - before
         return
+    _peaks.append(_status("VmHWM"))
     with suppress(OSError):  # a container may forbid it; an older, higher peak is then taken
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, see proc(5)
     before = _status("VmRSS")
     yield growth
     growth.size = _status("VmHWM") - before
+
+
+def peak() -> int:
+    """Return the most bytes that this process has had in memory, the program before it not."""
+    return max(*_peaks, _status("VmHWM"))
 
 
 def _status(key: str) -> int:

@@ -1,6 +1,5 @@
 """What an extraction did and where its time went: the bar, the closing lines, extract.json."""
 
-import resource
 import sys
 import time
 from collections import Counter, defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from karmma_pipeline.extract import memory
 from karmma_pipeline.extract.decode import Decoded
 from karmma_pipeline.extract.lanes import Lanes
 
@@ -143,7 +143,7 @@ class ExtractReport:
             "seconds_writing_beside": round(self.write_s, 3),
             "seconds_gpu_busy": round(self.device_s, 3),
             "batches_halved": self.halved,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": memory.peak(),
             "audio_windows_padded": self.padded,
             "decoders": {modality: dict(counts) for modality, counts in self.decoders.items()},
             "audio_native_rates": {str(hz): n for hz, n in sorted(self.audio_rates.items())},

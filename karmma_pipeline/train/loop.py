@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +86,7 @@ class Trainer:
         total = job.recipe.epochs * len(job.train)
         with (
             files.disk_errors(job.run.metrics),
+            closing(job.train),
             self._board() as board,
             progress_bar(total, self._step_number(), job.card.name, job.ranks.main) as bar,
         ):
@@ -115,6 +116,8 @@ class Trainer:
             if time.monotonic() - self.saved_at >= self.job.recipe.save_every_s:
                 self._save()
             bar.update()
+        if progress.epoch + 1 < self.job.recipe.epochs:
+            self.job.train.prefetch(progress.epoch + 1)  # while this one is validated
 
     def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
         """Move the weights by one batch; nothing that is not finite ever reaches them."""

@@ -95,14 +95,17 @@ def test_an_error_in_a_lane_arrives_and_what_was_not_begun_is_dropped() -> None:
 def test_memory_that_comes_and_goes_is_measured() -> None:
     code = """
 import torch
-from karmma_pipeline.extract.memory import measured
+from karmma_pipeline.extract.memory import measured, peak
+before = peak()
 with measured(torch.device("cpu")) as growth:
     hoard = torch.ones(20 << 20)
     del hoard
-print(growth.size)
+print(growth.size, peak() - before)
 """  # in a process of its own: what earlier tests left behind may be freed or used again meanwhile
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 70e6 < int(out.stdout) < 200e6
+    growth, peak = map(int, out.stdout.split())
+    assert 70e6 < growth < 200e6
+    assert 70e6 < peak < 200e6
 
 
 @pytest.mark.parametrize(("pass_gb", "wanted"), [(0.1, 4), (1.0, 2), (9.0, 1)])
