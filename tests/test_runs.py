@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from karmma_pipeline import runs
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.runs import RunFolder
@@ -83,3 +85,25 @@ def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
         run.note("x")
         run.write_metrics([{"a": 1.0}])
     assert not (tmp_path / "r").exists()
+
+
+def test_the_commit_is_found_without_a_lock_that_a_kill_would_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    code = tmp_path / "runs.py"
+    code.write_text("")
+    monkeypatch.setattr(runs, "__file__", str(code))
+    git("init")
+    git("add", "runs.py")
+    git("commit", "-m", "first")
+    os.utime(code, (1, 1))  # git would note the new time in its index, and lock it for that
+    before = (tmp_path / ".git/index").read_bytes()
+    assert runs.commit() == git("rev-parse", "HEAD").strip()
+    assert (tmp_path / ".git/index").read_bytes() == before
+    code.write_text("changed")
+    assert runs.commit().endswith("+")
