@@ -44,7 +44,7 @@ from karmma_pipeline.extract.recipe import ExtractRecipe
 from karmma_pipeline.extract.report import STARTING
 from karmma_pipeline.extract.sampling import sample_times
 from karmma_pipeline.extract.staging import Staged, Work, stage
-from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
 Sets = dict[str, dict[str, dict[str, Any]]]
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", default="random:0")
     parser.add_argument("--clips", type=int, help="clips of a run; default 24, quick 8")
     parser.add_argument("--repeat", type=int, help="rounds; default 3, quick 2")
-    parser.add_argument("--case", nargs="*", help="only these cases")
+    parser.add_argument("--case", nargs="*", help="only these cases; any video network")
     parser.add_argument("--video", nargs="*", type=Path, default=[], help="files of your own")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
     parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
@@ -101,6 +101,8 @@ def singles(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "s3d": {"frames": 16},
         "r2plus1d_18": {"frames": 16},
     }
+    others = [n for n in arguments.case or () if n in ARCHITECTURES and n not in rows]
+    rows |= {name: {} for name in others if ARCHITECTURES[name].kind == "video"}
     return {
         name: {"name": name, "weights": arguments.weights, **row, **small}
         for name, row in rows.items()
