@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +64,7 @@ def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
     _keep_old(folder)
     files.write_bytes(folder / WEIGHTS, data)
     files.write_json(folder / CARD, card.model_dump(mode="json"))
-    with suppress(OSError):
-        (folder / _OLD).unlink()
+    (folder / _OLD).unlink(missing_ok=True)
 
 
 def _keep_old(folder: Path) -> None:
