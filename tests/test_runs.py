@@ -91,8 +91,9 @@ def test_the_commit_is_found_without_a_lock_that_a_kill_would_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*arguments: str) -> str:
-        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        who = ["user.name=x", "user.email=x@example.org", "commit.gpgsign=false"]
+        options = [word for one in who for word in ("-c", one)]
+        command = ["git", "-C", str(tmp_path), *options, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     code = tmp_path / "runs.py"

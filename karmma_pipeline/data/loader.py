@@ -150,11 +150,10 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
+        if self._begun is None or self._begun.name != (epoch, start_batch):
+            self.close()
+            self._begun = self._begin(epoch, start_batch)
         begun, self._begun = self._begun, None
-        if begun is None or begun.name != (epoch, start_batch):
-            if begun is not None:
-                begun.close()
-            begun = self._begin(epoch, start_batch)
         try:
             yield from begun
         finally:
@@ -162,9 +161,8 @@ class FeatureLoader:
 
     def prefetch(self, epoch: int) -> None:
         """Begin to gather the first batches of the epoch that is asked for next."""
-        if self.threads:
-            self.close()
-            self._begun = self._begin(epoch, 0)
+        self.close()
+        self._begun = self._begin(epoch, 0)
 
     def close(self) -> None:
         """Drop what `prefetch` has begun."""
@@ -179,13 +177,11 @@ class FeatureLoader:
         elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         masks = self._masks(epoch)
-        loads = (
-            partial(self._load, batch[self.rank :: self.world_size], masks)
-            for batch in (
-                places[b * self.batch_size : (b + 1) * self.batch_size]
-                for b in range(start_batch, len(self))
-            )
+        parts = (
+            places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
+            for b in range(start_batch, len(self))
         )
+        loads = (partial(self._load, part, masks) for part in parts)
         return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
 
     def _masks(self, epoch: int) -> npt.NDArray[np.bool_]:

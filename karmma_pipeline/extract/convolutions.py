@@ -21,26 +21,18 @@ def speed_up(net: nn.Module) -> int:
     """Let oneDNN compute all 3D convolutions that it can; return how many."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
-    found = [m for m in net.modules() if type(m) is nn.Conv3d and _is_plain(m)]
-    for convolution in found:
-        convolution.forward = partial(_by_onednn, convolution)  # type: ignore[method-assign]
-    return len(found)
+    found = 0
+    for m in net.modules():
+        if type(m) is nn.Conv3d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            m.forward = partial(_by_onednn, m, m.padding)  # type: ignore[method-assign]
+            found += 1
+    return found
 
 
-def _is_plain(m: nn.Conv3d) -> bool:
-    return m.padding_mode == "zeros" and not isinstance(m.padding, str)
-
-
-def _by_onednn(m: nn.Conv3d, x: Tensor) -> Tensor:
+def _by_onednn(m: nn.Conv3d, padding: tuple[int, ...], x: Tensor) -> Tensor:
     """Convolve [B, C, T, h, w]; bfloat16 and compiled code find oneDNN by themselves."""
     plain = x.dim() == 5 and x.dtype == m.weight.dtype == torch.float32
-    padding = m.padding
-    if (
-        isinstance(padding, str)
-        or not plain
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
+    if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return nn.Conv3d.forward(m, x)
     return torch.mkldnn_convolution(x, m.weight, m.bias, padding, m.stride, m.dilation, m.groups)
 
@@ -49,7 +41,7 @@ def fold_norms(net: nn.Module) -> int:
     """Multiply the batch norms of a frozen network into its convolutions; return how many.
 
     Only where a norm follows its convolution in an `nn.Sequential`, and only if nothing else
-    has a hold of the two.
+    has a hold of the two. To be called before `speed_up`: convolutions are replaced.
     """
     uses = Counter(child for m in net.modules() for child in m._modules.values() if child)
     found = 0

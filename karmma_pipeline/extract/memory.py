@@ -10,16 +10,15 @@ import torch
 
 from karmma_pipeline.extract.recipe import ExtractRecipe
 
+_peaks = [0]
+"""What Linux has been made to forget."""
+
 
 @dataclass
 class Growth:
     """Bytes that memory grew by at most; known when the measurement is over."""
 
     size: int = 0
-
-
-_peaks = [0]
-"""What Linux has been made to forget."""
 
 
 def budget(device: torch.device, recipe: ExtractRecipe) -> float:

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def test_every_clip_comes_once_and_each_epoch_has_its_order_and_masks(store: Fea
 def test_an_epoch_goes_on_in_the_middle_exactly(store: FeatureStore) -> None:
     loader = FeatureLoader(store, range(50), 8, p=0.5, shuffle=True)
     assert flat(loader.epoch(2, start_batch=4)) == flat(loader.epoch(2))[4:]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_is_gathered_before_its_epoch_is_the_same_or_dropped(
+    store: FeatureStore, threads: int
+) -> None:
+    loader = FeatureLoader(store, range(50), 8, p=0.5, shuffle=True, threads=threads)
+    wanted = [flat(loader.epoch(epoch)) for epoch in range(3)]
+    asked = threading.active_count()
+    loader.prefetch(1)
+    assert (threading.active_count() > asked) == (threads > 0)  # it has begun
+    assert flat(loader.epoch(1)) == wanted[1]
+    loader.prefetch(1)
+    assert flat(loader.epoch(2)) == wanted[2]  # another one was wanted
+    loader.prefetch(1)
+    assert flat(loader.epoch(1, start_batch=4)) == wanted[1][4:]
+    loader.prefetch(0)
+    loader.close()
+    assert flat(loader.epoch(0)) == wanted[0]
+    assert threading.active_count() == asked
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -327,6 +327,7 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
         {"kernel_size": (1, 3, 3), "bias": False},
         {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "groups": 2},
         {"kernel_size": (3, 1, 1), "dilation": (2, 1, 1)},
+        {"kernel_size": (3, 1, 1), "padding": (1, 1, 0)},
     ],
 )
 def test_convolutions_stay_what_they_are(

@@ -1,3 +1,4 @@
+import errno
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,23 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"kind": "student", "evil": 1}')
     with pytest.raises(CheckpointError, match="evil: unknown key"):
         load_model(tmp_path)
+
+
+def test_a_disk_that_fails_while_the_old_weights_are_taken_away_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, make_card().build(), make_card())
+    unlink = Path.unlink
+
+    def failing(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "model.previous.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        save_model(tmp_path, make_card().build(), make_card())
+    load_model(tmp_path)
 
 
 class Killed(BaseException):
