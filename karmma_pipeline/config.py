@@ -211,23 +211,22 @@ def save(recipe: Recipe, path: Path) -> None:
 def template(model: type[Recipe]) -> str:
     """Return a commented recipe with every key, made from the model itself.
 
-    A required field shows its first example.
+    A required field shows its first example, a part of a recipe the values of its default there.
     """
-    return "\n".join(_template_lines(model, 0)) + "\n"
+    return "\n".join(_template_lines(model, None, 0)) + "\n"
 
 
-def _template_lines(model: type[BaseModel], depth: int) -> Iterator[str]:
+def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: int) -> Iterator[str]:
     pad = "  " * depth
     for name, field in model.model_fields.items():
         for line in (field.description or "").splitlines():
             yield f"{pad}# {line}"
         nested = _unwrap(field.annotation)
-        value = _template_value(field)
+        value = _template_value(field) if default is None else getattr(default, name)
         if isinstance(nested, type) and issubclass(nested, BaseModel) and value is not None:
             yield f"{pad}{name}:"
-            yield from _template_lines(
-                type(value) if isinstance(value, nested) else nested, depth + 1
-            )
+            part = value if isinstance(value, nested) else None
+            yield from _template_lines(nested if part is None else type(part), part, depth + 1)
         else:
             if isinstance(value, BaseModel):
                 value = value.model_dump(mode="json")

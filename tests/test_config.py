@@ -92,3 +92,10 @@ def test_the_template_is_a_valid_recipe_that_explains_every_key() -> None:
     recipe = config.build(Example, config.parse_yaml(text, "w"), "w")
     assert recipe == Example(store=Path("features/student"))
     assert "# Peak learning rate." in text
+
+
+def test_the_template_shows_a_parts_default_where_it_stands() -> None:
+    class Fast(config.Recipe):
+        optimiser: Optimiser = Field(Optimiser(lr=1.0), description="How weights move.")
+
+    assert config.build(Fast, config.parse_yaml(config.template(Fast), "w"), "w") == Fast()

@@ -2,10 +2,12 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from karmma_pipeline import config
+from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.demo import RECIPES, write_recipes
 from karmma_pipeline.errors import ConfigError
@@ -76,6 +78,33 @@ def test_teacher_and_student_have_the_papers_sizes() -> None:
             ours = paper.BACKBONES[kind][modality].model_copy(update={"weights": choice.weights})
             assert choice.output_shape == ours.output_shape
             assert choice.input_shape == ours.input_shape
+
+
+def written(stage: str) -> Any:
+    """The recipe that `karmma init` writes."""
+    model = recipe_model(stage)
+    return config.build(model, config.parse_yaml(config.template(model), stage), stage)
+
+
+def test_the_recipes_that_init_writes_fit_each_other() -> None:
+    extract, teacher, baseline, student, report = map(
+        written, ("extract", "train-teacher", "train-baseline", "distill", "evaluate")
+    )
+    stores = {name: extract.out / name for name in extract.sets}
+    assert (teacher.store, baseline.store) == (stores["teacher"], stores["student"])
+    assert (student.store, student.teacher_store) == (stores["student"], (stores["teacher"],))
+    assert student.teacher == (teacher.out,)
+    assert report.runs == [teacher.out, student.out]
+    assert report.stores == list(stores.values())
+    assert len({teacher.out, baseline.out, student.out}) == 3
+
+
+def test_what_init_writes_has_the_papers_sizes() -> None:
+    for kind, stage in (("teacher", "train-teacher"), ("student", "distill")):
+        size = written(stage).size
+        assert size == paper.SIZES[kind].model_copy(update={"absent": size.absent})
+    shipped_sets = config.load(ExtractRecipe, ROOT / "extract/epic_kitchens_100.yaml").sets
+    assert written("extract").sets == shipped_sets
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/slurm.sbatch")), ids=lambda p: p.parent.name)

@@ -53,12 +53,12 @@ class EvaluateRecipe(Recipe):
 
     runs: Annotated[list[Path], Field(min_length=1)] = Field(
         description="Run folders of train-teacher, train-baseline or distill, in legend order.",
-        examples=[["runs/teacher", "runs/baseline", "runs/baseline_delta", "runs/student"]],
+        examples=[["runs/teacher", "runs/student"]],
     )
     stores: Annotated[list[Path], Field(min_length=1)] = Field(
         description="Feature stores; each run takes the one whose features it was trained on, or\n"
         "those of them that it was trained on as one.",
-        examples=[["stores/teacher", "stores/student"]],
+        examples=[["features/teacher", "features/student"]],
     )
     out: Path = Field(Path("report"), description="Folder of the report.")
     names: dict[str, Name] = Field(

@@ -157,6 +157,11 @@ class Decode(Recipe):
     )
 
 
+def _video(name: str) -> dict[str, Any]:
+    """Return a network as the paper uses it: 32 frames, 300 tokens."""
+    return {"name": name, "weights": "KINETICS400_V1", "frames": 32, "tokens": [12, 5, 5]}
+
+
 class ExtractRecipe(Recipe):
     """Everything that an extraction depends on."""
 
@@ -180,14 +185,19 @@ class ExtractRecipe(Recipe):
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
         description="Backbone sets: name to modality (rgb, flow, audio, boxes) to network.\n"
-        "Several sets come out of one decode, each into its own store.",
+        "Several sets come out of one decode, each into its own store. The paper's stand here;\n"
+        "`karmma backbones list` names the others.",
         examples=[
             {
-                "teacher": {
-                    "rgb": {"name": "swin3d_b", "tokens": [12, 5, 5]},
-                    "flow": {"name": "swin3d_b", "tokens": [12, 5, 5]},
-                    "audio": {"name": "swin3d_b", "tokens": [12, 5, 5]},
-                }
+                "teacher": dict.fromkeys(("rgb", "flow", "audio"), _video("swin3d_b")),
+                "student": {
+                    **dict.fromkeys(("rgb", "flow"), _video("swin3d_t")),
+                    "audio": {
+                        "name": "efficientnet_b0",
+                        "weights": "IMAGENET1K_V1",
+                        "image": [342, 715],
+                    },
+                },
             }
         ],
     )

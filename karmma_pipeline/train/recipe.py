@@ -20,15 +20,23 @@ class Optimiser(Recipe):
     clip_norm: float = Field(5.0, gt=0, description="Largest norm of the gradient (ours).")
 
 
+def _store(example: str) -> Any:
+    return Field(
+        description="Feature store; several are trained on as one (clips meet by id).",
+        examples=[example],
+    )
+
+
+def _out(example: str) -> Any:
+    return Field(description="Run folder.", examples=[example])
+
+
 class TrainRecipe(Recipe):
     """What all trainings share."""
 
-    store: Path | tuple[Path, ...] = Field(
-        description="Feature store; several are trained on as one (clips meet by id).",
-        examples=["features/student"],
-    )
+    store: Path | tuple[Path, ...] = _store("features/student")
     loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
-    out: Path = Field(description="Run folder.", examples=["runs/student"])
+    out: Path = _out("runs/student")
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
     train_split: str = Field("train", description="Clips to learn from.")
     val_split: str = Field("val", description="Clips that choose the best epoch.")
@@ -96,6 +104,8 @@ class TrainRecipe(Recipe):
 class TeacherRecipe(TrainRecipe):
     """`karmma train-teacher`: cross-entropy under modality dropout."""
 
+    store: Path | tuple[Path, ...] = _store("features/teacher")
+    out: Path = _out("runs/teacher")
     size: FusionSize = Field(
         FusionSize(dim=768, layers=2, attention_heads=12, ffn_width=768, head_width=1536),
         description="Fusion model; the default is the paper's teacher.",
@@ -108,6 +118,8 @@ class BaselineRecipe(TrainRecipe):
     Baseline: size.absent zeros, modality_dropout 0. Baseline w/ delta: size.absent learned,
     modality_dropout above 0.
     """
+
+    out: Path = _out("runs/baseline")
 
 
 def _as_tuple(value: Any) -> Any:
