@@ -32,18 +32,18 @@ import torch
 from karmma_pipeline import config, jobs
 from karmma_pipeline.data.manifest import Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extract.calibrate import device_name, measure
-from karmma_pipeline.extract.decode import Settings, decode_clips, input_spec
-from karmma_pipeline.extract.forward import Mode, Network
-from karmma_pipeline.extract.lanes import Lanes, one_thread
-from karmma_pipeline.extract.media import MediaFile
-from karmma_pipeline.extract.modes import FOLDER, decide
-from karmma_pipeline.extract.networks import Networks
-from karmma_pipeline.extract.pipeline import extract
-from karmma_pipeline.extract.recipe import ExtractRecipe
-from karmma_pipeline.extract.report import STARTING
-from karmma_pipeline.extract.sampling import sample_times
-from karmma_pipeline.extract.staging import Staged, Work, stage
+from karmma_pipeline.extraction.decode.sampling import sample_times
+from karmma_pipeline.extraction.decode.worker import Settings, decode_clips, input_spec
+from karmma_pipeline.extraction.inference.batching import Staged, Work, stage
+from karmma_pipeline.extraction.inference.calibrate import device_name, measure
+from karmma_pipeline.extraction.inference.modes import FOLDER, decide
+from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.runner import Mode, Network
+from karmma_pipeline.extraction.inference.workers import Lanes, one_thread
+from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.report import STARTING
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 

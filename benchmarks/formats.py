@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import zarr
 
-from karmma_pipeline.data.loader import FeatureLoader
-from karmma_pipeline.data.store import (
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import (
     ClipRow,
     FeatureStore,
     ModalitySpec,
@@ -22,7 +23,6 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.modalities import Reason
 
 MODALITIES = ("rgb", "flow", "audio")
 BATCH = 256

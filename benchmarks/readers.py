@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.media_files import write_video
 
-from karmma_pipeline.extract.media import Decoder, MediaFile
+from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
 
 DECODERS: tuple[Decoder, ...] = ("decord", "pyav")
 

@@ -160,7 +160,7 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 import psutil, torch
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.store import FeatureStore
 process = psutil.Process()
 before = process.memory_info().rss
 started, cpu = time.perf_counter(), time.process_time()

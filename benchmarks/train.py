@@ -27,8 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from karmma_pipeline import config
-from karmma_pipeline.data.loader import Batch, FeatureLoader
-from karmma_pipeline.data.store import (
+from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.runs import RunFolder
+from karmma_pipeline.store import (
     ClipRow,
     FeatureStore,
     ModalitySpec,
@@ -37,16 +41,12 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.fusion import FusionModel, FusionSize
-from karmma_pipeline.models.saved import ModelCard, save_model
-from karmma_pipeline.runs import RunFolder
-from karmma_pipeline.train.loop import Job, Trainer
-from karmma_pipeline.train.objective import Labels, Objective, Teachers
-from karmma_pipeline.train.progress import Clock, progress_bar
-from karmma_pipeline.train.ranks import Ranks, joined
-from karmma_pipeline.train.recipe import TrainRecipe
-from karmma_pipeline.train.table import Tabling
+from karmma_pipeline.training.loop import Job, Trainer
+from karmma_pipeline.training.objective import Labels, Objective, Teachers
+from karmma_pipeline.training.progress import Clock, progress_bar
+from karmma_pipeline.training.ranks import Ranks, joined
+from karmma_pipeline.training.recipe import TrainRecipe
+from karmma_pipeline.training.teacher_logits import Tabling
 
 MODALITIES = ("rgb", "flow", "audio")
 HEADS = {"verb": 97, "noun": 300}

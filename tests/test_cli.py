@@ -8,9 +8,9 @@ from click.testing import CliRunner, Result
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
-from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.cli import main
 from karmma_pipeline.cli.init import STAGES
+from karmma_pipeline.recipes import recipe_model
 
 
 def run(*arguments: Any) -> Result:

@@ -11,10 +11,10 @@ from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.demo import RECIPES, write_recipes
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.evaluate import paper
-from karmma_pipeline.evaluate.recipe import EvaluateRecipe
-from karmma_pipeline.extract.recipe import ExtractRecipe
-from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.evaluation import paper
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
 
 ROOT = Path(__file__).parents[1]
 TRAIN: dict[str, type[Recipe]] = {

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import config
-from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.batch.recipe import Chain, Stage
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.evaluate.recipe import EvaluateRecipe
-from karmma_pipeline.extract.recipe import ExtractRecipe
-from karmma_pipeline.train.recipe import DistillRecipe, TrainRecipe
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.recipes import recipe_model
+from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 from karmma_pipeline import config
 from karmma_pipeline.batch.chain import Work
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.store import Catalog
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
-from karmma_pipeline.evaluate.recipe import EvaluateRecipe
-from karmma_pipeline.extract import parts
-from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.extraction import parts
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.models.saved import WEIGHTS
-from karmma_pipeline.train.recipe import TrainRecipe
+from karmma_pipeline.store import Catalog
+from karmma_pipeline.training.recipe import TrainRecipe
 
 
 @dataclass(frozen=True)

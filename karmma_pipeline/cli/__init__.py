@@ -7,12 +7,11 @@ import click
 
 from karmma_pipeline import __version__
 from karmma_pipeline.cli.batch import status, submit
+from karmma_pipeline.cli.demo import demo, sample
 from karmma_pipeline.cli.evaluate import costs, evaluate
-from karmma_pipeline.cli.extract import backbones, extract
+from karmma_pipeline.cli.extract import backbones, extract, plan
 from karmma_pipeline.cli.init import init
 from karmma_pipeline.cli.options import Commands
-from karmma_pipeline.cli.plan import plan
-from karmma_pipeline.cli.samples import demo, sample
 from karmma_pipeline.cli.store import store
 from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
 

@@ -31,14 +31,14 @@ def evaluate(
     check: bool,
 ) -> None:
     """Report accuracy and cost on every subset of modalities and under missing sensors."""
-    from karmma_pipeline.evaluate.recipe import EvaluateRecipe
+    from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 
     given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
     switches = [f"{key}={value}" for key, value in given.items() if value]
     if out is not None:
         switches.append(f"out={str(out)!r}")
     resolved = load_recipe(EvaluateRecipe, recipe, (*switches, *overrides), check)
-    from karmma_pipeline.evaluate.stage import evaluate as run
+    from karmma_pipeline.evaluation.evaluate import evaluate as run
     from karmma_pipeline.jobs import StopFlag
 
     with StopFlag() as stop:
@@ -48,6 +48,6 @@ def evaluate(
 @click.command()
 def costs() -> None:
     """Compute the paper's fourteen GFLOPs bars and compare them with the published ones."""
-    from karmma_pipeline.evaluate.costs import paper_costs, paper_table
+    from karmma_pipeline.evaluation.costs import paper_costs, paper_table
 
     click.echo(paper_table(paper_costs()))

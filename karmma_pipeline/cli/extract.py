@@ -34,12 +34,12 @@ def extract(
     max_failures: str | None,
 ) -> None:
     """Turn the clips of a manifest into feature stores."""
-    from karmma_pipeline.extract.recipe import ExtractRecipe
+    from karmma_pipeline.extraction.recipe import ExtractRecipe
 
     if max_failures is not None:
         overrides = (*overrides, f"max_failures={max_failures}")
     resolved = load_recipe(ExtractRecipe, recipe, overrides, check)
-    from karmma_pipeline.extract.pipeline import extract as run
+    from karmma_pipeline.extraction.pipeline import extract as run
     from karmma_pipeline.jobs import Part, StopFlag
 
     with StopFlag() as stop:
@@ -86,7 +86,7 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
     if clip is None:
         facts = describe(choice)
     else:
-        from karmma_pipeline.extract.showcase import show_clip
+        from karmma_pipeline.extraction.preview import show_clip
 
         facts = show_clip(choice, clip)
     click.echo(
@@ -103,3 +103,41 @@ def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
     from karmma_pipeline.models.backbones import fetch
 
     click.echo(f"weights: {fetch(name, weights, to)}")
+
+
+@click.command()
+@recipe_argument
+@set_option
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write it as JSON too.")
+@click.option(
+    "--no-probe", is_flag=True, help="Do not open the files, only see whether they exist."
+)
+@click.option("--no-calibrate", is_flag=True, help="Do not measure the time on a few clips.")
+def plan(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    target: Path | None,
+    no_probe: bool,
+    no_calibrate: bool,
+) -> None:
+    """Say what an extraction will meet and cost: files, clips, splits, disk, time.
+
+    Writes nothing. Ends with code 3 if more clips will fail than the recipe allows.
+    """
+    from karmma_pipeline.extraction.recipe import ExtractRecipe
+
+    resolved = load_recipe(ExtractRecipe, recipe, overrides, check=False)
+    from karmma_pipeline import files
+    from karmma_pipeline.errors import TooManyFailuresError
+    from karmma_pipeline.extraction.estimate.report import make_plan
+
+    made = make_plan(resolved, probe=not no_probe, calibrate=not no_calibrate)
+    click.echo(made.text(recipe))
+    if target is not None:
+        files.write_json(target, made.facts())
+        click.echo(f"plan: {target}")
+    if made.too_many_lost:
+        raise TooManyFailuresError(
+            f"{recipe}: {made.survey.lost:,} of {made.survey.clips:,} clips will lose a modality "
+            "to the faults above; mend them, or raise max_failures."
+        )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.recipes import recipe_model
 
 STAGES = ("extract", "train-teacher", "train-baseline", "distill", "evaluate", "chain", "site")
 USES = {

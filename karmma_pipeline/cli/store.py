@@ -10,7 +10,7 @@ import click
 from karmma_pipeline.cli.options import Commands
 
 if TYPE_CHECKING:
-    from karmma_pipeline.data.store.joined import LabelSpaces
+    from karmma_pipeline.store.joined import LabelSpaces
 
 _store = click.argument("store", type=click.Path(path_type=Path))
 _out = click.argument("out", type=click.Path(path_type=Path))
@@ -27,7 +27,7 @@ def store_info(path: Path) -> None:
     """Print what a store holds and where it came from."""
     import yaml
 
-    from karmma_pipeline.data.store import info
+    from karmma_pipeline.store import info
 
     click.echo(yaml.safe_dump(info(path), sort_keys=False).rstrip())
 
@@ -37,10 +37,10 @@ def store_info(path: Path) -> None:
 @click.option("--repair", is_flag=True, help="Take damaged shards away, to be extracted again.")
 def store_verify(path: Path, repair: bool) -> None:
     """Check every byte of a store against its checksums."""
-    from karmma_pipeline.data.store import repair as take_away
-    from karmma_pipeline.data.store import verify
     from karmma_pipeline.errors import StoreError
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store import repair as take_away
+    from karmma_pipeline.store import verify
 
     with StopFlag() as stop:
         damages = verify(path, stop)
@@ -70,8 +70,8 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 
     Refuses while a shard is missing, and prints the command that makes it.
     """
-    from karmma_pipeline.data.store import finalize
-    from karmma_pipeline.extract.parts import finish, recipe_of
+    from karmma_pipeline.extraction.parts import finish, recipe_of
+    from karmma_pipeline.store import finalize
 
     for path in paths:
         recipe = recipe_of(path)
@@ -87,8 +87,8 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def store_stage(store: Path, folder: Path) -> None:
     """Copy a store to a node's own disk and verify every byte, of a copy that is there too."""
-    from karmma_pipeline.data.store import stage
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store import stage
 
     with StopFlag() as stop:
         click.echo(f"store: {stage(store, folder, stop, check_again=True)}")
@@ -105,8 +105,8 @@ def store_stage(store: Path, folder: Path) -> None:
 )
 def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) -> None:
     """Write one store with the clips and modalities of several."""
-    from karmma_pipeline.data.store.rewrite import merge
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools.rewrite import merge
 
     with StopFlag() as stop:
         merge(stores, out, label_spaces, stop)
@@ -120,8 +120,8 @@ def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) 
 @click.option("--ids", type=click.File(), help="File with one clip id per line: one store, OUT.")
 def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     """Write some of a store's clips into stores of their own."""
-    from karmma_pipeline.data.store.rewrite import select, split
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools.rewrite import select, split
 
     if (by is None) == (ids is None):
         raise click.UsageError("Give one of --by and --ids.")
@@ -150,9 +150,9 @@ def store_convert(
     store: Path, out: Path, dtype: Any, pool: tuple[str, ...], compress: bool
 ) -> None:
     """Write a store in another type, with fewer tokens, or compressed; unpack an archive."""
-    from karmma_pipeline.data.store import archive
-    from karmma_pipeline.data.store.rewrite import convert
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools import archive
+    from karmma_pipeline.store.tools.rewrite import convert
 
     if compress and (dtype or pool):
         raise click.UsageError("--compress keeps every byte; convert first, then compress.")
@@ -187,8 +187,8 @@ def _grid(text: str) -> tuple[str, list[int]]:
 )
 def store_export(store: Path, out: Path, layout: Any) -> None:
     """Write tokens as one file per clip, for other programs."""
-    from karmma_pipeline.data.store.export import export
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools.export import export
 
     with StopFlag() as stop:
         click.echo(f"{export(store, out, layout, stop)} files: {out}")
@@ -199,8 +199,8 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
 @click.argument("other", type=click.Path(path_type=Path))
 def store_diff(store: Path, other: Path) -> None:
     """Say where two stores differ; exit code 1 if they do."""
-    from karmma_pipeline.data.store.diff import diff
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools.info import diff
 
     found = False
     with StopFlag() as stop:
@@ -217,7 +217,7 @@ def store_diff(store: Path, other: Path) -> None:
 @click.option("--delete", is_flag=True, help="Take it away; without this it is only listed.")
 def store_gc(store: Path, delete: bool) -> None:
     """List what stopped runs left in a store, and files that are not its own."""
-    from karmma_pipeline.data.store.gc import collect, garbage
+    from karmma_pipeline.store.integrity import collect, garbage
 
     found = list(garbage(store))
     for one in found:

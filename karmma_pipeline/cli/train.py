@@ -32,10 +32,10 @@ def train_teacher(
     recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
 ) -> None:
     """Train the multimodal teacher on cached tokens."""
-    from karmma_pipeline.train.recipe import TeacherRecipe
+    from karmma_pipeline.training.recipe import TeacherRecipe
 
     resolved = load_recipe(TeacherRecipe, recipe, _with_stage(overrides, stage), check)
-    from karmma_pipeline.train import stages
+    from karmma_pipeline.training import stages
 
     _train(stages.train_teacher, resolved)
 
@@ -49,10 +49,10 @@ def train_baseline(
     recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
 ) -> None:
     """Train the student's architecture without a teacher: Baseline and Baseline w/ delta."""
-    from karmma_pipeline.train.recipe import BaselineRecipe
+    from karmma_pipeline.training.recipe import BaselineRecipe
 
     resolved = load_recipe(BaselineRecipe, recipe, _with_stage(overrides, stage), check)
-    from karmma_pipeline.train import stages
+    from karmma_pipeline.training import stages
 
     _train(stages.train_baseline, resolved)
 
@@ -64,10 +64,10 @@ def train_baseline(
 @check_option
 def distill(recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool) -> None:
     """Train the student to follow the teacher under the same missing modalities."""
-    from karmma_pipeline.train.recipe import DistillRecipe
+    from karmma_pipeline.training.recipe import DistillRecipe
 
     resolved = load_recipe(DistillRecipe, recipe, _with_stage(overrides, stage), check)
-    from karmma_pipeline.train import stages
+    from karmma_pipeline.training import stages
 
     _train(stages.distill, resolved)
 
@@ -80,7 +80,7 @@ def _train(run: Callable[..., Any], recipe: Recipe) -> None:
     """Train; of several ranks under torchrun the first speaks for all that end alike."""
     from karmma_pipeline.errors import StoppedError
     from karmma_pipeline.jobs import StopFlag
-    from karmma_pipeline.train.ranks import Ranks
+    from karmma_pipeline.training.ranks import Ranks
 
     main = Ranks.from_environment().main
     try:

@@ -2,8 +2,7 @@
 
 from karmma_pipeline.jobs.limits import cpu_count, memory_limit
 from karmma_pipeline.jobs.part import Part, balance
-from karmma_pipeline.jobs.stop import StopFlag
-from karmma_pipeline.jobs.worker import become_worker
+from karmma_pipeline.jobs.signals import StopFlag, become_worker
 
 __all__ = [
     "Part",

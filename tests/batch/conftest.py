@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from karmma_pipeline import config
-from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 
 EXTRACT: dict[str, Any] = {
     "manifest": "clips/m.csv",

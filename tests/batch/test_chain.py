@@ -11,15 +11,15 @@ from support.tiny_store import write_store
 
 from karmma_pipeline import config
 from karmma_pipeline.batch.chain import load_chain
+from karmma_pipeline.batch.checks import check
 from karmma_pipeline.batch.launch import submit
-from karmma_pipeline.batch.preflight import check
 from karmma_pipeline.batch.progress import progress
 from karmma_pipeline.batch.recipe import Chain, Site
-from karmma_pipeline.data.store import Catalog, ShardWriter
 from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
-from karmma_pipeline.extract import parts
+from karmma_pipeline.extraction import parts
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.train.recipe import TeacherRecipe
+from karmma_pipeline.store import Catalog, ShardWriter
+from karmma_pipeline.training.recipe import TeacherRecipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +138,7 @@ def test_finalize_is_idempotent_and_judges_the_failures(here: Path) -> None:
 
 
 def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> None:
-    from karmma_pipeline.data.store import ClipRow, ModalitySpec, StoreSpec, create_store
+    from karmma_pipeline.store import ClipRow, ModalitySpec, StoreSpec, create_store
 
     spec = StoreSpec(
         modalities={"rgb": ModalitySpec(tokens=1, width=1)}, heads={}, clips_per_shard=2

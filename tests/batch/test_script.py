@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from karmma_pipeline.batch.recipe import Container, Resources, Site
-from karmma_pipeline.batch.script import Job, batch_script
+from karmma_pipeline.batch.slurm import Job, batch_script
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"

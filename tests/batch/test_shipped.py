@@ -12,7 +12,7 @@ from support.epic import touch, write_annotations
 
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
-from karmma_pipeline.extract.recipe import ExtractRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.models.backbones.published import cached_file, enum_member
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from support.tiny_store import write_store
 
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
-from karmma_pipeline.data.store import verify
+from karmma_pipeline.store import verify
 
 
 def run(*arguments: str) -> Result:

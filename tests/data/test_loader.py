@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.tiny_store import write_store
 
-from karmma_pipeline.data.loader import Batch, FeatureLoader
-from karmma_pipeline.data.store import FeatureStore
+from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.store import FeatureStore
 
 
 @pytest.fixture(scope="module")

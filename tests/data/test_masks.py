@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from karmma_pipeline.data.masks import clip_keys, modality_mask
+from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.errors import ConfigError
 
 N = 40_000

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-import karmma_pipeline.evaluate.stage
-import karmma_pipeline.extract.pipeline
-import karmma_pipeline.train.stages  # noqa: F401  (a fork has what is imported before)
+import karmma_pipeline.evaluation.evaluate
+import karmma_pipeline.extraction.pipeline
+import karmma_pipeline.training.stages  # noqa: F401  (a fork has what is imported before)
 from karmma_pipeline.cli import main
 
 PATIENCE_S = 120.0

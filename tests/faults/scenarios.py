@@ -22,10 +22,9 @@ from torchvision.models.video import s3d
 from karmma_pipeline import config, files
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.saved import load_model
-from karmma_pipeline.train import sealed
-from karmma_pipeline.train.recipe import TeacherRecipe
-from karmma_pipeline.train.stages import train_teacher
-from karmma_pipeline.train.state import load_state
+from karmma_pipeline.training.recipe import TeacherRecipe
+from karmma_pipeline.training.stages import train_teacher
+from karmma_pipeline.training.state import load_state, read_checksummed
 
 Tree = dict[str, str]
 """Name to digest; the names of folders end in a slash."""
@@ -61,7 +60,7 @@ def digest(path: Path) -> str:
     """
     data = path.read_bytes()
     if path.suffix == ".pt":
-        state = torch.load(BytesIO(sealed.read(path)), weights_only=True)
+        state = torch.load(BytesIO(read_checksummed(path)), weights_only=True)
         data = "\n".join(_plain(state)).encode()
     return sha256(data).hexdigest()
 

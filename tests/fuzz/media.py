@@ -29,8 +29,8 @@ import yaml
 from support.epic import write_annotations
 from support.media_files import pack, write_flow, write_frames, write_video
 
-from karmma_pipeline.data.store import FeatureStore, verify
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import FeatureStore, verify
 
 LONGEST_S = 900.0
 """A run that takes longer hangs: a clip may take its time limit three times."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from karmma_pipeline.data.store import (
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import (
     Catalog,
     ClipRow,
     ModalitySpec,
@@ -15,8 +16,7 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.data.store.spec import Dtype
-from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store.spec import Dtype
 
 IDS = tuple(f"c{i:02d}" for i in range(12))
 RGB_AUDIO = {"rgb": (4, 6), "audio": (2, 5)}

@@ -10,7 +10,7 @@ import signal
 import time
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extract.decode import Decoded, Settings
+from karmma_pipeline.extraction.decode.worker import Decoded, Settings
 
 
 def misbehave(clips: list[Clip], settings: Settings, decoder: str = "decord") -> list[Decoded]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from karmma_pipeline.data.store import (
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import (
     ClipRow,
     ModalitySpec,
     ShardWriter,
@@ -13,8 +14,7 @@ from karmma_pipeline.data.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.data.store.spec import Dtype
-from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store.spec import Dtype
 
 VERBS, NOUNS = 4, 3
 

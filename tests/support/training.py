@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from karmma_pipeline import config
-from karmma_pipeline.data.store import FeatureStore
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
-from karmma_pipeline.train.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
-from karmma_pipeline.train.screen import finite
+from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.training.screen import finite
 
 SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
 

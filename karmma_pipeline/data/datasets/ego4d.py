@@ -14,7 +14,7 @@ from pydantic import Field
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, Manifest, check_clip_id, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError

@@ -19,7 +19,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row
 from karmma_pipeline.data.datasets.epic_media import EpicMedia, Prefer, grid_fps
-from karmma_pipeline.data.datasets.places import Listing
+from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, Groups, Manifest, unique
 from karmma_pipeline.errors import ManifestError
 

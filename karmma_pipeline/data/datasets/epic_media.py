@@ -19,7 +19,7 @@ import h5py
 from pydantic import Field
 
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
 from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.errors import ManifestError
 

@@ -5,6 +5,7 @@ published ids. Object boxes are those of Something-Else (Materzynska et al., CVP
 https://github.com/joaanna/something_else): one JSON file, or the four parts of its download.
 """
 
+import mmap
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,7 @@ from pydantic import Field
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.datasets.box_files import index_boxes
-from karmma_pipeline.data.datasets.places import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, FrameName, Manifest, unique
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
@@ -154,3 +154,39 @@ class _Reader:
 
     def lines(self) -> Sequence[str]:
         return [*self.found.lines(), "audio: the data set has none"]
+
+
+_ENTRY = re.compile(rb'"([0-9]{1,9})"\s*:\s*(?=\[)')
+"""How a video's entry begins: inside of one no key is a number. Quotes in texts are escaped."""
+
+
+def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:
+    """Return the box source of every video in the files; of two for one video the later counts.
+
+    Raises:
+        ManifestError: a file cannot be read or has no such entries.
+    """
+    found: dict[str, BoxSource] = {}
+    for path in paths:
+        found |= _scan(path)
+    return found
+
+
+def _scan(path: Path) -> dict[str, BoxSource]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            begins = [(m.group(1).decode(), m.start(), m.end()) for m in _ENTRY.finditer(data)]
+            size = len(data)
+    except OSError as error:
+        raise ManifestError(f"{path}: the boxes cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise ManifestError(f"{path}: the file of boxes is empty.") from None
+    if not begins:
+        raise ManifestError(
+            f'{path}: no Something-Else annotation file: no entry of the form "VIDEO ID": [frames].'
+        )
+    ends = [start for _, start, _ in begins[1:]] + [size]
+    return {
+        video: BoxSource(path, video, (start, end))
+        for (video, _, start), end in zip(begins, ends, strict=True)
+    }

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from karmma_pipeline import files, jobs
 from karmma_pipeline.data.manifest import write_manifest
 from karmma_pipeline.data.sample import scene
-from karmma_pipeline.data.sample.scene import NOUNS, VERBS, Action
-from karmma_pipeline.data.sample.video import write_video
+from karmma_pipeline.data.sample.scene import NOUNS, VERBS, Action, write_video
 from karmma_pipeline.errors import ConfigError
 
 CLIPS_PER_VIDEO = 4

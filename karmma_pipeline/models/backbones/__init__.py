@@ -2,8 +2,7 @@
 
 from karmma_pipeline.models.backbones.backbone import Backbone
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.describe import describe, list_backbones
-from karmma_pipeline.models.backbones.head import top_classes
+from karmma_pipeline.models.backbones.describe import describe, list_backbones, top_classes
 from karmma_pipeline.models.backbones.published import fetch
 from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
 from karmma_pipeline.models.backbones.transform import FrameTransform

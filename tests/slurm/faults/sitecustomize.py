@@ -134,7 +134,7 @@ if HOLDS in os.environ:
     if again and os.environ.get("RANK") == "0":
         time.sleep(5)  # the others then look for it first, and must not find the one that died
     sys.meta_path[:0] = [
-        Finder("karmma_pipeline.extract.decode", "decode_clips", poisoned),
-        Finder("karmma_pipeline.extract.pool", "DecodePool._is_done", waiting),
-        Finder("karmma_pipeline.train.loop", "learning_rate", slow),
+        Finder("karmma_pipeline.extraction.decode.worker", "decode_clips", poisoned),
+        Finder("karmma_pipeline.extraction.decode.pool", "DecodePool._is_done", waiting),
+        Finder("karmma_pipeline.training.loop", "learning_rate", slow),
     ]

@@ -1,0 +1,86 @@
+"""What can be seen to be wrong before a job waits in a queue for hours."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from karmma_pipeline.batch.chain import Work
+from karmma_pipeline.batch.progress import Progress, same_recipe
+from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.extraction.clips import read_clips
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.models.backbones import BackboneChoice
+from karmma_pipeline.models.backbones.published import cached_file, enum_member
+from karmma_pipeline.training.recipe import TrainRecipe
+
+
+def check(works: Sequence[Work], progresses: Sequence[Progress], folder: Path) -> None:
+    """Look at everything that the stages still to run will need.
+
+    Args:
+        works: the chain's stages.
+        progresses: how far each is; a stage that is done is not looked at.
+        folder: where scripts and logs will lie.
+
+    Raises:
+        ConfigError: all faults in one message.
+    """
+    made = {path.absolute() for work in works for path in work.writes}
+    faults = list(_writable(folder))
+    for work, found in zip(works, progresses, strict=True):
+        if not found.done:
+            faults += [f"{work.name}: {fault}" for fault in _faults(work, made)]
+    if faults:
+        raise ConfigError(f"nothing was submitted: {'; '.join(dict.fromkeys(faults))}.")
+
+
+def _faults(work: Work, made: set[Path]) -> Iterator[str]:
+    for path in work.reads:
+        if path.absolute() not in made and not path.is_dir():
+            yield f"{path} is not there and no stage of the chain makes it"
+    for path in work.writes:
+        yield from _writable(path)
+    if isinstance(work.recipe, ExtractRecipe):
+        yield from _extraction(work.recipe)
+    if isinstance(work.recipe, TrainRecipe):
+        out = work.recipe.out
+        if (out / "recipe.yaml").is_file() and not same_recipe(out, work.recipe):
+            yield f"{out} holds a run of another recipe; choose another `out` or remove it"
+    if isinstance(work.recipe, EvaluateRecipe):
+        files = [work.recipe.groups.unseen, *work.recipe.groups.tail.values()]
+        yield from (f"{path} is not there" for path in files if path and not path.is_file())
+
+
+def _extraction(recipe: ExtractRecipe) -> Iterator[str]:
+    try:
+        read_clips(recipe)
+    except KarmmaError as error:
+        yield str(error).rstrip(".")
+    for choices in recipe.sets.values():
+        for choice in choices.values():
+            yield from _weights(choice)
+
+
+def _weights(choice: BackboneChoice) -> Iterator[str]:
+    try:
+        source = choice.source
+    except KarmmaError as error:
+        yield str(error).rstrip(".")
+        return
+    if source == "file" and not Path(choice.weights).is_file():
+        yield f"weights={choice.weights!r}: the file is not there"
+    if source == "published":
+        path = cached_file(enum_member(choice.architecture, choice.weights))
+        if not path.is_file():
+            yield (
+                f"{path}: the weights are not there; where there is network, run "
+                f"`karmma backbones fetch {choice.name} {choice.weights}` with TORCH_HOME set to "
+                "a folder that the compute nodes see, and put it into the site's env"
+            )
+
+
+def _writable(path: Path) -> Iterator[str]:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield f"{path} cannot be written, for {there} does not allow it"

@@ -1,0 +1,1 @@
+"""From cached tokens to batches: loader, masks, buffers."""

@@ -1,0 +1,167 @@
+"""From the paths and settings of a recipe to what a training reads its tokens from."""
+
+import atexit
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from karmma_pipeline.data.loading.loader import LoaderSettings
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.store.joined import open_joined
+from karmma_pipeline.store.source import Part, TokenSource, empty_parts
+from karmma_pipeline.store.tools.stage import forget, stage
+
+
+def open_source(
+    stores: Path | Sequence[Path],
+    settings: LoaderSettings,
+    device: torch.device,
+    stop: StopFlag | None = None,
+) -> TokenSource:
+    """Open one store, or several as one, after copying them as near as the settings say.
+
+    Raises:
+        StoreError: a store is missing or damaged, the stores contradict one another, or
+            there is not the space for a copy.
+    """
+    paths = [stores] if isinstance(stores, Path) else list(stores)
+    if settings.stage is not None:
+        paths = [stage(path, settings.stage, stop) for path in paths]
+    if settings.cache == "node":
+        paths = [node_copy(path, stop) for path in paths]
+    source = open_joined(paths, settings.label_spaces)
+    return DeviceStore(source, device) if settings.cache == "device" else source
+
+
+NODE_MEMORY = Path("/dev/shm")  # noqa: S108  (a folder of our own in it, owner checked)
+_PIECE = 256
+
+
+def node_copy(store: Path, stop: StopFlag | None = None, memory: Path = NODE_MEMORY) -> Path:
+    """Copy a store into the node's memory, one copy for all processes, and return its place.
+
+    The last process that uses the copy takes it away when it ends. One that is killed leaves it
+    to the next, which uses it again.
+
+    Raises:
+        StoreError: there is not the space, or somebody else's folder is in the way.
+    """
+    folder = memory / f"karmma-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise StoreError(f"{folder}: belongs to somebody else; use loader.cache=map.")
+    path = folder / f"{store.resolve().name}.users"
+    users = path.open("w")
+    fcntl.flock(users, fcntl.LOCK_SH)
+    place = stage(store, folder, stop)
+    atexit.register(_leave, users.fileno(), place, users)
+    return place
+
+
+def _leave(descriptor: int, place: Path, users: object) -> None:
+    """Take the copy away if nobody else uses it; the kernel frees the locks of the dead."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    forget(place)
+    del users
+
+
+class DeviceStore:
+    """A store whose tokens lie on the device as a whole; batches are gathered there.
+
+    Args:
+        source: the store.
+        device: where tokens go.
+
+    Raises:
+        StoreError: they do not fit.
+    """
+
+    def __init__(self, source: TokenSource, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.path, self.modalities, self.heads = source.path, source.modalities, source.heads
+        self.clip_ids, self.present, self.reasons = source.clip_ids, source.present, source.reasons
+        self.labels, self.digest = source.labels, source.digest
+        self._check_memory()
+        self._tokens = {m: self._load(m) for m in self.modalities}
+
+    @property
+    def split(self) -> npt.NDArray[np.str_]:
+        """Split name of each clip [clips]."""
+        return self.source.split
+
+    @property
+    def group(self) -> npt.NDArray[np.str_]:
+        """Group of each clip [clips]."""
+        return self.source.group
+
+    @property
+    def provenance(self) -> dict[str, dict[str, object]]:
+        """Modality to where its tokens come from."""
+        return self.source.provenance
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def shape(self, modality: str) -> tuple[int, int]:
+        """Return tokens N and width D of a modality."""
+        return self.source.shape(modality)
+
+    def parts(self, modality: str) -> tuple[Part, ...]:
+        """Return what `gather_parts` fills for each clip, see `Part`."""
+        return self.source.parts(modality)
+
+    def gather(self, modality: str, index: Tensor) -> Tensor:
+        """Return tokens [B, N, D] on the CPU."""
+        return self.source.gather(modality, index)
+
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill tensors [B, *shape] on the device with the clips int64 [B]."""
+        row, tokens = self._tokens[modality]
+        rows = row[index].to(self.device, non_blocking=True)
+        for part, target in zip(tokens, out, strict=True):
+            torch.index_select(part, 0, rows, out=target)
+
+    def _check_memory(self) -> None:
+        needed = 0
+        for column, m in enumerate(self.modalities):
+            clips = int(self.present[:, column].sum()) + 1
+            one = sum(int(np.prod(p.shape)) * p.dtype.itemsize for p in self.parts(m))
+            needed += clips * one
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        if needed > free:
+            raise StoreError(
+                f"{self.path}: loader.cache=device: the tokens take {needed / 1e9:.1f} GB, "
+                f"{self.device} has {free / 1e9:.1f} GB free; use node or map."
+            )
+
+    def _load(self, modality: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return each clip's row, int64 [clips + 1] on the CPU, and the parts [rows, *shape]."""
+        present = np.flatnonzero(self.present[:, self.modalities.index(modality)])
+        row = torch.zeros(len(self) + 1, dtype=torch.int64)  # row 0 is zeros: absent
+        row[torch.from_numpy(present)] = torch.arange(1, len(present) + 1)
+        tokens = tuple(
+            torch.zeros(len(present) + 1, *p.shape, dtype=p.dtype, device=self.device)
+            for p in self.parts(modality)
+        )
+        buffers = empty_parts(self.source, modality, min(_PIECE, len(present)))
+        for start in range(0, len(present), _PIECE):
+            index = torch.from_numpy(present[start : start + _PIECE])
+            piece = tuple(buffer[: len(index)] for buffer in buffers)
+            self.source.gather_parts(modality, index, piece)
+            for target, part in zip(tokens, piece, strict=True):
+                target[1 + start : 1 + start + len(index)] = part
+        return row, tokens

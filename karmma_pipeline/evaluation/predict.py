@@ -1,0 +1,180 @@
+"""The logits of a run for every subset of modalities, each computed once.
+
+S subsets, N clips of the split, C classes of a head, M modalities.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from karmma_pipeline import files
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import subsets
+from karmma_pipeline.models.saved import ModelCard, load_model
+from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one run says of the clips of a split.
+
+    logits: head to float32 [S, N, C], raw. labels: head to int64 [N], -1 unknown.
+    present: bool [N, M]. clip_ids: bytes [N]. subsets: S tuples of modalities.
+    """
+
+    name: str
+    card: ModelCard
+    store: TokenSource
+    clips: npt.NDArray[np.int64]
+    subsets: tuple[tuple[str, ...], ...]
+    logits: dict[str, npt.NDArray[np.float32]]
+    labels: dict[str, npt.NDArray[np.int64]]
+    present: npt.NDArray[np.bool_]
+    clip_ids: npt.NDArray[np.bytes_]
+
+    def save(self, path: Path) -> None:
+        """Write raw logits, labels and ids, from which every metric can be computed again.
+
+        The file's ``karmma`` metadata is JSON: the run's name and the subsets in order.
+        """
+        tensors: dict[str, npt.NDArray[np.generic]] = {
+            f"logits.{head}": np.ascontiguousarray(values) for head, values in self.logits.items()
+        }
+        tensors |= {f"labels.{head}": values for head, values in self.labels.items()}
+        width = self.clip_ids.dtype.itemsize
+        ids = np.ascontiguousarray(self.clip_ids).view(np.uint8).reshape(-1, width)
+        tensors |= {"present": self.present.astype(np.uint8), "clip_ids": ids}
+        # One entry only: safetensors writes several in an order that chance decides.
+        about = json.dumps({"name": self.name, "subsets": self.subsets})
+        files.write_bytes(path, save(tensors, metadata={"karmma": about}))
+
+
+def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag) -> Predictions:
+    """Run a saved model over the split, once per subset of its modalities.
+
+    Raises:
+        StoreError: none of the stores is the one that the run was trained on.
+        ManifestError: the split is empty.
+    """
+    folder = run / recipe.checkpoint
+    model, card = load_model(folder if folder.is_dir() else run)
+    store = _matching(card, run, recipe.stores)
+    clips = _clips(store, recipe.split)
+    model = model.to(device)
+    chosen = subsets(store.modalities)
+    loader = FeatureLoader(store, clips, recipe.batch_size)
+    outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
+    name = recipe.names.get(str(run), card.name)
+    for batch in tqdm(loader.epoch(0), f"evaluate {name}", total=len(loader), unit="batch"):
+        stop.check("nothing of this evaluation is kept")
+        tokens = batch.tokens_on(device)
+        parts = []
+        for subset in chosen:
+            mask = batch.present & torch.tensor([m in subset for m in store.modalities])
+            with torch.inference_mode():
+                parts.append({h: v.float().cpu().numpy() for h, v in model(tokens, mask).items()})
+        for head, rows in outputs.items():
+            rows.append(np.stack([part[head] for part in parts]))
+    return Predictions(
+        name,
+        card,
+        store,
+        clips,
+        chosen,
+        {head: np.concatenate(rows, axis=1) for head, rows in outputs.items()},
+        {head: np.asarray(of[clips], np.int64) for head, of in store.labels.items()},
+        store.present[clips],
+        store.clip_ids[clips],
+    )
+
+
+def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
+    """Return what the run was trained on, or else other clips of the same features.
+
+    Both may be one store or several as one.
+    """
+    opened = [FeatureStore.open(path) for path in stores]
+    if (found := find_joined(opened, card.store_digest)) is not None:
+        return found
+    for store in opened:  # other clips, such as a test set
+        if _takes(card, store) and _has_all(card, store):
+            return store
+    if fitting := [store.path for store in opened if _takes(card, store)]:
+        joined = open_joined(fitting)
+        if _has_all(card, joined):
+            return joined
+    given = ", ".join(map(str, stores))
+    raise StoreError(
+        f"{run}: was trained on other features than those in {given}; add the store, or all the "
+        "stores, that it was trained on with --store."
+    )
+
+
+def _takes(card: ModelCard, store: TokenSource) -> bool:
+    """Whether all that a store has is what the model was trained on."""
+    return all(
+        card.modalities.get(m) == store.shape(m) and card.provenance.get(m) == store.provenance[m]
+        for m in store.modalities
+    ) and _within(store.heads, card.heads)
+
+
+def _has_all(card: ModelCard, store: TokenSource) -> bool:
+    return {*card.modalities} == {*store.modalities} and card.heads == store.heads
+
+
+def _within(some: Mapping[str, object], every: Mapping[str, object]) -> bool:
+    return all(every.get(name) == value for name, value in some.items())
+
+
+def _clips(store: TokenSource, split: str) -> npt.NDArray[np.int64]:
+    chosen = store.split == split if split else np.ones(len(store), bool)
+    if not chosen.any():
+        known = ", ".join(sorted(set(store.split.tolist())))
+        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
+    return np.flatnonzero(chosen)
+
+
+def align(runs: list[Predictions]) -> list[Predictions]:
+    """Return the runs with their clips in the order of the first.
+
+    Raises:
+        ConfigError: the runs' stores hold other clips, labels or modalities.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        same = (
+            first.subsets == other.subsets
+            and first.card.heads == other.card.heads
+            and np.array_equal(np.sort(first.clip_ids), np.sort(other.clip_ids))
+        )
+        if not same:
+            raise ConfigError(
+                f"runs {first.name!r} and {other.name!r} do not share their clips, classes and "
+                "modalities; evaluate them in separate reports."
+            )
+    return [first, *(_in_order(run, first.clip_ids) for run in runs[1:])]
+
+
+def _in_order(run: Predictions, clip_ids: npt.NDArray[np.bytes_]) -> Predictions:
+    if np.array_equal(run.clip_ids, clip_ids):
+        return run
+    rows = np.empty(len(clip_ids), np.int64)
+    rows[np.argsort(clip_ids)] = np.argsort(run.clip_ids)
+    return replace(
+        run,
+        clips=run.clips[rows],
+        logits={head: of[:, rows] for head, of in run.logits.items()},
+        labels={head: of[rows] for head, of in run.labels.items()},
+        present=run.present[rows],
+        clip_ids=run.clip_ids[rows],
+    )

@@ -1,0 +1,174 @@
+"""The pictures: drop curves as in the paper, accuracy and cost per subset. PNG and SVG."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from karmma_pipeline.evaluation.results import Results, RunResult
+from karmma_pipeline.modalities import label, subsets
+
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, told apart by colour-blind readers."""
+_MARKERS = "osD^vP*"
+_STYLE: Any = {
+    "svg.hashsalt": "karmma",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def draw(results: Results) -> dict[str, Figure]:
+    """Return the figures by name."""
+    plots: dict[str, Callable[[Results], Figure]] = {
+        "drop_curve": drop_curve,
+        "subsets": subset_bars,
+    }
+    if any(run.costs for run in results.runs):
+        plots["costs"] = cost_bars
+    with mpl.rc_context(_STYLE):
+        return {name: plot(results) for name, plot in plots.items()}
+
+
+def to_bytes(figure: Figure, kind: str) -> bytes:
+    """Render a figure as png or svg; equal figures are equal bytes."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def caption(results: Results) -> str:
+    """Return what every figure must say of the features it stands on."""
+    random = "; frozen backbones of RANDOM weights" if results.weights else ""
+    split = f", {results.data.split}" if results.data.split else ""
+    return f"{_plain(results.data.name)}{split}, N = {results.data.clips}{random}"
+
+
+def drop_curve(results: Results) -> Figure:
+    """Return the headline top-1 over the drop rate, expected, with its interval over clips."""
+    figure, axes = _figure(7, 4.4)
+    for number, run in enumerate(results.runs):
+        curve = run.curve(results.main, "all")
+        if curve is None:
+            continue
+        rates = [100 * p.rate for p in curve.points]
+        colour = _colour(number)
+        axes.plot(
+            rates,
+            [p.expected for p in curve.points],
+            color=colour,
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4.5,
+            linestyle="--" if run.kind == "teacher" else "-",
+            label=_plain(run.name),
+        )
+        low, high = [p.low for p in curve.points], [p.high for p in curve.points]
+        axes.fill_between(rates, low, high, color=colour, alpha=0.12, linewidth=0)
+    constant = results.data.constant[results.main]
+    axes.axhline(constant, color="#777777", linewidth=1, linestyle=":")
+    axes.annotate(
+        "best constant answer",
+        (0, constant),
+        (2, 3),
+        textcoords="offset points",
+        color="#777777",
+        fontsize=8,
+    )
+    axes.set_xlabel("each modality is dropped with this probability (%)")
+    axes.set_ylabel(f"{_plain(results.main)} top-1 (%)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _title(figure, axes, "Who survives missing sensors", results)
+    return figure
+
+
+def subset_bars(results: Results) -> Figure:
+    """Return the headline top-1 on every subset of modalities."""
+    figure, axes = _figure(7.5, 4)
+    chosen = subsets(results.modalities)
+    width = 0.8 / len(results.runs)
+    for number, run in enumerate(results.runs):
+        found = [run.subset(s, "all").scores[f"{results.main}_top1"] for s in chosen]
+        places = [i + (number - (len(results.runs) - 1) / 2) * width for i in range(len(chosen))]
+        errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
+        axes.bar(
+            places,
+            [f.value for f in found],
+            width * 0.92,
+            color=_colour(number),
+            yerr=errors,
+            error_kw={"linewidth": 0.7, "ecolor": "#555555"},
+            label=_plain(run.name),
+        )
+    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
+    axes.set_xlabel("modalities in use")
+    axes.set_ylabel(f"{_plain(results.main)} top-1 (%)")
+    axes.legend(fontsize=8.5)
+    _title(figure, axes, "Every subset of modalities", results)
+    return figure
+
+
+def cost_bars(results: Results) -> Figure:
+    """Return GFLOPs of one clip on every subset, one bar per architecture."""
+    figure, axes = _figure(7.5, 3.6)
+    runs = _architectures(results)
+    chosen = subsets(results.modalities)
+    width = 0.8 / len(runs)
+    for number, (names, run) in enumerate(runs):
+        by_subset = {c.modalities: c.gflops or 0.0 for c in run.costs}
+        places = [i + (number - (len(runs) - 1) / 2) * width for i in range(len(chosen))]
+        bars = axes.bar(
+            places,
+            [by_subset.get(s, 0.0) for s in chosen],
+            width * 0.92,
+            color=_colour(number),
+            label=_plain(names),
+        )
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
+    axes.set_xlabel("modalities in use")
+    axes.set_ylabel("GFLOPs per clip, backbones included")
+    axes.legend(fontsize=8.5)
+    _title(figure, axes, "What a clip costs (2 FLOPs per multiply-add)", results)
+    return figure
+
+
+def _architectures(results: Results) -> list[tuple[str, RunResult]]:
+    """Return one run per distinct cost, with the names of all that share it."""
+    groups: dict[tuple[float | None, ...], list[RunResult]] = {}
+    for run in results.runs:
+        if run.costs:
+            groups.setdefault(tuple(c.gflops for c in run.costs), []).append(run)
+    return [(", ".join(r.name for r in runs), runs[0]) for runs in groups.values()]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _title(figure: Figure, axes: Axes, title: str, results: Results) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22)
+    axes.text(0, 1.03, caption(results), transform=axes.transAxes, fontsize=8.5, color="#555555")
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,1 @@
+"""From clips to network inputs, in processes of their own."""

@@ -1,0 +1,77 @@
+"""Optical flow as pictures that an RGB network takes, from three sources with one scale.
+
+The scale is px of the network's own input per ``gap_s``: motion of a file's frames (DIS, RAFT) is
+measured there and scaled from the pair's real gap to ``gap_s``; a data set's own flow pictures are
+resized to it with their values, and scaled from their pair's gap. T pairs, h and w the network's
+input size, H and W the pictures' own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+
+from karmma_pipeline.extraction.recipe import Flow
+from karmma_pipeline.models.backbones import FrameTransform
+
+_PRESETS = {
+    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+}
+Pictures = npt.NDArray[np.uint8]
+Motion = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FramePairs:
+    """Frames whose motion is computed later, where the backbones run.
+
+    frames: uint8 [2, T, 3, h, w], first and second ones. scale: what makes px per pair px per
+    gap, float32 [T].
+    """
+
+    frames: Pictures
+    scale: npt.NDArray[np.float32]
+
+
+def dis_flow(settings: Flow, first: Pictures, second: Pictures) -> Motion:
+    """Return the motion from ``first`` to ``second``, uint8 [T, 3, h, w] each.
+
+    Returns:
+        float32 [T, 2, h, w]: u (right) and v (down) in px of these pictures.
+    """
+    engine: Any = cv2.DISOpticalFlow.create(_PRESETS[settings.preset])
+    flows = []
+    for a, b in zip(first, second, strict=True):
+        pair = [cv2.cvtColor(p.transpose(1, 2, 0), cv2.COLOR_RGB2GRAY) for p in (a, b)]
+        flows.append(engine.calc(pair[0], pair[1], None).transpose(2, 0, 1))
+    return np.stack(flows)
+
+
+def resized(flow: Motion, transform: FrameTransform) -> Motion:
+    """Resize and crop flow [T, 2, H, W] as frames are, its values in px of the new size."""
+    before = flow.shape[-2:]
+    field = vision.resize(
+        torch.from_numpy(flow),
+        list(transform.resize),
+        interpolation=InterpolationMode(transform.interpolation),
+        antialias=False,
+    )
+    after = field.shape[-2:]
+    ratio = [after[1] / before[1], after[0] / before[0]]
+    field = vision.center_crop(field * torch.tensor(ratio)[:, None, None], list(transform.crop))
+    return np.ascontiguousarray(field.numpy())
+
+
+def as_pictures(settings: Flow, flow: Motion) -> Pictures:
+    """Scale flow [T, 2, h, w] to bytes (u, v, 128), uint8 [T, 3, h, w], with 128 = no motion."""
+    scaled = np.clip(flow / settings.bound_px, -1, 1) * 127 + 128
+    pictures = np.full((len(flow), 3, *flow.shape[2:]), 128, np.uint8)
+    pictures[:, :2] = np.rint(scaled)
+    return pictures

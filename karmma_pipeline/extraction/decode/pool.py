@@ -1,0 +1,307 @@
+"""Decoding in processes that may hang, crash or be killed: each costs its clip, never the run."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import cv2
+import numpy as np
+import psutil
+import torch
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from tqdm import tqdm
+
+from karmma_pipeline import jobs
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.extraction.decode.shared_memory import Arena, Places, decode_into
+from karmma_pipeline.extraction.decode.spectrogram import log_mel
+from karmma_pipeline.extraction.decode.worker import Decoded, Settings, decode_clips, lost
+from karmma_pipeline.extraction.media.media_file import Decoder
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import Reason
+
+_TASKS_PER_PROCESS = 200
+"""A process is replaced after that many tasks: decord keeps memory of files it has closed."""
+
+_GRACE_S = 0.3
+"""A batch system signals workers and us together; wait that long to learn of it."""
+
+_LOOK_S = 0.2
+"""How often memory and the stop flag are looked at."""
+
+_START_S = 60.0
+"""How long a process may take to start."""
+
+_MOST_AT_ONCE = 16
+"""Clips of a video that one task decodes at most: a fault costs all of them a second try."""
+
+_GIGABYTE = 1e9
+_SAVED = "finished batches are saved"
+
+if TYPE_CHECKING:
+    _Future = ProcessFuture[tuple[float, list[tuple[Decoded, Places]]]]
+
+
+@dataclass
+class _Task:
+    """Clips of one video on their way, and the slots for their arrays."""
+
+    clips: list[Clip]
+    slots: list[int | None]
+    future: _Future
+
+
+class DecodePool:
+    """Decodes batches of clips ahead of the consumer, in order.
+
+    Args:
+        settings: what to decode.
+        workers: processes; each runs one video's clips at a time.
+        timeout_s: a task is killed after that.
+        stop: looked at while waiting; before a process's death is blamed on a clip, too.
+        memory_gb: a process that takes more is killed.
+        ahead: clips that are decoded ahead of the consumer; null: two more than processes.
+        arena: where they are put; null: everything comes through a pipe.
+
+    Attributes:
+        busy_s: CPU seconds that processes have spent on decoding, all together.
+
+    Raises:
+        StoppedError: from `batches`, when a stop was asked for.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workers: int,
+        timeout_s: float,
+        stop: StopFlag,
+        memory_gb: float = float("inf"),
+        ahead: int | None = None,
+        arena: Arena | None = None,
+    ) -> None:
+        self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
+        self._workers, self._ahead = workers, ahead or 2 + workers
+        self._arena = arena
+        self.busy_s = 0.0
+        self._pool = self._start()
+        self._open: set[_Future] = set()
+        self._watch = _MemoryWatch(memory_gb)
+
+    def _start(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self._workers,
+            max_tasks=_TASKS_PER_PROCESS,
+            initializer=_start_worker,
+            initargs=[self.settings],
+            context=get_context("spawn"),
+        )
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watch.finished.set()
+        self._stop()
+
+    def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[Decoded]]:
+        """Yield the decoded clips of each batch, in order, ahead of the consumer.
+
+        A batch's arrays are valid until the next one is asked for. Clips of one video that
+        follow one another are decoded together, whatever batches they are in.
+        """
+        sizes: deque[int] = deque()
+        stream = self._stream(_sized(batches, sizes))
+        for first, slot in stream:
+            rest = list(islice(stream, sizes.popleft() - 1))
+            yield [first, *(clip for clip, _ in rest)]
+            self._give([slot, *(other for _, other in rest)])
+
+    def _stream(self, clips: Iterable[Clip]) -> Iterator[tuple[Decoded, int | None]]:
+        waiting: deque[_Task] = deque()
+        pending = 0
+        at_once = min(_MOST_AT_ONCE, max(1, self._ahead // (self._workers + 1)))
+        for group in _by_video(clips, at_once):
+            while waiting and pending + len(group) > self._ahead:
+                pending -= len(waiting[0].clips)
+                yield from self._result(waiting.popleft())
+            waiting.append(self._submit(group))
+            pending += len(group)
+        while waiting:
+            yield from self._result(waiting.popleft())
+
+    def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
+        slots = [self._arena.take() if self._arena else None for _ in clips]
+        try:
+            future = self._schedule(clips, slots, decoder)
+        except RuntimeError:  # a process died between tasks, which ends pebble's pool
+            self._restart()
+            future = self._schedule(clips, slots, decoder)
+        return _Task(clips, slots, future)
+
+    def _schedule(self, clips: list[Clip], slots: list[int | None], decoder: Decoder) -> _Future:
+        address, size = (self._arena.address, self._arena.slot_bytes) if self._arena else ("", 0)
+        args = [address, size, slots, decode_clips, clips, self.settings, decoder]
+        future = self._pool.schedule(decode_into, args=args, timeout=self.timeout_s)
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+    def _give(self, slots: list[int | None]) -> None:
+        if self._arena:
+            self._arena.give(slots)
+
+    def _restart(self) -> None:
+        self._open.clear()  # the old pool will not finish them
+        self._stop()
+        self._pool = self._start()
+
+    def _stop(self) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def _result(self, task: _Task) -> Iterator[tuple[Decoded, int | None]]:
+        """Wait for a task; if it fails, decode each of its clips by itself."""
+        found = self._wait(task)
+        if not isinstance(found, Reason):
+            yield from zip(found, task.slots, strict=True)
+            return
+        for clip in task.clips:
+            yield self._again(clip)
+
+    def _again(self, clip: Clip) -> tuple[Decoded, int | None]:
+        """Try a clip once more in another process, then with the second decoder."""
+        task = self._submit([clip])
+        found = self._wait(task)
+        if isinstance(found, Reason):
+            task = self._submit([clip], "pyav")
+            found = self._wait(task)
+        if isinstance(found, Reason):
+            return lost(clip.clip_id, self.settings, found), None
+        return found[0], task.slots[0]
+
+    def _wait(self, task: _Task) -> list[Decoded] | Reason:
+        """Return what a task decoded; if it failed, why, and its slots are free again."""
+        outcome = self._outcome(task.future)
+        if isinstance(outcome, Reason):
+            self._give(task.slots)  # its process is dead or done with them
+            return outcome
+        seconds, parts = outcome
+        self.busy_s += seconds
+        for (decoded, places), slot in zip(parts, task.slots, strict=True):
+            if self._arena:
+                self._arena.restore(decoded, places, slot)
+        return [decoded for decoded, _ in parts]
+
+    def _outcome(self, future: _Future) -> tuple[float, list[tuple[Decoded, Places]]] | Reason:
+        if not self._is_done(future):
+            return Reason.CRASHED
+        try:
+            return future.result(0)
+        except TimeoutError:
+            return Reason.TIMEOUT
+        except MemoryError:
+            return Reason.OUT_OF_MEMORY
+        except (ProcessExpired, BrokenProcessPool) as death:
+            time.sleep(_GRACE_S)
+            self.stop.check(_SAVED)
+            too_big = getattr(death, "pid", None) in self._watch.killed
+            return Reason.OUT_OF_MEMORY if too_big else Reason.CRASHED
+        except Exception as error:  # whatever a decoder may raise
+            tqdm.write(f"decoding failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return Reason.DECODE_ERROR
+
+    def _is_done(self, future: _Future) -> bool:
+        """Wait for a task; False if it was lost with its pool.
+
+        A process killed while it sends its result leaves pebble waiting for the rest, for ever.
+        """
+        patience_s = (len(self._open) / self._workers + 2) * self.timeout_s + _START_S
+        deadline = time.monotonic() + patience_s
+        while not wait([future], _LOOK_S).done:
+            self.stop.check(_SAVED)
+            if future not in self._open:
+                return future.done()
+            if time.monotonic() > deadline:
+                self._restart()
+        return True
+
+
+class _MemoryWatch(threading.Thread):
+    """Kills decode processes that take too much memory; from outside, as decord may hang.
+
+    Attributes:
+        killed: their process ids.
+    """
+
+    def __init__(self, limit_gb: float) -> None:
+        super().__init__(daemon=True)
+        self._limit = limit_gb * _GIGABYTE
+        self.killed: set[int] = set()
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        """Look at all child processes until `finished` is set."""
+        me = psutil.Process()
+        while not self.finished.wait(_LOOK_S):
+            for child in me.children():
+                try:
+                    if child.memory_info().rss > self._limit and _is_spawned(child):
+                        self.killed.add(child.pid)
+                        child.kill()
+                except psutil.Error:
+                    continue  # it has just ended
+
+
+def _is_spawned(process: psutil.Process) -> bool:
+    return "--multiprocessing-fork" in process.cmdline()
+
+
+def _sized(batches: Iterable[list[Clip]], sizes: deque[int]) -> Iterator[Clip]:
+    for batch in batches:
+        sizes.append(len(batch))
+        yield from batch
+
+
+def _by_video(clips: Iterable[Clip], most: int) -> Iterator[list[Clip]]:
+    group: list[Clip] = []
+    for clip in clips:
+        if group and (len(group) == most or _place(group[-1]) != _place(clip)):
+            yield group
+            group = []
+        group.append(clip)
+    if group:
+        yield group
+
+
+def _place(clip: Clip) -> Path | None:
+    """Return where the clip's video lies; its clips have spans of their own."""
+    source = clip.media.get("rgb") or next(iter(clip.media.values()), None)
+    return None if source is None else source.path
+
+
+def _start_worker(settings: Settings) -> None:
+    jobs.become_worker()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    if any(wanted.modality == "audio" for wanted in settings.inputs):
+        # librosa loads for seconds when it is first used: not on the first clip's time
+        log_mel(settings.audio, np.zeros(settings.audio.sample_rate, np.float32))

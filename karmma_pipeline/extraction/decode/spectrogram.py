@@ -1,0 +1,148 @@
+"""Log-mel spectrograms as pictures: one of a whole window, or one around each frame.
+
+Four front ends, each after its authors' code, because networks trained on one see noise in another.
+S samples; images are [mels, hops], low frequencies first.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import cv2
+import librosa
+import numpy as np
+import numpy.typing as npt
+
+from karmma_pipeline.extraction.recipe import Audio
+
+Sound = npt.NDArray[np.float32]
+Image = npt.NDArray[np.float32]
+
+_FLOOR = 1e-10
+"""radevski: power below which sound counts as silence, -100 dB."""
+
+_VGGISH_OFFSET, _VGGISH_HZ = 0.01, (125.0, 7500.0)
+"""tensorflow/models, research/audioset/vggish/vggish_params.py."""
+
+_PREEMPHASIS, _KALDI_LOW_HZ, _KALDI_FLOOR = 0.97, 20.0, float(np.finfo(np.float32).eps)
+"""Kaldi's defaults, which AST (YuanGongND/ast) keeps, with a Hann window and without dither."""
+
+_SLOWFAST_OFFSET = 1e-6
+"""ekazakos/auditory-slow-fast, slowfast/datasets/audio_loader_epic.py."""
+
+
+def log_mel(settings: Audio, sound: Sound) -> Image:
+    """Return the log-mel spectrogram of sound [S], float32 [mels, hops], not yet standardised."""
+    image = _FRONT_ENDS[settings.front_end](settings, sound)
+    if settings.hops is not None:
+        image = image[:, : settings.hops]
+        missing = settings.hops - image.shape[1]
+        mode = "edge" if settings.front_end == "auditory_slowfast" else "constant"
+        image = np.pad(image, ((0, 0), (0, missing)), mode)  # type: ignore[call-overload]
+    return image.astype(np.float32)
+
+
+def mel_image(settings: Audio, sound: Sound, size: tuple[int, int]) -> Image:
+    """Return a standardised log-mel image, float32 [h, w], low frequencies at the top."""
+    standard = (log_mel(settings, sound) - settings.mean) / settings.std
+    height, width = size
+    return np.asarray(cv2.resize(standard, (width, height)), np.float32)  # bilinear
+
+
+def longest_s(settings: Audio) -> float:
+    """Return the seconds of sound that fill a spectrogram; infinity if any length does."""
+    if settings.hops is None:
+        return float("inf")
+    samples = (settings.hops - 1) * settings.hop_length
+    if settings.front_end in {"vggish", "ast"}:  # their windows lie within the sound
+        samples += settings.win_length
+    return samples / settings.sample_rate
+
+
+def _radevski(settings: Audio, sound: Sound) -> Image:
+    filters = _slaney_filters(settings.sample_rate, settings.n_fft, settings.mels)
+    power = filters @ (np.abs(_stft(settings, sound)) ** 2)
+    return 10 * np.log10(np.maximum(power, _FLOOR))
+
+
+def _auditory_slowfast(settings: Audio, sound: Sound) -> Image:
+    filters = _htk_filters(settings.sample_rate, settings.n_fft, settings.mels)
+    return np.log(filters @ np.abs(_stft(settings, sound)) + _SLOWFAST_OFFSET)
+
+
+def _vggish(settings: Audio, sound: Sound) -> Image:
+    sound = _at_least(sound, (settings.hops or 1) * settings.hop_length + settings.win_length)
+    n = np.arange(settings.win_length)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * n / settings.win_length)
+    magnitude = np.abs(np.fft.rfft(_framed(settings, sound) * window, settings.n_fft))
+    filters = _triangles(settings.sample_rate, settings.n_fft, settings.mels, *_VGGISH_HZ)
+    return np.log(filters @ magnitude.T + _VGGISH_OFFSET)
+
+
+def _ast(settings: Audio, sound: Sound) -> Image:
+    frames = _framed(settings, _at_least(sound - sound.mean(), settings.win_length))
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    frames = (frames - _PREEMPHASIS * before) * np.hanning(settings.win_length)
+    power = np.abs(np.fft.rfft(frames, settings.n_fft)) ** 2
+    top = settings.sample_rate / 2
+    filters = _triangles(settings.sample_rate, settings.n_fft, settings.mels, _KALDI_LOW_HZ, top)
+    return np.log(np.maximum(filters @ power.T, _KALDI_FLOOR))
+
+
+_FRONT_ENDS: dict[str, Callable[[Audio, Sound], Image]] = {
+    "radevski": _radevski,
+    "vggish": _vggish,
+    "ast": _ast,
+    "auditory_slowfast": _auditory_slowfast,
+}
+
+
+def _stft(settings: Audio, sound: Sound) -> npt.NDArray[np.complex64]:
+    """Return the transform with windows centred on the hops, silence around the sound."""
+    return librosa.stft(
+        np.pad(sound, settings.n_fft // 2),  # librosa's own padding warns of short sound
+        n_fft=settings.n_fft,
+        win_length=settings.win_length,
+        hop_length=settings.hop_length,
+        center=False,
+    )
+
+
+def _framed(settings: Audio, sound: Sound) -> npt.NDArray[np.float64]:
+    windows = np.lib.stride_tricks.sliding_window_view(sound, settings.win_length)
+    return windows[:: settings.hop_length].astype(np.float64)
+
+
+def _at_least(sound: Sound, samples: int) -> Sound:
+    return np.pad(sound, (0, max(0, samples - len(sound))))
+
+
+@cache
+def _slaney_filters(rate: int, n_fft: int, mels: int) -> npt.NDArray[np.float32]:
+    return librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=mels)
+
+
+@cache
+def _htk_filters(rate: int, n_fft: int, mels: int) -> npt.NDArray[np.float32]:
+    return librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=mels, htk=True, norm=None)
+
+
+@cache
+def _triangles(
+    rate: int, n_fft: int, mels: int, low_hz: float, high_hz: float
+) -> npt.NDArray[np.float64]:
+    """Return filters [mels, n_fft / 2 + 1] that are triangles over mel, as VGGish and Kaldi have.
+
+    librosa's are triangles over Hz. The constant and Nyquist's frequency count for nothing.
+    """
+    edges = np.linspace(_mel(low_hz), _mel(high_hz), mels + 2)[:, None]
+    bins = _mel(np.arange(n_fft // 2 + 1) * rate / n_fft)
+    rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    filters: npt.NDArray[np.float64] = np.maximum(0, np.minimum(rise, fall))
+    filters[:, [0, -1]] = 0
+    return filters
+
+
+def _mel(hz: "float | npt.NDArray[np.float64]") -> npt.NDArray[np.float64]:
+    return np.asarray(1127.0 * np.log1p(np.asarray(hz) / 700.0))

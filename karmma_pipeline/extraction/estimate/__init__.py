@@ -1,0 +1,1 @@
+"""What an extraction will meet and cost, before it starts."""

@@ -1,0 +1,1 @@
+"""The frozen networks: inputs in, tokens out."""

@@ -1,0 +1,201 @@
+"""The frozen backbones of all sets on one device: batches of decoded clips in, tokens out."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.extraction.decode import boxes
+from karmma_pipeline.extraction.decode.sampling import PAIRS, ROUNDING_S
+from karmma_pipeline.extraction.decode.worker import InputSpec, input_spec
+from karmma_pipeline.extraction.inference.batching import Staged
+from karmma_pipeline.extraction.inference.raft import Raft
+from karmma_pipeline.extraction.inference.runner import Mode, Network
+from karmma_pipeline.extraction.media.audio_track import RESAMPLING
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.device import pick_device
+from karmma_pipeline.store import ModalitySpec, StoreSpec
+
+
+class Job(NamedTuple):
+    """A network on an input: what several sets may share."""
+
+    network: str
+    spec: InputSpec
+
+
+@dataclass
+class Computed:
+    """A batch whose tokens are there, or on a GPU soon will be.
+
+    tokens: of each job and place in the batch, float32 [N, D].
+    """
+
+    staged: Staged
+    tokens: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the tokens are there."""
+        return self.events is None or self.events[1].query()  # type: ignore[no-untyped-call]
+
+    def wait(self) -> float:
+        """Wait until the tokens are there; return the seconds that a GPU worked on them."""
+        if self.events is None:
+            return 0.0
+        start, stop = self.events
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+
+    def of(self, job: Job, place: int) -> npt.NDArray[np.float32] | None:
+        """Return the tokens [N, D] of a clip; None if it lacks the input."""
+        if job.spec in self.staged.clips[place].reasons:
+            return None
+        return self.tokens[job][place].numpy()
+
+
+class Networks:
+    """All backbones of a recipe; two sets that choose the same network share it.
+
+    Attributes:
+        all: by a name that their choice alone decides; in plain float32 until told otherwise.
+        inputs: what each is fed.
+    """
+
+    def __init__(self, recipe: ExtractRecipe) -> None:
+        self.recipe = recipe
+        self.device = pick_device(recipe.device)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        has_flow = any("flow" in choices for choices in recipe.sets.values())
+        computed = has_flow and recipe.flow.source != "dis"
+        self.raft = Raft(recipe.flow, self.device) if computed else None
+        self.all: dict[str, Network] = {}
+        self.inputs: dict[str, InputSpec] = {}
+        for choices in recipe.sets.values():
+            for modality, choice in choices.items():
+                key = network_key(choice)
+                if key not in self.all:
+                    self.all[key] = Network(Backbone(choice), self.device, Mode())
+                    self.inputs[key] = input_spec(modality, choice)
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of a batch: what the networks compute at once goes into it without rest."""
+        return lcm(*(network.mode.batch_size for network in self.all.values()))
+
+    @property
+    def halved(self) -> int:
+        """How often a batch did not fit into memory."""
+        return sum(network.halved for network in self.all.values())
+
+    def jobs(self, name: str) -> dict[str, Job]:
+        """Return what each modality of a set takes."""
+        choices = self.recipe.sets[name].items()
+        return {m: Job(network_key(choice), input_spec(m, choice)) for m, choice in choices}
+
+    def store_spec(self, name: str, manifest: Manifest) -> StoreSpec:
+        """Return what the store of a set looks like, provenance included."""
+        specs = {}
+        for modality, choice in self.recipe.sets[name].items():
+            tokens, width = choice.output_shape
+            specs[modality] = ModalitySpec(
+                tokens=tokens,
+                width=width,
+                dtype=self.recipe.store.dtype,
+                frames=input_spec(modality, choice).times,
+                provenance=self._provenance(modality, choice),
+                computed=self.all[network_key(choice)].mode.model_dump(mode="json"),
+            )
+        return StoreSpec(
+            modalities=specs,
+            heads=dict(manifest.heads),
+            clips_per_shard=self.recipe.store.clips_per_shard,
+        )
+
+    def _provenance(self, modality: str, choice: BackboneChoice) -> dict[str, Any]:
+        recipe = self.recipe
+        facts = self.all[network_key(choice)].backbone.provenance()
+        facts["sampling"] = recipe.sampling.model_dump(mode="json")
+        facts["decoder"] = f"decord {version('decord')}, else PyAV {version('av')}"
+        facts["rounding_s"] = ROUNDING_S
+        if modality == "flow":
+            facts["flow"] = recipe.flow.model_dump(mode="json")
+            facts["flow"]["pairs"] = PAIRS
+            facts["flow"]["opencv"] = version("opencv-python-headless")
+            facts["flow"]["raft_sha256"] = self.raft.digest if self.raft else None
+        if choice.architecture.kind == "boxes":
+            facts["boxes"] = boxes.FACTS
+        if modality == "audio":
+            facts["audio"] = recipe.audio.model_dump(mode="json")
+            facts["audio"]["librosa"] = version("librosa")
+            facts["audio"]["resampling"] = RESAMPLING
+        return facts
+
+    def compute(self, staged: Staged) -> Computed:
+        """Run the networks of the sets that lack the batch, each once on each input.
+
+        On a GPU this returns before the tokens are there (see `Computed.wait`), so that the
+        next batch is copied while this one is computed.
+        """
+        jobs = dict.fromkeys(
+            job for name in staged.work.writers for job in self.jobs(name).values()
+        )
+        if self.raft:
+            staged.complete(self.raft)
+        if self._copies is None:
+            return Computed(staged, self._tokens(jobs, staged, staged.inputs))
+        stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            inputs = {
+                spec: clips.to(self.device, non_blocking=True)
+                for spec, clips in staged.inputs.items()
+            }
+        stream.wait_stream(self._copies)
+        for clips in inputs.values():
+            clips.record_stream(stream)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record(stream)
+        tokens = self._tokens(jobs, staged, inputs)
+        stop.record(stream)
+        return Computed(staged, tokens, (start, stop))
+
+    def _tokens(
+        self, jobs: Iterable[Job], staged: Staged, inputs: Mapping[InputSpec, Tensor]
+    ) -> dict[Job, dict[int, Tensor]]:
+        return {job: self._run(job, staged, inputs) for job in jobs if job.spec in inputs}
+
+    def _run(
+        self, job: Job, staged: Staged, inputs: Mapping[InputSpec, Tensor]
+    ) -> dict[int, Tensor]:
+        network, clips = self.all[job.network], inputs[job.spec]
+        size = network.mode.batch_size
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(clips), size):
+            rows = staged.rows(job.spec, first, size)
+            if rows:
+                whole = len(rows) == len(clips[first : first + size])
+                some = clips[first : first + size] if whole else clips[rows]
+                found.update(zip(rows, _to_host(network.tokens(some)), strict=True))
+        return found
+
+
+def _to_host(tokens: Tensor) -> Tensor:
+    if tokens.device.type == "cpu":
+        return tokens
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    return host.copy_(tokens, non_blocking=True)
+
+
+def network_key(choice: BackboneChoice) -> str:
+    """Return what tells networks apart: equal choices are one network."""
+    return hashlib.sha256(choice.model_dump_json().encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""RAFT, torchvision's optical flow network, run where the backbones run.
+
+Decode processes hand over pairs of frames; this turns them into the same pictures of motion
+that DIS and a data set's own flow frames give. T pairs, h and w the network's input size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torchvision.models import optical_flow
+
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.extraction.decode.flow import FramePairs, as_pictures
+from karmma_pipeline.extraction.decode.worker import Decoded
+from karmma_pipeline.extraction.recipe import Flow
+from karmma_pipeline.models.backbones import published, state_dicts
+from karmma_pipeline.models.backbones.random_weights import parse_seed, seeded
+
+_MULTIPLE, _LEAST = 8, 128
+"""RAFT takes sides that are multiples of 8 and not below 128 px; smaller ones are padded."""
+
+
+class Raft:
+    """The network of a recipe's flow section, frozen, on one device.
+
+    Raises:
+        ConfigError: no such weights.
+        CheckpointError: the weights are not there, or are not this network's.
+    """
+
+    def __init__(self, settings: Flow, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        net, self.digest = _load(settings)
+        self.net = net.eval().requires_grad_(requires_grad=False).to(device)
+
+    def complete(self, batch: Sequence[Decoded]) -> None:
+        """Give clips whose flow is still pairs of frames their input; others are left alone.
+
+        What a clip gets does not depend on its company.
+        """
+        for clip in batch:
+            for spec, pairs in clip.pairs.items():
+                clip.arrays[spec] = self.pictures(pairs)
+            clip.pairs.clear()
+
+    def pictures(self, pairs: FramePairs) -> npt.NDArray[np.uint8]:
+        """Return uint8 [T, 3, h, w], see `flow.as_pictures`."""
+        size = self.settings.pairs_at_once
+        flows = [
+            self.flow(*torch.from_numpy(pairs.frames[:, i : i + size]))
+            for i in range(0, len(pairs.scale), size)
+        ]
+        motion = torch.cat(flows).cpu().numpy()
+        return as_pictures(self.settings, motion * pairs.scale[:, None, None, None])
+
+    @torch.inference_mode()
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the motion from ``first`` to ``second``, float32 [T, 2, h, w] in px.
+
+        Args:
+            first: uint8 [T, 3, h, w].
+            second: the same.
+        """
+        h, w = first.shape[-2:]
+        (top, bottom), (left, right) = _padding(h), _padding(w)
+
+        def ready(frames: Tensor) -> Tensor:
+            scaled = frames.to(self.device).float() / 127.5 - 1
+            return nn.functional.pad(scaled, (left, right, top, bottom), mode="replicate")
+
+        last = self.net(ready(first), ready(second), num_flow_updates=self.settings.updates)[-1]
+        return last[..., top : top + h, left : left + w].float()
+
+
+def _padding(side: int) -> tuple[int, int]:
+    whole = max(_LEAST, -(-side // _MULTIPLE) * _MULTIPLE)
+    return (whole - side) // 2, whole - side - (whole - side) // 2
+
+
+def _load(settings: Flow) -> tuple[nn.Module, str]:
+    name, weights = settings.source, settings.weights
+    build = getattr(optical_flow, name)
+    seed = parse_seed(weights)
+    with seeded(seed or 0):
+        net: nn.Module = build(weights=None)
+    if seed is not None:
+        return net, state_dicts.digest(net.state_dict())
+    member = _member(name, weights)
+    if member is not None:
+        where = str(published.cached_file(member))
+        tensors = published.read_published(member, name)
+    elif Path(weights).is_file() or len(Path(weights).parts) > 1:
+        where, tensors = weights, state_dicts.read_file(Path(weights))
+    else:
+        known = ", ".join(_weights(name).__members__)
+        raise ConfigError(f"flow.weights={weights!r}: write random:SEED, a path, or {known}.")
+    return net, state_dicts.fill(net, tensors, where).digest
+
+
+def _weights(name: str) -> Any:
+    return (
+        optical_flow.Raft_Small_Weights if name == "raft_small" else optical_flow.Raft_Large_Weights
+    )
+
+
+def _member(name: str, weights: str) -> Any | None:
+    enum = _weights(name)
+    return enum.__members__.get(weights.removeprefix(f"{enum.__name__}."))

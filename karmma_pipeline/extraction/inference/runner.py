@@ -1,0 +1,186 @@
+"""One frozen network on one device, computing in the way that was chosen for it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.models.backbones import Backbone
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+Layout = Literal["contiguous", "channels_last"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_PLAIN = torch.contiguous_format
+_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Mode(Recipe):
+    """How a network computes: part of a store's provenance, for it decides the last bits."""
+
+    precision: Precision = Field("float32", description="Of convolutions and products.")
+    layout: Layout = Field("contiguous", description="Order of the numbers in memory.")
+    compile: bool = Field(False, description="Whether torch.compile made the code.")
+    batch_size: PositiveInt = Field(1, description="Clips at once.")
+    chosen: str = Field("by the recipe", description="By whom, and on which device.")
+
+    def __str__(self) -> str:
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.precision}, {self.layout}{compiled}, batch {self.batch_size} ({self.chosen})"
+
+
+class Network:
+    """A backbone in one mode; B clips in a batch, N tokens, D width.
+
+    Attributes:
+        halved: how often a batch was too big for the memory and was halved.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device, mode: Mode) -> None:
+        self.backbone, self.device = backbone.to(device), device
+        self.halved = 0
+        if type(self.backbone.net).__module__.startswith("torchvision."):
+            fold_norms(self.backbone.net)  # nets of others may look at what lies between
+        if device.type == "cpu":
+            speed_up(self.backbone)
+        self.use(mode)
+
+    def use(self, mode: Mode) -> None:
+        """Change the mode."""
+        self.mode, self._most = mode, mode.batch_size
+        for parameter in self.backbone.parameters():
+            wanted = self._format(parameter.dim())
+            parameter.data = parameter.data.contiguous(memory_format=wanted)
+        self._call = torch.compile(self.backbone) if mode.compile else self.backbone
+
+    def _format(self, dimensions: int) -> torch.memory_format:
+        last = self.mode.layout == "channels_last"
+        return _CHANNELS_LAST.get(dimensions, _PLAIN) if last else _PLAIN
+
+    def tokens(self, clips: Tensor) -> Tensor:
+        """Turn decoded clips [B, ...], wherever they lie, into float32 tokens [B, N, D].
+
+        A batch that does not fit into memory is halved until it does; none is lost.
+
+        Raises:
+            KarmmaError: not even one clip fits.
+            ConfigError: torch.compile does not work here.
+        """
+        return torch.cat([self._fitting(some) for some in torch.split(clips, self._most)])
+
+    def _fitting(self, clips: Tensor) -> Tensor:
+        try:
+            return self._forward(clips)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler: the error's traceback holds the tensors that filled the memory.
+        if len(clips) == 1:
+            raise KarmmaError(
+                f"{self.backbone.choice.name}: one clip alone does not fit into the memory of "
+                f"{self.device}; use another device, fewer frames or a smaller size."
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.halved += 1
+        self._most = min(self._most, (len(clips) + 1) // 2)
+        return torch.cat(
+            [self._fitting(half) for half in torch.split(clips, (len(clips) + 1) // 2)]
+        )
+
+    def _forward(self, clips: Tensor) -> Tensor:
+        with torch.inference_mode(), _products(self.device, self.mode.precision):
+            x = self.backbone.prepare(clips.to(self.device, non_blocking=True))
+            x = x.contiguous(memory_format=self._format(x.dim()))
+            try:
+                tokens: Tensor = self._call(x)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(
+                    f"compile=true: torch.compile cannot build {self.backbone.choice.name} here "
+                    f"({reason}); leave compile out."
+                ) from error
+            return tokens.float()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of torch means that memory is full, on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in _FULL
+    )
+
+
+@contextmanager
+def _products(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Compute convolutions and products in a precision; float32 on a GPU means float32."""
+    if device.type != "cuda":
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+        return
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+_PAIRS = {(nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d)}
+
+
+def speed_up(net: nn.Module) -> int:
+    """Let oneDNN compute all 3D convolutions that it can; return how many."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return 0
+    found = 0
+    for m in net.modules():
+        if type(m) is nn.Conv3d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            m.forward = partial(_by_onednn, m, m.padding)  # type: ignore[method-assign]
+            found += 1
+    return found
+
+
+def _by_onednn(m: nn.Conv3d, padding: tuple[int, ...], x: Tensor) -> Tensor:
+    """Convolve [B, C, T, h, w]; bfloat16 and compiled code find oneDNN by themselves."""
+    plain = x.dim() == 5 and x.dtype == m.weight.dtype == torch.float32
+    if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return nn.Conv3d.forward(m, x)
+    return torch.mkldnn_convolution(x, m.weight, m.bias, padding, m.stride, m.dilation, m.groups)
+
+
+def fold_norms(net: nn.Module) -> int:
+    """Multiply the batch norms of a frozen network into its convolutions; return how many.
+
+    Only where a norm follows its convolution in an `nn.Sequential`, and only if nothing else
+    has a hold of the two. To be called before `speed_up`: convolutions are replaced.
+    """
+    uses = Counter(child for m in net.modules() for child in m._modules.values() if child)
+    found = 0
+    for block in net.modules():
+        if not isinstance(block, nn.Sequential) or type(block).forward is not nn.Sequential.forward:
+            continue
+        for (place, one), (behind, norm) in pairwise(block._modules.items()):
+            if one and norm and _folds(one, norm) and uses[one] == uses[norm] == 1:
+                block._modules[place] = fuse_conv_bn_eval(one, norm)  # type: ignore[type-var, arg-type]
+                block._modules[behind] = nn.Identity()
+                found += 1
+    return found
+
+
+def _folds(one: nn.Module, norm: nn.Module) -> bool:
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (one, norm))
+    usable = not (watched or norm.training or getattr(norm, "running_mean", None) is None)
+    return (type(one), type(norm)) in _PAIRS and usable

@@ -1,0 +1,107 @@
+"""Batches that are computed at the same time, each on one CPU; on a GPU one lane feeds it.
+
+Threads inside of a pass wait for one another after every layer, longest where other work shares
+the CPUs, as decoding does. Passes beside one another do not: they take whatever the decoders
+leave, and their numbers do not depend on how many CPUs there are.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+
+from karmma_pipeline import jobs
+from karmma_pipeline.extraction.inference import memory
+from karmma_pipeline.extraction.inference.batching import Staged
+from karmma_pipeline.extraction.inference.calibrate import example
+from karmma_pipeline.extraction.inference.networks import Computed, Networks
+
+
+class Lanes:
+    """Computes batches and gives them back in order; a context manager.
+
+    Args:
+        networks: what is run on them.
+        count: batches at a time.
+    """
+
+    def __init__(self, networks: Networks, count: int) -> None:
+        self._networks, self.count = networks, count
+        self._running: deque[Future[Computed]] = deque()
+        self._pool = ThreadPoolExecutor(count, "lane", initializer=_on_one_cpu)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more batch is waiting than can be computed."""
+        return len(self._running) > self.count
+
+    @property
+    def idle(self) -> float:
+        """Share of the lanes that have nothing to do."""
+        working = sum(not (f.done() and f.result().is_done) for f in self._running)
+        return max(0, self.count - working) / self.count
+
+    def put(self, batch: Staged) -> None:
+        """Hand over a batch."""
+        self._running.append(self._pool.submit(self._networks.compute, batch))
+
+    def take(self) -> Computed:
+        """Wait for the batch that was handed over first."""
+        return self._running.popleft().result()
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let a pass on the CPU have one thread."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def lane_count(networks: Networks) -> int:
+    """Return how many passes may run at once: one per CPU, as memory allows; beside a GPU one."""
+    most = most_lanes(networks.device)
+    if most == 1:
+        return 1
+    room = memory.budget(networks.device, networks.recipe) / _pass_bytes(networks)
+    return max(1, min(most, int(room)))
+
+
+def most_lanes(device: torch.device) -> int:
+    """Return how many lanes there are where memory is no concern."""
+    if device.type != "cpu":
+        return 1
+    cpus, asked = jobs.cpu_count(), os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
+
+
+def _on_one_cpu() -> None:
+    torch.set_num_threads(1)
+
+
+def _pass_bytes(networks: Networks) -> int:
+    """Return the memory of a pass of the hungriest network, by one pass of each."""
+    most = 1
+    for key, network in networks.all.items():
+        clips = example(networks.inputs[key], network.mode.batch_size)
+        with memory.measured(networks.device) as growth:
+            network.tokens(clips)
+        most = max(most, growth.size)
+    return most

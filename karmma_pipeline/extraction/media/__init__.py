@@ -1,0 +1,1 @@
+"""Opens media files and reads pictures and sound at given times."""

@@ -1,0 +1,245 @@
+"""Numbered pictures in a folder or inside a tar, found by number, read without unpacking.
+
+K pictures that are there, H and W their size. A tar is listed once; links, devices and sparse
+members in it are never read, and member names are only compared, never used as paths.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from string import Formatter
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from karmma_pipeline import files
+from karmma_pipeline.data.sources import FrameSource
+from karmma_pipeline.extraction.decode.sampling import ROUNDING_S, Numbers, Times
+from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.modalities import Reason
+
+_LARGEST = 256 << 20
+"""Bytes of a picture file beyond which it is none."""
+
+_END_OF_JPEG = b"\xff\xd9"
+_CUT = re.compile(rb"\xff\xd8\xff")
+
+Table = npt.NDArray[np.int64]
+"""Number, and per plane offset and size in the tar (zeros in a folder) [K, 1 + 2 * planes]."""
+
+
+class FrameFiles:
+    """The pictures of one video; planes are those of `FrameSource.names`.
+
+    Attributes:
+        frame_starts: when each picture's interval starts, seconds on the grid [K].
+        stop_s: end of the last one.
+
+    Raises:
+        MediaFaultError: no such folder or tar, or none of the pictures is in it.
+    """
+
+    video_decoder = "cv2"
+
+    def __init__(self, source: FrameSource, index_folder: Path | None = None) -> None:
+        self.source, self.path = source, source.path
+        if source.path.is_dir():
+            self._table = _folder_table(source.path, source.names)
+        elif source.path.is_file():
+            self._table = _tar_table(source.path, source.names, index_folder)
+        else:
+            raise MediaFaultError(Reason.FILE_MISSING, str(source.path))
+        if not len(self._table):
+            raise MediaFaultError(Reason.FILE_MISSING, f"{source.path}: no {source.names[0]}")
+        self.frame_starts: Times = self._start(self._table[:, 0])
+        self.stop_s = float(self._start(self._table[-1, 0] + 1))
+
+    def _start(self, number: "Numbers | np.int64 | int") -> npt.NDArray[np.float64]:
+        source = self.source
+        return np.asarray((number - source.base) * source.stride / source.fps, np.float64)
+
+    def span(self, first: int, last: int) -> tuple[float, float]:
+        """Return the seconds that pictures ``first`` to ``last``, both included, take."""
+        return float(self._start(first)), float(self._start(last + 1))
+
+    def numbers(self, times: Times) -> Numbers:
+        """Return which picture is shown at each moment, or the nearest that is there: [T]."""
+        rate = self.source.fps / self.source.stride
+        wanted = np.floor((times + ROUNDING_S) * rate).astype(np.int64) + self.source.base
+        there = self._table[:, 0]
+        after = np.clip(np.searchsorted(there, wanted), 0, len(there) - 1)
+        before = np.maximum(after - 1, 0)
+        nearer = np.abs(wanted - there[before]) <= np.abs(there[after] - wanted)
+        return np.where(nearer, before, after).astype(np.int64)
+
+    def decode(self, numbers: Numbers) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """Yield pictures by ascending place among those that are there: uint8 [H, W, 3], RGB.
+
+        Raises:
+            MediaFaultError: one of them is damaged.
+        """
+        with _Reader(self.source) as reader:
+            for n in np.unique(numbers).tolist():
+                yield n, reader.picture(self._table[n], 0, cv2.IMREAD_COLOR)[..., ::-1].copy()
+
+    decode_for_several = decode
+
+    def motion(self, numbers: Numbers) -> npt.NDArray[np.float32]:
+        """Return flow that is stored as bytes, float32 [T, 2, H, W]: px of the pictures per pair.
+
+        Raises:
+            MediaFaultError: a picture is damaged.
+        """
+        found: dict[int, npt.NDArray[np.uint8]] = {}
+        with _Reader(self.source) as reader:
+            for n in np.unique(numbers).tolist():
+                planes = [reader.picture(self._table[n], p, cv2.IMREAD_GRAYSCALE) for p in (0, 1)]
+                if planes[0].shape != planes[1].shape:
+                    raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: u and v differ")
+                found[n] = np.stack(planes)
+        data = np.stack([found[n] for n in numbers.tolist()]).astype(np.float32)
+        bound = self.source.bound_px
+        return data * np.float32(2 * bound / 255) - np.float32(bound)
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds between the two frames of a flow picture."""
+        return self.source.dilation / self.source.fps
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class _Reader:
+    """Reads picture files of one source; a tar is opened once."""
+
+    def __init__(self, source: FrameSource) -> None:
+        self._source = source
+        self._tar = None if source.path.is_dir() else source.path.open("rb")
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tar is not None:
+            self._tar.close()
+
+    def picture(self, row: Table, plane: int, mode: int) -> npt.NDArray[np.uint8]:
+        """Return one picture, uint8 [H, W] or [H, W, 3] (BGR)."""
+        name = self._source.names[plane].format(int(row[0]))
+        where = f"{self._source.path}: {name}"
+        try:
+            data = self._bytes(name, row, plane)
+            # A JPEG that was cut is filled up with grey, without an error.
+            whole = not _CUT.match(data) or _END_OF_JPEG in data[-64:]
+            picture = cv2.imdecode(
+                np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION
+            )
+        except (OSError, cv2.error) as error:
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {error}") from None
+        if not whole or picture is None:
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: damaged")
+        return np.asarray(picture, np.uint8)
+
+    def _bytes(self, name: str, row: Table, plane: int) -> bytes:
+        if self._tar is None:
+            path = self._source.path / name
+            if path.stat().st_size > _LARGEST:
+                raise MediaFaultError(Reason.REFUSED, f"{path}: larger than any picture")
+            return path.read_bytes()
+        offset, size = row[1 + 2 * plane : 3 + 2 * plane].tolist()
+        self._tar.seek(offset)
+        return self._tar.read(size)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Turn ``img_{:05d}.jpg`` into what matches such names; the number is its group."""
+    parts = Formatter().parse(name)
+    text = "".join(
+        re.escape(a) + ("" if spec is None else r"(\d{1,18})") for a, _, spec, _ in parts
+    )
+    return re.compile(text)
+
+
+def _folder_table(path: Path, names: tuple[str, ...]) -> Table:
+    key = tuple((path / name).parent.stat().st_mtime_ns if (path / name).parent.is_dir() else 0
+                for name in names)  # fmt: skip
+    return _listed_folder(path, names, key)
+
+
+@lru_cache(maxsize=8)
+def _listed_folder(path: Path, names: tuple[str, ...], _key: tuple[int, ...]) -> Table:
+    planes: list[dict[int, tuple[int, int]]] = []
+    for name in names:
+        folder, pattern = (path / name).parent, _pattern(Path(name).name)
+        listed = os.listdir(folder) if folder.is_dir() else ()  # noqa: PTH208  (a million names)
+        matches = [pattern.fullmatch(found) for found in listed]
+        numbers = [int(match[1]) for match in matches if match]
+        there = set(listed)
+        planes.append({n: (0, 0) for n in numbers if Path(name).name.format(n) in there})
+    return _table(planes)
+
+
+def _table(planes: list[dict[int, tuple[int, int]]]) -> Table:
+    """Return rows for the numbers that every plane has."""
+    numbers = sorted(set.intersection(*map(set, planes)))
+    rows = [[n, *(x for plane in planes for x in plane[n])] for n in numbers]
+    return np.array(rows, np.int64).reshape(len(rows), 1 + 2 * len(planes))
+
+
+def _tar_table(path: Path, names: tuple[str, ...], index_folder: Path | None) -> Table:
+    status = path.stat()
+    key = (str(path.absolute()), status.st_size, status.st_mtime_ns, names)
+    return _listed_tar(path, names, repr(key), index_folder)
+
+
+@lru_cache(maxsize=8)
+def _listed_tar(path: Path, names: tuple[str, ...], key: str, index_folder: Path | None) -> Table:
+    """List a tar once for all processes: reading its headers means reading much of the disk."""
+    if index_folder is None:
+        return _read_tar(path, names)
+    kept = index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if kept.is_file():
+        return np.load(kept, allow_pickle=False)
+    table = _read_tar(path, names)
+    with files.replacing(kept) as temporary, temporary.open("wb") as file:
+        np.save(file, table)
+    return table
+
+
+def _read_tar(path: Path, names: tuple[str, ...]) -> Table:
+    patterns = [_pattern(name) for name in names]
+    planes: list[dict[int, tuple[int, int]]] = [{} for _ in names]
+    length = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in _members(tar):
+                inside = member.offset_data + member.size <= length
+                if not member.isreg() or member.issparse() or not inside or member.size > _LARGEST:
+                    continue
+                name = member.name.removeprefix("./")
+                for plane, template, pattern in zip(planes, names, patterns, strict=True):
+                    match = pattern.fullmatch(name)
+                    if match and template.format(int(match[1])) == name:
+                        plane[int(match[1])] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no plain tar ({error})") from None
+    return _table(planes)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield members up to where the tar is cut; none is kept, a tar may hold a million."""
+    while True:
+        try:
+            member = tar.next()
+        except (tarfile.ReadError, tarfile.HeaderError):
+            return
+        if member is None:
+            return
+        tar.members = []  # type: ignore[attr-defined]
+        yield member

@@ -1,0 +1,192 @@
+"""Reads frames and sound of a media file at real times, on one clock for both.
+
+The clock is a player's: zero where the first stream of the file starts. decord reads the
+pictures that it reads well; PyAV the rest (sound, other streams, formats without an index, what
+decord refuses).
+T frames, S audio samples.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from karmma_pipeline.extraction.decode.sampling import ROUNDING_S, Numbers, Times, covering
+from karmma_pipeline.extraction.media import container
+from karmma_pipeline.extraction.media.audio_track import Sound, Span, cut, read_track
+from karmma_pipeline.extraction.media.container import Probe, StreamFacts
+from karmma_pipeline.extraction.media.decord_video import DecordVideo
+from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.pyav_video import PyavVideo
+from karmma_pipeline.modalities import Reason
+
+Decoder = Literal["decord", "pyav"]
+Frames = npt.NDArray[np.uint8]
+
+
+class MediaFile:
+    """One file, opened lazily, decoded forward.
+
+    Args:
+        path: the file.
+        stream: number of the stream to read, the only one then; None: the default one of each
+            kind.
+        decoder: the one that is tried first; after pyav there is none.
+        left_half: of side-by-side pictures, give the left one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stream: int | None = None,
+        decoder: Decoder = "decord",
+        *,
+        left_half: bool = False,
+    ) -> None:
+        self.path, self._stream, self._decoder = path, stream, decoder
+        self._left_half = left_half
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return container.probe(self.path, self._stream)
+
+    def _facts(self, kind: Literal["video", "audio"]) -> StreamFacts:
+        facts: StreamFacts | None = getattr(self._probe, kind)
+        if facts is None:
+            raise MediaFaultError(Reason.NO_STREAM, f"{self.path}: no {kind} stream")
+        return facts
+
+    @cached_property
+    def _video(self) -> DecordVideo | PyavVideo:
+        facts = self._facts("video")
+        # Without an index decord's seeks land elsewhere: it gives other frames than asked for.
+        if self._decoder == "decord" and facts.default and self._probe.indexed:
+            try:
+                return DecordVideo(self.path, facts, self._left_half)
+            except MediaFaultError:
+                pass
+        return self._second
+
+    @cached_property
+    def _second(self) -> PyavVideo:
+        return PyavVideo(self.path, self._facts("video"), self._left_half)
+
+    @property
+    def video_decoder(self) -> str:
+        """Which decoder reads the pictures."""
+        return self._video.decoder
+
+    @property
+    def stop_s(self) -> float:
+        """End of the last frame, seconds."""
+        return self._video.stop_s
+
+    @property
+    def frame_starts(self) -> Times:
+        """Start of every frame, seconds [frames]."""
+        return self._video.starts
+
+    audio_decoder = "pyav"
+
+    @property
+    def audio_rate(self) -> int | None:
+        """The track's own rate, Hz; None if the file does not say."""
+        return None if self._probe.audio is None else self._probe.audio.rate
+
+    def numbers(self, times: Times) -> Numbers:
+        """Return which frame is shown at each moment, [T]."""
+        return covering(self.frame_starts, times + ROUNDING_S)
+
+    def decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+        """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
+
+        What decord cannot decode is left to PyAV, frame by frame at the same time.
+
+        Raises:
+            MediaFaultError: neither can decode them.
+        """
+        unique, video, done = np.unique(numbers), self._video, 0
+        try:
+            for number, picture in video.decode(unique):
+                yield number, picture
+                done += 1
+        except MediaFaultError:
+            if isinstance(video, PyavVideo):
+                raise
+            del self._video  # after an error it is of no more use to other clips
+            rest = unique[done:]
+            there = covering(self._second.starts, video.starts[rest] + ROUNDING_S)
+            pictures = dict(self._second.decode(np.unique(there)))
+            yield from (
+                (n, pictures[t]) for n, t in zip(rest.tolist(), there.tolist(), strict=True)
+            )
+
+    def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+        """Yield frames as `decode` does, in one go through the file for several clips.
+
+        They are the same, for each is decoded from its key frame on; but a fault, which may be
+        one clip's alone, is raised and not worked around.
+
+        Raises:
+            MediaFaultError: they cannot be decoded like this; the file is as good as new.
+        """
+        try:
+            yield from self._video.decode(np.unique(numbers))
+        except MediaFaultError:
+            self.close()
+            raise
+
+    def frames(self, times: Times) -> tuple[Frames, Times]:
+        """Return the frames shown at the given moments and the moments at which they start.
+
+        Args:
+            times: seconds [T].
+
+        Returns:
+            uint8 [T, H, W, 3] in RGB, and seconds [T].
+
+        Raises:
+            MediaFaultError: no such stream, or it cannot be decoded.
+        """
+        wanted, starts = self.numbers(times), self.frame_starts
+        decoded = dict(self.decode(wanted))
+        return np.stack([decoded[n] for n in wanted.tolist()]), starts[wanted]
+
+    def sound_span(self, rate: int) -> tuple[float, float]:
+        """Return where the audio track starts and ends, seconds."""
+        start = self._facts("audio").delay_s
+        return start, start + len(self._track(rate)[0]) / rate
+
+    def sound(self, start_s: float, stop_s: float, rate: int) -> Sound:
+        """Return mono sound float32 [S] at ``rate`` Hz; outside the track it is silence.
+
+        Raises:
+            MediaFaultError: no such stream, or it cannot be decoded there.
+        """
+        track, damaged = self._track(rate)
+        delay = self._facts("audio").delay_s
+        if any(start_s < b + delay and stop_s > a + delay for a, b in damaged):
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: damaged at {start_s:.2f} s")
+        return cut(track, start_s - delay, stop_s - start_s, rate)
+
+    def _track(self, rate: int) -> tuple[Sound, tuple[Span, ...]]:
+        facts, status = self._facts("audio"), self.path.stat()
+        key = (status.st_size, status.st_mtime_ns)
+        return _whole_track(self.path, facts, rate, key)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        for name in ("_video", "_second"):
+            video = self.__dict__.pop(name, None)
+            if video is not None:
+                video.close()
+
+
+@lru_cache(maxsize=1)  # tasks of one video follow one another, each with some of its clips
+def _whole_track(
+    path: Path, facts: StreamFacts, rate: int, _key: tuple[int, int]
+) -> tuple[Sound, tuple[Span, ...]]:
+    return read_track(path, facts, rate)

@@ -1,0 +1,54 @@
+"""One clip through one network, to look at before hours are spent."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.errors import MediaError
+from karmma_pipeline.extraction.decode.worker import Settings, decode_clips, input_spec
+from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice, describe, top_classes
+
+
+def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
+    """Run a file, as one clip, through a network on the CPU in float32.
+
+    Networks for video see its frames, networks for images hear its sound.
+
+    Returns:
+        What `describe` returns, the shape and range of the tokens, what matched in a weights
+        file, and the likeliest classes where there is a head.
+
+    Raises:
+        MediaError: the file has no such stream, or it cannot be decoded.
+    """
+    modality = "rgb" if choice.architecture.kind == "video" else "audio"
+    spec = input_spec(modality, choice)
+    clip = Clip("clip", {modality: FileSource(path)}, 0.0, None, {})
+    (decoded,) = decode_clips([clip], Settings(Sampling(), Flow(), Audio(), (spec,)))
+    if spec in decoded.reasons:
+        reason = decoded.reasons[spec]
+        raise MediaError(f"{path}: {modality}: {reason.name.lower()}: {reason.hint}")
+    backbone = Backbone(choice)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        x = backbone.prepare(torch.from_numpy(decoded.arrays[spec])[None])
+        tokens = backbone(x)
+    facts = describe(choice) | {
+        "modality": modality,
+        "clip": [round(float(decoded.times[spec][1][i]), 3) for i in (0, -1)],
+        "seconds": round(time.perf_counter() - started, 3),
+        "tokens_shape": list(tokens.shape[1:]),
+        "tokens_mean": round(tokens.mean().item(), 4),
+        "tokens_std": round(tokens.std().item(), 4),
+    }
+    if choice.source == "file":
+        facts["weights"] = backbone.loaded.report()
+    classes = top_classes(choice, x)
+    if classes:
+        facts["top_5"] = {name: round(probability, 4) for name, probability in classes}
+    return facts

@@ -1,0 +1,253 @@
+"""The recipe of an extraction: which clips, which moments of them, which networks, which store."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.annotations import check_clip_id
+from karmma_pipeline.data.datasets import Dataset
+from karmma_pipeline.models.backbones import BackboneChoice
+from karmma_pipeline.store.spec import Dtype
+
+
+class Sampling(Recipe):
+    """Which moments of a clip are looked at; always by time, never by frame number."""
+
+    mode: Literal["uniform", "fps"] = Field(
+        "uniform",
+        description="uniform: the centres of T equal segments of the clip (short clips repeat\n"
+        "frames). fps: T frames at a fixed rate around the clip's centre.",
+    )
+    fps: float = Field(15.0, gt=0, description="Frames per second of mode fps.")
+    short: Literal["repeat_last", "repeat_ends"] = Field(
+        "repeat_last",
+        description="What mode fps does with a clip shorter than T frames. repeat_last: start at\n"
+        "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
+    )
+    tolerance_s: float = Field(
+        0.5,
+        ge=0,
+        description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
+        "reach out of its file; beyond, the modality is absent: time_off or out_of_range.",
+    )
+
+
+class Flow(Recipe):
+    """Optical flow between the frames at t and t + gap_s, in px of the network's input.
+
+    A data set's own u and v pictures are taken as they are and brought to this scale.
+    """
+
+    source: Literal["dis", "raft_small", "raft_large"] = Field(
+        "dis",
+        description="How motion is computed where the data set brings none. dis: OpenCV's DIS, on\n"
+        "the CPU; raft_*: torchvision's networks, on the device of the backbones.",
+    )
+    preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
+    weights: str = Field(
+        "DEFAULT",
+        description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
+        "or random:SEED.",
+    )
+    updates: int = Field(12, gt=0, description="RAFT: refinements; the last one counts.")
+    pairs_at_once: int = Field(16, gt=0, description="RAFT: pairs that go through it at once.")
+    gap_s: float = Field(
+        1 / 15,
+        gt=0,
+        description="Seconds between the two frames. A file has none at exactly that distance:\n"
+        "the nearest other frame is taken and the motion scaled to gap_s.",
+    )
+    bound_px: float = Field(
+        20.0,
+        gt=0,
+        description="Motion is clipped to +-bound px per gap and scaled to bytes with 128 = 0;\n"
+        "channels are (u, v, 128), then normalised like RGB. 20 is the two-stream convention.",
+    )
+
+
+FRONT_ENDS: dict[str, dict[str, Any]] = {
+    "radevski": {},
+    "vggish": {
+        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 64,
+        "hops": 96, "window_s": 0.975, "frame_s": 0.975, "mean": 0.0, "std": 1.0,
+    },
+    "ast": {
+        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 128,
+        "hops": 1024, "frame_s": 10.255, "mean": -4.2677393, "std": 2 * 4.5689974,
+    },
+    "auditory_slowfast": {
+        "sample_rate": 24_000, "n_fft": 2048, "win_length": 240, "hop_length": 120, "mels": 128,
+        "hops": 400, "frame_s": 1.995, "mean": 0.0, "std": 1.0,
+    },
+}  # fmt: skip
+"""What a front end sets beside its formulas; a recipe may override each. The defaults of `Audio`
+are radevski's."""
+
+
+class Audio(Recipe):
+    """Log-mel spectrograms: one image per clip, or one per sampled video frame."""
+
+    front_end: Literal["radevski", "vggish", "ast", "auditory_slowfast"] = Field(
+        "radevski",
+        description="Whose spectrogram; it also sets the keys below that are left out. radevski\n"
+        "(ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + 0.01), 125 to\n"
+        "7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: log(magnitude + 1e-6).",
+    )
+    sample_rate: int = Field(24_000, gt=0, description="Hz; the track is resampled to it.")
+    n_fft: int = Field(1024, gt=0, description="FFT length in samples.")
+    win_length: int = Field(160, gt=0, description="Window length in samples.")
+    hop_length: int = Field(80, gt=0, description="Hop in samples.")
+    mels: int = Field(128, gt=0, description="Mel bands.")
+    hops: int | None = Field(
+        None,
+        gt=0,
+        description="Hops of a spectrogram: shorter sound is padded as the front end does (ast:\n"
+        "zeros, auditory_slowfast: the last hop, vggish: silence), of longer sound the middle is\n"
+        "taken; null: as many as the sound has.",
+    )
+    window_s: float | None = Field(
+        None, gt=0, description="Seconds around the clip's centre for an image; null: the clip."
+    )
+    frame_s: float = Field(1.116, gt=0, description="Seconds around each frame, for video nets.")
+    mean: float = Field(-28.1125, description="Subtracted from the log-mel values ...")
+    std: float = Field(16.5627, gt=0, description="... which are then divided by this.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """Fill in what the front end sets and the recipe leaves out."""
+        if not isinstance(given, dict):
+            return given
+        return {**FRONT_ENDS.get(str(given.get("front_end", "radevski")), {}), **given}
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.win_length > self.n_fft:
+            raise ValueError(
+                f"win_length={self.win_length} is above n_fft={self.n_fft}; allowed is up to n_fft"
+            )
+        return self
+
+
+class StoreSettings(Recipe):
+    """How tokens lie on disk."""
+
+    dtype: Dtype = Field("float16", description="Type of the tokens on disk.")
+    clips_per_shard: int = Field(
+        256, gt=0, description="Clips of one shard file, which one job writes alone."
+    )
+
+
+class Decode(Recipe):
+    """The processes that read media."""
+
+    workers: int | None = Field(
+        None, gt=0, description="Processes; null: half of the CPUs, beside a GPU all but one."
+    )
+    timeout_s: float = Field(120.0, gt=0, description="Seconds for the clips of one task.")
+    memory_gb: float = Field(
+        8.0, gt=0, description="A process that takes more is killed; its clips are out_of_memory."
+    )
+    queue_gb: float = Field(
+        1.0,
+        gt=0,
+        description="Memory for clips that are decoded ahead of the networks, all together.",
+    )
+
+
+def _video(name: str) -> dict[str, Any]:
+    """Return a network as the paper uses it: 32 frames, 300 tokens."""
+    return {"name": name, "weights": "KINETICS400_V1", "frames": 32, "tokens": [12, 5, 5]}
+
+
+class ExtractRecipe(Recipe):
+    """Everything that an extraction depends on."""
+
+    manifest: Path | None = Field(
+        None,
+        description="CSV with the clips; or leave it out and name a data set below.",
+        examples=["manifest.csv"],
+    )
+    dataset: Dataset | None = Field(
+        None,
+        description="A data set as published, instead of a manifest. kind: epic_kitchens_100,\n"
+        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, folder_tree or csv; then\n"
+        "root and annotations. docs/datasets.md has an example of each.",
+    )
+    out: Path = Field(
+        description="Folder; each backbone set gets a store in it.", examples=["features"]
+    )
+    sampling: Sampling = Field(Sampling(), description="Moments of a clip.")
+    flow: Flow = Field(Flow(), description="Optical flow.")
+    audio: Audio = Field(Audio(), description="Spectrograms.")
+    sets: dict[str, dict[str, BackboneChoice]] = Field(
+        min_length=1,
+        description="Backbone sets: name to modality (rgb, flow, audio, boxes) to network.\n"
+        "Several sets come out of one decode, each into its own store. The paper's stand here;\n"
+        "`karmma backbones list` names the others.",
+        examples=[
+            {
+                "teacher": dict.fromkeys(("rgb", "flow", "audio"), _video("swin3d_b")),
+                "student": {
+                    **dict.fromkeys(("rgb", "flow"), _video("swin3d_t")),
+                    "audio": {
+                        "name": "efficientnet_b0",
+                        "weights": "IMAGENET1K_V1",
+                        "image": [342, 715],
+                    },
+                },
+            }
+        ],
+    )
+    store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
+    decode: Decode = Field(Decode(), description="Reading of media.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Clips that go through a network at once. auto, here and in the next two:\n"
+        "what a short calibration on this device finds fastest. The first run of a store\n"
+        "calibrates, the store records it, every later run of it computes in the same way.",
+    )
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "auto",
+        description="Of convolutions and products. auto tries what the device is fast at and\n"
+        "keeps it only if every token stays within cosine 0.999 of float32.",
+    )
+    layout: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto", description="Order of the numbers of a picture or video in memory."
+    )
+    compile: bool = Field(
+        False, description="torch.compile: minutes at the start, faster forward passes after."
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Device memory that batch_size auto may use for a forward pass; null: 80 % of\n"
+        "what is free, on a CPU half.",
+    )
+    max_failures: float = Field(
+        0.05, ge=0, le=1, description="Share of clips that may lose a modality to an error."
+    )
+
+    @field_validator("sets")
+    @classmethod
+    def _names(
+        cls, sets: dict[str, dict[str, BackboneChoice]]
+    ) -> dict[str, dict[str, BackboneChoice]]:
+        for name, choices in sets.items():
+            if not choices:
+                raise ValueError(f"set {name!r} has no modality")
+            for part in (name, *choices):
+                try:
+                    check_clip_id(part)
+                except ValueError as error:
+                    raise ValueError(f"{part!r}: {error}") from None
+        return sets
+
+    @model_validator(mode="after")
+    def _one_list_of_clips(self) -> Self:
+        if (self.manifest is None) == (self.dataset is None):
+            raise ValueError("give either manifest (a CSV) or dataset, one of the two")
+        return self

@@ -1,0 +1,183 @@
+"""What an extraction did and where its time went: the bar, the closing lines, extract.json."""
+
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from karmma_pipeline.extraction.decode.worker import Decoded
+from karmma_pipeline.extraction.inference import memory
+from karmma_pipeline.extraction.inference.workers import Lanes
+
+STARTING, BACKBONES = "start-up", "backbones"
+DECODING, WRITING = "decode wait", "write wait"
+"""What keeps the networks, or keeps them from working; start-up ends with the first batch."""
+
+_BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write-bound"}
+_RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+@dataclass
+class ExtractReport:
+    """What an extraction did; ``seconds`` that passed by what they went to.
+
+    Attributes:
+        cpu_s: CPU seconds of the main process, without start-up.
+        decode_s: CPU seconds of the decode processes on decoding, all together.
+        write_s: seconds that the writer worked, beside the networks.
+        device_s: seconds that a GPU worked; a CPU's are those of the backbones.
+        workers: decode processes.
+        lanes: batches that are computed at the same time, each on one CPU.
+        halved: batches that did not fit into memory and were halved.
+        padded: audio windows that reach past their track.
+        audio_rates: clips by the rate, in Hz, at which their sound was recorded.
+        decoders: clips by modality and what read it.
+    """
+
+    stores: dict[str, Path]
+    clips: int = 0
+    failed: int = 0
+    complete: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    cpu_s: float = 0.0
+    decode_s: float = 0.0
+    write_s: float = 0.0
+    device_s: float = 0.0
+    workers: int = 0
+    lanes: int = 0
+    halved: int = 0
+    padded: int = 0
+    audio_rates: Counter[int] = field(default_factory=Counter)
+    decoders: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def count(self, batch: list[Decoded]) -> None:
+        """Take note of a batch that is done."""
+        self.clips += len(batch)
+        self.padded += sum(clip.padded for clip in batch)
+        self.audio_rates.update(clip.audio_rate for clip in batch if clip.audio_rate)
+        for clip in batch:
+            for modality, decoder in clip.decoders.items():
+                self.decoders[modality][decoder] += 1
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that passes to what it goes to."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+    @contextmanager
+    def waiting(self, lanes: Lanes) -> Iterator[None]:
+        """Share out the time until a batch comes: idle lanes wait, the others work."""
+        before, started = lanes.idle, time.perf_counter()
+        try:
+            yield
+        finally:
+            passed, idle = time.perf_counter() - started, (before + lanes.idle) / 2
+            self.seconds[DECODING] += idle * passed
+            self.seconds[BACKBONES] += (1 - idle) * passed
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the first batch to the last, without start-up."""
+        return sum(s for what, s in self.seconds.items() if what != STARTING)
+
+    @property
+    def rate(self) -> float:
+        """Clips per second, without start-up."""
+        return self.clips / self.total_s if self.total_s else 0.0
+
+    @property
+    def bound(self) -> str:
+        """Which stage the others wait for, as one word."""
+        waits = {what: self.seconds.get(what, 0.0) for what in (DECODING, WRITING)}
+        longest = max(waits, key=lambda what: waits[what])
+        return _BOUND[longest if waits[longest] > 0.5 * self.total_s else BACKBONES]
+
+    def shares(self) -> str:
+        """Say what the time went to, the largest share first."""
+        total = self.total_s or 1.0
+        running = {what: s for what, s in self.seconds.items() if what != STARTING}
+        ordered = sorted(running.items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{what} {s / total:.0%}" for what, s in ordered if s > 0.005 * total)
+
+    def summary(self) -> str:
+        """Return the closing lines of the command."""
+        lines = [f"store {name}: {path}" for name, path in self.stores.items()]
+        if self.clips:
+            lines.append(
+                f"{self.clips} clips in {self.total_s:.0f} s, {_per_second(self.rate)}: "
+                f"{self.bound} ({self.shares()})"
+            )
+        if self.halved:
+            lines.append(
+                f"{self.halved} batches did not fit into memory and were halved; "
+                "a smaller batch_size or memory_gb avoids that"
+            )
+        if not self.complete:
+            lines.append("this part is done; the stores are complete when the other parts are")
+        elif self.failed:
+            lines.append(f"{self.failed} clips lost a modality to an error; see failures.csv")
+        return "\n".join(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what extract.json holds, JSON-plain."""
+        return {
+            "clips": self.clips,
+            "failed": self.failed,
+            "clips_per_s": round(self.rate, 4),
+            "bound": self.bound,
+            "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
+            "decode_processes": self.workers,
+            "lanes": self.lanes,
+            "cpu_seconds": round(self.cpu_s, 3),
+            "cpu_seconds_decoding": round(self.decode_s, 3),
+            "seconds_writing_beside": round(self.write_s, 3),
+            "seconds_gpu_busy": round(self.device_s, 3),
+            "batches_halved": self.halved,
+            "peak_memory_bytes": memory.peak(),
+            "audio_windows_padded": self.padded,
+            "decoders": {modality: dict(counts) for modality, counts in self.decoders.items()},
+            "audio_native_rates": {str(hz): n for hz, n in sorted(self.audio_rates.items())},
+        }
+
+
+class Bar:
+    """The line in the terminal: clips, rate, where the time goes, when it will be done."""
+
+    def __init__(self, total: int, report: ExtractReport) -> None:
+        self._report = report
+        self._bar = tqdm(
+            total=total, desc="extract", unit="clip", bar_format=_RATE, file=sys.stderr
+        )
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def skip(self, clips: int) -> None:
+        """Count clips that an earlier run has done; they say nothing about the rate."""
+        self._bar.n += clips
+        self._bar.initial += clips
+        self._bar.last_print_n += clips
+
+    def show(self, clips: int) -> None:
+        """Count clips that are done now."""
+        report = self._report
+        text = f"{_per_second(report.rate)}, {report.bound}: {report.shares()}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(clips)
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:.1f} clips/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s/clip"

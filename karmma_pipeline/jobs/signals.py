@@ -1,0 +1,73 @@
+"""When to stop: signals of the batch system become a flag that loops look at."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import wait
+from types import FrameType
+from typing import Self
+
+from karmma_pipeline.errors import StoppedError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops look at between steps.
+
+    A second SIGINT interrupts at once. Used as a context manager in the main thread;
+    elsewhere it only holds the flag.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def request(self) -> None:
+        """Ask for a stop from inside the program."""
+        self._signal = self._signal or signal.SIGTERM
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._signal is not None
+
+    def check(self, saved: str) -> None:
+        """Raise StoppedError if a stop was asked for; ``saved`` says what is safe."""
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise StoppedError(f"stopped by {name}: {saved}; run the same command again to go on.")
+
+
+def become_worker() -> None:
+    """Leave the stop signals to the main process, and end when that is gone.
+
+    A main process that is killed with SIGKILL tells nobody: its workers would wait for ever.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=[parent.sentinel], daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)

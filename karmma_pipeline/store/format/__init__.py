@@ -1,0 +1,1 @@
+"""How a store lies on disk: names, shards, records, columns."""

@@ -1,0 +1,170 @@
+"""Where things lie in a store, how large they are, and how its small files are read safely."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from karmma_pipeline import files
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.store.spec import StoredArray
+
+FORMAT = "karmma-feature-store"
+VERSION = 2
+PAYLOAD_OFFSET = 16_384
+"""Where the tokens start in every shard file: after user block and HDF5 header."""
+
+USER_BLOCK = 4096
+_MAX_CHUNKS = (USER_BLOCK - 4) // 16
+_CHUNK_BYTES = 1 << 20
+_MAX_JSON = 64 << 20
+
+MANIFEST = "manifest.json"
+SPEC = "spec.json"
+INDEX = "index.h5"
+ROOT = "zarr.json"
+SPOOL = "spool"
+
+
+def shard_file(root: Path, modality: str, shard: int, array: str = "tokens") -> Path:
+    """Return the file of a shard's array (a Zarr chunk key)."""
+    return root / shard_name(modality, shard, array)
+
+
+def shard_name(modality: str, shard: int, array: str = "tokens") -> str:
+    """Return the name of a shard's file inside the store."""
+    return f"{modality}/{array}/c/{shard}/0"
+
+
+def record_file(root: Path, shard: int) -> Path:
+    """Return the commit record of a shard: written last, so it means that the shard is whole."""
+    return root / "commit" / f"{shard:06d}.safetensors"
+
+
+def spool_folder(root: Path, shard: int) -> Path:
+    """Return where a shard lies while it is being written."""
+    return root / SPOOL / f"{shard:06d}"
+
+
+def chunk_rows(array: StoredArray, clips_per_shard: int) -> int:
+    """Return the token rows of an inner chunk: about 1 MB, at most 255 chunks a shard."""
+    wanted = max(1, _CHUNK_BYTES // array.token_bytes)
+    return max(
+        min(wanted, clips_per_shard * array.tokens),
+        math.ceil(clips_per_shard * array.tokens / _MAX_CHUNKS),
+    )
+
+
+def capacity_rows(array: StoredArray, clips_per_shard: int) -> int:
+    """Return the token rows that a shard can hold, whole inner chunks."""
+    rows = chunk_rows(array, clips_per_shard)
+    return math.ceil(clips_per_shard * array.tokens / rows) * rows
+
+
+def file_rows(array: StoredArray, clips_per_shard: int, clips: int) -> int:
+    """Return the token rows in a shard file with that many present clips, zero-padded."""
+    rows = chunk_rows(array, clips_per_shard)
+    return max(1, math.ceil(clips * array.tokens / rows)) * rows
+
+
+def file_bytes(array: StoredArray, clips_per_shard: int, clips: int) -> int:
+    """Return the size of a shard file."""
+    return PAYLOAD_OFFSET + file_rows(array, clips_per_shard, clips) * array.token_bytes
+
+
+def open_inside(root: Path, path: Path) -> int:
+    """Open a regular file of a store for reading, and return its descriptor; see `open_name`."""
+    return open_name(os.path.realpath(root), str(path.relative_to(root)))
+
+
+def open_name(root: str, name: str) -> int:
+    """Open a regular file for reading by its name inside a store.
+
+    Names and not paths, since a store may have many thousand files. ``root`` is the store's
+    folder without links.
+
+    Raises:
+        StoreError: the path leads out of the store by a link, or is no regular file.
+        OSError: it is not there.
+    """
+    try:
+        descriptor = os.open(
+            f"{root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _linked(f"{root}/{name}") from None
+        raise
+    try:
+        found = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  (see above)
+        if found != f"{root}/{name}" or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _linked(f"{root}/{name}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _linked(path: str) -> StoreError:
+    return StoreError(f"{path}: is a link or no regular file; a store holds only files.")
+
+
+def read_bytes(root: Path, path: Path) -> bytes:
+    """Read a small file of a store whole; see `open_inside`."""
+    with os.fdopen(open_inside(root, path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MAX_JSON:
+            raise StoreError(f"{path}: has more than {_MAX_JSON >> 20} MB; a store's has not.")
+        return file.read()
+
+
+def read_json(root: Path, path: Path) -> dict[str, Any]:
+    """Read a JSON object of a store."""
+    try:
+        value = json.loads(read_bytes(root, path))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def write_manifest(root: Path, content: dict[str, Any]) -> None:
+    """Write the manifest with its own digest."""
+    files.write_json(root / MANIFEST, content | {"self": _digest(content)})
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read the manifest; every byte of it is checked.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise StoreError(
+            f"{root}: the store is not complete; `karmma extract` with the same recipe "
+            "makes what is missing, `karmma store finalize` joins the parts."
+        )
+    try:
+        data = read_bytes(root, path)
+        found = json.loads(data)
+        own = found.pop("self")
+        whole = own == _digest(found) and data.decode() == files.json_text(found | {"self": own})
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: the file is damaged ({error}).") from None
+    if not whole:
+        raise StoreError(
+            f"{path}: the file is damaged; `karmma store verify --repair` and then "
+            "`karmma store finalize` make it anew."
+        )
+    return found
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(files.json_text(content).encode()).hexdigest()

@@ -1,0 +1,303 @@
+"""Whether every byte of a store is as it was written, and which shards must be made again."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.store.catalog import Catalog, described_files
+from karmma_pipeline.store.finalize import digested_files, file_sha256
+from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
+from karmma_pipeline.store.format.record import Record, parse_record
+from karmma_pipeline.store.format.shard import crc32c, shard_index
+from karmma_pipeline.store.spec import StoredArray
+from karmma_pipeline.store.writer import lock_holder
+
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A damaged place and the clips that it costs.
+
+    shard is -1 where a file of the whole store is damaged; ``path`` is relative to the store.
+    """
+
+    shard: int
+    modality: str
+    what: str
+    clip_ids: tuple[str, ...] = ()
+    path: str = ""
+
+    def __str__(self) -> str:
+        clips = f": {', '.join(self.clip_ids)}" if self.clip_ids else ""
+        place = f"shard {self.shard} {self.modality}" if self.shard >= 0 else self.path
+        return f"{place}: {self.what}{clips}"
+
+
+def verify(root: Path, stop: StopFlag | None = None) -> list[Damage]:
+    """Return every damage of a store; none if it is whole.
+
+    Raises:
+        StoreError: it cannot even be opened.
+        StoppedError: a stop was asked for.
+    """
+    catalog = Catalog(root)
+    records: list[int] = []
+    damages: list[Damage] = []
+    try:
+        manifest = paths.read_manifest(root)
+        records = manifest["records"]
+        damages += _check_files(catalog, manifest["files"])
+    except StoreError as error:
+        damages.append(Damage(-1, "all", str(error), path=paths.MANIFEST))
+    for shard in tqdm(range(catalog.shards), "verify", unit="shard"):
+        (stop or StopFlag()).check("nothing was changed")
+        damages += _check_shard(catalog, shard, records[shard] if shard < len(records) else None)
+    return damages + list(_foreign(catalog))
+
+
+def repair(root: Path, damages: list[Damage]) -> list[str]:
+    """Take away what is damaged, so that `karmma extract` with the same recipe makes it anew.
+
+    Returns what was done, one line each. Other shards and foreign files are left alone.
+    """
+    catalog = Catalog(root)
+    shards = sorted({d.shard for d in damages if d.shard >= 0})
+    ours = {*described_files(catalog.spec), *digested_files(catalog.spec), paths.MANIFEST}
+    mine = [d.path for d in damages if d.shard < 0 and d.path in ours]
+    lines = []
+    if shards or mine:
+        (root / paths.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
+    for shard in shards:
+        paths.record_file(root, shard).unlink(missing_ok=True)
+        for m, array in catalog.spec.arrays:
+            paths.shard_file(root, m, shard, array.name).unlink(missing_ok=True)
+        lines.append(f"shard {shard}: taken away")
+    for name in mine:
+        if name == paths.SPEC:
+            lines.append(f"{name}: cannot be made anew; take it from a copy of the store")
+        else:
+            (root / name).unlink(missing_ok=True)
+            lines.append(f"{name}: taken away")
+    return lines
+
+
+def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
+    if set(digests) != set(digested_files(catalog.spec)):
+        yield Damage(-1, "all", "lists other files than a store has", path=paths.MANIFEST)
+        return
+    for name, digest in digests.items():
+        try:
+            os.close(paths.open_inside(catalog.root, catalog.root / name))
+            if file_sha256(catalog.root / name) != digest:
+                yield Damage(-1, "all", "bytes have changed", path=name)
+            elif name == paths.INDEX:
+                for fault in index_faults(catalog.root / name, catalog.spec, catalog.shards):
+                    yield Damage(-1, "all", fault, path=name)
+        except FileNotFoundError:
+            yield Damage(-1, "all", "the file is missing", path=name)
+        except StoreError:
+            yield Damage(-1, "all", "is a link or no regular file", path=name)
+
+
+def _check_shard(catalog: Catalog, shard: int, checksum: int | None) -> Iterator[Damage]:
+    path, clips = paths.record_file(catalog.root, shard), tuple(catalog.clips_in(shard))
+    try:
+        data = paths.read_bytes(catalog.root, path)
+        record = parse_record(catalog, shard, data)
+    except (OSError, StoreError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = f"{path}: the commit record is missing" if missing else str(error)
+        yield Damage(shard, "all", what, clips)
+        return
+    if checksum is not None and crc32c(data) != checksum:
+        yield Damage(shard, "all", f"{path}: the commit record is not that of the manifest", clips)
+        return
+    for number, (m, array) in enumerate(catalog.spec.arrays):
+        column = catalog.spec.order.index(m)
+        yield from _check_array(catalog, shard, record, column, array, int(record.files[number]))
+
+
+def _check_array(
+    catalog: Catalog, shard: int, record: Record, column: int, array: StoredArray, checksum: int
+) -> Iterator[Damage]:
+    m, size = catalog.spec.order[column], catalog.spec.clips_per_shard
+    present = np.flatnonzero(record.present(column))
+    clips = catalog.clips_in(shard)
+    every = tuple(clips[i] for i in present)
+    path = paths.shard_file(catalog.root, m, shard, array.name)
+    try:
+        descriptor = paths.open_inside(catalog.root, path)
+    except FileNotFoundError:
+        yield Damage(shard, m, "the file is missing", every)
+        return
+    except StoreError:
+        yield Damage(shard, m, "the file is a link or no regular file", every)
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(file.fileno()).st_size != paths.file_bytes(array, size, len(present)):
+            yield Damage(shard, m, "the file has the wrong size", every)
+            return
+        crc = 0
+        while data := file.read(_PIECE):
+            crc = crc32c(data, crc)
+        if crc == checksum:
+            faults = shard_faults(path, array, paths.file_rows(array, size, len(present)))
+            yield from (Damage(shard, m, fault, every) for fault in faults)
+            return
+        file.seek(0)
+        head = file.read(paths.PAYLOAD_OFFSET)
+    try:
+        yield from _locate(catalog, shard, record, column, array, head)
+    except FileNotFoundError:  # the array beside it, reported by itself
+        yield Damage(shard, m, "bytes have changed", every)
+
+
+def _locate(
+    catalog: Catalog, shard: int, record: Record, column: int, array: StoredArray, head: bytes
+) -> Iterator[Damage]:
+    """Say where a shard's file differs: in which clips, or around them."""
+    m, one = catalog.spec.order[column], catalog.spec.modalities[catalog.spec.order[column]]
+    present = np.flatnonzero(record.present(column))
+    clips, found = catalog.clips_in(shard), False
+    with _Files(catalog, shard, m) as files:
+        for position in present:
+            crc = 0
+            for other in one.arrays:
+                crc = crc32c(files[other.name].read(other.clip_bytes), crc)
+            if crc != record.crc32c[position, column]:
+                found = True
+                yield Damage(shard, m, "bytes have changed", (clips[position],))
+    index = shard_index(array, catalog.spec.clips_per_shard, len(present))
+    if head[: len(index)] != index:
+        yield Damage(shard, m, "the Zarr index is damaged")
+    elif not found:
+        yield Damage(shard, m, "the HDF5 header or the padding is damaged, the tokens are whole")
+
+
+class _Files:
+    """The files of a shard and modality, at the start of their tokens."""
+
+    def __init__(self, catalog: Catalog, shard: int, modality: str) -> None:
+        self._paths = {
+            array.name: paths.shard_file(catalog.root, modality, shard, array.name)
+            for array in catalog.spec.modalities[modality].arrays
+        }
+
+    def __enter__(self) -> dict[str, BufferedReader]:
+        self._open = {name: path.open("rb") for name, path in self._paths.items()}
+        for file in self._open.values():
+            file.seek(paths.PAYLOAD_OFFSET)
+        return self._open
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+def _foreign(catalog: Catalog) -> Iterator[Damage]:
+    for path, name in foreign_files(catalog):
+        what = "left over from a stopped run" if path.suffix == ".tmp" else "foreign file"
+        yield Damage(-1, "all", f"{what}; `karmma store gc` takes it away", path=name)
+
+
+def foreign_files(catalog: Catalog) -> Iterator[tuple[Path, str]]:
+    """Yield the files that a store does not have, with their names relative to it."""
+    spec, known = catalog.spec, {*digested_files(catalog.spec), paths.MANIFEST}
+    prefixes = {f"{m}/{array.name}/c/" for m, array in spec.arrays}
+    spools = {str(s.relative_to(catalog.root)) for s in _live_spools(catalog)}
+    for folder, folders, names in os.walk(catalog.root):
+        links = [f for f in folders if Path(folder, f).is_symlink()]
+        for file in sorted([*names, *links]):
+            path = Path(folder, file)
+            name = str(path.relative_to(catalog.root))
+            if name in known or str(Path(name).parent) in spools:
+                continue
+            if not _is_shard(name, prefixes, catalog.shards):
+                yield path, name
+
+
+def _is_shard(name: str, prefixes: set[str], shards: int) -> bool:
+    """Tell whether a name is that of a shard's file or commit record."""
+    path = Path(name)
+    if name.startswith("commit/"):
+        number = path.name.removesuffix(".safetensors")
+        return (
+            number.isdecimal()
+            and name == str(paths.record_file(Path(), int(number)))
+            and (int(number) < shards)
+        )
+    number = path.parent.name
+    folder = str(path.parent.parent) + "/"
+    plain = number.isdecimal() and str(int(number)) == number
+    return folder in prefixes and path.name == "0" and plain and int(number) < shards
+
+
+def _live_spools(catalog: Catalog) -> Iterator[Path]:
+    """Yield the spools of shards that are not committed yet: an extraction goes on with them."""
+    committed = catalog.committed()
+    for shard in range(catalog.shards):
+        if shard not in committed:
+            yield paths.spool_folder(catalog.root, shard)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that may go: what it is, where, how large."""
+
+    path: Path
+    what: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}, {self.size / 1e6:.1f} MB"
+
+
+def garbage(root: Path) -> Iterator[Garbage]:
+    """Yield what may be taken away: temporary files, spools of committed shards, foreign files.
+
+    Spools that an extraction will go on with, and whatever a living process writes, stay.
+    """
+    catalog = Catalog(root)
+    spools = root / paths.SPOOL
+    committed = catalog.committed()
+    listed: set[Path] = set()
+    for folder in sorted(spools.glob("*")) if spools.is_dir() else []:
+        number = int(folder.name) if folder.name.isdecimal() else -1
+        if folder.is_dir() and not folder.is_symlink() and not lock_holder(folder / "lock"):
+            if number in committed or not 0 <= number < catalog.shards:
+                listed.add(folder)
+                yield Garbage(folder, "spool of a shard that is done", _size(folder))
+        elif lock_holder(folder / "lock"):
+            listed.add(folder)
+    alive = any(lock_holder(path) for path in spools.glob("*/lock"))
+    for path, name in foreign_files(catalog):
+        if any(folder in path.parents for folder in listed):
+            continue
+        temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        if temporary and alive:
+            continue  # a living writer's, perhaps
+        what = "left over from a stopped run" if temporary else f"foreign file {name}"
+        yield Garbage(path, what, path.lstat().st_size)
+
+
+def collect(found: list[Garbage]) -> None:
+    """Take it away."""
+    for one in found:
+        if one.path.is_dir() and not one.path.is_symlink():
+            shutil.rmtree(one.path)
+        else:
+            one.path.unlink(missing_ok=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))

@@ -1,0 +1,278 @@
+"""Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from itertools import chain, permutations
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.modalities import Reason, canonical
+from karmma_pipeline.store.mapping import Places, Rows
+from karmma_pipeline.store.reader import FeatureStore
+from karmma_pipeline.store.source import Part, TokenSource, gather_dense, parts_of
+from karmma_pipeline.store.spec import ModalitySpec
+
+LabelSpaces = Literal["same", "join"]
+
+
+class JoinedStore:
+    """The union of the stores' clips and modalities, read like one `FeatureStore`.
+
+    A clip is absent in a modality that no store has of it. Clips of one id are one clip: where
+    two stores know its label, split, group or times, they must say the same, and only one of
+    them may have its tokens of a modality. Order: the first store's clips, then the new ones of
+    the second, and so on.
+
+    Args:
+        stores: what to join.
+        label_spaces: ``same`` refuses heads of one name whose classes differ; ``join`` lets
+            classes meet by name, the first store's first.
+
+    Raises:
+        StoreError: the stores contradict one another; what differs is named.
+    """
+
+    def __init__(self, stores: Sequence[FeatureStore], label_spaces: LabelSpaces = "same") -> None:
+        self.stores = tuple(stores)
+        self.path = self.stores[0].path
+        self.modalities = canonical(m for s in self.stores for m in s.modalities)
+        self.specs = {m: self._spec(m) for m in self.modalities}
+        self.heads = _join_heads(self.stores, label_spaces)
+        self.clip_ids, self._clips = _union([s.clip_ids for s in self.stores])
+        self.labels = {head: self._labels(head) for head in self.heads}
+        self.split = self._names("split")
+        self.group = self._names("group")
+        self._seconds = {column: self._join_seconds(column) for column in ("start_s", "stop_s")}
+        self._owner, self.reasons = self._presence()
+        self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
+        self.digest = _joined_digest(self.stores, label_spaces)
+        self._rows: dict[str, Rows] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.clip_ids)
+
+    @property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Modality to where its tokens come from."""
+        return {m: self.specs[m].provenance for m in self.modalities}
+
+    def shape(self, modality: str) -> tuple[int, int]:
+        """Return tokens N and width D of a modality."""
+        return self.specs[modality].tokens, self.specs[modality].width
+
+    def parts(self, modality: str) -> tuple[Part, ...]:
+        """Return what `gather_parts` fills for each clip, see `Part`."""
+        return parts_of(self.specs[modality])
+
+    def gather(self, modality: str, index: Tensor) -> Tensor:
+        """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros."""
+        return gather_dense(self, modality, index)
+
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent are zeros."""
+        if modality not in self._rows:
+            with self._lock:
+                if modality not in self._rows:
+                    arrays = self.specs[modality].arrays
+                    self._rows[modality] = Rows(arrays, self._places(modality))
+        self._rows[modality].gather(index, out)
+
+    def seconds(self, column: str) -> npt.NDArray[np.float64]:
+        """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
+        return self._seconds[column]
+
+    def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the sampled times of some clips [B, 2, T], NaN where absent."""
+        found = np.full((len(clips), 2, self.specs[modality].frames), np.nan)
+        for number, store in enumerate(self.stores):
+            local = np.full(len(self), -1, np.int64)
+            local[self._clips[number]] = np.arange(len(store))
+            mine = self._owner[modality][clips] == number
+            if mine.any():
+                found[mine] = store.times_of(modality, local[clips[mine]])
+        return found
+
+    def close(self) -> None:
+        """Unmap the shards."""
+        for rows in self._rows.values():
+            rows.close()
+        self._rows.clear()
+
+    def _spec(self, modality: str) -> ModalitySpec:
+        """Return how tokens of a modality look; they must look the same in all stores."""
+        having = [s for s in self.stores if modality in s.modalities]
+        first = having[0].spec.modalities[modality]
+        for other in having[1:]:
+            theirs = other.spec.modalities[modality]
+            mine, its = (one.model_dump(exclude={"computed"}) for one in (first, theirs))
+            for key in mine:
+                if mine[key] != its[key]:
+                    raise StoreError(
+                        f"{having[0].path} and {other.path}: {modality}.{key} is {mine[key]!r} "
+                        f"and {its[key]!r}; only features of one kind can be joined, convert one."
+                    )
+        return first
+
+    def _labels(self, head: str) -> npt.NDArray[np.int32]:
+        """Return the labels of a head in the joined classes, [clips]."""
+        number = {name: i for i, name in enumerate(self.heads[head])}
+        found = np.full(len(self), -1, np.int32)
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            if head not in store.heads:
+                continue
+            to = np.array([number[name] for name in store.heads[head]] + [-1], np.int32)
+            theirs = to[store.labels[head]]
+            before = found[clips]
+            known = (before >= 0) & (theirs >= 0)
+            self._refuse(store, clips, known & (before != theirs), f"another {head}")
+            found[clips] = np.where(theirs >= 0, theirs, before)
+        return found
+
+    def _names(self, column: Literal["split", "group"]) -> npt.NDArray[np.str_]:
+        parts = [getattr(store, column) for store in self.stores]
+        found = np.full(len(self), "", max(part.dtype for part in parts))
+        for store, clips, theirs in zip(self.stores, self._clips, parts, strict=True):
+            before = found[clips]
+            self._refuse(
+                store,
+                clips,
+                (before != "") & (theirs != "") & (before != theirs),
+                f"another {column}",
+            )
+            found[clips] = np.where(theirs != "", theirs, before)
+        return found
+
+    def _join_seconds(self, column: str) -> npt.NDArray[np.float64]:
+        """Refuse ids that are the same by accident: such clips differ in their times."""
+        found = np.full(len(self), np.inf)
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            before, theirs = found[clips], store.seconds(column)
+            same = (before == theirs) | (np.isnan(before) & np.isnan(theirs))
+            self._refuse(store, clips, ~np.isinf(before) & ~same, f"another {column}")
+            found[clips] = theirs
+        return found
+
+    def _presence(
+        self,
+    ) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]:
+        """Return which store has each clip (-1 none) per modality, and reasons [clips, M]."""
+        owner = {m: np.full(len(self), -1, np.int64) for m in self.modalities}
+        reasons = np.full((len(self), len(self.modalities)), Reason.NOT_IN_DATASET, np.uint8)
+        for number, (store, clips) in enumerate(zip(self.stores, self._clips, strict=True)):
+            for column, m in enumerate(store.modalities):
+                mine = self.modalities.index(m)
+                here = store.present[:, column]
+                twice = here & (owner[m][clips] >= 0)
+                self._refuse(store, clips, twice, f"{m} that another store has too")
+                owner[m][clips[here]] = number
+                lacking = owner[m][clips] < 0
+                reasons[clips[here], mine] = Reason.PRESENT
+                reasons[clips[lacking], mine] = np.asarray(store.reasons)[lacking, column]
+        return owner, reasons
+
+    def _refuse(
+        self,
+        store: FeatureStore,
+        clips: npt.NDArray[np.int64],
+        wrong: npt.NDArray[np.bool_],
+        what: str,
+    ) -> None:
+        if wrong.any():
+            ids = ", ".join(i.decode() for i in self.clip_ids[clips[wrong]][:3])
+            raise StoreError(
+                f"{store.path}: {int(wrong.sum())} clips have {what} than in the stores joined "
+                f"before, such as {ids}; clips of one id must be the same clip."
+            )
+
+    def _places(self, modality: str) -> Places:
+        """Return where the clips of a modality lie among the files of all stores."""
+        arrays = self.specs[modality].arrays
+        joined = Places(
+            {a.name: [] for a in arrays},
+            np.full(len(self), -1, np.int64),
+            np.zeros(len(self), np.int64),
+        )
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            if modality not in store.modalities:
+                continue
+            places = store.places(modality)
+            first = len(joined.payloads[arrays[0].name])
+            here = places.file >= 0
+            joined.file[clips[here]] = places.file[here] + first
+            joined.position[clips[here]] = places.position[here]
+            for name, payloads in places.payloads.items():
+                joined.payloads[name].extend(payloads)
+        return joined
+
+
+def _joined_digest(stores: Sequence[FeatureStore], label_spaces: LabelSpaces) -> str:
+    sha = hashlib.sha256(label_spaces.encode())
+    for store in stores:
+        sha.update(store.digest.encode())
+    return sha.hexdigest()
+
+
+def _union(
+    ids: Sequence[npt.NDArray[np.bytes_]],
+) -> tuple[npt.NDArray[np.bytes_], list[npt.NDArray[np.int64]]]:
+    """Return all ids without repeats in order of first appearance, and each store's places."""
+    every = np.concatenate(ids)
+    _, first, inverse = np.unique(every, return_index=True, return_inverse=True)
+    order = np.sort(first)
+    rank = np.searchsorted(order, first[inverse])
+    ends = np.cumsum([len(i) for i in ids])
+    return every[order], np.split(rank.astype(np.int64), ends[:-1])
+
+
+def _join_heads(
+    stores: Sequence[FeatureStore], label_spaces: LabelSpaces
+) -> dict[str, tuple[str, ...]]:
+    heads: dict[str, tuple[str, ...]] = {}
+    for store in stores:
+        for head, names in store.heads.items():
+            there = heads.setdefault(head, names)
+            if there != names and label_spaces == "same":
+                raise StoreError(
+                    f"{stores[0].path} and {store.path}: head {head!r}: {_differ(there, names)}; "
+                    "set loader.label_spaces=join to let classes meet by name."
+                )
+            heads[head] = there + tuple(n for n in names if n not in set(there))
+    return heads
+
+
+def _differ(one: tuple[str, ...], other: tuple[str, ...]) -> str:
+    parts = []
+    for which, names in (
+        ("first", sorted(set(one) - set(other))),
+        ("second", sorted(set(other) - set(one))),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            parts.append(f"only the {which} has {', '.join(map(repr, names[:5]))}{more}")
+    return " and ".join(parts) or "the same classes in another order"
+
+
+def open_joined(paths: Sequence[Path], label_spaces: LabelSpaces = "same") -> TokenSource:
+    """Open one store, or several as one."""
+    stores = [FeatureStore.open(path) for path in paths]
+    return stores[0] if len(stores) == 1 else JoinedStore(stores, label_spaces)
+
+
+def find_joined(stores: Sequence[FeatureStore], digest: str) -> TokenSource | None:
+    """Return what has a digest: one of the stores, or several as one, given in whatever order."""
+    for store in stores:
+        if store.digest == digest:
+            return store
+    sizes = range(2, len(stores) + 1)
+    for chosen in chain.from_iterable(permutations(stores, size) for size in sizes):
+        for label_spaces in get_args(LabelSpaces):
+            if _joined_digest(chosen, label_spaces) == digest:
+                return JoinedStore(chosen, label_spaces)
+    return None

@@ -1,0 +1,104 @@
+"""What the loader and the trainings need of a store, whichever kind it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from karmma_pipeline.store.spec import ModalitySpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of one clip as it is stored: tokens [N, D], or beside int8 their scale [N, 1]."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TokenSource(Protocol):
+    """A store, or several as one.
+
+    modalities: names in canonical order, the columns of present and reasons.
+    clip_ids: bytes [clips]. present: bool [clips, M]. reasons: uint8 [clips, M].
+    labels: head to int32 [clips], -1 unknown. heads: class names. split, group: names [clips].
+    digest: changes when any clip, label, token or setting changes.
+    """
+
+    path: Path
+    modalities: tuple[str, ...]
+    clip_ids: npt.NDArray[np.bytes_]
+    present: npt.NDArray[np.bool_]
+    reasons: npt.NDArray[np.uint8]
+    labels: dict[str, npt.NDArray[np.int32]]
+    heads: dict[str, tuple[str, ...]]
+    digest: str
+
+    @property
+    def split(self) -> npt.NDArray[np.str_]:
+        """Return the split of each clip."""
+
+    @property
+    def group(self) -> npt.NDArray[np.str_]:
+        """Return the group of each clip."""
+
+    @property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Return where the tokens of each modality come from."""
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+
+    def shape(self, modality: str) -> tuple[int, int]:
+        """Return tokens N and width D."""
+
+    def parts(self, modality: str) -> tuple[Part, ...]:
+        """Return what `gather_parts` fills for each clip."""
+
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent ones are zeros."""
+
+    def gather(self, modality: str, index: Tensor) -> Tensor:
+        """Return tokens [B, N, D] as numbers: int8 comes back as float32."""
+
+
+_TORCH = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+
+
+def parts_of(spec: ModalitySpec) -> tuple[Part, ...]:
+    """Return what a batch holds of a modality."""
+    types = (_TORCH[spec.dtype], torch.float16)
+    return tuple(Part((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False))
+
+
+def dense(parts: Sequence[Tensor]) -> Tensor:
+    """Return tokens [B, N, D] of stored parts, on their device; int8 becomes float32.
+
+    On a GPU this costs nothing that one would see; on a CPU it costs more than the read.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    steps, scale = parts
+    return steps.float().mul_(scale.float())
+
+
+def empty_parts(source: TokenSource, modality: str, clips: int) -> tuple[Tensor, ...]:
+    """Return new tensors for that many clips."""
+    return tuple(torch.empty(clips, *p.shape, dtype=p.dtype) for p in source.parts(modality))
+
+
+def gather_dense(source: TokenSource, modality: str, index: Tensor) -> Tensor:
+    """Gather into new tensors and make numbers of them."""
+    parts = empty_parts(source, modality, len(index))
+    source.gather_parts(modality, index, parts)
+    return dense(parts)

@@ -1,0 +1,174 @@
+"""What a feature store is made of: its modalities, label space and list of clips."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.modalities import canonical
+
+_STEPS = 127
+LARGEST = _STEPS * float(np.finfo(np.float16).max)
+"""The largest magnitude that can be held."""
+
+
+def quantise(
+    tokens: npt.NDArray[Any],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Return int8 [..., N, D] and scale float16 [..., N, 1] of finite tokens up to `LARGEST`.
+
+    A token that is smaller than float16 can scale becomes zero.
+    """
+    values = np.asarray(tokens, np.float32)
+    scale = (np.abs(values).max(axis=-1, keepdims=True) / _STEPS).astype("<f2")
+    divisor = np.where(scale == 0, np.float32(np.inf), scale.astype(np.float32))
+    steps = np.clip(np.rint(values / divisor), -_STEPS, _STEPS)
+    return np.ascontiguousarray(steps.astype(np.int8)), np.ascontiguousarray(scale)
+
+
+def dequantise(
+    steps: npt.NDArray[np.int8], scale: npt.NDArray[np.float16]
+) -> npt.NDArray[np.float32]:
+    """Return float32 tokens [..., N, D] of int8 [..., N, D] and scale [..., N, 1]."""
+    return steps.astype(np.float32) * scale.astype(np.float32)
+
+
+Dtype = Literal["float16", "bfloat16", "float32", "int8"]
+
+_DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1"}
+_LARGEST = {
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+    "float32": float(np.finfo(np.float32).max),
+    "int8": LARGEST,
+}
+_MAX_VALUES = 1 << 28
+"""Values of one clip and modality; more is a mistake or an attack, not a feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of a modality on disk: ``tokens`` rows of ``width`` values per clip."""
+
+    name: str
+    tokens: int
+    width: int
+    dtype: np.dtype[Any]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.width * self.dtype.itemsize
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip."""
+        return self.tokens * self.token_bytes
+
+
+class ModalitySpec(Recipe):
+    """Tokens of one modality and where they come from."""
+
+    tokens: int = Field(gt=0, le=1_000_000, description="Tokens N of a clip.")
+    width: int = Field(gt=0, le=1_000_000, description="Width D of a token.")
+    dtype: Dtype = Field(
+        "float16",
+        description="Type on disk. bfloat16 is kept as uint16 bits, int8 with a float16 scale\n"
+        "per token (half the bytes of float16).",
+    )
+    frames: int = Field(0, ge=0, description="Sampled times T that are recorded per clip.")
+    provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
+    computed: dict[str, Any] = Field(
+        {},
+        description="Precision, layout and batch size of the computation: what decides the last\n"
+        "bits of a token, not what it means.",
+    )
+
+    @model_validator(mode="after")
+    def _is_of_sane_size(self) -> Self:
+        if self.tokens * self.width > _MAX_VALUES:
+            raise ValueError(
+                f"tokens={self.tokens} times width={self.width} is more than {_MAX_VALUES} values "
+                "per clip"
+            )
+        return self
+
+    @property
+    def arrays(self) -> tuple[StoredArray, ...]:
+        """The arrays on disk: ``tokens``, and ``scale`` [N, 1] beside int8."""
+        tokens = StoredArray("tokens", self.tokens, self.width, np.dtype(_DISK[self.dtype]))
+        if self.dtype != "int8":
+            return (tokens,)
+        return tokens, StoredArray("scale", self.tokens, 1, np.dtype("<f2"))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of the N tokens: what they were pooled to, else the backbone's own map."""
+        for sides in (self.provenance.get("token_grid"), self.provenance.get("raw_grid")):
+            whole = isinstance(sides, list) and all(isinstance(s, int) and s > 0 for s in sides)
+            if sides and whole:
+                return tuple(sides) if math.prod(sides) == self.tokens else (self.tokens,)
+        return (self.tokens,)
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip in all arrays together."""
+        return sum(array.clip_bytes for array in self.arrays)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that the type on disk holds."""
+        return _LARGEST[self.dtype]
+
+    def encode(self, tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """Turn tokens [N, D] of any float type into what `arrays` hold, rounding to nearest."""
+        if self.dtype == "int8":
+            return quantise(tokens)
+        if self.dtype != "bfloat16":
+            return (np.ascontiguousarray(tokens, _DISK[self.dtype]),)
+        bits = np.ascontiguousarray(tokens, "<f4").view("<u4")
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        return (np.ascontiguousarray(rounded.astype("<u2")),)
+
+    def decode(self, arrays: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[np.float32]:
+        """Return float32 tokens [..., N, D] of what `arrays` hold, exactly."""
+        if self.dtype == "int8":
+            return dequantise(*arrays)
+        if self.dtype == "bfloat16":
+            return (arrays[0].astype("<u4") << 16).view("<f4")
+        return arrays[0].astype(np.float32)
+
+
+class StoreSpec(Recipe):
+    """Everything that must be equal for two runs to write into one store."""
+
+    modalities: dict[str, ModalitySpec] = Field(min_length=1, description="By name.")
+    heads: dict[str, tuple[str, ...]] = Field(description="Class names of each label set.")
+    clips_per_shard: int = Field(256, gt=0, le=65_536, description="Clips of one shard file.")
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Modalities in canonical order: the columns of presence and masks."""
+        return canonical(self.modalities)
+
+    @property
+    def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
+        """Every array on disk with its modality, in canonical order."""
+        return tuple((m, array) for m in self.order for array in self.modalities[m].arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRow:
+    """A clip as the store lists it; times in seconds, ``stop_s`` NaN where not stated."""
+
+    clip_id: str
+    labels: Mapping[str, int]
+    split: str = ""
+    group: str = ""
+    start_s: float = 0.0
+    stop_s: float = float("nan")

@@ -1,0 +1,1 @@
+"""What is made from finished stores: copies, subsets, exports, comparisons."""

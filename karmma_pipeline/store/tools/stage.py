@@ -1,0 +1,177 @@
+"""Copies of stores near the processor: on a node's own disk, or in its memory."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from karmma_pipeline import files
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.store.catalog import Catalog
+from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.integrity import foreign_files, verify
+from karmma_pipeline.store.reader import FeatureStore
+
+_PIECE = 16 << 20
+_ROOM = 1.02
+"""Free space that is asked for, times the store's size: folders take some too."""
+
+
+def stage(
+    store: Path, folder: Path, stop: StopFlag | None = None, *, check_again: bool = False
+) -> Path:
+    """Copy a store into a folder, verify every byte of the copy, and return where it lies.
+
+    A copy that was verified is used again if none of its files has changed since, by size, inode
+    and time of change; else it is verified again, and mended. Of several processes that ask at
+    once one copies and the others wait. A stopped copy goes on with the files that it lacks.
+
+    Args:
+        store: what to copy.
+        folder: where the copy's folder is made.
+        stop: stops the copying.
+        check_again: verify every byte of a copy that is there, as against bytes that flipped on
+            the disk itself, which change no time.
+
+    Raises:
+        StoreError: there is not the space (bytes or inodes), or the copy differs.
+        StoppedError: a stop was asked for.
+    """
+    stop = stop or StopFlag()
+    opened = FeatureStore.open(store)
+    place = folder / f"karmma-{opened.digest[:16]}"
+    with files.disk_errors(folder / "x"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / f".{place.name}.lock"):
+            if check_again or not _is_unchanged(place, store):
+                _make(store, place, stop)
+            files.sweep([folder])
+    return place
+
+
+def _make(store: Path, place: Path, stop: StopFlag) -> None:
+    """Copy what is missing and verify all; what was there and is damaged is copied once more."""
+    used_again = _copy(store, place, stop)
+    states, damages = _states(place), verify(place, stop)
+    if damages and used_again:
+        forget(place)
+        _copy(store, place, stop)
+        states, damages = _states(place), verify(place, stop)
+    if damages:
+        forget(place)
+        raise StoreError(
+            f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
+            "away. Check the store with `karmma store verify`."
+        )
+    files.write_json(_done(place), {"manifest": _fingerprint(store), "files": states})
+
+
+def forget(place: Path) -> None:
+    """Take a copy away."""
+    _done(place).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _done(place: Path) -> Path:
+    """Return the file that means that a copy was verified; beside it, not inside."""
+    return place.with_name(f"{place.name}.verified")
+
+
+def _is_unchanged(place: Path, store: Path) -> bool:
+    """Tell whether a copy of just this store was verified and not touched since."""
+    try:
+        done = json.loads(_done(place).read_text())
+        return bool(done["manifest"] == _fingerprint(store) and done["files"] == _states(place))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _fingerprint(store: Path) -> str:
+    return hashlib.sha256((store / paths.MANIFEST).read_bytes()).hexdigest()
+
+
+def _states(place: Path) -> dict[str, list[int]]:
+    """Return size, inode and time of change (which nobody can set) of every file of a copy."""
+    found, start = {}, len(str(place)) + 1
+    for folder, _, names in os.walk(place):
+        for path in (f"{folder}/{name}" for name in names):
+            state = os.lstat(path)
+            found[path[start:]] = [state.st_size, state.st_ino, state.st_ctime_ns]
+    return found
+
+
+def _sizes(store: Path) -> dict[str, int]:
+    """Return every file of a store with its size, the manifest last; no foreign ones."""
+    foreign = {name for _, name in foreign_files(Catalog(store))}
+    found = {}
+    for folder, _, names in os.walk(store):
+        for name in names:
+            path = Path(folder, name)
+            relative = str(path.relative_to(store))
+            if relative not in foreign:
+                found[relative] = path.stat().st_size
+    found[paths.MANIFEST] = found.pop(paths.MANIFEST)
+    return found
+
+
+def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
+    """Copy the files that a copy lacks; return whether it had any."""
+    sizes = _sizes(store)
+    missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
+    check_space(place.parent, sum(missing.values()), 4 * len(missing))
+    _done(place).unlink(missing_ok=True)
+    for orphan in place.rglob(".*.tmp"):  # of a copy that was killed
+        orphan.unlink()
+    with tqdm(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
+        bar.update(sum(sizes.values()) - sum(missing.values()))
+        for name in missing:
+            with (
+                os.fdopen(paths.open_inside(store, store / name), "rb") as source,
+                files.replacing(place / name) as temporary,
+                temporary.open("wb") as target,
+            ):
+                while data := source.read(_PIECE):
+                    stop.check("the files that are copied are kept")
+                    target.write(data)
+                    bar.update(len(data))
+    return len(missing) < len(sizes)
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def check_space(folder: Path, size: int, inodes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StoreError: the folder's disk has not that many bytes or inodes free.
+    """
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < size * _ROOM:
+        raise StoreError(
+            f"{folder}: {tqdm.format_sizeof(size, 'B')} are needed, "
+            f"{tqdm.format_sizeof(free, 'B')} are free; "
+            "choose another folder or free some space."
+        )
+    if disk.f_files and disk.f_favail < inodes:
+        raise StoreError(
+            f"{folder}: {inodes} files and folders are needed, {disk.f_favail} inodes are free; "
+            "choose another folder or remove some files."
+        )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time work; the kernel frees the lock of one that dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,344 @@
+"""Writes one shard so that a job killed at any byte goes on and ends with the same bytes.
+
+Tokens are appended to one spool per modality; after them a journal record with their
+checksum. What counts after a kill is the longest journal prefix whose tokens are whole.
+"""
+
+import fcntl
+import math
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from karmma_pipeline import files
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store.catalog import Catalog
+from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format.record import Record, write_record
+from karmma_pipeline.store.format.shard import crc32c, create_shard_file
+from karmma_pipeline.store.spec import StoredArray
+
+_COPY_BYTES = 4 << 20
+
+Encoded = tuple[npt.NDArray[Any], ...]
+"""One clip as `ModalitySpec.arrays` hold it, to be written as it is."""
+
+
+class ShardWriter:
+    """Appends clips to one shard in clip order and commits it; one writer per shard.
+
+    A context manager; leaving it without `commit` keeps what was appended for the next run.
+
+    Raises:
+        StoreError: another living process writes this shard.
+    """
+
+    def __init__(self, root: Path, shard: int) -> None:
+        self.catalog = Catalog(root)
+        self.root, self.shard = root, shard
+        self.spec = self.catalog.spec
+        self.clip_ids = self.catalog.clips_in(shard)
+        self._order = self.spec.order
+        self._arrays = {m: self.spec.modalities[m].arrays for m in self._order}
+        self._journal_path = paths.spool_folder(root, shard) / "journal"
+        M = len(self._order)
+        self._reason = np.zeros((len(self.clip_ids), M), np.uint8)
+        self._crc = np.zeros((len(self.clip_ids), M), np.uint32)
+        self._times = {
+            m: np.full((len(self.clip_ids), 2, self.spec.modalities[m].frames), np.nan)
+            for m in self._order
+        }
+        self.next = 0
+        self._broken = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        folder = paths.spool_folder(self.root, self.shard)
+        with files.disk_errors(self._journal_path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder / "lock", self.shard)
+            self._journal = self._open(folder / "journal")
+            _hold(self._journal, self._lock, self.shard)
+            self._payload = {
+                (m, array.name): self._open(folder / f"{m}.{array.name}")
+                for m, array in self.spec.arrays
+            }
+            self._recover()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        with suppress(OSError):  # on a disk that fails; a dead process's lock counts for nothing
+            self._lock.unlink()
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Ids of the clips that are already in the spool."""
+        return frozenset(self.clip_ids[: self.next])
+
+    def append(
+        self,
+        clip_id: str,
+        tokens: Mapping[str, npt.NDArray[Any] | Encoded],
+        reasons: Mapping[str, Reason],
+        times: Mapping[str, npt.NDArray[np.float64]],
+    ) -> None:
+        """Append the next clip of the shard.
+
+        Args:
+            clip_id: must be the next in clip order.
+            tokens: present modalities to [N, D], any float type; cast to the store's. Or to
+                what the store's arrays hold, copied as it is.
+            reasons: why each other modality is absent.
+            times: present modalities to float64 [2, T], requested and real seconds.
+
+        Raises:
+            StoreError: order, shapes or values are wrong, or the disk is full.
+        """
+        if clip_id != self.clip_ids[self.next]:
+            raise StoreError(
+                f"{self.root}: shard {self.shard}: clip {clip_id!r} came, "
+                f"{self.clip_ids[self.next]!r} is next."
+            )
+        if self._broken:
+            raise StoreError(f"{self.root}: shard {self.shard}: a write failed before; start anew.")
+        encoded = {
+            m: self._encode(clip_id, m, tokens[m])
+            for m in self._order
+            if self._given(clip_id, m, tokens, reasons)
+        }
+        self._broken = True
+        with files.disk_errors(self._journal_path):
+            for column, m in enumerate(self._order):
+                if m in encoded:
+                    self._crc[self.next, column] = self._spool(m, encoded[m])
+                    self._times[m][self.next] = times.get(m, np.nan)
+                else:
+                    self._reason[self.next, column] = reasons[m]
+            _write(self._journal, self._entry(self.next))
+        self._broken = False
+        self.next += 1
+
+    def _given(
+        self,
+        clip_id: str,
+        modality: str,
+        tokens: Mapping[str, Any],
+        reasons: Mapping[str, Reason],
+    ) -> bool:
+        if modality not in tokens and not reasons.get(modality):
+            raise StoreError(
+                f"{self.root}: clip {clip_id!r}: {modality}: neither tokens nor a reason for "
+                "their absence."
+            )
+        return modality in tokens
+
+    def _spool(self, modality: str, encoded: Encoded) -> int:
+        crc = 0
+        for array, part in zip(self._arrays[modality], encoded, strict=True):
+            data = part.tobytes()
+            _write(self._payload[modality, array.name], data)
+            crc = crc32c(data, crc)
+        return crc
+
+    def _encode(self, clip_id: str, modality: str, tokens: npt.NDArray[Any] | Encoded) -> Encoded:
+        one = self.spec.modalities[modality]
+        if isinstance(tokens, tuple):
+            shapes = [(part.shape, part.dtype) for part in tokens]
+            if shapes != [((a.tokens, a.width), a.dtype) for a in self._arrays[modality]]:
+                raise self._unfit(clip_id, modality, "the encoded arrays do not fit the store")
+            return tokens
+        if tokens.shape != (one.tokens, one.width):
+            wanted = (one.tokens, one.width)
+            raise self._unfit(clip_id, modality, f"tokens {tokens.shape}, not {wanted}")
+        largest = _largest(tokens)
+        if not math.isfinite(largest):
+            raise self._unfit(clip_id, modality, "NaN or infinity in the tokens")
+        if largest > one.largest:
+            beyond = f"tokens beyond {one.largest:g}, the most {one.dtype} holds"
+            raise self._unfit(clip_id, modality, beyond)
+        return one.encode(tokens)
+
+    def _unfit(self, clip_id: str, modality: str, what: str) -> StoreError:
+        return StoreError(f"{self.root}: clip {clip_id!r}: {modality}: {what}.")
+
+    def commit(self) -> None:
+        """Turn the spool into the shard's files; the commit record comes last.
+
+        Raises:
+            StoreError: clips are missing, or the disk is full.
+        """
+        if self.next < len(self.clip_ids):
+            raise StoreError(
+                f"{self.root}: shard {self.shard} has {self.next} of {len(self.clip_ids)} clips."
+            )
+        present = dict(zip(self.spec.order, (self._reason == 0).sum(axis=0).tolist(), strict=True))
+        crcs = [self._finish(m, array, present[m]) for m, array in self.spec.arrays]
+        record = Record(self._reason, self._crc, self._times, np.array(crcs, np.uint32))
+        write_record(self.root, self.shard, record)
+        self._stack.close()
+        shutil.rmtree(paths.spool_folder(self.root, self.shard), ignore_errors=True)
+
+    def _finish(self, modality: str, array: StoredArray, clips: int) -> int:
+        """Write a shard file and return the CRC-32C of all of it."""
+        size = self.spec.clips_per_shard
+        total = paths.file_bytes(array, size, clips)
+        spool = self._payload[modality, array.name]
+        spool.seek(0)
+        path = paths.shard_file(self.root, modality, self.shard, array.name)
+        with files.replacing(path) as temporary:
+            create_shard_file(temporary, array, size, clips)
+            with temporary.open("r+b") as target:
+                crc = crc32c(target.read(paths.PAYLOAD_OFFSET))
+                target.seek(paths.PAYLOAD_OFFSET)
+                while data := spool.read(_COPY_BYTES) or bytes(
+                    min(_COPY_BYTES, total - target.tell())
+                ):
+                    target.write(data)
+                    crc = crc32c(data, crc)
+        return crc
+
+    def _open(self, path: Path) -> FileIO:
+        """Open a spool without a buffer: what failed to be written is not tried again at exit."""
+        path.touch()
+        return self._stack.enter_context(path.open("r+b", buffering=0))
+
+    def _entry(self, position: int) -> bytes:
+        parts = [struct.pack("<I", position)]
+        parts += [self._reason[position].tobytes(), self._crc[position].tobytes()]
+        parts += [self._times[m][position].tobytes() for m in self._order]
+        body = b"".join(parts)
+        return body + struct.pack("<I", crc32c(body))
+
+    def _recover(self) -> None:
+        size = len(self._entry(0)) if self.clip_ids else 4
+        journal = self._journal.read()
+        ends = dict.fromkeys(self._payload, 0)
+        while self.next < len(self.clip_ids):
+            entry = journal[self.next * size : (self.next + 1) * size]
+            if not self._replay(entry, ends):
+                break
+            self.next += 1
+        self._reason[self.next :], self._crc[self.next :] = 0, 0
+        for m in self.spec.order:
+            self._times[m][self.next :] = np.nan
+        for key, spool in self._payload.items():
+            spool.truncate(ends[key])
+            spool.seek(ends[key])
+        self._journal.truncate(self.next * size)
+        self._journal.seek(self.next * size)
+
+    def _replay(self, entry: bytes, ends: dict[tuple[str, str], int]) -> bool:
+        """Take over one journal record if it and its tokens are whole."""
+        if len(entry) < len(self._entry(0)) or entry[-4:] != struct.pack("<I", crc32c(entry[:-4])):
+            return False
+        M, at = len(self.spec.order), 4
+        reason = np.frombuffer(entry, np.uint8, M, at)
+        crcs = np.frombuffer(entry, "<u4", M, at + M)
+        at += 5 * M
+        read = dict(ends)
+        for column, m in enumerate(self.spec.order):
+            if reason[column] == 0 and self._read_spool(m, read) != crcs[column]:
+                return False
+            shape = self._times[m].shape[1:]
+            count = shape[0] * shape[1]
+            self._times[m][self.next] = np.frombuffer(entry, "<f8", count, at).reshape(shape)
+            at += 8 * count
+        self._reason[self.next], self._crc[self.next] = reason, crcs
+        ends.update(read)
+        return True
+
+    def _read_spool(self, modality: str, ends: dict[tuple[str, str], int]) -> int:
+        """Return the checksum of the next clip in the spools, and move their ends behind it."""
+        crc = 0
+        for array in self.spec.modalities[modality].arrays:
+            spool = self._payload[modality, array.name]
+            spool.seek(ends[modality, array.name])
+            data = spool.read(array.clip_bytes)
+            ends[modality, array.name] += len(data)
+            crc = crc32c(data, crc)
+        return crc
+
+
+def _largest(tokens: npt.NDArray[Any]) -> float:
+    """Return the largest magnitude, not finite if any value is not."""
+    if tokens.dtype == np.float16:  # whose arithmetic is slow; magnitudes order like their bits
+        bits = np.ascontiguousarray(tokens).view(np.uint16) & np.uint16(0x7FFF)
+        return float(bits.max(initial=0).view(np.float16))
+    return float(np.abs(tokens).max(initial=0))
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _lock(path: Path, shard: int) -> Path:
+    """Take a shard's lock, which names its writer; that of a dead one is taken over."""
+    job = os.environ.get("SLURM_JOB_ID", "-")
+    mine = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
+    mine.write_text(f"{socket.gethostname()} {os.getpid()} {job}")
+    try:
+        os.link(mine, path)  # whole or not there, and an error if it is there
+        mine.unlink()
+    except FileExistsError:
+        if not _is_stale(path.read_text(errors="replace")):
+            mine.unlink()
+            raise _taken(path, shard, path.read_text(errors="replace")) from None
+        mine.replace(path)
+    return path
+
+
+def _is_stale(text: str) -> bool:
+    host, pid, job = [*text.split(), "", "", "-"][:3]
+    if not pid.isdecimal():  # damaged: nobody is known to hold it, and the journal is locked, too
+        return True
+    requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
+    here = host == socket.gethostname()
+    alive = psutil.pid_exists(int(pid)) and int(pid) != os.getpid()
+    return requeued or (here and not alive)
+
+
+def lock_holder(path: Path) -> str:
+    """Return who holds a shard's lock, empty if nobody does."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return ""
+    return "" if _is_stale(text) else text
+
+
+def _taken(path: Path, shard: int, text: str) -> StoreError:
+    host, pid = [*text.split(), "?", "?"][:2]
+    return StoreError(
+        f"{path}: shard {shard} is being written by process {pid} on {host}; "
+        "if that job is dead, remove this file."
+    )
+
+
+def _hold(journal: FileIO, lock: Path, shard: int) -> None:
+    """Lock the journal where the file system can: of two that take over at once one wins."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _taken(lock, shard, lock.read_text(errors="replace")) from None
+    except OSError:
+        return

@@ -1,0 +1,68 @@
+"""The gradient in one piece, the optimiser and its learning rate."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from karmma_pipeline.training.recipe import Optimiser
+
+
+class Gradient:
+    """The gradient of all parameters, and the loss, in one buffer.
+
+    Parameters' ``grad`` are views into it, so one call zeroes, sums over ranks, measures or
+    clips all of it. A parameter that a step does not touch has a gradient of zero, whatever
+    the number of ranks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(model.parameters())
+        total = sum(p.numel() for p in parameters)
+        self.buffer = torch.zeros(total + 1, device=parameters[0].device)
+        start = 0
+        for p in parameters:
+            p.grad = self.buffer[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+    def zero(self) -> None:
+        """Begin a step."""
+        self.buffer.zero_()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a part of the loss, already sent backward."""
+        self.buffer[-1] += loss.detach()
+
+    def clip(self, largest: float) -> tuple[float, float]:
+        """Shrink the gradient to a norm of at most ``largest``; return loss and norm before."""
+        norm = self.buffer[:-1].norm()
+        loss, length = torch.stack([self.buffer[-1], norm]).tolist()  # the one wait for the device
+        if length > largest:
+            self.buffer[:-1].mul_(largest / (length + 1e-6))
+        return loss, length
+
+
+def adamw(model: nn.Module, settings: Optimiser) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices only, not biases, norms and learned tokens."""
+
+    def chosen(matrix: bool) -> Iterator[Tensor]:
+        for name, parameter in model.named_parameters():
+            if (parameter.dim() > 1 and "token" not in name) is matrix:
+                yield parameter
+
+    groups: list[dict[str, Any]] = [
+        {"params": list(chosen(matrix=True)), "weight_decay": settings.weight_decay},
+        {"params": list(chosen(matrix=False)), "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def learning_rate(settings: Optimiser, step: int, total: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(settings.warmup * total))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))

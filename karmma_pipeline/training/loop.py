@@ -1,0 +1,272 @@
+"""One training loop for teacher, baselines and student: fetch, loss, step, log, save."""
+
+import math
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from karmma_pipeline import files
+from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.data.loading.masks import draws
+from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.runs import RunFolder
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.training.ema import moving_average
+from karmma_pipeline.training.gradient import Gradient, adamw, learning_rate
+from karmma_pipeline.training.objective import Objective
+from karmma_pipeline.training.progress import Clock, Progress, TrainReport, on_screen, progress_bar
+from karmma_pipeline.training.ranks import Ranks
+from karmma_pipeline.training.recipe import TrainRecipe
+from karmma_pipeline.training.screen import Found, Screen
+from karmma_pipeline.training.state import save_state
+from karmma_pipeline.training.tensorboard_writer import Board
+from karmma_pipeline.training.validate import validate
+
+_DROPOUT = 2**32 + 4
+"""Stream of `draws` that seeds dropout."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training consists of. ``sources``: digests of what it learns from, by name."""
+
+    recipe: TrainRecipe
+    run: RunFolder
+    store: TokenSource
+    model: FusionModel
+    card: ModelCard
+    train: FeatureLoader
+    val: FeatureLoader
+    device: torch.device
+    ranks: Ranks
+    sources: dict[str, str]
+
+
+class Trainer:
+    """State and loop of one training run.
+
+    Args:
+        job: what is trained on what.
+        state: a training state to go on from.
+    """
+
+    def __init__(self, job: Job, state: dict[str, Any] | None = None) -> None:
+        self.job, recipe = job, job.recipe
+        self.model = job.model.to(job.device)
+        self.average = moving_average(self.model, recipe.ema) if recipe.ema else None
+        self.optimiser = adamw(self.model, recipe.optimiser)
+        self.gradient = Gradient(self.model)
+        auto = recipe.precision == "auto" and job.device.type == "cuda"
+        self.bfloat16 = recipe.precision == "bfloat16" or auto
+        self.progress = Progress()
+        if state:
+            self._restore(state)
+        known = (state or {}).get("bad", [])
+        self.screen = Screen(job.store, recipe.seed, recipe.modality_dropout, known)
+        self.saved_at = time.monotonic()
+
+    def fit(self, objective: Objective, stop: StopFlag) -> TrainReport:
+        """Train to the last epoch.
+
+        Raises:
+            StoppedError: a stop was asked for; the state is saved.
+            KarmmaError: the loss is not finite, or too many clips are bad; they are named.
+        """
+        job, progress = self.job, self.progress
+        job.run.write_metrics(progress.history)
+        total = job.recipe.epochs * len(job.train)
+        with (
+            files.disk_errors(job.run.metrics),
+            closing(job.train),
+            self._board() as board,
+            progress_bar(total, self._step_number(), job.card.name, job.ranks.main) as bar,
+        ):
+            while not progress.finished(job.recipe):
+                clock = Clock()
+                self._train_epoch(objective, stop, clock, bar)
+                row = self._close_epoch(clock, bar)
+                if board is not None:
+                    board.write(row, progress.epoch)
+        early = progress.epoch < job.recipe.epochs
+        return TrainReport(job.run.path, progress.best, progress.epoch, early=early)
+
+    def _train_epoch(
+        self, objective: Objective, stop: StopFlag, clock: Clock, bar: "tqdm[Any]"
+    ) -> None:
+        progress = self.progress
+        self.model.train()
+        for loaded in clock.timed(self.job.train.epoch(progress.epoch, progress.batch)):
+            batch = self.screen.apply(loaded, progress.epoch)
+            stopping, counts = self.job.ranks.agree_to_stop(stop, objective.counts(batch))
+            if stopping:
+                self._save()
+                stop.check(f"epoch {progress.epoch + 1}, step {progress.batch} is saved")
+            progress.loss_sum += self._step(objective, batch, counts)
+            progress.batch += 1
+            clock.clips += len(batch.clip_index)
+            if time.monotonic() - self.saved_at >= self.job.recipe.save_every_s:
+                self._save()
+            bar.update()
+        if progress.epoch + 1 < self.job.recipe.epochs:
+            self.job.train.prefetch(progress.epoch + 1)  # while this one is validated
+
+    def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
+        """Move the weights by one batch; nothing that is not finite ever reaches them."""
+        loss, norm = self._find_gradient(objective, batch, counts)
+        while not (math.isfinite(loss) and math.isfinite(norm)):
+            batch = self._without_bad(batch, loss, norm)
+            counts = self.job.ranks.sum(objective.counts(batch))
+            loss, norm = self._find_gradient(objective, batch, counts)
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss
+
+    def _find_gradient(
+        self, objective: Objective, batch: Batch, counts: Tensor
+    ) -> tuple[float, float]:
+        """Return the loss and the norm of the gradient of the whole batch, of all ranks."""
+        self._prepare_step()
+        clips = len(batch.clip_index)
+        size = max(1, -(-clips // self.job.recipe.accumulate))
+        for start in range(0, clips, size):
+            piece = batch.rows(slice(start, start + size)) if size < clips else batch
+            loss = objective.loss(self._logits(self.model, piece), piece, counts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.gradient.add_loss(loss)
+        self.job.ranks.sum(self.gradient.buffer)
+        return self.gradient.clip(self.job.recipe.optimiser.clip_norm)
+
+    def _prepare_step(self) -> None:
+        """Set learning rate and dropout, both pure functions of the step's number."""
+        recipe, step = self.job.recipe, self._step_number()
+        rate = learning_rate(recipe.optimiser, step, recipe.epochs * len(self.job.train))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if recipe.size.dropout:
+            rank = np.array([self.job.ranks.rank], np.uint64)
+            torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
+        self.gradient.zero()
+
+    def _without_bad(self, batch: Batch, loss: float, norm: float) -> Batch:
+        """Return the batch without the features that are not finite, or say what is wrong."""
+        if not self._report_bad(self.screen.find(batch)):
+            raise KarmmaError(self._diverged(batch, loss, norm))
+        return self.screen.apply(batch, self.progress.epoch)
+
+    def _report_bad(self, mine: Found) -> int:
+        """Tell of newly found bad features of any rank; return how many there are.
+
+        Raises:
+            KarmmaError: there are more bad clips than the recipe allows.
+        """
+        job, allowed = self.job, self.job.recipe.bad_clips
+        found = {mark: place for of in job.ranks.gather(mine) for mark, place in of.items()}
+        self.screen.add(found)
+        for clip, modality in found:
+            job.run.note(f"{clip}: its {modality} features are NaN or infinite; taken as absent")
+        bad = sorted({clip for clip, _ in self.screen.marks})
+        if found and len(bad) > allowed:
+            raise KarmmaError(
+                f"{job.store.path}: {len(bad)} clips have features that are NaN or infinite, "
+                f"bad_clips={allowed} allows fewer: {', '.join(bad[:20])}"
+                f"{', ... (all are in log.txt)' if len(bad) > 20 else ''}; extract them again or "
+                "raise bad_clips."
+            )
+        return len(found)
+
+    def _diverged(self, batch: Batch, loss: float, norm: float) -> str:
+        with torch.no_grad():
+            logits = self._logits(self.model, batch) if len(batch.clip_index) else {}
+        bad = torch.zeros(len(batch.clip_index), dtype=torch.bool)
+        for scores in logits.values():
+            bad |= ~scores.isfinite().all(dim=1).cpu()
+        rows = bad if bad.any() else ~bad
+        ids = self.job.store.clip_ids[batch.clip_index[rows].numpy()]
+        names = ", ".join(i.decode() for i in ids)
+        self.job.run.log(f"loss={loss}, gradient norm={norm}; clips: {names}")
+        return (
+            f"{self.job.run.path}: loss={loss} and gradient norm={norm} at epoch "
+            f"{self.progress.epoch + 1}, step {self.progress.batch}, with finite features; nothing "
+            f"of this step is kept. Lower optimiser.lr, or try precision float32. "
+            f"The clips were {names[:400]}"
+            f"{' ... (all are in log.txt)' if len(names) > 400 else '.'}"
+        )
+
+    def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        with self._autocast():
+            logits: dict[str, Tensor] = model(batch.tokens_on(self.job.device), batch.mask)
+        return logits
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        kind = self.job.device.type
+        return torch.autocast(kind, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    @property
+    def _shown(self) -> FusionModel:
+        """The weights that are validated and saved as a model."""
+        return self.model if self.average is None else cast("FusionModel", self.average.module)
+
+    def _close_epoch(self, clock: Clock, bar: "tqdm[Any]") -> dict[str, float]:
+        job, model = self.job, self._shown.eval()
+        values, bad = validate(lambda b: self._logits(model, b), job.val, self.screen, job.ranks)
+        self._report_bad(bad)
+        if not math.isfinite(values["loss"]):
+            raise KarmmaError(
+                f"{job.run.path}: the validation loss is {values['loss']} after epoch "
+                f"{self.progress.epoch + 1}; the weights have diverged. Lower optimiser.lr."
+            )
+        row = self.progress.close_epoch(values)
+        is_best = self.progress.best is row
+        if job.ranks.main:
+            save_model(job.run.path / "last", model, job.card)
+            if is_best:
+                save_model(job.run.path / "best", model, job.card)
+        job.run.write_metrics(self.progress.history)
+        self._save()
+        bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
+        tell = job.run.log if on_screen() else job.run.note
+        tell(
+            f"epoch {self.progress.epoch}/{job.recipe.epochs}: train loss {row['train_loss']:.4f}, "
+            f"val loss {row['val_loss']:.4f}, val action {row['val_action_top1']:.1f} %"
+            f"{' (best)' if is_best else ''}; {clock.describe()}"
+        )
+        return row
+
+    def _board(self) -> AbstractContextManager[Board | None]:
+        if not self.job.ranks.main:
+            return nullcontext()
+        return Board(self.job.run.path / "tensorboard", self.progress.epoch + 1)
+
+    def _step_number(self) -> int:
+        return self.progress.epoch * len(self.job.train) + self.progress.batch
+
+    def _save(self) -> None:
+        self.saved_at = time.monotonic()
+        if not self.job.ranks.main:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimiser": self.optimiser.state_dict(),
+            "progress": dict(vars(self.progress)),
+            "sources": self.job.sources,
+            "bad": [list(mark) for mark in self.screen.marks],
+        }
+        save_state(self.job.run.path / "state", self._step_number(), state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress = Progress(**state["progress"])

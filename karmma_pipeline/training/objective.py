@@ -1,0 +1,207 @@
+"""The losses: cross-entropy, and the distillation of KARMMA. B clips, C classes of a head.
+
+A loss is a sum over clips divided by how many clips count in the *whole* batch, so that parts
+of a batch (of ranks, or passed one after another) simply add up, however unequal they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from karmma_pipeline.data.loading.loader import Batch
+
+UNKNOWN = -1
+Logits = Mapping[str, Tensor]
+
+
+def cross_entropy(
+    logits: Logits,
+    labels: Mapping[str, Tensor],
+    smoothing: float = 0.0,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Return the mean over heads of the mean cross-entropy; clips without a label do not count.
+
+    Args:
+        logits: head to [B, C].
+        labels: head to int64 [B], -1 where unknown.
+        smoothing: label smoothing.
+        counts: float [heads], labels that are known in the whole batch; those here if not given.
+    """
+    losses = [
+        F.cross_entropy(
+            scores.float(),
+            labels[head],
+            ignore_index=UNKNOWN,
+            label_smoothing=smoothing,
+            reduction="sum",
+        )
+        for head, scores in logits.items()
+    ]
+    if counts is None:
+        counts = known_labels(labels, logits)
+    return (torch.stack(losses) / _divisor(counts, losses[0])).mean()
+
+
+def known_labels(labels: Mapping[str, Tensor], heads: Sequence[str] | Logits) -> Tensor:
+    """Count the clips with a label of each head, float64 [heads]."""
+    return torch.stack([(labels[h] != UNKNOWN).sum() for h in heads]).double().cpu()
+
+
+def _divisor(counts: Tensor, like: Tensor) -> Tensor:
+    return counts.clamp(min=1).to(like.device, like.dtype, non_blocking=True)
+
+
+def teacher_log_probabilities(
+    teachers: Sequence[Tensor],
+    valid: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    average: str = "probabilities",
+) -> Tensor:
+    """Return what several teachers together say of a head: log probabilities [B, C], softened.
+
+    probabilities: the mean of softmax(logits / T), a mixture of the teachers. logits: softmax of
+    the mean of logits / T, which lets a confident teacher speak louder. A teacher that saw
+    nothing of a clip is left out of that clip's mean.
+
+    Args:
+        teachers: logits [B, C] of each teacher.
+        valid: bool [teachers, B], whether a teacher saw something of the clip.
+        weights: of each teacher.
+        temperature: T.
+        average: ``probabilities`` or ``logits``.
+    """
+    if len(teachers) == 1:
+        return F.log_softmax(teachers[0].float() / temperature, dim=1)
+    share = valid * torch.tensor(weights, device=valid.device)[:, None]
+    share = (share / share.sum(dim=0).clamp(min=torch.finfo(share.dtype).tiny))[..., None]
+    softened = torch.stack([logits.float() / temperature for logits in teachers])
+    if average == "logits":
+        mixed = torch.where(share > 0, share * softened, 0).sum(dim=0)
+        return F.log_softmax(mixed, dim=1)
+    parts = torch.where(share > 0, share.log() + F.log_softmax(softened, dim=2), -torch.inf)
+    return torch.where(valid.any(dim=0)[:, None], parts.logsumexp(dim=0), 0)
+
+
+def distillation(
+    student: Logits,
+    teacher: Logits,
+    valid: Tensor,
+    temperature: float,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Return T^2 * KL(teacher || student) of the softened distributions, mean over heads.
+
+    The factor T^2 keeps the gradient's size independent of T (Hinton et al., 2015).
+
+    Args:
+        student: head to logits [B, C]. The gradient flows through these.
+        teacher: head to log probabilities [B, C], softened by the same T.
+        valid: bool [B], clips of which a teacher saw something; the mean is over these.
+        temperature: T.
+        count: float [1], valid clips of the whole batch; those here if not given.
+    """
+    losses = []
+    for head, scores in student.items():
+        log_q = F.log_softmax(scores.float() / temperature, dim=1)
+        per_clip = F.kl_div(log_q, teacher[head], reduction="none", log_target=True).sum(dim=1)
+        losses.append(torch.where(valid, per_clip, per_clip.new_zeros(())).sum())
+    if count is None:
+        count = valid.sum().double().cpu()
+    return temperature**2 * (torch.stack(losses) / _divisor(count, losses[0])).mean()
+
+
+class Objective(Protocol):
+    """What a model is trained for."""
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return how many clips each term of the loss averages over, float64 on the CPU."""
+
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
+        """Return the share of these clips in the loss of the whole batch."""
+
+
+class Labels:
+    """Cross-entropy with the labels."""
+
+    def __init__(self, heads: Sequence[str], smoothing: float) -> None:
+        self.heads, self.smoothing = tuple(heads), smoothing
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return the labels that are known, [heads]."""
+        return known_labels(batch.labels, self.heads)
+
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
+        """Return the share of these clips."""
+        return cross_entropy(logits, _on(logits, batch.labels), self.smoothing, counts)
+
+
+class Table(Protocol):
+    """What a teacher says of each clip under each mask."""
+
+    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+        """Return the clips of which it saw anything, bool [B]."""
+
+    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return its logits, head to [B, C]."""
+
+
+class Teachers:
+    """KARMMA: what tabled teachers say under the same masks, and the labels.
+
+    Args:
+        labels: the cross-entropy.
+        tables: one for each teacher.
+        alpha: weight of the KL term.
+        temperature: T.
+        weights: of the teachers in their average; empty: all the same.
+        average: ``probabilities`` or ``logits``.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        tables: Sequence[Table],
+        alpha: float,
+        temperature: float,
+        weights: Sequence[float] = (),
+        average: str = "probabilities",
+    ) -> None:
+        self.labels, self.tables, self.alpha = labels, tables, alpha
+        self.temperature, self.average = temperature, average
+        self.weights = tuple(weights) or (1.0,) * len(tables)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return the labels that are known and the clips that a teacher saw, [heads + 1]."""
+        seen = self._seen(batch).any(dim=0).sum().double()
+        return torch.cat([self.labels.counts(batch), seen[None]])
+
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
+        """Return alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
+        device = next(iter(logits.values())).device
+        seen = self._seen(batch).to(device)
+        said = [table.look_up(batch.clip_index, batch.mask) for table in self.tables]
+        teacher = {
+            head: teacher_log_probabilities(
+                [one[head].to(device) for one in said],
+                seen,
+                self.weights,
+                self.temperature,
+                self.average,
+            )
+            for head in logits
+        }
+        kl = distillation(logits, teacher, seen.any(dim=0), self.temperature, counts[-1:])
+        return self.alpha * kl + (1 - self.alpha) * self.labels.loss(logits, batch, counts[:-1])
+
+    def _seen(self, batch: Batch) -> Tensor:
+        return torch.stack([table.seen(batch.clip_index, batch.mask) for table in self.tables])
+
+
+def _on(logits: Logits, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the other tensors of each head, on the device of its logits."""
+    return {head: other[head].to(scores.device) for head, scores in logits.items()}

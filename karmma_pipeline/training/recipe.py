@@ -1,0 +1,185 @@
+"""The recipes of training. What the paper does not publish is a default of ours, marked (ours)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.loading.loader import LoaderSettings
+from karmma_pipeline.models.fusion import FusionSize
+
+
+class Optimiser(Recipe):
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate (ours).")
+    weight_decay: float = Field(0.05, ge=0, description="Decay of matrices (ours).")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moments.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of all steps that warm up (ours).")
+    clip_norm: float = Field(5.0, gt=0, description="Largest norm of the gradient (ours).")
+
+
+def _store(example: str) -> Any:
+    return Field(
+        description="Feature store; several are trained on as one (clips meet by id).",
+        examples=[example],
+    )
+
+
+def _out(example: str) -> Any:
+    return Field(description="Run folder.", examples=[example])
+
+
+class TrainRecipe(Recipe):
+    """What all trainings share."""
+
+    store: Path | tuple[Path, ...] = _store("features/student")
+    loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
+    out: Path = _out("runs/student")
+    name: str = Field("", description="Name in legends; empty: the run folder's name.")
+    train_split: str = Field("train", description="Clips to learn from.")
+    val_split: str = Field("val", description="Clips that choose the best epoch.")
+    size: FusionSize = Field(FusionSize(), description="Fusion model.")
+    optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
+    epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
+    batch_size: int = Field(
+        64, gt=0, description="Clips of a step, over all ranks and parts together (ours)."
+    )
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="Parts of a batch that pass through the network one after another; the\n"
+        "step is that of the whole batch, the memory that of a part.",
+    )
+    modality_dropout: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="delta: probability with which each present modality is dropped in training;\n"
+        "one of the present ones always stays (ours).",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross-entropy.")
+    class_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="b: an epoch draws a clip of class y in proportion to 1 / (clips of y)^b,\n"
+        "averaged over heads; 0 takes each clip once, 1 makes classes equally frequent.",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay per step of the moving average of the weights; above 0, the average\n"
+        "is what is validated and saved as best and last.",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Epochs without a better validation accuracy after which training ends;\n"
+        "0 trains all epochs.",
+    )
+    standardise: bool = Field(
+        True, description="Scale features by mean and deviation over the training clips."
+    )
+    bad_clips: int = Field(
+        8,
+        ge=0,
+        description="How many clips may have features that are not finite; such a modality\n"
+        "counts as absent and is named in log.txt. One more stops the run.",
+    )
+    save_every_s: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds between saved training states inside an epoch; 0: every step.",
+    )
+    seed: int = Field(0, description="Of initial weights, order, masks and dropout.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on GPUs, float32 elsewhere."
+    )
+
+
+class TeacherRecipe(TrainRecipe):
+    """`karmma train-teacher`: cross-entropy under modality dropout."""
+
+    store: Path | tuple[Path, ...] = _store("features/teacher")
+    out: Path = _out("runs/teacher")
+    size: FusionSize = Field(
+        FusionSize(dim=768, layers=2, attention_heads=12, ffn_width=768, head_width=1536),
+        description="Fusion model; the default is the paper's teacher.",
+    )
+
+
+class BaselineRecipe(TrainRecipe):
+    """`karmma train-baseline`: the student's architecture without a teacher.
+
+    Baseline: size.absent zeros, modality_dropout 0. Baseline w/ delta: size.absent learned,
+    modality_dropout above 0.
+    """
+
+    out: Path = _out("runs/baseline")
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+"""One path, or a list of them."""
+
+Stores = Annotated[
+    tuple[Path | tuple[Path, ...], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+]
+"""One store, or a list of them; each may be a list of stores that are read as one."""
+
+
+class DistillRecipe(TrainRecipe):
+    """`karmma distill`: the student follows the teacher under the same masks.
+
+    loss = alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy, both softened
+    by the temperature T in the KL alone; each term is the mean over heads, KL per clip
+    (batchmean).
+    """
+
+    teacher: Paths = Field(
+        description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
+    )
+    teacher_store: Stores = Field(
+        description="The store that the teacher was trained on; one for all, or one for each.\n"
+        "Several that were trained on as one are a list in the list: [[rgb, audio]].",
+        examples=["features/teacher"],
+    )
+    teacher_weights: tuple[float, ...] = Field(
+        (), description="Weight of each teacher in their average; empty: all the same."
+    )
+    teacher_average: Literal["probabilities", "logits"] = Field(
+        "probabilities",
+        description="What is averaged over several teachers: softened probabilities, or logits.",
+    )
+    teacher_table: Path | None = Field(
+        None,
+        description="Folder of the teachers' tabled logits, which runs may share; empty: in `out`.",
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
+    temperature: float = Field(1.0, gt=0, description="T; the KL carries T^2 (ours).")
+
+    @model_validator(mode="after")
+    def _one_store_each(self) -> "DistillRecipe":
+        count = len(self.teacher)
+        if not all(self.teacher_store) or len(self.teacher_store) not in {1, count}:
+            raise ValueError(
+                f"teacher_store names {len(self.teacher_store)} stores for {count} teachers; "
+                "give one for all, or one for each"
+            )
+        if self.teacher_weights and (
+            len(self.teacher_weights) != count
+            or min(self.teacher_weights) < 0
+            or not sum(self.teacher_weights) > 0
+        ):
+            raise ValueError(
+                f"teacher_weights={self.teacher_weights}: give one weight, 0 or more, for each of "
+                f"the {count} teachers, not all 0"
+            )
+        return self

@@ -1,0 +1,249 @@
+"""The three trainings: teacher, baseline, distilled student; they differ in one objective."""
+
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.data.loading.masks import clip_keys
+from karmma_pipeline.data.loading.open import open_source
+from karmma_pipeline.errors import CheckpointError, KarmmaError, ManifestError, StoreError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.device import pick_device
+from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.runs import RunFolder
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.training.balance import balanced_order
+from karmma_pipeline.training.loop import Job, Trainer
+from karmma_pipeline.training.objective import Labels, Objective, Teachers
+from karmma_pipeline.training.progress import Progress, TrainReport
+from karmma_pipeline.training.ranks import Ranks, joined
+from karmma_pipeline.training.recipe import (
+    BaselineRecipe,
+    DistillRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+)
+from karmma_pipeline.training.standardization import standardise
+from karmma_pipeline.training.state import load_state
+from karmma_pipeline.training.teacher_logits import Tabling
+
+Kind = Literal["teacher", "student", "baseline"]
+
+_WHERE_TOKENS_LIE = ("loader.cache", "loader.stage", "loader.threads", "loader.ahead")
+"""Keys that a run may go on with other values of: a job's own disk has another name each time."""
+
+
+def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
+    """Train a teacher with cross-entropy under modality dropout."""
+    return _run(recipe, "teacher", stop or StopFlag())
+
+
+def train_baseline(recipe: BaselineRecipe, stop: StopFlag | None = None) -> TrainReport:
+    """Train the student's architecture with cross-entropy alone."""
+    return _run(recipe, "baseline", stop or StopFlag())
+
+
+def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
+    """Train a student with the paper's combination of distillation and cross-entropy."""
+    return _run(recipe, "student", stop or StopFlag())
+
+
+def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
+    device = pick_device(recipe.device, Ranks.from_environment().local_rank)
+    with (
+        joined(device) as ranks,
+        RunFolder(recipe.out, recipe, writes=ranks.main, free=_WHERE_TOKENS_LIE) as run,
+    ):
+        ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has made it
+        try:
+            return _resume_or_start(recipe, kind, run, device, ranks, stop)
+        except KarmmaError as error:
+            with suppress(KarmmaError, OSError):  # the disk may be what is wrong
+                run.log(f"ended: {error}")
+            raise
+
+
+def _resume_or_start(
+    recipe: TrainRecipe,
+    kind: Kind,
+    run: RunFolder,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> TrainReport:
+    state, faults = load_state(recipe.out / "state")
+    for fault in faults:
+        run.note(f"{fault} The training state before it is used.")
+    if state is not None and Progress(**state["progress"]).finished(recipe):
+        return _finished(recipe, state)
+    return _train(recipe, kind, run, state, device, ranks, stop)
+
+
+def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
+    """Return the report of a run that needs neither its store nor its teacher any more."""
+    try:
+        where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
+        sources = {"store": open_source(recipe.store, where_it_lies, torch.device("cpu")).digest}
+    except StoreError:
+        sources = {}
+    _check_sources(recipe, state, sources)
+    done = Progress(**state["progress"])
+    early = done.epoch < recipe.epochs
+    return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
+
+
+def _check_sources(recipe: TrainRecipe, state: dict[str, Any], sources: dict[str, str]) -> None:
+    """Refuse to go on with other data than a run began with."""
+    for name, digest in sources.items():
+        before = state["sources"].get(name)
+        if before != digest:
+            where = recipe.store if name == "store" else name
+            raise CheckpointError(
+                f"{recipe.out}: the run began with {where} of digest {str(before)[:12]}, there is "
+                f"now one of digest {digest[:12]}; put the old one back, or choose another folder "
+                "with --set out=FOLDER."
+            )
+
+
+def _train(
+    recipe: TrainRecipe,
+    kind: Kind,
+    run: RunFolder,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> TrainReport:
+    store = open_source(recipe.store, recipe.loader, device, stop)
+    train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
+    tablings = _tablings(recipe, store, train)
+    sources = {"store": store.digest}
+    sources |= {f"teacher {t.teacher.parent}": t.digest for t in tablings}
+    if state is not None:
+        _check_sources(recipe, state, sources)
+    run.note(f"{'goes on' if state else 'starts'}: {ranks.size} x {device}, {store.path}")
+    for name, clips in ((recipe.train_split, train), (recipe.val_split, val)):
+        run.note(f"{name}: {describe(store, name, clips)}")
+    card = _card(recipe, kind, store)
+    torch.manual_seed(recipe.seed)
+    model = card.build()
+    if recipe.standardise and state is None:
+        for clip in standardise(model, store, train):
+            run.log(f"{clip}: NaN or infinite, does not count for the scale of features")
+    loaders = _loaders(recipe, store, train, val, device, ranks)
+    job = Job(recipe, run, store, model, card, *loaders, device, ranks, sources)
+    labels = Labels(tuple(store.heads), recipe.label_smoothing)
+    objective: Objective = labels
+    if isinstance(recipe, DistillRecipe):
+        objective = _teachers(recipe, labels, tablings, device, ranks, stop)
+    return Trainer(job, state).fit(objective, stop)
+
+
+def _card(recipe: TrainRecipe, kind: Kind, store: TokenSource) -> ModelCard:
+    return ModelCard(
+        kind=kind,
+        name=recipe.name or recipe.out.name,
+        size=recipe.size,
+        modalities={m: store.shape(m) for m in store.modalities},
+        heads=store.heads,
+        provenance=store.provenance,
+        store_digest=store.digest,
+        training=recipe.model_dump(mode="json"),
+    )
+
+
+def _loaders(
+    recipe: TrainRecipe,
+    store: TokenSource,
+    train: np.ndarray,
+    val: np.ndarray,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[FeatureLoader, FeatureLoader]:
+    order = None
+    if recipe.class_balance:
+        keys = clip_keys(store.clip_ids[train])
+        labels = {head: of[train] for head, of in store.labels.items()}
+        order = balanced_order(keys, labels, recipe.class_balance, recipe.seed)
+    shared: dict[str, Any] = {
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+        "pin": device.type == "cuda",
+        "threads": recipe.loader.threads,
+        "ahead": recipe.loader.ahead,
+    }
+    return (
+        FeatureLoader(
+            store,
+            train,
+            recipe.batch_size,
+            seed=recipe.seed,
+            p=recipe.modality_dropout,
+            shuffle=True,
+            order=order,
+            **shared,
+        ),
+        FeatureLoader(store, val, recipe.batch_size, **shared),
+    )
+
+
+def _tablings(recipe: TrainRecipe, store: TokenSource, clips: np.ndarray) -> list[Tabling]:
+    if not isinstance(recipe, DistillRecipe):
+        return []
+    stores = recipe.teacher_store * (len(recipe.teacher) // len(recipe.teacher_store))
+    pairs = zip(recipe.teacher, stores, strict=True)
+    return [Tabling(teacher / "best", its, store, clips) for teacher, its in pairs]
+
+
+def _teachers(
+    recipe: DistillRecipe,
+    labels: Labels,
+    tablings: list[Tabling],
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> Teachers:
+    folder: Path = recipe.teacher_table or recipe.out / "teacher_table"
+    return Teachers(
+        labels,
+        [one.table(folder, device, ranks, stop) for one in tablings],
+        recipe.alpha,
+        recipe.temperature,
+        recipe.teacher_weights,
+        recipe.teacher_average,
+    )
+
+
+def _clips(store: TokenSource, split: str) -> np.ndarray:
+    """Return the clips of a split that have at least one modality."""
+    in_split = store.split == split
+    if not in_split.any():
+        known = ", ".join(sorted(set(store.split.tolist()))) or "none"
+        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
+    clips = np.flatnonzero(in_split & store.present.any(axis=1))
+    if not len(clips):
+        raise ManifestError(
+            f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
+            "failures.csv say why."
+        )
+    return clips
+
+
+def describe(store: TokenSource, split: str, clips: np.ndarray) -> str:
+    """Say how many clips of a split have what, and why the others do not."""
+    reasons = np.asarray(store.reasons)[store.split == split]
+    parts = []
+    for column, modality in enumerate(store.modalities):
+        counts = Counter(reasons[:, column].tolist())
+        here = counts.pop(Reason.PRESENT, 0)
+        why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
+        parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
+    without = len(reasons) - len(clips)
+    left_out = f"; {without} with nothing are left out" if without else ""
+    return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"

@@ -1,0 +1,259 @@
+"""Evaluation of small trained models, and the report made from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from support.any_store import IDS, fill_store
+from support.leftovers import leave
+from support.tiny_store import write_store
+
+from karmma_pipeline import config
+from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
+from karmma_pipeline.evaluation import results as schema
+from karmma_pipeline.evaluation.evaluate import evaluate, write_report
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.evaluation.results import Results
+from karmma_pipeline.models.fusion import FusionSize
+from karmma_pipeline.models.saved import ModelCard, load_model, save_model
+from karmma_pipeline.store import FeatureStore, open_joined
+
+BACKBONE = {"backbone": "x", "weights": "random:3"}
+EVIL = "<script>alert(1)</script> $x_$ | a"
+
+
+def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
+    opened = open_joined(stores, "join")
+    card = ModelCard.model_validate(
+        {
+            "kind": kind,
+            "name": name,
+            "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
+            "modalities": {m: opened.shape(m) for m in opened.modalities},
+            "heads": opened.heads,
+            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
+            "store_digest": opened.digest,
+        }
+    )
+    torch.manual_seed(seed)
+    save_model(run / "best", card.build(), card)
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    store = write_store(root / "store", clips=60)
+    for seed, name in enumerate(("Plain", EVIL)):
+        save_run(root / f"run{seed}", store, name=name, seed=seed)
+    return root
+
+
+def make_recipe(place: Path, **changes: Any) -> EvaluateRecipe:
+    tree = {
+        "runs": [str(place / "run0"), str(place / "run1")],
+        "stores": [str(place / "store")],
+        "out": str(place / "report"),
+        "split": "",
+        "title": EVIL,
+        **changes,
+    }
+    return config.build(EvaluateRecipe, tree, "test")
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> Results:
+    return evaluate(make_recipe(place)).results
+
+
+def test_a_subset_is_what_the_model_says_without_the_other_modalities(
+    place: Path, found: Results
+) -> None:
+    store = FeatureStore.open(place / "store")
+    model, _ = load_model(place / "run0/best")
+    tokens = {m: store.gather(m, torch.arange(60)) for m in store.modalities}
+    mask = torch.from_numpy(store.present) & torch.tensor([True, False, True])
+    with torch.inference_mode():
+        out = {h: v.numpy() for h, v in model(tokens, mask).items()}
+    right = np.ones(60, bool)
+    for head, scores in out.items():
+        right &= scores.argmax(axis=1) == store.labels[head]
+    score = found.runs[0].subset(("rgb", "audio"), "all").scores["action_top1"]
+    assert (score.correct, score.n) == (right.sum(), 60)
+    path = place / "report/logits/0_Plain.safetensors"
+    with safe_open(path, "numpy") as file:
+        (about,) = file.metadata().values()  # of several the order, and the bytes, would vary
+    assert json.loads(about)["subsets"][2] == ["rgb", "audio"]
+    logits = load_file(path)
+    np.testing.assert_allclose(logits["logits.verb"][2], out["verb"], atol=1e-5)
+
+
+def test_clips_that_lack_a_modality_are_counted_and_can_be_left_out(found: Results) -> None:
+    run = found.runs[0]
+    assert run.subset(("audio",), "all").without == 12  # every fifth of 60
+    complete = run.subset(("audio",), "complete")
+    assert (complete.clips, complete.without) == (48, 0)
+    assert found.data.reasons["audio"] == {"no_stream": 12}
+    assert found.data.complete == 48
+
+
+def test_the_expected_drop_curve_joins_the_subsets_and_the_sampled_one(found: Results) -> None:
+    run = found.runs[0]
+    curve = run.curve("action", "complete")
+    assert curve is not None
+    whole = run.subset(("rgb", "flow", "audio"), "complete").scores["action_top1"].value
+    assert curve.points[0].expected == pytest.approx(whole)
+    singles = [run.subset((m,), "complete").scores["action_top1"].value for m in found.modalities]
+    pairs = [
+        run.subset(s, "complete").scores["action_top1"].value
+        for s in (("rgb", "flow"), ("rgb", "audio"), ("flow", "audio"))
+    ]
+    p = 0.5
+    chance_single = (1 - p) * p**2 + p**3 / 3
+    by_hand = (1 - p) ** 3 * whole + (1 - p) ** 2 * p * sum(pairs) + chance_single * sum(singles)
+    assert curve.points[5].expected == pytest.approx(by_hand)
+    for point in curve.points:
+        assert point.sampled is not None
+        assert abs(point.sampled.mean - point.expected) < 4
+
+
+def test_equal_models_make_equal_bytes(place: Path, found: Results, tmp_path: Path) -> None:
+    left = leave(tmp_path / "index.html")
+    write_report(tmp_path, found)
+    assert not left.exists()
+    for path in sorted(tmp_path.rglob("*.*")):
+        assert path.read_bytes() == (place / "report" / path.relative_to(tmp_path)).read_bytes()
+    assert schema.read(tmp_path / "results.json") == found
+
+
+def test_names_cannot_become_code_and_random_weights_are_called_random(
+    place: Path, found: Results
+) -> None:
+    page = (place / "report/index.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "frozen backbones have random weights" in page
+    assert "RANDOM weights" in (place / "report/figures/subsets.svg").read_text() or found.weights
+    row = (place / "report/tables/subsets.md").read_text().splitlines()[-1]
+    assert "\\|" in row
+
+
+def test_a_run_takes_the_store_it_was_trained_on(place: Path, tmp_path: Path) -> None:
+    other = write_store(tmp_path / "other", clips=60, width=4)
+    recipe = make_recipe(place, stores=[str(other), str(place / "store")], out=str(tmp_path / "r"))
+    assert (
+        evaluate(recipe).results.runs[0].store_digest == FeatureStore.open(place / "store").digest
+    )
+    with pytest.raises(StoreError, match="was trained on other features"):
+        evaluate(make_recipe(place, stores=[str(other)], out=str(tmp_path / "r")))
+
+
+RGB, AUDIO = {"rgb": (4, 6)}, {"audio": (2, 5)}
+
+
+def test_a_run_on_several_stores_finds_them_whatever_their_order(tmp_path: Path) -> None:
+    rgb = fill_store(tmp_path / "rgb", IDS, RGB)
+    audio = fill_store(tmp_path / "audio", IDS[::-1], AUDIO)
+    both = fill_store(tmp_path / "both", IDS)
+    runs = [
+        save_run(tmp_path / "joined", audio, rgb, name="joined"),
+        save_run(tmp_path / "plain", both, name="plain"),
+    ]
+    found = evaluate(make_recipe(tmp_path, runs=runs, stores=[both, rgb, audio])).results
+    assert found.data.present == {"rgb": 12, "audio": 11}
+    assert found.runs[0].store_digest == open_joined([audio, rgb], "join").digest
+    with pytest.raises(StoreError, match="all the stores"):
+        evaluate(make_recipe(tmp_path, runs=runs[:1], stores=[both, rgb]))
+
+
+def test_other_clips_of_the_same_features_may_be_several_stores(tmp_path: Path) -> None:
+    made: dict[str, Any] = {"provenance": BACKBONE}
+    shapes = (RGB | AUDIO).items()
+    parts = [fill_store(tmp_path / m, modalities={m: s}, **made) for m, s in shapes]
+    run = save_run(tmp_path / "run", *parts, name="joined")
+    more = [f"d{i:02d}" for i in range(7)]
+    test = [fill_store(tmp_path / f"{m}_", more, {m: s}, **made) for m, s in shapes]
+    found = evaluate(make_recipe(tmp_path, runs=[run], stores=test)).results
+    assert (found.data.clips, found.data.complete) == (7, 7)
+
+
+def test_runs_that_list_their_clips_in_another_order_are_compared_clip_by_clip(
+    tmp_path: Path,
+) -> None:
+    plain = fill_store(tmp_path / "plain", IDS)
+    turned = fill_store(tmp_path / "turned", IDS[::-1])
+    runs = [save_run(tmp_path / s.name, s, name=s.name, kind="teacher") for s in (plain, turned)]
+    evaluate(make_recipe(tmp_path, runs=runs, stores=[plain, turned], names={}))
+    one, other = (
+        load_file(tmp_path / f"report/logits/{n}.safetensors") for n in ("0_plain", "1_turned")
+    )
+    for name, of in one.items():
+        np.testing.assert_allclose(of, other[name], atol=1e-5, err_msg=name)
+
+
+def test_runs_on_other_clips_are_not_put_into_one_report(place: Path, tmp_path: Path) -> None:
+    other = write_store(tmp_path / "other", clips=40)
+    save_run(tmp_path / "run", other, name="Other")
+    recipe = make_recipe(
+        place,
+        runs=[str(place / "run0"), str(tmp_path / "run")],
+        stores=[str(place / "store"), str(other)],
+        out=str(tmp_path / "r"),
+    )
+    with pytest.raises(ConfigError, match="do not share their clips"):
+        evaluate(recipe)
+
+
+def test_an_unknown_split_names_the_known_ones(place: Path) -> None:
+    with pytest.raises(ManifestError, match="there are: train, val"):
+        evaluate(make_recipe(place, split="test"))
+
+
+def test_groups_have_their_own_scores_and_a_tail_action_has_any_tail_class(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unseen.csv").write_text("participant_id\nP1\n")
+    (tmp_path / "verbs.csv").write_text("verb\n0\n")
+    (tmp_path / "nouns.csv").write_text("noun\nn2\n")
+    groups = {
+        "unseen": str(tmp_path / "unseen.csv"),
+        "tail": {"verb": str(tmp_path / "verbs.csv"), "noun": str(tmp_path / "nouns.csv")},
+    }
+    found = evaluate(make_recipe(place, groups=groups, out=str(tmp_path / "r"))).results
+    store = FeatureStore.open(place / "store")
+    scores = found.runs[0].subset(("rgb",), "all").scores
+    verb, noun = (np.asarray(store.labels[h]) for h in ("verb", "noun"))
+    assert scores["unseen_verb"].n == (store.group == "P1").sum()
+    assert scores["tail_verb"].n == (verb == 0).sum()
+    assert scores["tail_action"].n == ((verb == 0) | (noun == 2)).sum()
+
+
+def test_groups_that_extraction_left_beside_the_store_are_used(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "features/store", clips=24)
+    save_run(tmp_path / "run", store, name="Plain")
+    sidecar = tmp_path / "features/groups.json"
+    sidecar.write_text(json.dumps({"unseen": ["P1"], "tail": {"noun": [2]}}))
+    recipe = make_recipe(
+        tmp_path, runs=[str(tmp_path / "run")], stores=[str(store)], out=str(tmp_path / "r")
+    )
+    scores = evaluate(recipe).results.runs[0].subset(("rgb",), "all").scores
+    opened = FeatureStore.open(store)
+    assert scores["unseen_noun"].n == (opened.group == "P1").sum()
+    assert scores["tail_noun"].n == (np.asarray(opened.labels["noun"]) == 2).sum()
+    assert "tail_verb" not in scores
+    sidecar.write_text('{"unseen": 3}')
+    with pytest.raises(ManifestError, match=r"groups\.json: the data set's groups cannot be read"):
+        evaluate(recipe)
+
+
+def test_results_of_another_version_are_refused(place: Path, tmp_path: Path) -> None:
+    tree = json.loads((place / "report/results.json").read_text())
+    tree["version"] = 99
+    (tmp_path / "results.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="not results of this version"):
+        schema.read(tmp_path / "results.json")

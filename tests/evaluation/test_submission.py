@@ -1,0 +1,88 @@
+"""Files that the EPIC-KITCHENS-100 server and its official evaluator take."""
+
+import json
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_store import write_store
+
+from karmma_pipeline import config
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.evaluation.evaluate import evaluate
+from karmma_pipeline.evaluation.predict import predict
+from karmma_pipeline.evaluation.recipe import EpicSubmission, EvaluateRecipe
+from karmma_pipeline.evaluation.submission import write_submission
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.fusion import FusionSize
+from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.store import FeatureStore
+
+OFFICIAL = {
+    "verb": tuple(f"verb {i}" for i in range(97)),
+    "noun": tuple(f"noun {i}" for i in range(300)),
+}
+
+
+def recipe_of(tmp_path: Path, heads: dict[str, tuple[str, ...]], label: int) -> EvaluateRecipe:
+    """A random model and a store of a split in which every clip has one label, or none (-1)."""
+    store = FeatureStore.open(write_store(tmp_path / "s", clips=12, heads=heads, label=label))
+    card = ModelCard.model_validate(
+        {
+            "kind": "student",
+            "name": "S",
+            "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
+            "modalities": {m: store.shape(m) for m in store.modalities},
+            "heads": store.heads,
+            "provenance": store.provenance,
+            "store_digest": store.digest,
+        }
+    )
+    save_model(tmp_path / "run/best", card.build(), card)
+    tree = {
+        "runs": [str(tmp_path / "run")],
+        "stores": [str(tmp_path / "s")],
+        "out": str(tmp_path / "report"),
+        "split": "",
+        "costs": False,
+        "submission": {},
+    }
+    return config.build(EvaluateRecipe, tree, "test")
+
+
+def test_a_test_split_without_labels_gives_the_files_of_the_challenge(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, OFFICIAL, label=-1)
+    found = evaluate(recipe).results
+    assert "no accuracy" in found.data.notes[0]
+    assert found.data.constant["action"] == 0
+    logits = predict(recipe.runs[0], recipe, torch.device("cpu"), StopFlag()).logits
+    with ZipFile(tmp_path / "report/submission/0_S.zip") as archive:
+        assert archive.namelist() == ["test.json"]
+        sent = json.loads(archive.read("test.json"))
+    assert (sent["version"], sent["challenge"]) == ("0.2", "action_recognition")
+    assert (sent["sls_pt"], sent["sls_tl"], sent["sls_td"]) == (2, 3, 3)
+    assert len(sent["results"]) == 12
+    for row, scores in enumerate(sent["results"].values()):
+        assert list(scores["verb"]) == [str(i) for i in range(97)]
+        np.testing.assert_allclose(list(scores["noun"].values()), logits["noun"][0, row])
+
+
+def test_the_official_evaluators_reader_takes_the_results(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, OFFICIAL, label=3)
+    evaluate(recipe)
+    path = tmp_path / "report/submission/0_S.pt"
+    rows = torch.load(path, map_location="cpu", weights_only=True)
+    # what utils/results.py of C1-Action-Recognition does with them
+    collated = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    assert collated["verb_output"].shape == (12, 97)
+    assert collated["noun_output"].shape == (12, 300)
+    assert collated["narration_id"].tolist()[:2] == ["c000", "c001"]
+
+
+def test_another_label_space_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"verb": ("a", "b")}, label=0)
+    run = predict(recipe.runs[0], recipe, torch.device("cpu"), StopFlag())
+    with pytest.raises(ConfigError, match=r"heads and classes \{'verb': 2\}"):
+        write_submission(tmp_path, "x", run, EpicSubmission())

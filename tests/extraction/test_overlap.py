@@ -1,0 +1,217 @@
+"""The parts between the stages: threads, shared memory, what the report says."""
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.media_files import write_video
+
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.extraction.background import Ahead, Behind
+from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
+from karmma_pipeline.extraction.decode.shared_memory import Arena, clip_bytes, decode_into
+from karmma_pipeline.extraction.decode.worker import (
+    Decoded,
+    InputSpec,
+    Settings,
+    decode_clips,
+    input_spec,
+)
+from karmma_pipeline.extraction.inference.batching import Work, stage
+from karmma_pipeline.extraction.inference.raft import Raft
+from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.backbones import BackboneChoice
+
+
+def settings() -> Settings:
+    rgb = BackboneChoice(name="s3d", weights="random:0", frames=8, size=32)
+    audio = BackboneChoice(name="resnet18", weights="random:0", image=(32, 48))
+    specs = (input_spec("rgb", rgb), input_spec("flow", rgb), input_spec("audio", audio))
+    return Settings(Sampling(), Flow(), Audio(mels=32), specs)
+
+
+def clips_of(path: Path, count: int) -> list[Clip]:
+    source = FileSource(path)
+    media = {"rgb": source, "flow": source, "audio": source}
+    return [Clip(f"{path.stem}{i}", dict(media), i / 4, i / 4 + 1, {}) for i in range(count)]
+
+
+def test_a_source_is_at_most_so_far_ahead_and_its_error_arrives() -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(9):
+            taken.append(number)
+            yield number
+        raise OSError("the source broke")
+
+    found = []
+    with Ahead(source(), depth=2) as ahead:
+        numbers = iter(ahead)
+        for _ in range(9):
+            found.append(next(numbers))
+            assert len(taken) <= len(found) + 4
+        with pytest.raises(OSError, match="the source broke"):
+            next(numbers)
+    assert found == list(range(9))
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    with Ahead(iter(range(100))) as ahead:
+        assert next(iter(ahead)) == 0
+    assert not ahead._thread.is_alive()
+
+
+def test_what_comes_behind_is_done_in_order_and_all_of_it() -> None:
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.01)
+        done.append(number)
+
+    with Behind(slow, depth=1) as behind:
+        for number in range(5):
+            behind.put(number)
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_an_error_behind_ends_the_work_even_at_the_very_end() -> None:
+    def full(_: int) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), Behind(full) as behind:
+        behind.put(1)
+
+
+def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path: Path) -> None:
+    """Whatever batches they are in; those that find no slot come through the pipe."""
+    clips = clips_of(write_video(tmp_path / "a.mp4"), 5)
+    clips += clips_of(write_video(tmp_path / "b.mp4", sound=False), 2)
+    wanted = decode_clips(clips, settings())
+    arena = Arena(clip_bytes(settings()), slots=4)
+    found: list[Decoded] = []
+    with DecodePool(settings(), 1, 60, StopFlag(), ahead=6, arena=arena) as pool:
+        for batch in pool.batches([clips[:3], clips[3:5], clips[5:]]):
+            for clip in batch:
+                own = {spec: array.copy() for spec, array in clip.arrays.items()}
+                found.append(Decoded(clip.clip_id, own, clip.times, clip.reasons))
+    arena.close()
+    assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.reasons == other.reasons
+        assert set(one.arrays) == set(other.arrays)
+        for spec, array in one.arrays.items():
+            np.testing.assert_array_equal(array, other.arrays[spec])
+    assert pool.busy_s > 0
+
+
+def test_arrays_are_left_in_their_slot_and_nothing_is_pickled() -> None:
+    specs = settings().inputs
+    full = {
+        spec: np.full((8, 3, 32, 32), i, np.uint8)
+        if spec.transform
+        else np.full(spec.image, 0.5, np.float32)
+        for i, spec in enumerate(specs)
+    }
+    arena = Arena(clip_bytes(settings()), slots=3)
+    slots = [arena.take(), arena.take()]
+
+    def decode(clips: list[Clip], *_: object) -> list[Decoded]:
+        return [Decoded(clip.clip_id, dict(full)) for clip in clips]
+
+    clips = clips_of(Path("x.mp4"), 2)
+    _, parts = decode_into(
+        arena.address, arena.slot_bytes, slots, decode, clips, settings(), "decord"
+    )
+    for (decoded, places), slot in zip(parts, slots, strict=True):
+        assert not decoded.arrays
+        arena.restore(decoded, places, slot)
+        for spec, array in full.items():
+            np.testing.assert_array_equal(decoded.arrays[spec], array)
+    assert arena.take() is not None
+    assert arena.take() is None
+    arena.give(slots)
+    assert {arena.take(), arena.take()} == set(slots)
+    arena.close()
+
+
+def test_shared_memory_is_freed() -> None:
+    def shared() -> int:
+        return Path("/proc/self/maps").read_text().count("karmma-clips")
+
+    before = shared()
+    arena = Arena(4096, 2)
+    assert shared() == before + 1
+    arena.close()
+    del arena
+    gc.collect()
+    assert shared() == before
+
+
+def test_clips_of_one_file_go_to_one_decoder_across_batches() -> None:
+    a, b = clips_of(Path("a.mp4"), 7), clips_of(Path("b.mp4"), 1)
+    groups = [[clip.clip_id for clip in group] for group in _by_video([*a, *b], 4)]
+    assert groups == [["a0", "a1", "a2", "a3"], ["a4", "a5", "a6"], ["b0"]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"),
+    [
+        ({BACKBONES: 9.0, DECODING: 1.0}, "backbone-bound"),
+        ({BACKBONES: 4.0, DECODING: 6.0}, "decode-bound"),
+    ],
+)
+def test_the_report_names_the_stage_that_the_others_wait_for(
+    seconds: dict[str, float], bound: str
+) -> None:
+    report = ExtractReport({"a": Path("a")}, clips=20, complete=True)
+    report.seconds.update(seconds)
+    text = report.summary()
+    assert f"20 clips in 10 s, 2.0 clips/s: {bound} (" in text
+    facts: dict[str, Any] = report.facts()
+    assert (facts["bound"], facts["clips_per_s"]) == (bound, 2.0)
+
+
+def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> None:
+    spec: InputSpec = settings().inputs[0]
+    arena = Arena(4096, slots=1)
+    slots = [arena.take()]
+
+    def decode(clips: list[Clip], *_: object) -> list[Decoded]:
+        return [Decoded(clip.clip_id, {spec: np.ones(5000, np.uint8)}) for clip in clips]
+
+    clips = clips_of(Path("x.mp4"), 1)
+    _, [(decoded, places)] = decode_into(
+        arena.address, 4096, slots, decode, clips, settings(), "decord"
+    )
+    assert not places
+    assert decoded.arrays[spec].sum() == 5000
+    arena.close()
+
+
+def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:
+    flow = Flow(source="raft_small", weights="random:0", updates=1)
+    before = settings()
+    wanted = Settings(before.sampling, flow, before.audio, before.inputs)
+    clips = clips_of(write_video(tmp_path / "a.mp4", pan_px_s=30.0), 2)
+    alone = decode_clips(clips, wanted)
+    raft = Raft(flow, torch.device("cpu"))
+    arena = Arena(clip_bytes(wanted), slots=3)
+    with DecodePool(wanted, 1, 60, StopFlag(), ahead=3, arena=arena) as pool:
+        for batch in pool.batches([clips]):
+            staged = stage(Work(clips, {}, last=True), batch, pin=False)
+    arena.close()  # what is staged needs it no longer
+    spec = wanted.inputs[1]
+    staged.complete(raft)
+    raft.complete(alone)
+    found = staged.inputs[spec].numpy()
+    np.testing.assert_array_equal(found, [clip.arrays[spec] for clip in alone])
+    assert found.std() > 0

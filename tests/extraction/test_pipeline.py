@@ -1,0 +1,299 @@
+"""Extraction end to end on small files: presence, reasons, kills, parts."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from support.media_files import Maker, write_video
+from support.misbehave import misbehave
+
+from karmma_pipeline import config
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
+from karmma_pipeline.extraction.decode import pool
+from karmma_pipeline.extraction.decode.pool import DecodePool
+from karmma_pipeline.extraction.decode.worker import Settings
+from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.jobs import Part, StopFlag
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.backbones import Backbone
+from karmma_pipeline.store import FeatureStore, verify
+
+TINY: dict[str, Any] = {
+    "sampling": {"mode": "uniform"},
+    "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
+    "sets": {
+        "teacher": {
+            "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
+            "flow": {"name": "s3d", "weights": "random:1", "frames": 8, "size": 32},
+            "audio": {"name": "resnet18", "weights": "random:2", "image": [32, 32]},
+        },
+        "student": {
+            "rgb": {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32},
+            "audio": {"name": "resnet18", "weights": "random:3", "image": [32, 32]},
+        },
+    },
+    "store": {"clips_per_shard": 4},
+    "decode": {"workers": 1},
+    "batch_size": 2,
+    "precision": "float32",
+    "layout": "contiguous",
+}
+
+
+def make_recipe(folder: Path, out: str = "out", **changes: Any) -> ExtractRecipe:
+    tree = {**TINY, "manifest": str(folder / "m.csv"), "out": str(folder / out), **changes}
+    return config.build(ExtractRecipe, tree, "test")
+
+
+def write_rows(folder: Path, rows: list[str]) -> None:
+    text = "clip_id,video,start,stop,verb,split\n" + "\n".join(rows) + "\n"
+    (folder / "m.csv").write_text(text)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_every_fault_costs_its_clip_and_is_named(make_video: Maker, tmp_path: Path) -> None:
+    make_video("fine.mp4")
+    make_video("mute.mp4", sound=False)
+    make_video("radio.mp4", video=False)
+    (tmp_path / "page.mp4").write_text("<html>")
+    write_rows(
+        tmp_path,
+        [
+            "a,fine.mp4,0,1,x,train",
+            "b,mute.mp4,0,1,x,train",
+            "c,radio.mp4,0,1,y,train",
+            "d,page.mp4,0,1,y,val",
+            "e,gone.mp4,0,1,y,val",
+            "f,fine.mp4,1,,y,val",
+            "g,fine.mp4,50,51,y,val",
+        ],
+    )
+    with pytest.raises(TooManyFailuresError, match=r"failures\.csv: 3 of 7 clips"):
+        extract(make_recipe(tmp_path))
+    store = FeatureStore.open(tmp_path / "out/teacher")
+    assert store.modalities == ("rgb", "flow", "audio")
+    names = [[Reason(r).name.lower() for r in row] for row in store.reasons]
+    assert names == [
+        ["present"] * 3,
+        ["present", "present", "no_stream"],
+        ["no_stream", "no_stream", "present"],
+        ["decode_error"] * 3,
+        ["file_missing"] * 3,
+        ["present"] * 3,
+        ["out_of_range"] * 3,
+    ]
+    with (tmp_path / "out/failures.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(r["clip_id"], r["reason"]) for r in table if r["modality"] == "audio"} == {
+        ("b", "no_stream"),
+        ("d", "decode_error"),
+        ("e", "file_missing"),
+        ("g", "out_of_range"),
+    }
+    assert all(row["hint"] for row in table)
+    with (tmp_path / "out/media.csv").open() as file:
+        media = {row["clip_id"]: row for row in csv.DictReader(file)}
+    assert list(media) == list("abcdefg")
+    assert {i for i, row in media.items() if row["audio_rate_hz"]} == {"a", "c", "f"}
+    assert media["a"]["rgb_decoder"] == "decord"
+    assert media["d"]["rgb_decoder"] == ""
+    report = extract(make_recipe(tmp_path, max_failures=0.5))  # nothing is done again
+    assert report.clips == 0
+    assert report.complete
+    assert verify(tmp_path / "out/student") == []
+    times = store.times("rgb")
+    np.testing.assert_allclose(times[0, 0], (np.arange(8) + 0.5) / 8)
+    np.testing.assert_allclose(times[5, 0], 1 + (np.arange(8) + 0.5) / 8, atol=0.02)
+    assert (np.abs(times[[0, 5], 0] - times[[0, 5], 1]) < 1 / 25 + 1e-3).all()
+
+
+def test_one_decode_serves_all_sets_and_equal_networks_give_equal_tokens(
+    make_video: Maker, tmp_path: Path
+) -> None:
+    make_video("fine.mp4")
+    write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
+    assert len(Settings.of(make_recipe(tmp_path)).inputs) == 3
+    extract(make_recipe(tmp_path))
+    one, other = (FeatureStore.open(tmp_path / "out" / n) for n in ("teacher", "student"))
+    index = torch.tensor([0])
+    assert torch.equal(one.gather("rgb", index), other.gather("rgb", index))
+    assert not torch.equal(one.gather("audio", index), other.gather("audio", index))
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_name(
+    make_video: Maker, tmp_path: Path
+) -> None:
+    make_video("fine.mp4")
+    write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
+    extract(make_recipe(tmp_path))
+    with pytest.raises(StoreError, match=r"rgb\.provenance\.sampling\.mode is 'uniform' there"):
+        extract(make_recipe(tmp_path, sampling={"mode": "fps"}))
+
+
+def many_clips(folder: Path, count: int = 12) -> None:
+    for number in range(count // 2):
+        write_video(folder / f"v{number}.mp4", sound=number != 1)
+    rows = [f"c{i},v{i // 2}.mp4,{i % 2},{i % 2 + 1},x,train" for i in range(count)]
+    write_rows(folder, rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set and the stores of an extraction that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    many_clips(folder)
+    extract(make_recipe(folder))
+    return folder
+
+
+def check_same_stores(found: Path, undisturbed: Path) -> None:
+    for name in ("teacher", "student"):
+        ours = {k: v for k, v in tree(found / name).items() if ".tmp" not in k}
+        assert ours == tree(undisturbed / "out" / name)
+    assert (found / "media.csv").read_text() == (undisturbed / "out/media.csv").read_text()
+
+
+def recipe_for(undisturbed: Path, out: Path) -> ExtractRecipe:
+    return make_recipe(undisturbed, out=str(out))
+
+
+def test_stopped_parts_in_any_order_make_the_same_store(undisturbed: Path, tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.request()
+    with pytest.raises(StoppedError, match="run the same command again"):
+        extract(recipe_for(undisturbed, tmp_path), Part(1, 2), stop)
+    for index in (1, 0):
+        report = extract(recipe_for(undisturbed, tmp_path), Part(index, 2))
+        assert report.complete == (index == 0)
+    check_same_stores(tmp_path, undisturbed)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_store(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    config.save(recipe_for(undisturbed, tmp_path / "killed"), tmp_path / "r.yaml")
+    command = [sys.executable, "-m", "karmma_pipeline.cli", "extract", str(tmp_path / "r.yaml")]
+    rng = np.random.default_rng()
+    for _ in range(2):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while process.poll() is None and not list(tmp_path.glob("killed/*/spool/*/journal")):
+            assert time.monotonic() - started < 300
+            time.sleep(0.02)
+        time.sleep(float(rng.uniform(0, 1.5)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    check_same_stores(tmp_path / "killed", undisturbed)
+
+
+def clips_named(*names: str) -> list[Clip]:
+    return [Clip(name, {"rgb": FileSource(Path("x.mp4"))}, 0, 1, {}) for name in names]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(pool, "decode_clips", misbehave)
+    write_rows(tmp_path, ["a,x.mp4,0,1,x,train"])
+    return Settings.of(make_recipe(tmp_path))
+
+
+def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: Settings) -> None:
+    names = ["a", "hang", "b", "die", "c", "memory", "d", "raise", "e", "grow", "f"]
+    clips = clips_named(*names)
+    with DecodePool(settings, 1, timeout_s=8, stop=StopFlag(), memory_gb=1.5) as workers:
+        batches = list(workers.batches([clips[:4], clips[4:8], clips[8:]]))
+    found = {d.clip_id: set(d.reasons.values()) for batch in batches for d in batch}
+    assert list(found) == names
+    assert found["hang"] == {Reason.TIMEOUT}
+    assert found["die"] == {Reason.CRASHED}
+    assert found["memory"] == {Reason.OUT_OF_MEMORY}
+    assert found["raise"] == {Reason.DECODE_ERROR}
+    assert found["grow"] == {Reason.OUT_OF_MEMORY}
+    assert not any(found[name] for name in "abcdef")
+
+
+def test_what_the_first_decoder_dies_of_goes_to_the_second_in_a_fresh_process(
+    settings: Settings, tmp_path: Path
+) -> None:
+    names = ["a", "first_hang", "b", "first_die", "c"]
+    clips = [Clip(name, {"rgb": FileSource(tmp_path / f"{name}.mp4")}, 0, 1, {}) for name in names]
+    with DecodePool(settings, 1, timeout_s=6, stop=StopFlag()) as workers:
+        found = [d for batch in workers.batches([clips]) for d in batch]
+    assert [d.clip_id for d in found] == names
+    assert not any(d.reasons for d in found)
+    for name in ("first_hang", "first_die"):
+        attempts = [p.name.split(".")[1:] for p in tmp_path.glob(f"{name}.*")]
+        assert sorted(decoder for _, decoder in attempts) == ["decord", "decord", "pyav"]
+        assert len({process for process, _ in attempts}) == 3
+
+
+def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
+    settings: Settings,
+) -> None:
+    me = psutil.Process()
+    with DecodePool(settings, 1, timeout_s=30, stop=StopFlag()) as workers:
+        batches = workers.batches([clips_named(name) for name in "abcdefgh"])
+        found = [next(batches)]
+        time.sleep(1)  # until the process has nothing to do
+        (process,) = (c for c in me.children() if "--multiprocessing-fork" in c.cmdline())
+        process.send_signal(signal.SIGTERM)
+        found.append(next(batches))
+        assert process.is_running()
+        process.kill()
+        time.sleep(1)
+        found += batches
+    assert [d.clip_id for batch in found for d in batch] == list("abcdefgh")
+    assert not any(d.reasons for batch in found for d in batch)
+
+
+def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: Settings) -> None:
+    stop = StopFlag()
+    threading.Timer(1, stop.request).start()
+    started = time.monotonic()
+    with (
+        DecodePool(settings, 1, timeout_s=120, stop=stop) as workers,
+        pytest.raises(StoppedError, match="run the same command again"),
+    ):
+        list(workers.batches([clips_named("hang")]))
+    assert time.monotonic() - started < 90
+
+
+def test_sets_that_choose_the_same_network_run_it_once(
+    tmp_path: Path, make_video: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_video("x.mp4")
+    write_rows(tmp_path, ["a,x.mp4,0,1,x,train", "b,x.mp4,1,2,x,val"])
+    recipe = make_recipe(tmp_path)
+    same = recipe.sets["teacher"]["rgb"]
+    recipe = recipe.model_copy(update={"sets": {"one": {"rgb": same}, "two": {"rgb": same}}})
+    runs: list[int] = []
+    original = Backbone.forward
+
+    def spy(self: Backbone, x: torch.Tensor) -> torch.Tensor:
+        runs.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Backbone, "forward", spy)
+    extract(recipe)
+    assert runs == [2]
+    one, two = (FeatureStore.open(recipe.out / name) for name in ("one", "two"))
+    torch.testing.assert_close(
+        one.gather("rgb", torch.arange(2)), two.gather("rgb", torch.arange(2))
+    )

@@ -1,0 +1,82 @@
+"""Two processes under torchrun: the same clips, masks, order and (to rounding) the same model."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_store import write_store
+from support.training import (
+    ended,
+    fork_ranks,
+    karmma,
+    poison,
+    results,
+    says,
+    student_recipe,
+    teacher_recipe,
+)
+
+from karmma_pipeline import config
+from karmma_pipeline.training.stages import distill, train_teacher
+
+UNEVEN = {"batch_size": 17, "accumulate": 2, "save_every_s": 0.0}
+"""72 clips: 9 and 8 of each batch, then 4 clips that one rank passes in two parts."""
+
+
+def losses(folder: Path) -> np.ndarray:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[row["train_loss"], row["val_loss"], row["val_action_top1"]] for row in rows])
+
+
+def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s")
+    poison(store, "c001", "rgb")
+    train_teacher(teacher_recipe(store, tmp_path / "teacher", epochs=1))
+    recipes = {
+        n: student_recipe(store, tmp_path / "teacher", tmp_path / n, epochs=2, **UNEVEN)
+        for n in ("one", "two")
+    }
+    distill(recipes["one"])
+    config.save(recipes["two"], tmp_path / "two.yaml")
+    process = karmma("distill", str(tmp_path / "two.yaml"), ranks=2)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = says(tmp_path / "one", store), says(tmp_path / "two", store)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+    assert out.count("best epoch") == 1
+    assert err.count("epoch 1/2") == 1
+    assert (tmp_path / "two/log.txt").read_text().count("c001: its rgb features") == 1
+
+
+def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(
+    tmp_path: Path,
+) -> None:
+    store = write_store(tmp_path / "s")
+    whole, parts = (
+        teacher_recipe(store, tmp_path / n, epochs=8, ema=0.9, **UNEVEN) for n in ("whole", "parts")
+    )
+    children = fork_ranks(lambda stop: train_teacher(whole, stop), tmp_path / "log")
+    assert [ended(child) for child in children] == [0, 0]
+    for number, codes in ((signal.SIGUSR1, [75, 75]), (signal.SIGKILL, [1, -signal.SIGKILL])):
+        children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
+        wait_for_a_state(tmp_path / "parts")
+        os.kill(children[1], number)  # one rank alone hears of it
+        assert [ended(child) for child in children] == codes
+    assert "another rank has ended" in (tmp_path / "log.0").read_text()
+    children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
+    assert [ended(child) for child in children] == [0, 0]
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def wait_for_a_state(folder: Path) -> None:
+    before = set(folder.glob("state/*.pt"))
+    deadline = time.monotonic() + 300
+    while set(folder.glob("state/*.pt")) <= before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
