@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from karmma_pipeline import config
-from karmma_pipeline.batch.models import recipe_model
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.demo import RECIPES, write_recipes
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation import paper
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.recipes import recipe_model
 from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
 
 ROOT = Path(__file__).parents[1]
