@@ -1,0 +1,170 @@
+"""What may differ between two programs that do the same: the whole list, each with its reason.
+
+A program that is changed on purpose gets a line here, and the line names the change. Every file
+that no rule names is compared byte by byte.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from io import BytesIO
+from typing import Any
+
+import torch
+import yaml
+
+Normalise = Callable[[bytes], bytes]
+
+
+def ignored(data: bytes) -> bytes:
+    """Compare only that the file is there."""
+    return b""
+
+
+def without(*keys: str) -> Normalise:
+    """Compare JSON, or YAML, without some dotted keys; ``*`` is any name or place."""
+
+    def normalise(data: bytes) -> bytes:
+        tree = yaml.safe_load(data) if not data.startswith(b"{") else json.loads(data)
+        for key in keys:
+            _drop(tree, key.split("."))
+        return json.dumps(tree, indent=1).encode()
+
+    return normalise
+
+
+def renamed(names: Mapping[str, str]) -> Normalise:
+    """Compare JSON, or YAML, after keys were given the new names, wherever they stand."""
+
+    def change(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {names.get(key, key): change(value) for key, value in tree.items()}
+        return [change(one) for one in tree] if isinstance(tree, list) else tree
+
+    def normalise(data: bytes) -> bytes:
+        return json.dumps(change(yaml.safe_load(data)), indent=1).encode()
+
+    return normalise
+
+
+def replaced(pattern: str, by: str = "") -> Normalise:
+    """Compare text after every match of a pattern was replaced."""
+    return lambda data: re.sub(pattern, by, data.decode()).encode()
+
+
+def state(data: bytes) -> bytes:
+    """Compare what a training state says; behind its digest lies a pickle.
+
+    The bytes of a pickle depend on which equal strings are one object.
+    """
+    tree = torch.load(BytesIO(data[32:]), map_location="cpu", weights_only=True)
+    return "\n".join(_plain(tree)).encode()
+
+
+def events(data: bytes) -> bytes:
+    """Compare the numbers of a TensorBoard file, without the time of day."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    lines, at = set(), 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        lines |= {f"{event.step} {value}" for value in event.summary.value}
+        at += 12 + size + 4
+    return "\n".join(sorted(lines)).encode()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How some files are compared.
+
+    Attributes:
+        files: pattern of their names under the folder of results.
+        killed: this counts only where the old program was killed and the new one went on.
+    """
+
+    files: str
+    normalise: Normalise
+    why: str
+    killed: bool = False
+
+
+RULES = (
+    Rule("*/log.txt", ignored, "sentences for people, with the time of day"),
+    Rule("*/environment.json", without("command", "commit"), "where the program lies"),
+    Rule(
+        "*/extract.json",
+        without(
+            "bound",
+            "clips_per_s",
+            "cpu_seconds",
+            "cpu_seconds_decoding",
+            "seconds",
+            "seconds_gpu_busy",
+            "seconds_writing_beside",
+            "peak_memory_bytes",
+        ),
+        "measured",
+    ),
+    Rule("*/extract.json", ignored, "tells of the last run only", killed=True),
+    Rule("*/media_notes/*", ignored, "clips that are read again are noted again", killed=True),
+    Rule("*/state/*.pt", state, "a pickle of the same has no fixed bytes"),
+    Rule("*/tensorboard/*", ignored, "a file for each start, the first one torn", killed=True),
+    Rule("*/tensorboard/*", events, "the time of day"),
+    Rule("*/metrics.jsonl", replaced(r'"(seconds|clips_per_s|wait)": [^,}]+'), "measured"),
+    Rule("out/report/results.json", without("commit"), "the program's own version"),
+    Rule(
+        "out/report/index.html",
+        replaced(r"<dt>commit</dt><dd><code>.*?</code></dd>"),
+        "the program's own version",
+    ),
+)
+
+
+NAMES = (
+    (r"events\.out\.tfevents\..*", "events"),  # TensorBoard's has the time and the host
+    (r"tar_index/[0-9a-f]+\.npy", "tar_index/one.npy"),  # from the tar's own path and time
+)
+"""Names that two programs do not give alike, and under which name they meet."""
+
+LEFT = ("*/tar_index/.*.tmp",)
+"""What a killed program leaves and neither program takes away."""
+
+
+def name_of(path: str) -> str:
+    """Return the name under which two programs' files meet."""
+    for pattern, name in NAMES:
+        path = re.sub(pattern, name, path)
+    return path
+
+
+def normalised(path: str, data: bytes, killed: bool) -> bytes:
+    """Return of a file what is to be the same."""
+    for rule in RULES:
+        if fnmatch(path, rule.files) and killed >= rule.killed:
+            data = rule.normalise(data) if data else data
+    return data
+
+
+def _drop(tree: Any, keys: list[str]) -> None:
+    names = range(len(tree)) if isinstance(tree, list) else list(tree) if tree else []
+    for name in names:
+        if keys[0] not in ("*", str(name)):
+            continue
+        if len(keys) > 1:
+            if isinstance(tree[name], dict | list):
+                _drop(tree[name], keys[1:])
+        elif isinstance(tree, dict):
+            del tree[name]
+
+
+def _plain(value: Any, name: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [line for key in value for line in _plain(value[key], f"{name}.{key}")]
+    if isinstance(value, list | tuple):
+        return [line for i, one in enumerate(value) for line in _plain(one, f"{name}.{i}")]
+    if isinstance(value, torch.Tensor):
+        return [f"{name} {value.dtype} {value.shape} {value.numpy().tobytes().hex()}"]
+    return [f"{name} {value!r}"]
