@@ -9,6 +9,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.patience import PATIENCE_S
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
 from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
@@ -203,19 +204,25 @@ def test_memory_follows_the_control_group(
 
 def test_workers_end_with_a_main_process_that_is_killed() -> None:
     main = (
-        "import concurrent.futures, multiprocessing, os, time\n"
+        "import concurrent.futures, multiprocessing, os, sys\n"
         "from karmma_pipeline.jobs import become_worker\n"
         "if __name__ == '__main__':\n"
         "    spawn = multiprocessing.get_context('spawn')\n"
         "    with concurrent.futures.ProcessPoolExecutor(1, spawn, become_worker) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
-        "        time.sleep(600)\n"
+        "        sys.stdin.readline()\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        sys.stdin.readline()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", main], stdin=pipe, stdout=pipe) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         worker = psutil.Process(int(process.stdout.readline()))
         worker.send_signal(signal.SIGTERM)  # of the batch system, to all: the main one decides
-        assert worker.is_running()
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert int(process.stdout.readline()) == worker.pid  # it goes on working
         process.kill()
-        _, alive = psutil.wait_procs([worker], timeout=60)
+        _, alive = psutil.wait_procs([worker], timeout=PATIENCE_S)
         assert not alive

@@ -3,11 +3,11 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.patience import PATIENCE_S, wait_for
 
 from karmma_pipeline.batch.recipe import Container, Resources, Site
 from karmma_pipeline.batch.slurm import Job, batch_script
@@ -184,7 +184,7 @@ def test_what_was_stopped_or_killed_goes_back_into_the_queue(
     site = Site(karmma=str(program(tmp_path / "karmma", f"exit {code}")))
     text = batch_script(job(tmp_path), site)
     process = started(tmp_path, text, state, SLURM_RESTART_COUNT=str(restarts))
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert ("scontrol requeue 7" in out) == again
     assert process.returncode == (0 if again else code)
 
@@ -193,7 +193,7 @@ def test_array_tasks_are_requeued_one_by_one(tmp_path: Path) -> None:
     site = Site(karmma=str(program(tmp_path / "karmma", "exit 75")))
     task = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
     process = started(tmp_path, batch_script(job(tmp_path), site), "RUNNING", **task)
-    assert process.communicate(timeout=60)[0] == "scontrol requeue 40_3\n"
+    assert process.communicate(timeout=PATIENCE_S)[0] == "scontrol requeue 40_3\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -204,15 +204,13 @@ def test_the_warning_reaches_the_command_which_saves(
     text = f"trap 'touch {tmp_path}/saved; exit 75' USR1; touch {tmp_path}/up\n"
     site = Site(karmma=str(program(tmp_path / "karmma", text + "while :; do sleep 0.1; done")))
     if ranks:  # under torchrun the signal comes from srun, to agents (who ignore it) and ranks
-        text = f"kill -USR1 $PPID; touch {tmp_path}/saved {tmp_path}/up; sleep 1; exit 75"
+        text = f"kill -USR1 $PPID; touch {tmp_path}/saved; exit 75"
         site = Site(karmma=str(program(tmp_path / "karmma", text)))
     process = started(tmp_path, batch_script(job(tmp_path, ranks=ranks), site), "RUNNING")
-    while not (tmp_path / "up").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
     if not ranks:
+        wait_for((tmp_path / "up").exists)
         process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert (tmp_path / "saved").exists()
     assert out == "scontrol requeue 7\n"
     assert not list(tmp_path.glob("stopped*"))
@@ -221,7 +219,7 @@ def test_the_warning_reaches_the_command_which_saves(
 def test_a_rank_that_failed_is_a_failed_job(tmp_path: Path) -> None:
     site = Site(karmma=str(program(tmp_path / "karmma", "exit 4")))
     process = started(tmp_path, batch_script(job(tmp_path, ranks=1), site), "RUNNING")
-    assert process.communicate(timeout=60)[0] == ""
+    assert process.communicate(timeout=PATIENCE_S)[0] == ""
     assert process.returncode == 4
 
 
@@ -236,4 +234,4 @@ def test_any_name_arrives_as_it_is(tmp_path: Path) -> None:
     )
     made = Job("", "n", shlex.join(["x", NASTY]), Resources(gpus=0), f"{folder}/n.log", str(folder))
     process = started(tmp_path, batch_script(made, site), "RUNNING")
-    assert process.communicate(timeout=60)[0].splitlines() == [str(folder), NASTY, NASTY]
+    assert process.communicate(timeout=PATIENCE_S)[0].splitlines() == [str(folder), NASTY, NASTY]

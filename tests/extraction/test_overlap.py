@@ -1,7 +1,7 @@
 """The parts between the stages: threads, shared memory, what the report says."""
 
 import gc
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,18 @@ def test_leaving_early_ends_the_thread() -> None:
 
 def test_what_comes_behind_is_done_in_order_and_all_of_it() -> None:
     done: list[int] = []
+    may_work = threading.Event()
 
     def slow(number: int) -> None:
-        time.sleep(0.01)
+        may_work.wait()
         done.append(number)
 
     with Behind(slow, depth=1) as behind:
-        for number in range(5):
+        behind.put(0)
+        behind.put(1)
+        assert not done  # nobody waited for it
+        may_work.set()
+        for number in range(2, 5):
             behind.put(number)
     assert done == [0, 1, 2, 3, 4]
 

@@ -26,7 +26,8 @@ enum stays { ONCE, FULL, ALL }; /* until when an error lasts: one call, a full d
 struct plan {
     uint64_t count;  /* calls until now */
     uint64_t at;     /* the call that is hit, from 1; 0: none */
-    int32_t error;   /* its errno; 0: SIGKILL for the whole process group, in mid-write */
+    int32_t error;   /* its errno; 0: SIGKILL for the whole process group, in mid-write;
+                        below 0: another signal, for this process alone, and the call goes on */
     int32_t stays;
     char root[PATH_MAX];
 };
@@ -61,6 +62,10 @@ static int fate(const char *call, const char *path) {
     int size = snprintf(line, sizeof line, "%s %s\n", call, path + length);
     if (list >= 0 && REAL(write, list, line, (size_t)size) < 0) list = -1;
     if (plan->at == 0 || number < plan->at) return 0;
+    if (plan->error < 0) {
+        if (number == plan->at) kill(getpid(), -plan->error);
+        return 0;
+    }
     if (number == plan->at) return plan->error ? plan->error : -1;
     int grows = strstr("create write mkdir link truncate", call) != NULL;
     int later = plan->stays == ALL || (plan->stays == FULL && grows);

@@ -8,10 +8,13 @@ import errno
 import mmap
 import os
 import shutil
+import signal
 import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from support import nth_call
 
 _SOURCE = Path(__file__).with_name("calls.c")
 _PLAN = "<QQii4096s"
@@ -20,7 +23,10 @@ _PLACE = "KARMMA_FAULTS"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the call: ``error`` 0 is SIGKILL; see ``enum stays`` for how long."""
+    """What happens at the call: ``error`` 0 is SIGKILL, below 0 another signal, to one process.
+
+    See ``enum stays`` for how long an error lasts.
+    """
 
     name: str
     error: int
@@ -34,7 +40,8 @@ ERRORS = (
     Fault("EDQUOT", errno.EDQUOT, 1),
     Fault("EROFS", errno.EROFS, 2),
 )
-FAULTS = {fault.name: fault for fault in (KILL, *ERRORS)}
+STOPS = tuple(Fault(number.name, -number) for number in (signal.SIGTERM, signal.SIGUSR1))
+FAULTS = {fault.name: fault for fault in (KILL, *STOPS, *ERRORS)}
 
 
 def build(folder: Path) -> dict[str, str]:
@@ -72,3 +79,41 @@ class Calls:
         """Stop counting and return the calls until now, such as ``fsync /out/recipe.yaml``."""
         self._plan[:] = bytes(len(self._plan))
         return Path(f"{self._path}.list").read_text().splitlines()
+
+    def begin(self) -> None:
+        """Called in the fork that is to be watched."""
+
+
+class PythonCalls(Calls):
+    """The same where nothing is preloaded: only calls that Python makes, in the fork alone."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._fault, self._at = log, KILL, 0
+        self._root: Path | None = None
+
+    def watch(self, root: Path, at: int = 0, fault: Fault = KILL) -> None:
+        self._root, self._at, self._fault = root, at, fault
+        self._log.write_bytes(b"")
+
+    def rest(self) -> list[str]:
+        self._root = None
+        return self._log.read_text().splitlines()
+
+    def begin(self) -> None:
+        if self._root is not None:
+            log = os.open(self._log, os.O_WRONLY | os.O_APPEND)
+
+            def act(number: int, call: str) -> None:
+                os.write(log, f"{call}\n".encode())
+                if number == self._at:
+                    self._strike()
+
+            nth_call.at_call(self._root, act)
+
+    def _strike(self) -> None:
+        error = self._fault.error
+        if error > 0:
+            raise OSError(error, os.strerror(error))
+        if error == 0:
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), -error)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from support.forks import fork
 
 import karmma_pipeline.evaluation.evaluate
 import karmma_pipeline.extraction.pipeline
 import karmma_pipeline.training.stages  # noqa: F401  (a fork has what is imported before)
 from karmma_pipeline.cli import main
 
-PATIENCE_S = 120.0
-"""No run here takes that long: it hangs."""
+PATIENCE_S = 600.0
+"""No run here takes that long, on a busy machine either: it hangs."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,18 @@ class Run:
         return found
 
 
-def start(arguments: Sequence[str], log: Path, fresh: bool) -> Run:
-    """Start a command: ``fresh`` in a new interpreter, else in a fork of this one, at once."""
-    child = os.fork()
+def _nothing() -> None:
+    pass
+
+
+def start(
+    arguments: Sequence[str], log: Path, fresh: bool, begin: Callable[[], None] = _nothing
+) -> Run:
+    """Start a command: ``fresh`` in a new interpreter, else in a fork of this one, at once.
+
+    ``begin`` is called first, in the fork.
+    """
+    child = fork()
     if child:
         return Run(child, log)
     try:
@@ -85,6 +95,7 @@ def start(arguments: Sequence[str], log: Path, fresh: bool) -> Run:
             words = [sys.executable, "-m", "karmma_pipeline.cli", *arguments]
             os.execv(sys.executable, words)  # noqa: S606
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        begin()
         _forked(arguments)
     finally:
         os._exit(98)
@@ -109,7 +120,7 @@ def _forked(arguments: Sequence[str]) -> None:
 
 def apart(work: Callable[[], None]) -> None:
     """Do something in a fork, so that it leaves no threads or files open here."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         code = 1
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from faults import damage
-from faults.calls import ERRORS, FAULTS, KILL, Fault
+from faults.calls import ERRORS, FAULTS, KILL, STOPS, Fault
 from faults.trials import Trials
 
 Item = tuple[Trials, str, Callable[[], str]]
@@ -62,7 +62,7 @@ def _kill(one: Trials, rng: random.Random) -> Item:
 
 def _any(one: Trials, rng: random.Random) -> Item:
     if one.made and rng.randrange(10) < _CALLS_OF_TEN:
-        return _hit(one, rng.randint(1, len(one.made)), rng.choice([KILL, *ERRORS]))
+        return _hit(one, rng.randint(1, len(one.made)), rng.choice([KILL, *STOPS, *ERRORS]))
     names = ["a kill", "a stop", *damage.possible(one)]
     name = rng.choice(names)
     if name == "a kill":

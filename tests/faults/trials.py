@@ -83,7 +83,7 @@ class Trials:
         made = self.calls.rest()
         call = made[number - 1] if number <= len(made) else "no call"
         what = f"{fault.name} at call {number}, {call}"
-        self.judge(what, ended, fault is KILL)
+        self.judge(what, ended, fault is KILL, max(0, -fault.error))
         self.end(what)
         return f"{fault.name} at {call.split()[0]}: exit {ended.code}"
 
@@ -131,7 +131,8 @@ class Trials:
 
     def run(self, fresh: bool = False) -> Ended:
         """Run the command to its end."""
-        run = start(self.arguments, self.log, fresh)
+        begin = [self.calls.begin] if self.calls is not None else []
+        run = start(self.arguments, self.log, fresh, *begin)
         ended = run.wait()
         if ended is None:
             run.signal(signal.SIGKILL)

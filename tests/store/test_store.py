@@ -1,9 +1,12 @@
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.forks import in_fork
+from support.nth_call import at_call, kill_at_call
+from support.patience import wait_for
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
@@ -228,7 +234,8 @@ def test_the_digest_changes_with_a_token_and_not_with_the_place(tmp_path: Path) 
 def test_the_bytes_do_not_depend_on_the_time_of_day(tmp_path: Path) -> None:
     fill(tmp_path / "a", make_spec(), make_clips(5), {1: "rgb"})
     finalize(tmp_path / "a")
-    time.sleep(1.1)  # HDF5 records times in seconds
+    second = int(time.time())  # HDF5 records times in seconds
+    wait_for(lambda: int(time.time()) > second)
     fill(tmp_path / "b", make_spec(), make_clips(5), {1: "rgb"})
     finalize(tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
@@ -276,39 +283,31 @@ def test_a_damaged_lock_holds_nobody_off(tmp_path: Path, damage: bytes) -> None:
         assert lock.read_text().split()[1] == str(os.getpid())
 
 
-WRITE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-import test_store as t
-spec = t.StoreSpec(modalities={{"rgb": t.ModalitySpec(tokens=16, width=512, frames=2),
-                               "audio": t.ModalitySpec(tokens=4, width=64)}},
-                   heads={{}}, clips_per_shard=50)
-t.fill(Path(sys.argv[1]), spec, t.make_clips(150), {{7: "rgb", 60: "audio"}})
-t.finalize(Path(sys.argv[1]))
-"""
+def test_killed_at_any_calls_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    spec, clips, absent = make_spec(), make_clips(10), {2: "audio", 5: "rgb"}
 
+    def write(root: Path, hook: Callable[[Path], None]) -> int:
+        def work() -> None:
+            hook(root)
+            fill(root, spec, clips, absent)
+            finalize(root)
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITE.format(here=str(Path(__file__).parent))]
-    started = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    length = time.monotonic() - started
-    rng = np.random.default_rng()
-    kills = 0
-    while kills < 5:
-        with subprocess.Popen([*command, str(tmp_path / "killed")]) as process:
-            try:
-                process.wait(length * rng.uniform(0.6, 1.05))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
-            else:  # faster than the first: come sooner
-                length *= 0.9
-                shutil.rmtree(tmp_path / "killed")
-    subprocess.run([*command, str(tmp_path / "killed")], check=True)
-    killed = {k: v for k, v in tree(tmp_path / "killed").items() if not k.endswith(".tmp")}
-    assert killed == tree(tmp_path / "whole")
+        return in_fork(work)
+
+    def count(root: Path) -> None:
+        at_call(root, lambda number, _: (tmp_path / "calls").write_text(str(number)))
+
+    assert write(tmp_path / "whole", count) == 0
+    calls = int((tmp_path / "calls").read_text())
+    assert calls > 100
+    rng = random.Random(0)
+    for trial in range(6):
+        killed = tmp_path / f"killed{trial}"
+        for number in (rng.randint(1, calls), rng.randint(1, calls // 4)):
+            assert write(killed, partial(kill_at_call, number=number)) in {-signal.SIGKILL, 0}
+        assert write(killed, lambda _: None) == 0
+        found = {k: v for k, v in tree(killed).items() if not k.endswith(".tmp")}
+        assert found == tree(tmp_path / "whole")
 
 
 def test_a_spool_cut_anywhere_is_continued(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from support import forks
 
 from karmma_pipeline import config
 from karmma_pipeline.errors import KarmmaError
@@ -64,6 +66,24 @@ def results(run: Path) -> tuple[bytes, ...]:
     return tuple((run / name).read_bytes() for name in RESULTS)
 
 
+class SignalAt(StopFlag):
+    """Sends its process a signal at the n-th time that anybody looks; else it is another flag."""
+
+    def __init__(self, flag: StopFlag, looks: int, number: int) -> None:
+        super().__init__()
+        self.flag, self.looks, self.number = flag, looks, number
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        if self.looks == 0:
+            os.kill(os.getpid(), self.number)
+        return self.flag.requested
+
+    def check(self, saved: str) -> None:
+        self.flag.check(saved)
+
+
 class StopAt(StopFlag):
     """Asks for a stop at the n-th time that anybody looks."""
 
@@ -111,7 +131,7 @@ def exit_code(train: Callable[[StopFlag], object]) -> int:
 
 def fork(train: Callable[[StopFlag], object], log: Path, **environment: str) -> int:
     """Train in a process of its own, which costs no imports; return its id."""
-    child = os.fork()
+    child = forks.fork()
     if child:
         return child
     os.environ.update(environment)
@@ -124,9 +144,7 @@ def fork(train: Callable[[StopFlag], object], log: Path, **environment: str) -> 
 
 def fork_ranks(train: Callable[[StopFlag], object], log: Path, size: int = 2) -> list[int]:
     """Train in several processes that find one another as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     return [
         fork(
             train,
@@ -140,9 +158,14 @@ def fork_ranks(train: Callable[[StopFlag], object], log: Path, size: int = 2) ->
     ]
 
 
-def ended(child: int) -> int:
-    """Wait for a process and return its exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def _free_port() -> int:
+    """Return a port that no other test process takes, and below those that systems give away."""
+    first = 10_000 + os.getpid() % 10_000
+    for port in range(first, first + 10_000):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def karmma(*arguments: str, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":

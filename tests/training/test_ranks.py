@@ -3,15 +3,16 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.forks import ended
+from support.patience import PATIENCE_S
 from support.tiny_store import write_store
 from support.training import (
-    ended,
+    SignalAt,
     fork_ranks,
     karmma,
     poison,
@@ -22,6 +23,7 @@ from support.training import (
 )
 
 from karmma_pipeline import config
+from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.training.stages import distill, train_teacher
 
 UNEVEN = {"batch_size": 17, "accumulate": 2, "save_every_s": 0.0}
@@ -44,7 +46,7 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     distill(recipes["one"])
     config.save(recipes["two"], tmp_path / "two.yaml")
     process = karmma("distill", str(tmp_path / "two.yaml"), ranks=2)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = says(tmp_path / "one", store), says(tmp_path / "two", store)
@@ -64,19 +66,15 @@ def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(
     children = fork_ranks(lambda stop: train_teacher(whole, stop), tmp_path / "log")
     assert [ended(child) for child in children] == [0, 0]
     for number, codes in ((signal.SIGUSR1, [75, 75]), (signal.SIGKILL, [1, -signal.SIGKILL])):
-        children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
-        wait_for_a_state(tmp_path / "parts")
-        os.kill(children[1], number)  # one rank alone hears of it
+
+        def hurt(stop: StopFlag, number: int = number) -> None:
+            one_alone = os.environ["RANK"] == "1"
+            train_teacher(parts, SignalAt(stop, 7, number) if one_alone else stop)
+
+        children = fork_ranks(hurt, tmp_path / "log")
         assert [ended(child) for child in children] == codes
+        assert list(tmp_path.glob("parts/state/*.pt"))
     assert "another rank has ended" in (tmp_path / "log.0").read_text()
     children = fork_ranks(lambda stop: train_teacher(parts, stop), tmp_path / "log")
     assert [ended(child) for child in children] == [0, 0]
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
-
-
-def wait_for_a_state(folder: Path) -> None:
-    before = set(folder.glob("state/*.pt"))
-    deadline = time.monotonic() + 300
-    while set(folder.glob("state/*.pt")) <= before:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

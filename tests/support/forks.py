@@ -1,0 +1,33 @@
+"""Work in a fork of the test's process: it costs no imports, and may be killed."""
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+
+
+def fork() -> int:
+    """Fork, also where this process has threads, which newer Pythons warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def ended(child: int) -> int:
+    """Wait for a process and return its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_fork(work: Callable[[], object]) -> int:
+    """Work in a process group of its own and return how it ended, as `ended` does."""
+    if child := fork():
+        return ended(child)
+    code = 1
+    try:
+        os.setsid()
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
