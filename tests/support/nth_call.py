@@ -22,7 +22,7 @@ _CHANGES = {
 """Audit events, and which of their arguments is the path that changes."""
 
 
-def at_call(root: Path, act: Callable[[int, str], None]) -> None:
+def at_call(root: Path, act: Callable[[int, str], object]) -> None:
     """Call ``act`` with number and name of each change under a folder, just before it is made.
 
     An exception of ``act`` is that of the call. Of this process only, and until its end: an audit
@@ -97,4 +97,4 @@ def _count_writes(count: Callable[[str, str], None]) -> None:
             return Counted(file, mode.replace("b", ""))
         return original(file, mode, buffering, *more, **named)
 
-    io.open = opened  # type: ignore[assignment]
+    io.open = opened
