@@ -32,8 +32,8 @@ import torch
 from karmma_pipeline import config, jobs
 from karmma_pipeline.data.manifest import Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extraction.decode.sampling import sample_times
-from karmma_pipeline.extraction.decode.worker import Settings, decode_clips, input_spec
+from karmma_pipeline.extraction.decode.frame_selection import sample_times
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Staged, Work, stage
 from karmma_pipeline.extraction.inference.calibrate import device_name, measure
 from karmma_pipeline.extraction.inference.modes import FOLDER, decide
@@ -44,6 +44,7 @@ from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.report import STARTING
+from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 
@@ -220,7 +221,9 @@ def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) ->
     for first in range(0, len(clips), size):
         some = list(clips[first : first + size])
         work = Work(some, writers, last=False)
-        yield stage(work, decode_clips(some, Settings.of(recipe)), networks.device.type == "cuda")
+        yield stage(
+            work, decode_clips(some, DecodeSettings.of(recipe)), networks.device.type == "cuda"
+        )
 
 
 def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> tuple[float, float]:
@@ -262,7 +265,7 @@ def time_loop(recipe: ExtractRecipe, clips: Sequence[Clip], folder: Path) -> flo
                 if modality == "rgb":
                     array = read_frames(clip, choice, recipe)
                 else:
-                    settings = Settings(
+                    settings = DecodeSettings(
                         recipe.sampling, recipe.flow, recipe.audio, (input_spec(modality, choice),)
                     )
                     (array,) = decode_clips([clip], settings)[0].arrays.values()
@@ -290,7 +293,7 @@ def deviations(
     torch.set_num_threads(1)
     choice = config.build(BackboneChoice, tree, "benchmark")
     recipe = make_recipe(manifest, Path("none"), {"one": {"rgb": tree}}, arguments.device)
-    decoded = decode_clips(list(read_manifest(manifest).clips[:2]), Settings.of(recipe))
+    decoded = decode_clips(list(read_manifest(manifest).clips[:2]), DecodeSettings.of(recipe))
     clips = torch.from_numpy(np.stack([clip.arrays[input_spec("rgb", choice)] for clip in decoded]))
     seconds, tokens = plain_pass(Backbone(choice).to(device), clips.to(device))
     network = Network(Backbone(choice), device, Mode())

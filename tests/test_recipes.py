@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from karmma_pipeline.batch.models import recipe_model
 
 from karmma_pipeline import config
 from karmma_pipeline.config import Recipe

@@ -11,8 +11,8 @@ import numpy as np
 
 from karmma_pipeline import config, files
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
-from karmma_pipeline.extraction.decode.worker import Decoded
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, FeatureStore, finalize
@@ -189,7 +189,7 @@ MEDIA_NOTES = "media_notes"
 _MEDIA_COLUMNS = ("clip_id", "audio_rate_hz", "audio_windows_padded")
 
 
-def note_media(out: Path, shard: int, clips: Iterable[Decoded]) -> None:
+def note_media(out: Path, shard: int, clips: Iterable[DecodedClip]) -> None:
     """Note clips that are about to be stored.
 
     Raises:

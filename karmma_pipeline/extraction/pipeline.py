@@ -21,13 +21,13 @@ from karmma_pipeline.extraction.background import Ahead, Behind
 from karmma_pipeline.extraction.clips import read_clips, write_groups
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.decode.shared_memory import Arena, clip_bytes
-from karmma_pipeline.extraction.decode.worker import Settings
 from karmma_pipeline.extraction.inference.batching import Staged, Work, Writers, plan, stage
 from karmma_pipeline.extraction.inference.modes import decide
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
+from karmma_pipeline.extraction.types import DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, create_store
@@ -152,7 +152,7 @@ def _pool(
     stack: ExitStack,
 ) -> DecodePool:
     """Return a pool whose clips, decoded and not yet used, stay within the recipe's memory."""
-    settings = Settings.of(recipe)
+    settings = DecodeSettings.of(recipe)
     size = clip_bytes(settings)
     ahead = max(report.workers + 1, int(recipe.decode.queue_gb * 1e9 / size))
     ahead = min(ahead, 16 * report.workers + 4 * networks.batch_size)  # more does not help

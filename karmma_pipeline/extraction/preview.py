@@ -9,8 +9,9 @@ import torch
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import MediaError
-from karmma_pipeline.extraction.decode.worker import Settings, decode_clips, input_spec
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice, describe, top_classes
 
 
@@ -29,7 +30,7 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
     modality = "rgb" if choice.architecture.kind == "video" else "audio"
     spec = input_spec(modality, choice)
     clip = Clip("clip", {modality: FileSource(path)}, 0.0, None, {})
-    (decoded,) = decode_clips([clip], Settings(Sampling(), Flow(), Audio(), (spec,)))
+    (decoded,) = decode_clips([clip], DecodeSettings(Sampling(), Flow(), Audio(), (spec,)))
     if spec in decoded.reasons:
         reason = decoded.reasons[spec]
         raise MediaError(f"{path}: {modality}: {reason.name.lower()}: {reason.hint}")

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from karmma_pipeline.extraction.decode.worker import Decoded
 from karmma_pipeline.extraction.inference import memory
 from karmma_pipeline.extraction.inference.workers import Lanes
+from karmma_pipeline.extraction.types import DecodedClip
 
 STARTING, BACKBONES = "start-up", "backbones"
 DECODING, WRITING = "decode wait", "write wait"
@@ -56,7 +56,7 @@ class ExtractReport:
     audio_rates: Counter[int] = field(default_factory=Counter)
     decoders: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def count(self, batch: list[Decoded]) -> None:
+    def count(self, batch: list[DecodedClip]) -> None:
         """Take note of a batch that is done."""
         self.clips += len(batch)
         self.padded += sum(clip.padded for clip in batch)

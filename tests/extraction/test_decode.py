@@ -10,10 +10,11 @@ from support.media_files import RATE, Maker, pack, read_counter, write_frames
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray
-from karmma_pipeline.extraction.decode.sampling import partners, sample_times
-from karmma_pipeline.extraction.decode.worker import Decoded, InputSpec, Settings, decode_clips
+from karmma_pipeline.extraction.decode.frame_selection import partners, sample_times
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 
@@ -24,9 +25,9 @@ AUDIO = InputSpec("audio", 4, None, (16, 16), per_frame=True)
 MELS = Audio(sample_rate=RATE, n_fft=512, win_length=400, mels=16, frame_s=0.2)
 
 
-def decode(clips: list[Clip], *inputs: InputSpec, **changes: Any) -> list[Decoded]:
+def decode(clips: list[Clip], *inputs: InputSpec, **changes: Any) -> list[DecodedClip]:
     settings = {"sampling": Sampling(), "flow": Flow(), "audio": MELS, **changes}
-    return decode_clips(clips, Settings(inputs=inputs, **settings))
+    return decode_clips(clips, DecodeSettings(inputs=inputs, **settings))
 
 
 def clip(path: Path, start: float, stop: float | None, name: str = "c") -> Clip:

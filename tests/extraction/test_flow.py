@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import CheckpointError, ConfigError
-from karmma_pipeline.extraction.decode.worker import Decoded, InputSpec, Settings, decode_clips
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.models.backbones import FrameTransform
 
 HALF = FrameTransform(resize=(24, 48), crop=(24, 48), mean=(0, 0, 0), std=(1, 1, 1))
@@ -26,9 +27,9 @@ UV = ("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg")
 BOUND = 4.0
 
 
-def decode(source: Source, flow: Flow) -> Decoded:
+def decode(source: Source, flow: Flow) -> DecodedClip:
     clips = [Clip("c", {"flow": source}, 0.0, 1.0, {})]
-    settings = Settings(Sampling(), flow, Audio(), (FLOW,))
+    settings = DecodeSettings(Sampling(), flow, Audio(), (FLOW,))
     (found,) = decode_clips(clips, settings)
     assert not found.reasons
     return found

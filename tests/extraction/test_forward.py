@@ -16,7 +16,6 @@ from torch import nn
 
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
-from karmma_pipeline.extraction.decode.worker import Decoded, input_spec
 from karmma_pipeline.extraction.inference import calibrate as calibration
 from karmma_pipeline.extraction.inference import memory, modes
 from karmma_pipeline.extraction.inference.batching import Work, stage
@@ -27,6 +26,7 @@ from karmma_pipeline.extraction.inference.networks import Networks, network_key
 from karmma_pipeline.extraction.inference.runner import Mode, Network, fold_norms, speed_up
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import DecodedClip, input_spec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.store import FeatureStore
@@ -286,9 +286,9 @@ def test_a_clip_lost_to_an_error_leaves_the_others_in_the_same_company(tmp_path:
     decide(networks, {}, print)
     (job,) = networks.jobs("student").values()
     frames = example(job.spec, 6).numpy()
-    decoded = [Decoded(str(i), {job.spec: array}) for i, array in enumerate(frames)]
+    decoded = [DecodedClip(str(i), {job.spec: array}) for i, array in enumerate(frames)]
     for place, reason in ((1, Reason.TIMEOUT), (2, Reason.NOT_IN_DATASET), (5, Reason.NO_STREAM)):
-        decoded[place] = Decoded(str(place), reasons={job.spec: reason})
+        decoded[place] = DecodedClip(str(place), reasons={job.spec: reason})
     seen: list[Any] = []
     whole = networks.all[job.network]
     whole.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))

@@ -1,12 +1,12 @@
 import csv
 from pathlib import Path
 
-from karmma_pipeline.extraction.decode.worker import Decoded
 from karmma_pipeline.extraction.parts import MEDIA_NOTES, MEDIA_TABLE, note_media, write_media_table
+from karmma_pipeline.extraction.types import DecodedClip
 
 
-def decoded(clip_id: str, rate: int) -> Decoded:
-    clip = Decoded(clip_id)
+def decoded(clip_id: str, rate: int) -> DecodedClip:
+    clip = DecodedClip(clip_id)
     clip.audio_rate = rate
     clip.decoders["audio"] = "pyav"
     return clip

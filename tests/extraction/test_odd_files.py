@@ -14,9 +14,10 @@ from support.media_files import over_report, read_counter, turn, write_video
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extraction.decode.worker import Decoded, InputSpec, Settings, decode_clips
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 
@@ -76,7 +77,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def decode(kind: Kind, path: Path, start_s: float, stop_s: float, decoder: Decoder) -> Decoded:
+def decode(kind: Kind, path: Path, start_s: float, stop_s: float, decoder: Decoder) -> DecodedClip:
     size = (96, 48) if kind.turned else (48, 96)
     whole = FrameTransform(resize=size, crop=size, mean=(0, 0, 0), std=(1, 1, 1))
     rgb = InputSpec("rgb", FRAMES, whole, size, per_frame=True)
@@ -85,7 +86,7 @@ def decode(kind: Kind, path: Path, start_s: float, stop_s: float, decoder: Decod
     rules = Sampling(), Flow(), sound
     media = {"rgb": FileSource(path), "audio": FileSource(path)}
     clips = [Clip("c", media, start_s, stop_s, {})]
-    (found,) = decode_clips(clips, Settings(*rules, (rgb, audio)), decoder)
+    (found,) = decode_clips(clips, DecodeSettings(*rules, (rgb, audio)), decoder)
     assert set(found.reasons.values()) <= {Reason.OUT_OF_RANGE}
     return found
 

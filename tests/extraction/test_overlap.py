@@ -16,26 +16,21 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.background import Ahead, Behind
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
 from karmma_pipeline.extraction.decode.shared_memory import Arena, clip_bytes, decode_into
-from karmma_pipeline.extraction.decode.worker import (
-    Decoded,
-    InputSpec,
-    Settings,
-    decode_clips,
-    input_spec,
-)
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Work, stage
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec, input_spec
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.backbones import BackboneChoice
 
 
-def settings() -> Settings:
+def settings() -> DecodeSettings:
     rgb = BackboneChoice(name="s3d", weights="random:0", frames=8, size=32)
     audio = BackboneChoice(name="resnet18", weights="random:0", image=(32, 48))
     specs = (input_spec("rgb", rgb), input_spec("flow", rgb), input_spec("audio", audio))
-    return Settings(Sampling(), Flow(), Audio(mels=32), specs)
+    return DecodeSettings(Sampling(), Flow(), Audio(mels=32), specs)
 
 
 def clips_of(path: Path, count: int) -> list[Clip]:
@@ -102,12 +97,12 @@ def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path
     clips += clips_of(write_video(tmp_path / "b.mp4", sound=False), 2)
     wanted = decode_clips(clips, settings())
     arena = Arena(clip_bytes(settings()), slots=4)
-    found: list[Decoded] = []
+    found: list[DecodedClip] = []
     with DecodePool(settings(), 1, 60, StopFlag(), ahead=6, arena=arena) as pool:
         for batch in pool.batches([clips[:3], clips[3:5], clips[5:]]):
             for clip in batch:
                 own = {spec: array.copy() for spec, array in clip.arrays.items()}
-                found.append(Decoded(clip.clip_id, own, clip.times, clip.reasons))
+                found.append(DecodedClip(clip.clip_id, own, clip.times, clip.reasons))
     arena.close()
     assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
     for one, other in zip(found, wanted, strict=True):
@@ -129,8 +124,8 @@ def test_arrays_are_left_in_their_slot_and_nothing_is_pickled() -> None:
     arena = Arena(clip_bytes(settings()), slots=3)
     slots = [arena.take(), arena.take()]
 
-    def decode(clips: list[Clip], *_: object) -> list[Decoded]:
-        return [Decoded(clip.clip_id, dict(full)) for clip in clips]
+    def decode(clips: list[Clip], *_: object) -> list[DecodedClip]:
+        return [DecodedClip(clip.clip_id, dict(full)) for clip in clips]
 
     clips = clips_of(Path("x.mp4"), 2)
     _, parts = decode_into(
@@ -190,8 +185,8 @@ def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> Non
     arena = Arena(4096, slots=1)
     slots = [arena.take()]
 
-    def decode(clips: list[Clip], *_: object) -> list[Decoded]:
-        return [Decoded(clip.clip_id, {spec: np.ones(5000, np.uint8)}) for clip in clips]
+    def decode(clips: list[Clip], *_: object) -> list[DecodedClip]:
+        return [DecodedClip(clip.clip_id, {spec: np.ones(5000, np.uint8)}) for clip in clips]
 
     clips = clips_of(Path("x.mp4"), 1)
     _, [(decoded, places)] = decode_into(
@@ -205,7 +200,7 @@ def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> Non
 def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:
     flow = Flow(source="raft_small", weights="random:0", updates=1)
     before = settings()
-    wanted = Settings(before.sampling, flow, before.audio, before.inputs)
+    wanted = DecodeSettings(before.sampling, flow, before.audio, before.inputs)
     clips = clips_of(write_video(tmp_path / "a.mp4", pan_px_s=30.0), 2)
     alone = decode_clips(clips, wanted)
     raft = Raft(flow, torch.device("cpu"))

@@ -23,9 +23,9 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
 from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.decode.pool import DecodePool
-from karmma_pipeline.extraction.decode.worker import Settings
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Backbone
@@ -128,7 +128,7 @@ def test_one_decode_serves_all_sets_and_equal_networks_give_equal_tokens(
 ) -> None:
     make_video("fine.mp4")
     write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
-    assert len(Settings.of(make_recipe(tmp_path)).inputs) == 3
+    assert len(DecodeSettings.of(make_recipe(tmp_path)).inputs) == 3
     extract(make_recipe(tmp_path))
     one, other = (FeatureStore.open(tmp_path / "out" / n) for n in ("teacher", "student"))
     index = torch.tensor([0])
@@ -208,13 +208,13 @@ def clips_named(*names: str) -> list[Clip]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecodeSettings:
     monkeypatch.setattr(pool, "decode_clips", misbehave)
     write_rows(tmp_path, ["a,x.mp4,0,1,x,train"])
-    return Settings.of(make_recipe(tmp_path))
+    return DecodeSettings.of(make_recipe(tmp_path))
 
 
-def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: Settings) -> None:
+def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: DecodeSettings) -> None:
     names = ["a", "hang", "b", "die", "c", "memory", "d", "raise", "e", "grow", "f"]
     clips = clips_named(*names)
     with DecodePool(settings, 1, timeout_s=8, stop=StopFlag(), memory_gb=1.5) as workers:
@@ -230,7 +230,7 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: Settings) -> No
 
 
 def test_what_the_first_decoder_dies_of_goes_to_the_second_in_a_fresh_process(
-    settings: Settings, tmp_path: Path
+    settings: DecodeSettings, tmp_path: Path
 ) -> None:
     names = ["a", "first_hang", "b", "first_die", "c"]
     clips = [Clip(name, {"rgb": FileSource(tmp_path / f"{name}.mp4")}, 0, 1, {}) for name in names]
@@ -245,7 +245,7 @@ def test_what_the_first_decoder_dies_of_goes_to_the_second_in_a_fresh_process(
 
 
 def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
-    settings: Settings,
+    settings: DecodeSettings,
 ) -> None:
     me = psutil.Process()
     with DecodePool(settings, 1, timeout_s=30, stop=StopFlag()) as workers:
@@ -263,7 +263,7 @@ def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
     assert not any(d.reasons for batch in found for d in batch)
 
 
-def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: Settings) -> None:
+def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: DecodeSettings) -> None:
     stop = StopFlag()
     threading.Timer(1, stop.request).start()
     started = time.monotonic()

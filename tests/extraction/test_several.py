@@ -8,11 +8,12 @@ from support.media_files import Maker
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extraction.decode.worker import Settings, decode_clips, input_spec
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.decord_video import DecordVideo
 from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice
 
@@ -24,7 +25,7 @@ def test_clips_decoded_together_are_what_they_are_alone_and_share_their_frames(
     spans = ((0.0, 1.0), (0.5, 1.5), (0.0, 1.0), (1.2, 2.0))
     clips = [Clip(f"c{i}", {"rgb": source}, a, b, {}) for i, (a, b) in enumerate(spans)]
     rgb = input_spec("rgb", BackboneChoice(name="s3d", weights="random:0", frames=16, size=32))
-    settings = Settings(Sampling(), Flow(), Audio(), (rgb,))
+    settings = DecodeSettings(Sampling(), Flow(), Audio(), (rgb,))
     alone = [decode_clips([clip], settings)[0] for clip in clips]
     read: list[int] = []
     original = DecordVideo.decode
@@ -47,7 +48,7 @@ def test_a_fault_in_one_of_several_clips_is_that_clips_alone(
     source = FileSource(make_video("v.mp4"))
     clips = [Clip(f"c{i}", {"rgb": source}, i / 2, i / 2 + 0.5, {}) for i in range(4)]
     rgb = input_spec("rgb", BackboneChoice(name="s3d", weights="random:0", frames=8, size=32))
-    settings = Settings(Sampling(), Flow(), Audio(), (rgb,))
+    settings = DecodeSettings(Sampling(), Flow(), Audio(), (rgb,))
     wanted = decode_clips(clips, settings)
 
     def broken(original: Any) -> Any:

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karmma_pipeline.extraction.decode.flow import as_pictures, dis_flow
-from karmma_pipeline.extraction.decode.sampling import covering, sample_times
+from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.recipe import Flow, Sampling
+from karmma_pipeline.extraction.types import covering
 
 
 @given(start=st.floats(0, 1e4), length=st.floats(0.01, 200), count=st.integers(1, 64))

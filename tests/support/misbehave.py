@@ -10,10 +10,12 @@ import signal
 import time
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.decode.worker import Decoded, Settings
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings
 
 
-def misbehave(clips: list[Clip], settings: Settings, decoder: str = "decord") -> list[Decoded]:
+def misbehave(
+    clips: list[Clip], settings: DecodeSettings, decoder: str = "decord"
+) -> list[DecodedClip]:
     """Run in a worker process; what happens depends on the clip's id."""
     for clip in clips:
         trouble = clip.clip_id
@@ -33,4 +35,4 @@ def misbehave(clips: list[Clip], settings: Settings, decoder: str = "decord") ->
             hoard = bytearray(2 << 30)
             hoard[:: 1 << 12] = b"x" * len(hoard[:: 1 << 12])
             time.sleep(3600)
-    return [Decoded(clip.clip_id) for clip in clips]
+    return [DecodedClip(clip.clip_id) for clip in clips]

@@ -6,7 +6,6 @@ resized to it with their values, and scaled from their pair's gap. T pairs, h an
 input size, H and W the pictures' own.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -17,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from karmma_pipeline.extraction.recipe import Flow
+from karmma_pipeline.extraction.types import Pictures
 from karmma_pipeline.models.backbones import FrameTransform
 
 _PRESETS = {
@@ -24,20 +24,7 @@ _PRESETS = {
     "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
     "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
 }
-Pictures = npt.NDArray[np.uint8]
 Motion = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class FramePairs:
-    """Frames whose motion is computed later, where the backbones run.
-
-    frames: uint8 [2, T, 3, h, w], first and second ones. scale: what makes px per pair px per
-    gap, float32 [T].
-    """
-
-    frames: Pictures
-    scale: npt.NDArray[np.float32]
 
 
 def dis_flow(settings: Flow, first: Pictures, second: Pictures) -> Motion:

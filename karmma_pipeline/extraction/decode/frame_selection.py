@@ -11,14 +11,17 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FrameSource
-from karmma_pipeline.extraction.decode.flow import FramePairs, as_pictures, dis_flow, resized
-from karmma_pipeline.extraction.decode.sampling import Numbers, Times, partners, sample_times
+from karmma_pipeline.extraction.decode.flow import as_pictures, dis_flow, resized
 from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.image_frames import FrameFiles
 from karmma_pipeline.extraction.media.open import Video
 from karmma_pipeline.extraction.recipe import Flow, Sampling
+from karmma_pipeline.extraction.types import FramePairs, Numbers, Times
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
+
+PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip; scaled to gap_s"
+"""The rule of `partners` in words, as stores record it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ class Plan:
         if self.stored:
             return self.first[:0]
         return self.first if self.second is None else np.concatenate([self.first, self.second])
+
+
+def sample_times(settings: Sampling, start_s: float, stop_s: float, count: int) -> Times:
+    """Return ``count`` moments of a clip in seconds [T], within its borders."""
+    if settings.mode == "uniform":
+        return start_s + (stop_s - start_s) * (np.arange(count) + 0.5) / count
+    first = (start_s + stop_s) / 2 - (count - 1) / 2 / settings.fps
+    if settings.short == "repeat_last":
+        first = max(first, start_s)
+    times = first + np.arange(count) / settings.fps
+    return np.clip(times, start_s, np.nextafter(stop_s, start_s))
+
+
+def partners(starts: Times, first: Numbers, gap_s: float) -> tuple[Numbers, Numbers]:
+    """Return pairs of different frames [T] as close to ``gap_s`` apart as the file has them.
+
+    The second is the frame whose start is nearest to the first's + gap_s; where the file ends
+    before it, the pair moves back.
+    """
+    wanted = starts[first] + gap_s
+    after = np.clip(np.searchsorted(starts, wanted), 1, len(starts) - 1)
+    nearest = np.where(wanted - starts[after - 1] < starts[after] - wanted, after - 1, after)
+    second = np.minimum(np.maximum(nearest, first + 1), len(starts) - 1)
+    return np.minimum(first, second - 1), second
 
 
 def clip_span(clip: Clip, modality: str, video: Video, tolerance_s: float) -> tuple[float, float]:

@@ -27,8 +27,9 @@ from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.decode.shared_memory import Arena, Places, decode_into
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
-from karmma_pipeline.extraction.decode.worker import Decoded, Settings, decode_clips, lost
+from karmma_pipeline.extraction.decode.worker import decode_clips, lost
 from karmma_pipeline.extraction.media.media_file import Decoder
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
@@ -51,7 +52,7 @@ _GIGABYTE = 1e9
 _SAVED = "finished batches are saved"
 
 if TYPE_CHECKING:
-    _Future = ProcessFuture[tuple[float, list[tuple[Decoded, Places]]]]
+    _Future = ProcessFuture[tuple[float, list[tuple[DecodedClip, Places]]]]
 
 
 @dataclass
@@ -84,7 +85,7 @@ class DecodePool:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: DecodeSettings,
         workers: int,
         timeout_s: float,
         stop: StopFlag,
@@ -122,7 +123,7 @@ class DecodePool:
         self._watch.finished.set()
         self._stop()
 
-    def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[Decoded]]:
+    def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[DecodedClip]]:
         """Yield the decoded clips of each batch, in order, ahead of the consumer.
 
         A batch's arrays are valid until the next one is asked for. Clips of one video that
@@ -135,7 +136,7 @@ class DecodePool:
             yield [first, *(clip for clip, _ in rest)]
             self._give([slot, *(other for _, other in rest)])
 
-    def _stream(self, clips: Iterable[Clip]) -> Iterator[tuple[Decoded, int | None]]:
+    def _stream(self, clips: Iterable[Clip]) -> Iterator[tuple[DecodedClip, int | None]]:
         waiting: deque[_Task] = deque()
         pending = 0
         at_once = min(_MOST_AT_ONCE, max(1, self._ahead // (self._workers + 1)))
@@ -178,7 +179,7 @@ class DecodePool:
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
-    def _result(self, task: _Task) -> Iterator[tuple[Decoded, int | None]]:
+    def _result(self, task: _Task) -> Iterator[tuple[DecodedClip, int | None]]:
         """Wait for a task; if it fails, decode each of its clips by itself."""
         found = self._wait(task)
         if not isinstance(found, Reason):
@@ -187,7 +188,7 @@ class DecodePool:
         for clip in task.clips:
             yield self._again(clip)
 
-    def _again(self, clip: Clip) -> tuple[Decoded, int | None]:
+    def _again(self, clip: Clip) -> tuple[DecodedClip, int | None]:
         """Try a clip once more in another process, then with the second decoder."""
         task = self._submit([clip])
         found = self._wait(task)
@@ -198,7 +199,7 @@ class DecodePool:
             return lost(clip.clip_id, self.settings, found), None
         return found[0], task.slots[0]
 
-    def _wait(self, task: _Task) -> list[Decoded] | Reason:
+    def _wait(self, task: _Task) -> list[DecodedClip] | Reason:
         """Return what a task decoded; if it failed, why, and its slots are free again."""
         outcome = self._outcome(task.future)
         if isinstance(outcome, Reason):
@@ -211,7 +212,7 @@ class DecodePool:
                 self._arena.restore(decoded, places, slot)
         return [decoded for decoded, _ in parts]
 
-    def _outcome(self, future: _Future) -> tuple[float, list[tuple[Decoded, Places]]] | Reason:
+    def _outcome(self, future: _Future) -> tuple[float, list[tuple[DecodedClip, Places]]] | Reason:
         if not self._is_done(future):
             return Reason.CRASHED
         try:
@@ -298,7 +299,7 @@ def _place(clip: Clip) -> Path | None:
     return None if source is None else source.path
 
 
-def _start_worker(settings: Settings) -> None:
+def _start_worker(settings: DecodeSettings) -> None:
     jobs.become_worker()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

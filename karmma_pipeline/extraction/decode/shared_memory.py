@@ -16,24 +16,24 @@ from typing import Any
 import numpy as np
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.decode.worker import Decoded, InputSpec, Settings
 from karmma_pipeline.extraction.media.media_file import Decoder
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 
 _ALIGN = 64
 _SLACK = 4096
 _NOTHING = np.empty(0, np.uint8)
 
-Decode = Callable[[list[Clip], Settings, Decoder], list[Decoded]]
+Decode = Callable[[list[Clip], DecodeSettings, Decoder], list[DecodedClip]]
 Places = dict[InputSpec, tuple[int, tuple[int, ...], str]]
 """Where an array, or the pairs of frames of a flow, lies: offset in bytes, shape, dtype."""
 
 
-def clip_bytes(settings: Settings) -> int:
+def clip_bytes(settings: DecodeSettings) -> int:
     """Return how many bytes the arrays of one clip take."""
     return _SLACK + sum(_input_bytes(spec, settings) for spec in settings.inputs)
 
 
-def _input_bytes(spec: InputSpec, settings: Settings) -> int:
+def _input_bytes(spec: InputSpec, settings: DecodeSettings) -> int:
     values = prod(spec.image) * (spec.frames if spec.per_frame else 1)
     if spec.transform is None:  # float32 images or boxes
         return 4 * values + _ALIGN
@@ -65,7 +65,7 @@ class Arena:
         """Let slots be used again; arrays in them are no longer valid."""
         self._unused += [slot for slot in slots if slot is not None]
 
-    def restore(self, decoded: Decoded, places: Places, slot: int | None) -> None:
+    def restore(self, decoded: DecodedClip, places: Places, slot: int | None) -> None:
         """Let a clip's arrays be views of its slot, as its process wrote them."""
         if slot is not None:
             start = slot * self.slot_bytes
@@ -88,9 +88,9 @@ def decode_into(
     slots: Sequence[int | None],
     decode: Decode,
     clips: list[Clip],
-    settings: Settings,
+    settings: DecodeSettings,
     decoder: Decoder,
-) -> tuple[float, list[tuple[Decoded, Places]]]:
+) -> tuple[float, list[tuple[DecodedClip, Places]]]:
     """Decode in a worker process; arrays that fit into their clip's slot are left there.
 
     Returns:
@@ -105,7 +105,7 @@ def decode_into(
     return time.process_time() - started, parts
 
 
-def _leave(address: str, slot_bytes: int, slot: int | None, clip: Decoded) -> Places:
+def _leave(address: str, slot_bytes: int, slot: int | None, clip: DecodedClip) -> Places:
     places: Places = {}
     if slot is None:
         return places

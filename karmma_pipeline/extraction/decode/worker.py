@@ -5,127 +5,36 @@ Every frame of a clip is decoded once, for RGB and flow, every network and every
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource
 from karmma_pipeline.extraction.decode.boxes import read_boxes
-from karmma_pipeline.extraction.decode.flow import FramePairs
 from karmma_pipeline.extraction.decode.frame_selection import (
     Pictures,
     Plan,
     clamped,
     clip_span,
     plan,
+    sample_times,
 )
-from karmma_pipeline.extraction.decode.sampling import Times, sample_times
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.media.open import Readers, sound_reader, video_reader
-from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, FramePairs, InputSpec
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
-from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
-
-TAR_INDEX = "tar_index"
-"""Folder beside the stores in which lists of tars are kept."""
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a network wants of a clip; networks with equal wants share one array.
-
-    Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
-    [T, h, w] for audio; float32 [T, slots, numbers] for boxes.
-    """
-
-    modality: str
-    frames: int
-    transform: FrameTransform | None
-    image: tuple[int, int]
-    per_frame: bool
-
-    @property
-    def times(self) -> int:
-        """Moments T that are recorded per clip."""
-        return self.frames
-
-
-def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
-    """Return what a backbone wants of a modality.
-
-    Raises:
-        ConfigError: an image network for rgb or flow, or one without its image size.
-    """
-    if choice.architecture.kind == "boxes":
-        return InputSpec(modality, choice.frame_count, None, (SLOTS, NUMBERS), per_frame=True)
-    video = choice.architecture.kind == "video"
-    height, width = choice.input_shape[-2:]
-    if modality == "audio":
-        frames = choice.frame_count if video else 1
-        return InputSpec(modality, frames, None, (height, width), per_frame=video)
-    return InputSpec(
-        modality, choice.frame_count, choice.transform, (height, width), per_frame=True
-    )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The parts of the recipe that decide what is decoded; picklable.
-
-    index_folder: where lists of tars are kept; None: nowhere.
-    """
-
-    sampling: Sampling
-    flow: Flow
-    audio: Audio
-    inputs: tuple[InputSpec, ...]
-    index_folder: Path | None = None
-
-    @classmethod
-    def of(cls, recipe: ExtractRecipe) -> "Settings":
-        """Collect them, each input once however many networks want it."""
-        wanted = [
-            input_spec(m, choice)
-            for choices in recipe.sets.values()
-            for m, choice in choices.items()
-        ]
-        inputs = tuple(dict.fromkeys(wanted))
-        return cls(recipe.sampling, recipe.flow, recipe.audio, inputs, recipe.out / TAR_INDEX)
-
-
-@dataclass
-class Decoded:
-    """The inputs of one clip, or why there are none; times are float64 [2, T].
-
-    pairs: frames whose flow is computed beside the backbones. padded: audio windows that reach
-    past the track; audio_rate: the track's own, Hz. decoders: modality to what read it.
-    """
-
-    clip_id: str
-    arrays: dict[InputSpec, npt.NDArray[Any]] = field(default_factory=dict)
-    times: dict[InputSpec, Times] = field(default_factory=dict)
-    reasons: dict[InputSpec, Reason] = field(default_factory=dict)
-    pairs: dict[InputSpec, FramePairs] = field(default_factory=dict)
-    padded: int = 0
-    audio_rate: int | None = None
-    decoders: dict[str, str] = field(default_factory=dict)
-
-
-def lost(clip_id: str, settings: Settings, reason: Reason) -> Decoded:
+def lost(clip_id: str, settings: DecodeSettings, reason: Reason) -> DecodedClip:
     """Return a clip of which nothing could be decoded."""
-    return Decoded(clip_id, reasons=dict.fromkeys(settings.inputs, reason))
+    return DecodedClip(clip_id, reasons=dict.fromkeys(settings.inputs, reason))
 
 
 def decode_clips(
-    clips: list[Clip], settings: Settings, decoder: Decoder = "decord"
-) -> list[Decoded]:
+    clips: list[Clip], settings: DecodeSettings, decoder: Decoder = "decord"
+) -> list[DecodedClip]:
     """Decode clips; each file is opened once. A fault costs its modality of its clip.
 
     Args:
@@ -144,10 +53,10 @@ def decode_clips(
 
 
 def _begin(
-    clip: Clip, settings: Settings, readers: Readers
-) -> tuple[Decoded, dict[InputSpec, Plan]]:
+    clip: Clip, settings: DecodeSettings, readers: Readers
+) -> tuple[DecodedClip, dict[InputSpec, Plan]]:
     """Read boxes and sound, and choose the frames of the rest."""
-    decoded = Decoded(clip.clip_id)
+    decoded = DecodedClip(clip.clip_id)
     plans: dict[InputSpec, Plan] = {}
     for spec in settings.inputs:
         with _faults_of(decoded, spec):
@@ -165,7 +74,7 @@ def _begin(
 
 
 def _finish(
-    decoded: Decoded, plans: dict[InputSpec, Plan], pictures: Pictures, settings: Settings
+    decoded: DecodedClip, plans: dict[InputSpec, Plan], pictures: Pictures, settings: DecodeSettings
 ) -> None:
     for spec, one in plans.items():
         with _faults_of(decoded, spec):
@@ -179,7 +88,7 @@ def _finish(
 
 
 @contextmanager
-def _faults_of(decoded: Decoded, spec: InputSpec) -> Iterator[None]:
+def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
     try:
         yield
     except MediaFaultError as fault:
@@ -188,7 +97,7 @@ def _faults_of(decoded: Decoded, spec: InputSpec) -> Iterator[None]:
         decoded.reasons[spec] = Reason.OUT_OF_MEMORY
 
 
-def _plan(clip: Clip, spec: InputSpec, settings: Settings, readers: Readers) -> Plan:
+def _plan(clip: Clip, spec: InputSpec, settings: DecodeSettings, readers: Readers) -> Plan:
     assert spec.transform is not None  # noqa: S101  (rgb and flow always have one)
     video = video_reader(readers.of(clip.media[spec.modality]))
     return plan(
@@ -196,7 +105,7 @@ def _plan(clip: Clip, spec: InputSpec, settings: Settings, readers: Readers) -> 
     )
 
 
-def _sound_span(clip: Clip, settings: Settings, readers: Readers) -> tuple[float, float]:
+def _sound_span(clip: Clip, settings: DecodeSettings, readers: Readers) -> tuple[float, float]:
     """Return the span that the clip's pictures have, or, without pictures, its sound's."""
     tolerance = settings.sampling.tolerance_s
     with suppress(MediaFaultError, KeyError):
@@ -208,7 +117,7 @@ def _sound_span(clip: Clip, settings: Settings, readers: Readers) -> tuple[float
 
 
 def _audio(
-    decoded: Decoded, clip: Clip, spec: InputSpec, settings: Settings, readers: Readers
+    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, readers: Readers
 ) -> None:
     audio, sound = settings.audio, sound_reader(readers.of(clip.media["audio"]))
     rate = audio.sample_rate

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, Manifest
-from karmma_pipeline.extraction.decode.worker import input_spec
 from karmma_pipeline.extraction.inference.modes import FOLDER
 from karmma_pipeline.extraction.inference.workers import most_lanes
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import input_spec
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec
 from karmma_pipeline.store.format import paths

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
-from karmma_pipeline.extraction.decode.worker import input_spec
 from karmma_pipeline.extraction.media.integrity import Probe, probe_all
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import input_spec
 
 _NEAR_S = 0.1
 """How much a clip may reach past its file's stated end before it is told."""

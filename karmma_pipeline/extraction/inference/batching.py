@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.decode.flow import FramePairs
-from karmma_pipeline.extraction.decode.worker import Decoded, InputSpec
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.parts import NATURAL
+from karmma_pipeline.extraction.types import DecodedClip, FramePairs, InputSpec
 from karmma_pipeline.store import Catalog, ShardWriter
 
 
@@ -42,7 +41,7 @@ class Staged:
     """
 
     work: Work
-    clips: list[Decoded]
+    clips: list[DecodedClip]
     inputs: dict[InputSpec, Tensor]
 
     def complete(self, raft: Raft) -> None:
@@ -130,7 +129,7 @@ def plan(
             )
 
 
-def stage(work: Work, clips: list[Decoded], pin: bool) -> Staged:
+def stage(work: Work, clips: list[DecodedClip], pin: bool) -> Staged:
     """Copy the arrays of a batch together; ``pin``: into memory that GPUs copy from."""
     inputs = {}
     for spec in dict.fromkeys(spec for clip in clips for spec in clip.arrays):
@@ -142,7 +141,7 @@ def stage(work: Work, clips: list[Decoded], pin: bool) -> Staged:
     return Staged(work, [_without_arrays(clip) for clip in clips], inputs)
 
 
-def _without_arrays(clip: Decoded) -> Decoded:
+def _without_arrays(clip: DecodedClip) -> DecodedClip:
     """Return a clip that no longer needs the memory that its process wrote to."""
     pairs = {spec: FramePairs(some.frames.copy(), some.scale) for spec, some in clip.pairs.items()}
     return replace(clip, arrays={}, pairs=pairs)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from karmma_pipeline import jobs
 from karmma_pipeline.errors import KarmmaError
-from karmma_pipeline.extraction.decode.worker import InputSpec
 from karmma_pipeline.extraction.inference import memory
 from karmma_pipeline.extraction.inference.runner import Mode, Network, Precision
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import InputSpec
 
 COSINE = 0.999
 """What every token must keep to its float32 self."""

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.decode import boxes
-from karmma_pipeline.extraction.decode.sampling import PAIRS, ROUNDING_S
-from karmma_pipeline.extraction.decode.worker import InputSpec, input_spec
+from karmma_pipeline.extraction.decode.frame_selection import PAIRS
 from karmma_pipeline.extraction.inference.batching import Staged
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.runner import Mode, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec, StoreSpec

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import optical_flow
 
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.extraction.decode.flow import FramePairs, as_pictures
-from karmma_pipeline.extraction.decode.worker import Decoded
+from karmma_pipeline.extraction.decode.flow import as_pictures
 from karmma_pipeline.extraction.recipe import Flow
+from karmma_pipeline.extraction.types import DecodedClip, FramePairs
 from karmma_pipeline.models.backbones import published, state_dicts
 from karmma_pipeline.models.backbones.random_weights import parse_seed, seeded
 
@@ -38,7 +38,7 @@ class Raft:
         net, self.digest = _load(settings)
         self.net = net.eval().requires_grad_(requires_grad=False).to(device)
 
-    def complete(self, batch: Sequence[Decoded]) -> None:
+    def complete(self, batch: Sequence[DecodedClip]) -> None:
         """Give clips whose flow is still pairs of frames their input; others are left alone.
 
         What a clip gets does not depend on its company.

@@ -12,9 +12,9 @@ import torch  # noqa: F401  (before decord, which crashes some CUDA builds other
 
 import decord  # isort: skip
 
-from karmma_pipeline.extraction.decode.sampling import Numbers, Times, end_of
 from karmma_pipeline.extraction.media.container import StreamFacts
 from karmma_pipeline.extraction.media.errors import MediaFaultError, first_line
+from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 _AT_ONCE = 16

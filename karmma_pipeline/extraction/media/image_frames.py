@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from karmma_pipeline import files
 from karmma_pipeline.data.sources import FrameSource
-from karmma_pipeline.extraction.decode.sampling import ROUNDING_S, Numbers, Times
 from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times
 from karmma_pipeline.modalities import Reason
 
 _LARGEST = 256 << 20

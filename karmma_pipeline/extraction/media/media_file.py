@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.extraction.decode.sampling import ROUNDING_S, Numbers, Times, covering
 from karmma_pipeline.extraction.media import container
 from karmma_pipeline.extraction.media.audio_track import Sound, Span, cut, read_track
 from karmma_pipeline.extraction.media.container import Probe, StreamFacts
 from karmma_pipeline.extraction.media.decord_video import DecordVideo
 from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
+from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times, covering
 from karmma_pipeline.modalities import Reason
 
 Decoder = Literal["decord", "pyav"]

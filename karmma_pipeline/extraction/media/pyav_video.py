@@ -15,9 +15,9 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.extraction.decode.sampling import Numbers, Times, end_of
 from karmma_pipeline.extraction.media.container import StreamFacts, open_container
 from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 Picture = npt.NDArray[np.uint8]
