@@ -41,12 +41,12 @@ from karmma_pipeline.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.training.loop import Job, Trainer
-from karmma_pipeline.training.objective import Labels, Objective, Teachers
-from karmma_pipeline.training.progress import Clock, progress_bar
+from karmma_pipeline.training.loop import Trainer, TrainingSetup
+from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
+from karmma_pipeline.training.progress import EpochTimer, progress_bar
 from karmma_pipeline.training.ranks import Ranks, joined
 from karmma_pipeline.training.recipe import TrainRecipe
-from karmma_pipeline.training.teacher_logits import Tabling
+from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
 MODALITIES = ("rgb", "flow", "audio")
 HEADS = {"verb": 97, "noun": 300}
@@ -135,8 +135,8 @@ def make_trainer(
     )
     card = make_card(case.size, store)
     run = RunFolder(folder / "run", recipe, writes=ranks.main)
-    job = Job(recipe, run, store, card.build(), card, train, train, device, ranks, {})
-    return Trainer(job)
+    setup = TrainingSetup(recipe, run, store, card.build(), card, train, train, device, ranks, {})
+    return Trainer(setup)
 
 
 def make_card(size: dict[str, int], store: FeatureStore) -> ModelCard:
@@ -156,14 +156,14 @@ Turn = Callable[[], None]
 """Trains an epoch."""
 
 
-def ours(trainer: Trainer, objective: Objective, clock: Clock) -> Turn:
+def ours(trainer: Trainer, objective: Objective, timer: EpochTimer) -> Turn:
     """Take an epoch of our loop, its loader included."""
-    device = trainer.job.device
+    device = trainer.setup.device
 
     def turn() -> None:
         trainer.progress.epoch, trainer.progress.batch = trainer.progress.epoch + 1, 0
         with progress_bar(1, 0, "", shown=False) as bar:
-            trainer._train_epoch(objective, StopFlag(), clock, bar)
+            trainer._train_epoch(objective, StopFlag(), timer, bar)
         _wait(device)
 
     return turn
@@ -202,17 +202,17 @@ def _wait(device: torch.device) -> None:
 
 
 class LiveTeacher:
-    """Stands in for the table: loads the teacher's tokens and asks it, in every step."""
+    """Stands in for the cached logits: loads the teacher's tokens and asks it, in every step."""
 
     def __init__(self, model: FusionModel, store: FeatureStore, device: torch.device) -> None:
         self.model, self.store, self.device = model.to(device).eval(), store, device
 
-    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+    def valid(self, clip_index: Tensor, mask: Tensor) -> Tensor:
         """Return which clips it sees anything of."""
         return mask.any(dim=1)
 
     @torch.inference_mode()
-    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def logits(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return its logits."""
         tokens = {m: self.store.gather(m, clip_index) for m in self.store.modalities}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -221,7 +221,7 @@ class LiveTeacher:
 
 @dataclass
 class Best:
-    """Seconds of the best turn, by the wall's clock and by the processor's."""
+    """Seconds of the best turn, by the wall's timer and by the processor's."""
 
     wall: float = math.inf
     cpu: float = math.inf
@@ -242,7 +242,7 @@ def compare(turns: dict[str, Turn], rounds: int) -> dict[str, Best]:
 
 
 def ratio(over: Best, under: Best) -> str:
-    """Compare best turns: by the wall's clock, and in brackets by the processor's."""
+    """Compare best turns: by the wall's timer, and in brackets by the processor's."""
     return f"{over.wall / under.wall:.2f} ({over.cpu / under.cpu:.2f})"
 
 
@@ -250,24 +250,24 @@ def overhead(case: Case, folder: Path, device: torch.device, rounds: int) -> lis
     """Compare our loop, with and without teachers, with the bare one."""
     store = write_store(folder / "store", case, case.batch * case.steps)
     clips = np.arange(len(store))
-    labels = Labels(tuple(HEADS), 0.0)
+    labels = LabelObjective(tuple(HEADS), 0.0)
     teacher = make_card(case.teacher, store)
     save_model(folder / "teacher", teacher.build(), teacher)
-    tabling = Tabling(folder / "teacher", store.path, store, clips)
-    table = tabling.table(folder / "table", device, Ranks(), StopFlag())
+    cache = TeacherLogitsCache(folder / "teacher", store.path, store, clips)
+    table = cache.load(folder / "table", device, Ranks(), StopFlag())
     live = LiveTeacher(teacher.build(), store, device)
     trainer = make_trainer(case, store, folder, device, Ranks())
-    batches = list(trainer.job.train.epoch(0))
-    clocks = {name: Clock() for name in ("labels", "table", "live")}
+    batches = list(trainer.setup.train.epoch(0))
+    timers = {name: EpochTimer() for name in ("labels", "table", "live")}
     turns = {
-        "labels": ours(trainer, labels, clocks["labels"]),
+        "labels": ours(trainer, labels, timers["labels"]),
         "bare": bare(make_card(case.size, store).build(), batches, device),
-        "table": ours(trainer, Teachers(labels, [table], 0.5, 2.0), clocks["table"]),
-        "live": ours(trainer, Teachers(labels, [live], 0.5, 2.0), clocks["live"]),
+        "table": ours(trainer, DistillationObjective(labels, [table], 0.5, 2.0), timers["table"]),
+        "live": ours(trainer, DistillationObjective(labels, [live], 0.5, 2.0), timers["live"]),
     }
     best = compare(turns, rounds)
-    clock = clocks["labels"]
-    waited = clock.waited / (rounds + 1) / best["labels"].wall
+    timer = timers["labels"]
+    waited = timer.waited / (rounds + 1) / best["labels"].wall
     return [
         case.name,
         f"{case.batch}",
@@ -288,7 +288,7 @@ def rank_worker(folder: Path, device_name: str, rounds: int) -> None:
     store = FeatureStore.open(folder / "store")
     with joined(device) as ranks:
         trainer = make_trainer(SMALL_CASE, store, folder, device, ranks)
-        turn = ours(trainer, Labels(tuple(HEADS), 0.0), Clock())
+        turn = ours(trainer, LabelObjective(tuple(HEADS), 0.0), EpochTimer())
         best = compare({"turn": turn}, rounds)["turn"].wall
         if ranks.main:
             print(best)

@@ -41,7 +41,7 @@ class StoreError(KarmmaError):
 
 
 class CheckpointError(KarmmaError):
-    """A saved model, training state or teacher table cannot be used."""
+    """A saved model, training state or cached teacher logits cannot be used."""
 
 
 class TooManyFailuresError(KarmmaError):

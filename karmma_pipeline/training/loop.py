@@ -23,12 +23,18 @@ from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.ema import moving_average
 from karmma_pipeline.training.gradient import Gradient, adamw, learning_rate
 from karmma_pipeline.training.objective import Objective
-from karmma_pipeline.training.progress import Clock, Progress, TrainReport, on_screen, progress_bar
+from karmma_pipeline.training.progress import (
+    EpochTimer,
+    TrainingProgress,
+    TrainReport,
+    on_screen,
+    progress_bar,
+)
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import TrainRecipe
 from karmma_pipeline.training.screen import Found, Screen
 from karmma_pipeline.training.state import save_state
-from karmma_pipeline.training.tensorboard_writer import Board
+from karmma_pipeline.training.tensorboard_writer import TensorboardWriter
 from karmma_pipeline.training.validate import validate
 
 _DROPOUT = 2**32 + 4
@@ -36,7 +42,7 @@ _DROPOUT = 2**32 + 4
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingSetup:
     """What a training consists of. ``sources``: digests of what it learns from, by name."""
 
     recipe: TrainRecipe
@@ -55,23 +61,23 @@ class Trainer:
     """State and loop of one training run.
 
     Args:
-        job: what is trained on what.
-        state: a training state to go on from.
+        setup: what is trained on what.
+        state: a training state to resume from.
     """
 
-    def __init__(self, job: Job, state: dict[str, Any] | None = None) -> None:
-        self.job, recipe = job, job.recipe
-        self.model = job.model.to(job.device)
-        self.average = moving_average(self.model, recipe.ema) if recipe.ema else None
+    def __init__(self, setup: TrainingSetup, state: dict[str, Any] | None = None) -> None:
+        self.setup, recipe = setup, setup.recipe
+        self.model = setup.model.to(setup.device)
+        self.ema = moving_average(self.model, recipe.ema) if recipe.ema else None
         self.optimiser = adamw(self.model, recipe.optimiser)
         self.gradient = Gradient(self.model)
-        auto = recipe.precision == "auto" and job.device.type == "cuda"
+        auto = recipe.precision == "auto" and setup.device.type == "cuda"
         self.bfloat16 = recipe.precision == "bfloat16" or auto
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         if state:
             self._restore(state)
         known = (state or {}).get("bad", [])
-        self.screen = Screen(job.store, recipe.seed, recipe.modality_dropout, known)
+        self.screen = Screen(setup.store, recipe.seed, recipe.modality_dropout, known)
         self.saved_at = time.monotonic()
 
     def fit(self, objective: Objective, stop: StopFlag) -> TrainReport:
@@ -81,54 +87,54 @@ class Trainer:
             StoppedError: a stop was asked for; the state is saved.
             KarmmaError: the loss is not finite, or too many clips are bad; they are named.
         """
-        job, progress = self.job, self.progress
-        job.run.write_metrics(progress.history)
-        total = job.recipe.epochs * len(job.train)
+        setup, progress = self.setup, self.progress
+        setup.run.write_metrics(progress.history)
+        total = setup.recipe.epochs * len(setup.train)
         with (
-            files.disk_errors(job.run.metrics),
-            closing(job.train),
-            self._board() as board,
-            progress_bar(total, self._step_number(), job.card.name, job.ranks.main) as bar,
+            files.disk_errors(setup.run.metrics),
+            closing(setup.train),
+            self._tensorboard() as tensorboard,
+            progress_bar(total, self._step_number(), setup.card.name, setup.ranks.main) as bar,
         ):
-            while not progress.finished(job.recipe):
-                clock = Clock()
-                self._train_epoch(objective, stop, clock, bar)
-                row = self._close_epoch(clock, bar)
-                if board is not None:
-                    board.write(row, progress.epoch)
-        early = progress.epoch < job.recipe.epochs
-        return TrainReport(job.run.path, progress.best, progress.epoch, early=early)
+            while not progress.finished(setup.recipe):
+                timer = EpochTimer()
+                self._train_epoch(objective, stop, timer, bar)
+                row = self._close_epoch(timer, bar)
+                if tensorboard is not None:
+                    tensorboard.write(row, progress.epoch)
+        early = progress.epoch < setup.recipe.epochs
+        return TrainReport(setup.run.path, progress.best, progress.epoch, early=early)
 
     def _train_epoch(
-        self, objective: Objective, stop: StopFlag, clock: Clock, bar: "tqdm[Any]"
+        self, objective: Objective, stop: StopFlag, timer: EpochTimer, bar: "tqdm[Any]"
     ) -> None:
         progress = self.progress
         self.model.train()
-        for loaded in clock.timed(self.job.train.epoch(progress.epoch, progress.batch)):
+        for loaded in timer.timed(self.setup.train.epoch(progress.epoch, progress.batch)):
             batch = self.screen.apply(loaded, progress.epoch)
-            stopping, counts = self.job.ranks.agree_to_stop(stop, objective.counts(batch))
+            stopping, counts = self.setup.ranks.agree_to_stop(stop, objective.counts(batch))
             if stopping:
                 self._save()
                 stop.check(f"epoch {progress.epoch + 1}, step {progress.batch} is saved")
             progress.loss_sum += self._step(objective, batch, counts)
             progress.batch += 1
-            clock.clips += len(batch.clip_index)
-            if time.monotonic() - self.saved_at >= self.job.recipe.save_every_s:
+            timer.clips += len(batch.clip_index)
+            if time.monotonic() - self.saved_at >= self.setup.recipe.save_every_s:
                 self._save()
             bar.update()
-        if progress.epoch + 1 < self.job.recipe.epochs:
-            self.job.train.prefetch(progress.epoch + 1)  # while this one is validated
+        if progress.epoch + 1 < self.setup.recipe.epochs:
+            self.setup.train.prefetch(progress.epoch + 1)  # while this one is validated
 
     def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
         """Move the weights by one batch; nothing that is not finite ever reaches them."""
         loss, norm = self._find_gradient(objective, batch, counts)
         while not (math.isfinite(loss) and math.isfinite(norm)):
             batch = self._without_bad(batch, loss, norm)
-            counts = self.job.ranks.sum(objective.counts(batch))
+            counts = self.setup.ranks.sum(objective.counts(batch))
             loss, norm = self._find_gradient(objective, batch, counts)
         self.optimiser.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         return loss
 
     def _find_gradient(
@@ -137,23 +143,23 @@ class Trainer:
         """Return the loss and the norm of the gradient of the whole batch, of all ranks."""
         self._prepare_step()
         clips = len(batch.clip_index)
-        size = max(1, -(-clips // self.job.recipe.accumulate))
+        size = max(1, -(-clips // self.setup.recipe.accumulate))
         for start in range(0, clips, size):
             piece = batch.rows(slice(start, start + size)) if size < clips else batch
             loss = objective.loss(self._logits(self.model, piece), piece, counts)
             loss.backward()  # type: ignore[no-untyped-call]
             self.gradient.add_loss(loss)
-        self.job.ranks.sum(self.gradient.buffer)
-        return self.gradient.clip(self.job.recipe.optimiser.clip_norm)
+        self.setup.ranks.sum(self.gradient.buffer)
+        return self.gradient.clip(self.setup.recipe.optimiser.clip_norm)
 
     def _prepare_step(self) -> None:
         """Set learning rate and dropout, both pure functions of the step's number."""
-        recipe, step = self.job.recipe, self._step_number()
-        rate = learning_rate(recipe.optimiser, step, recipe.epochs * len(self.job.train))
+        recipe, step = self.setup.recipe, self._step_number()
+        rate = learning_rate(recipe.optimiser, step, recipe.epochs * len(self.setup.train))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         if recipe.size.dropout:
-            rank = np.array([self.job.ranks.rank], np.uint64)
+            rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
         self.gradient.zero()
 
@@ -164,20 +170,20 @@ class Trainer:
         return self.screen.apply(batch, self.progress.epoch)
 
     def _report_bad(self, mine: Found) -> int:
-        """Tell of newly found bad features of any rank; return how many there are.
+        """Report newly found bad features of any rank; return how many there are.
 
         Raises:
             KarmmaError: there are more bad clips than the recipe allows.
         """
-        job, allowed = self.job, self.job.recipe.bad_clips
-        found = {mark: place for of in job.ranks.gather(mine) for mark, place in of.items()}
+        setup, allowed = self.setup, self.setup.recipe.bad_clips
+        found = {mark: place for of in setup.ranks.gather(mine) for mark, place in of.items()}
         self.screen.add(found)
         for clip, modality in found:
-            job.run.note(f"{clip}: its {modality} features are NaN or infinite; taken as absent")
+            setup.run.note(f"{clip}: its {modality} features are NaN or infinite; taken as absent")
         bad = sorted({clip for clip, _ in self.screen.marks})
         if found and len(bad) > allowed:
             raise KarmmaError(
-                f"{job.store.path}: {len(bad)} clips have features that are NaN or infinite, "
+                f"{setup.store.path}: {len(bad)} clips have features that are NaN or infinite, "
                 f"bad_clips={allowed} allows fewer: {', '.join(bad[:20])}"
                 f"{', ... (all are in log.txt)' if len(bad) > 20 else ''}; extract them again or "
                 "raise bad_clips."
@@ -191,11 +197,11 @@ class Trainer:
         for scores in logits.values():
             bad |= ~scores.isfinite().all(dim=1).cpu()
         rows = bad if bad.any() else ~bad
-        ids = self.job.store.clip_ids[batch.clip_index[rows].numpy()]
+        ids = self.setup.store.clip_ids[batch.clip_index[rows].numpy()]
         names = ", ".join(i.decode() for i in ids)
-        self.job.run.log(f"loss={loss}, gradient norm={norm}; clips: {names}")
+        self.setup.run.log(f"loss={loss}, gradient norm={norm}; clips: {names}")
         return (
-            f"{self.job.run.path}: loss={loss} and gradient norm={norm} at epoch "
+            f"{self.setup.run.path}: loss={loss} and gradient norm={norm} at epoch "
             f"{self.progress.epoch + 1}, step {self.progress.batch}, with finite features; nothing "
             f"of this step is kept. Lower optimiser.lr, or try precision float32. "
             f"The clips were {names[:400]}"
@@ -204,69 +210,72 @@ class Trainer:
 
     def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         with self._autocast():
-            logits: dict[str, Tensor] = model(batch.tokens_on(self.job.device), batch.mask)
+            logits: dict[str, Tensor] = model(batch.tokens_on(self.setup.device), batch.mask)
         return logits
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        kind = self.job.device.type
+        kind = self.setup.device.type
         return torch.autocast(kind, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     @property
-    def _shown(self) -> FusionModel:
+    def _eval_model(self) -> FusionModel:
         """The weights that are validated and saved as a model."""
-        return self.model if self.average is None else cast("FusionModel", self.average.module)
+        return self.model if self.ema is None else cast("FusionModel", self.ema.module)
 
-    def _close_epoch(self, clock: Clock, bar: "tqdm[Any]") -> dict[str, float]:
-        job, model = self.job, self._shown.eval()
-        values, bad = validate(lambda b: self._logits(model, b), job.val, self.screen, job.ranks)
+    def _close_epoch(self, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, float]:
+        setup, model = self.setup, self._eval_model.eval()
+        values, bad = validate(
+            lambda b: self._logits(model, b), setup.val, self.screen, setup.ranks
+        )
         self._report_bad(bad)
         if not math.isfinite(values["loss"]):
             raise KarmmaError(
-                f"{job.run.path}: the validation loss is {values['loss']} after epoch "
+                f"{setup.run.path}: the validation loss is {values['loss']} after epoch "
                 f"{self.progress.epoch + 1}; the weights have diverged. Lower optimiser.lr."
             )
         row = self.progress.close_epoch(values)
         is_best = self.progress.best is row
-        if job.ranks.main:
-            save_model(job.run.path / "last", model, job.card)
+        if setup.ranks.main:
+            save_model(setup.run.path / "last", model, setup.card)
             if is_best:
-                save_model(job.run.path / "best", model, job.card)
-        job.run.write_metrics(self.progress.history)
+                save_model(setup.run.path / "best", model, setup.card)
+        setup.run.write_metrics(self.progress.history)
         self._save()
         bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
-        tell = job.run.log if on_screen() else job.run.note
+        tell = setup.run.log if on_screen() else setup.run.note
         tell(
-            f"epoch {self.progress.epoch}/{job.recipe.epochs}: train loss {row['train_loss']:.4f}, "
-            f"val loss {row['val_loss']:.4f}, val action {row['val_action_top1']:.1f} %"
-            f"{' (best)' if is_best else ''}; {clock.describe()}"
+            f"epoch {self.progress.epoch}/{setup.recipe.epochs}: "
+            f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}, "
+            f"val action {row['val_action_top1']:.1f} %"
+            f"{' (best)' if is_best else ''}; {timer.describe()}"
         )
         return row
 
-    def _board(self) -> AbstractContextManager[Board | None]:
-        if not self.job.ranks.main:
+    def _tensorboard(self) -> AbstractContextManager[TensorboardWriter | None]:
+        if not self.setup.ranks.main:
             return nullcontext()
-        return Board(self.job.run.path / "tensorboard", self.progress.epoch + 1)
+        return TensorboardWriter(self.setup.run.path / "tensorboard", self.progress.epoch + 1)
 
     def _step_number(self) -> int:
-        return self.progress.epoch * len(self.job.train) + self.progress.batch
+        return self.progress.epoch * len(self.setup.train) + self.progress.batch
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
-        if not self.job.ranks.main:
+        if not self.setup.ranks.main:
             return
         state = {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
+            "average": self.ema.state_dict() if self.ema is not None else None,
             "optimiser": self.optimiser.state_dict(),
             "progress": dict(vars(self.progress)),
-            "sources": self.job.sources,
+            "sources": self.setup.sources,
             "bad": [list(mark) for mark in self.screen.marks],
         }
-        save_state(self.job.run.path / "state", self._step_number(), state)
+        save_state(self.setup.run.path / "state", self._step_number(), state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.progress = Progress(**state["progress"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["average"])
+        self.progress = TrainingProgress(**state["progress"])

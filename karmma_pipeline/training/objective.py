@@ -62,10 +62,10 @@ def teacher_log_probabilities(
     temperature: float,
     average: str = "probabilities",
 ) -> Tensor:
-    """Return what several teachers together say of a head: log probabilities [B, C], softened.
+    """Return the average of several teachers for a head: log probabilities [B, C], softened.
 
     probabilities: the mean of softmax(logits / T), a mixture of the teachers. logits: softmax of
-    the mean of logits / T, which lets a confident teacher speak louder. A teacher that saw
+    the mean of logits / T, which weights confident teachers more. A teacher that saw
     nothing of a clip is left out of that clip's mean.
 
     Args:
@@ -125,7 +125,7 @@ class Objective(Protocol):
         """Return the share of these clips in the loss of the whole batch."""
 
 
-class Labels:
+class LabelObjective:
     """Cross-entropy with the labels."""
 
     def __init__(self, heads: Sequence[str], smoothing: float) -> None:
@@ -140,22 +140,22 @@ class Labels:
         return cross_entropy(logits, _on(logits, batch.labels), self.smoothing, counts)
 
 
-class Table(Protocol):
-    """What a teacher says of each clip under each mask."""
+class MaskedLogits(Protocol):
+    """A teacher's logits of each clip under each mask."""
 
-    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+    def valid(self, clip_index: Tensor, mask: Tensor) -> Tensor:
         """Return the clips of which it saw anything, bool [B]."""
 
-    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def logits(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return its logits, head to [B, C]."""
 
 
-class Teachers:
-    """KARMMA: what tabled teachers say under the same masks, and the labels.
+class DistillationObjective:
+    """KARMMA: the cached logits of teachers under the same masks, and the labels.
 
     Args:
         labels: the cross-entropy.
-        tables: one for each teacher.
+        teachers: the logits of each.
         alpha: weight of the KL term.
         temperature: T.
         weights: of the teachers in their average; empty: all the same.
@@ -164,42 +164,43 @@ class Teachers:
 
     def __init__(
         self,
-        labels: Labels,
-        tables: Sequence[Table],
+        labels: LabelObjective,
+        teachers: Sequence[MaskedLogits],
         alpha: float,
         temperature: float,
         weights: Sequence[float] = (),
         average: str = "probabilities",
     ) -> None:
-        self.labels, self.tables, self.alpha = labels, tables, alpha
+        self.labels, self.teachers, self.alpha = labels, teachers, alpha
         self.temperature, self.average = temperature, average
-        self.weights = tuple(weights) or (1.0,) * len(tables)
+        self.weights = tuple(weights) or (1.0,) * len(teachers)
 
     def counts(self, batch: Batch) -> Tensor:
         """Return the labels that are known and the clips that a teacher saw, [heads + 1]."""
-        seen = self._seen(batch).any(dim=0).sum().double()
-        return torch.cat([self.labels.counts(batch), seen[None]])
+        taught = self._valid(batch).any(dim=0).sum().double()
+        return torch.cat([self.labels.counts(batch), taught[None]])
 
     def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
         """Return alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
         device = next(iter(logits.values())).device
-        seen = self._seen(batch).to(device)
-        said = [table.look_up(batch.clip_index, batch.mask) for table in self.tables]
-        teacher = {
+        valid = self._valid(batch).to(device)
+        cached = [teacher.logits(batch.clip_index, batch.mask) for teacher in self.teachers]
+        targets = {
             head: teacher_log_probabilities(
-                [one[head].to(device) for one in said],
-                seen,
+                [one[head].to(device) for one in cached],
+                valid,
                 self.weights,
                 self.temperature,
                 self.average,
             )
             for head in logits
         }
-        kl = distillation(logits, teacher, seen.any(dim=0), self.temperature, counts[-1:])
+        kl = distillation(logits, targets, valid.any(dim=0), self.temperature, counts[-1:])
         return self.alpha * kl + (1 - self.alpha) * self.labels.loss(logits, batch, counts[:-1])
 
-    def _seen(self, batch: Batch) -> Tensor:
-        return torch.stack([table.seen(batch.clip_index, batch.mask) for table in self.tables])
+    def _valid(self, batch: Batch) -> Tensor:
+        """Return whether each teacher saw anything of each clip, bool [teachers, B]."""
+        return torch.stack([t.valid(batch.clip_index, batch.mask) for t in self.teachers])
 
 
 def _on(logits: Logits, other: Mapping[str, Tensor]) -> dict[str, Tensor]:

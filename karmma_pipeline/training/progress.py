@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run stands; all of it is in the training state."""
 
     epoch: int = 0
@@ -75,7 +75,7 @@ class TrainReport:
         )
 
 
-class Clock:
+class EpochTimer:
     """Measures how long steps take and how much of that is waiting for batches."""
 
     def __init__(self) -> None:

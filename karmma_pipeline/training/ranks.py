@@ -23,7 +23,7 @@ from torch import Tensor
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.jobs import StopFlag
 
-_PATIENCE = timedelta(hours=1)
+_TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others before it gives up."""
 
 
@@ -73,11 +73,11 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in the order of ranks; for rare and small things."""
-        found = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
             with _others_may_end(self.rank):
-                dist.all_gather_object(found, value)
-        return found
+                dist.all_gather_object(values, value)
+        return values
 
     def agree_to_stop(self, stop: StopFlag, counts: Tensor | None = None) -> tuple[bool, Tensor]:
         """Return whether all ranks stop here, because any was asked to, and counts summed.
@@ -106,7 +106,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     try:
         yield ranks
     finally:

@@ -160,7 +160,7 @@ class DistillRecipe(TrainRecipe):
     )
     teacher_table: Path | None = Field(
         None,
-        description="Folder of the teachers' tabled logits, which runs may share; empty: in `out`.",
+        description="Folder of the teachers' cached logits, which runs may share; empty: in `out`.",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
     temperature: float = Field(1.0, gt=0, description="T; the KL carries T^2 (ours).")

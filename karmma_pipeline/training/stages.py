@@ -19,9 +19,9 @@ from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.balance import balanced_order
-from karmma_pipeline.training.loop import Job, Trainer
-from karmma_pipeline.training.objective import Labels, Objective, Teachers
-from karmma_pipeline.training.progress import Progress, TrainReport
+from karmma_pipeline.training.loop import Trainer, TrainingSetup
+from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
+from karmma_pipeline.training.progress import TrainingProgress, TrainReport
 from karmma_pipeline.training.ranks import Ranks, joined
 from karmma_pipeline.training.recipe import (
     BaselineRecipe,
@@ -31,12 +31,12 @@ from karmma_pipeline.training.recipe import (
 )
 from karmma_pipeline.training.standardization import standardise
 from karmma_pipeline.training.state import load_state
-from karmma_pipeline.training.teacher_logits import Tabling
+from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
-Kind = Literal["teacher", "student", "baseline"]
+RunKind = Literal["teacher", "student", "baseline"]
 
 _WHERE_TOKENS_LIE = ("loader.cache", "loader.stage", "loader.threads", "loader.ahead")
-"""Keys that a run may go on with other values of: a job's own disk has another name each time."""
+"""Keys that a run may resume with other values of: a job's own disk has another name each time."""
 
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
@@ -54,7 +54,7 @@ def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
     return _run(recipe, "student", stop or StopFlag())
 
 
-def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
+def _run(recipe: TrainRecipe, kind: RunKind, stop: StopFlag) -> TrainReport:
     device = pick_device(recipe.device, Ranks.from_environment().local_rank)
     with (
         joined(device) as ranks,
@@ -71,7 +71,7 @@ def _run(recipe: TrainRecipe, kind: Kind, stop: StopFlag) -> TrainReport:
 
 def _resume_or_start(
     recipe: TrainRecipe,
-    kind: Kind,
+    kind: RunKind,
     run: RunFolder,
     device: torch.device,
     ranks: Ranks,
@@ -80,7 +80,7 @@ def _resume_or_start(
     state, faults = load_state(recipe.out / "state")
     for fault in faults:
         run.note(f"{fault} The training state before it is used.")
-    if state is not None and Progress(**state["progress"]).finished(recipe):
+    if state is not None and TrainingProgress(**state["progress"]).finished(recipe):
         return _finished(recipe, state)
     return _train(recipe, kind, run, state, device, ranks, stop)
 
@@ -93,13 +93,13 @@ def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
     except StoreError:
         sources = {}
     _check_sources(recipe, state, sources)
-    done = Progress(**state["progress"])
+    done = TrainingProgress(**state["progress"])
     early = done.epoch < recipe.epochs
     return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
 
 
 def _check_sources(recipe: TrainRecipe, state: dict[str, Any], sources: dict[str, str]) -> None:
-    """Refuse to go on with other data than a run began with."""
+    """Refuse to resume with other data than a run began with."""
     for name, digest in sources.items():
         before = state["sources"].get(name)
         if before != digest:
@@ -113,7 +113,7 @@ def _check_sources(recipe: TrainRecipe, state: dict[str, Any], sources: dict[str
 
 def _train(
     recipe: TrainRecipe,
-    kind: Kind,
+    kind: RunKind,
     run: RunFolder,
     state: dict[str, Any] | None,
     device: torch.device,
@@ -122,12 +122,12 @@ def _train(
 ) -> TrainReport:
     store = open_source(recipe.store, recipe.loader, device, stop)
     train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
-    tablings = _tablings(recipe, store, train)
+    caches = _teacher_caches(recipe, store, train)
     sources = {"store": store.digest}
-    sources |= {f"teacher {t.teacher.parent}": t.digest for t in tablings}
+    sources |= {f"teacher {cache.teacher.parent}": cache.digest for cache in caches}
     if state is not None:
         _check_sources(recipe, state, sources)
-    run.note(f"{'goes on' if state else 'starts'}: {ranks.size} x {device}, {store.path}")
+    run.note(f"{'resuming' if state else 'starting'}: {ranks.size} x {device}, {store.path}")
     for name, clips in ((recipe.train_split, train), (recipe.val_split, val)):
         run.note(f"{name}: {describe(store, name, clips)}")
     card = _card(recipe, kind, store)
@@ -135,17 +135,17 @@ def _train(
     model = card.build()
     if recipe.standardise and state is None:
         for clip in standardise(model, store, train):
-            run.log(f"{clip}: NaN or infinite, does not count for the scale of features")
+            run.log(f"{clip}: NaN or infinite, does not count for the standardization")
     loaders = _loaders(recipe, store, train, val, device, ranks)
-    job = Job(recipe, run, store, model, card, *loaders, device, ranks, sources)
-    labels = Labels(tuple(store.heads), recipe.label_smoothing)
+    setup = TrainingSetup(recipe, run, store, model, card, *loaders, device, ranks, sources)
+    labels = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     objective: Objective = labels
     if isinstance(recipe, DistillRecipe):
-        objective = _teachers(recipe, labels, tablings, device, ranks, stop)
-    return Trainer(job, state).fit(objective, stop)
+        objective = _distillation(recipe, labels, caches, device, ranks, stop)
+    return Trainer(setup, state).fit(objective, stop)
 
 
-def _card(recipe: TrainRecipe, kind: Kind, store: TokenSource) -> ModelCard:
+def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
     return ModelCard(
         kind=kind,
         name=recipe.name or recipe.out.name,
@@ -193,26 +193,28 @@ def _loaders(
     )
 
 
-def _tablings(recipe: TrainRecipe, store: TokenSource, clips: np.ndarray) -> list[Tabling]:
+def _teacher_caches(
+    recipe: TrainRecipe, store: TokenSource, clips: np.ndarray
+) -> list[TeacherLogitsCache]:
     if not isinstance(recipe, DistillRecipe):
         return []
     stores = recipe.teacher_store * (len(recipe.teacher) // len(recipe.teacher_store))
     pairs = zip(recipe.teacher, stores, strict=True)
-    return [Tabling(teacher / "best", its, store, clips) for teacher, its in pairs]
+    return [TeacherLogitsCache(teacher / "best", its, store, clips) for teacher, its in pairs]
 
 
-def _teachers(
+def _distillation(
     recipe: DistillRecipe,
-    labels: Labels,
-    tablings: list[Tabling],
+    labels: LabelObjective,
+    caches: list[TeacherLogitsCache],
     device: torch.device,
     ranks: Ranks,
     stop: StopFlag,
-) -> Teachers:
+) -> DistillationObjective:
     folder: Path = recipe.teacher_table or recipe.out / "teacher_table"
-    return Teachers(
+    return DistillationObjective(
         labels,
-        [one.table(folder, device, ranks, stop) for one in tablings],
+        [one.load(folder, device, ranks, stop) for one in caches],
         recipe.alpha,
         recipe.temperature,
         recipe.teacher_weights,

@@ -10,11 +10,11 @@ from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.screen import finite
 
 _CLIPS, _AT_ONCE = 2048, 64
-"""Clips over which the scale is measured, and how many of them are in memory at once."""
+"""Clips over which mean and deviation are measured, and how many of them are in memory at once."""
 
 
 def standardise(model: FusionModel, store: TokenSource, clips: npt.NDArray[np.int64]) -> list[str]:
-    """Set the model's scale from (up to 2048, evenly spread) clips of the store.
+    """Set the model's standardization from (up to 2048, evenly spread) clips of the store.
 
     Clips whose features are not all finite do not count: one of them would spoil every other.
 

@@ -17,12 +17,12 @@ _DIGEST_BYTES = 32
 
 
 def write_checksummed(path: Path, data: bytes) -> None:
-    """Write data durably with its digest in front, or leave the old file."""
+    """Write data durably with its checksum in front, or leave the old file."""
     files.write_bytes(path, hashlib.sha256(data).digest() + data)
 
 
 def read_checksummed(path: Path) -> memoryview:
-    """Return the data of a sealed file.
+    """Return the data of a file that `write_checksummed` wrote.
 
     Raises:
         CheckpointError: it is missing, cut or changed.

@@ -1,8 +1,8 @@
 """A frozen teacher's logits for every mask of every clip, computed once per teacher and store.
 
 With M modalities a clip has 2^M - 1 masks, so distillation needs neither the teacher nor its
-tokens while it trains. The table is a folder of sealed chunks; a chunk that is missing or
-damaged is computed again, by whichever rank it belongs to. Raw logits are stored: temperature,
+tokens while it trains. They are cached in a folder of checksummed chunks; a chunk that is missing
+or damaged is computed again, by whichever rank it belongs to. Raw logits are stored: temperature,
 weights and the average over teachers are applied in training.
 
 N clips, C classes of all heads together, M modalities of the student.
@@ -37,47 +37,47 @@ _BATCH = 64
 _KEY = "table.json"
 
 
-class TeacherTable:
-    """Looks up what the teacher says of a clip under a mask of the student's modalities.
+class TeacherLogits:
+    """A teacher's cached logits of each clip under each mask of the student's modalities.
 
     Args:
         logits: float16 [N, 2^M, C], second axis by mask number (bit m is modality m).
         valid: bool [N, 2^M], False where the teacher has nothing left to see.
         heads: head to number of classes, in the order of the last axis.
-        row_of_clip: int64, place in the student's store to row, -1 if not tabled.
+        row_of_clip: int64, place in the student's store to row, -1 if not cached.
     """
 
     def __init__(
         self, logits: Tensor, valid: Tensor, heads: dict[str, int], row_of_clip: Tensor
     ) -> None:
         masks, classes = logits.shape[1:]
-        self.logits, self.valid = logits.view(-1, classes), valid.view(-1)
+        self._logits, self._valid = logits.view(-1, classes), valid.view(-1)
         self.heads, self.row_of_clip = heads, row_of_clip
         self._bits = 1 << torch.arange(masks.bit_length() - 1)
 
-    def look_up(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def logits(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return the teacher's logits, head to [B, C]; 0 where it saw nothing.
 
         Args:
             clip_index: int64 [B], places in the student's store.
             mask: bool [B, M], the student's mask.
         """
-        found = self.logits.index_select(0, self._row(clip_index, mask))
+        rows = self._logits.index_select(0, self._row(clip_index, mask))
         return dict(
-            zip(self.heads, torch.split(found, list(self.heads.values()), dim=1), strict=True)
+            zip(self.heads, torch.split(rows, list(self.heads.values()), dim=1), strict=True)
         )
 
-    def seen(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+    def valid(self, clip_index: Tensor, mask: Tensor) -> Tensor:
         """Return the clips of which the teacher saw anything under the mask, bool [B]."""
-        return self.valid[self._row(clip_index, mask)]
+        return self._valid[self._row(clip_index, mask)]
 
     def _row(self, clip_index: Tensor, mask: Tensor) -> Tensor:
         number = (mask * self._bits).sum(dim=1)
         return self.row_of_clip[clip_index] * (1 << len(self._bits)) + number
 
 
-class Tabling:
-    """One teacher with its store, and the student's clips that it is asked about.
+class TeacherLogitsCache:
+    """Computes one teacher's logits for the student's clips, and keeps them in a folder.
 
     Args:
         teacher: folder of the saved teacher.
@@ -130,13 +130,13 @@ class Tabling:
         text = json.dumps(self.key, sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
-    def table(
+    def load(
         self, folder: Path, device: torch.device, ranks: Ranks, stop: StopFlag
-    ) -> TeacherTable:
-        """Return the table from ``folder``, after computing what is missing in it.
+    ) -> TeacherLogits:
+        """Return the logits from ``folder``, after computing what is missing in it.
 
         Raises:
-            CheckpointError: the folder holds another table; the difference is named.
+            CheckpointError: the folder holds other logits; the difference is named.
             StoppedError: a stop was asked for; the chunks that are done are kept.
         """
         folder = folder / self.digest[:16]
@@ -153,7 +153,7 @@ class Tabling:
         parts = [load(bytes(state.read_checksummed(_chunk(folder, c)))) for c in chunks]
         row_of_clip = torch.full((len(self.student),), -1)
         row_of_clip[torch.from_numpy(self.clips)] = torch.arange(len(self.clips))
-        return TeacherTable(
+        return TeacherLogits(
             torch.cat([p["logits"] for p in parts]),
             torch.cat([p["valid"] for p in parts]),
             self.heads,
@@ -161,7 +161,7 @@ class Tabling:
         )
 
     def _claim(self, folder: Path, ranks: Ranks) -> None:
-        """Check that the folder's table is this one, or begin it."""
+        """Check that the folder's logits are these, or begin it."""
         path = folder / _KEY
         if not path.is_file():
             if ranks.main:
@@ -178,8 +178,8 @@ class Tabling:
             differences = [str(error)]
         if differences:
             raise CheckpointError(
-                f"{path}: the table is another one ({'; '.join(differences[:3])}); remove {folder} "
-                "or set another teacher_table."
+                f"{path}: the folder holds other teacher logits ({'; '.join(differences[:3])}); "
+                f"remove {folder} or set another teacher_table."
             )
 
     def _compute(
@@ -190,7 +190,9 @@ class Tabling:
             raise CheckpointError(f"{self.teacher}: has just been replaced; run again.")
         model = model.to(device)
         shown = None if ranks.main else True
-        for chunk in tqdm(chunks, "teacher table", unit="chunk", disable=shown, dynamic_ncols=True):
+        for chunk in tqdm(
+            chunks, "teacher logits", unit="chunk", disable=shown, dynamic_ncols=True
+        ):
             if stop.requested:
                 return
             places = self.places[chunk * CHUNK : (chunk + 1) * CHUNK]
@@ -227,7 +229,7 @@ def _ask(
         done = rows.stop
     if not bool(logits.isfinite().all()):
         raise CheckpointError(
-            "teacher table: the teacher's logits are not finite in float16; train it again with a "
+            "teacher logits: the teacher's logits are not finite in float16; train it again with a "
             "lower optimiser.lr."
         )
     return {"logits": logits, "valid": valid}

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
-class Board:
+class TensorboardWriter:
     """An event file of one run of a training; a context manager.
 
     Args:

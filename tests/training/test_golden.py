@@ -133,6 +133,6 @@ def test_the_first_losses_are_the_stored_ones_and_those_of_a_plain_implementatio
     stored = json.loads(STORED.read_text())
     for name, recipe in (("teacher", teacher), ("student", student)):
         assert len(found[name]) == 10
-        # The table holds float16, the live teacher float32.
+        # The cached logits are float16, the live teacher float32.
         assert found[name] == pytest.approx(plain(recipe, store), rel=2e-4)
         assert found[name] == pytest.approx(stored[name], rel=5e-4)

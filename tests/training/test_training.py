@@ -32,7 +32,7 @@ from karmma_pipeline.training.gradient import learning_rate
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import Optimiser
 from karmma_pipeline.training.stages import distill, train_baseline, train_teacher
-from karmma_pipeline.training.teacher_logits import Tabling
+from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
 
 @pytest.fixture(scope="module")
@@ -117,19 +117,19 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_zero() -> None:
     assert rates[100] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_table_holds_what_the_teacher_says_under_each_mask(
+def test_cached_logits_are_what_the_teacher_says_under_each_mask(
     store: Path, teacher: Path, tmp_path: Path
 ) -> None:
     opened = FeatureStore.open(store)
     clips = np.flatnonzero(opened.split == "train")
-    tabling = Tabling(teacher / "best", store, opened, clips)
+    cache = TeacherLogitsCache(teacher / "best", store, opened, clips)
     arguments = (tmp_path, torch.device("cpu"), Ranks(), StopFlag())
-    table = tabling.table(*arguments)
+    cached = cache.load(*arguments)
     model, _ = load_model(teacher / "best")
     generator = np.random.default_rng(0)
     chosen = torch.from_numpy(generator.choice(clips, 20))
     mask = torch.from_numpy(opened.present[chosen.numpy()] & (generator.random((20, 3)) < 0.6))
-    logits, valid = table.look_up(chosen, mask), table.seen(chosen, mask)
+    logits, valid = cached.logits(chosen, mask), cached.valid(chosen, mask)
     assert torch.equal(valid, mask.any(dim=1))
     tokens = {m: opened.gather(m, chosen) for m in opened.modalities}
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_the_table_holds_what_the_teacher_says_under_each_mask(
         )
     chunk = next(tmp_path.glob("*/00000.*"))
     made = chunk.stat().st_mtime_ns
-    tabling.table(*arguments)  # reused
+    cache.load(*arguments)  # reused
     assert chunk.stat().st_mtime_ns == made
 
 
@@ -148,20 +148,20 @@ def test_teacher_and_student_see_the_same_mask(
     store: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from karmma_pipeline.training import stages
-    from karmma_pipeline.training.teacher_logits import TeacherTable
+    from karmma_pipeline.training.teacher_logits import TeacherLogits
 
     seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
-    look_up, step = TeacherTable.look_up, loop.Trainer._step
+    logits, step = TeacherLogits.logits, loop.Trainer._step
 
-    def spy_teacher(self: TeacherTable, index: torch.Tensor, mask: torch.Tensor) -> Any:
+    def spy_teacher(self: TeacherLogits, index: torch.Tensor, mask: torch.Tensor) -> Any:
         seen["teacher"].append(mask.clone())
-        return look_up(self, index, mask)
+        return logits(self, index, mask)
 
     def spy_student(self: loop.Trainer, objective: Any, batch: Any, counts: Any) -> float:
         seen["student"].append(batch.mask.clone())
         return step(self, objective, batch, counts)
 
-    monkeypatch.setattr(TeacherTable, "look_up", spy_teacher)
+    monkeypatch.setattr(TeacherLogits, "logits", spy_teacher)
     monkeypatch.setattr(loop.Trainer, "_step", spy_student)
     stages.distill(student_recipe(store, teacher, tmp_path / "s", epochs=2))
     assert all(torch.equal(a, b) for a, b in zip(seen["teacher"], seen["student"], strict=True))

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karmma_pipeline.training.tensorboard_writer import Board
+from karmma_pipeline.training.tensorboard_writer import TensorboardWriter
 
 
 def test_a_run_that_goes_on_replaces_the_points_that_it_makes_again(tmp_path: Path) -> None:
-    with Board(tmp_path, 1) as killed:
+    with TensorboardWriter(tmp_path, 1) as killed:
         for epoch in (1, 2):
             killed.write({"val_loss": 10.0 * epoch, "val_top1": 50.0}, epoch)
     (events,) = tmp_path.iterdir()
     events.rename(tmp_path / "events.out.tfevents.1.host.1")
-    with Board(tmp_path, 2) as resumed:
+    with TensorboardWriter(tmp_path, 2) as resumed:
         for epoch in (2, 3):
             resumed.write({"val_loss": epoch}, epoch)
     reader = EventAccumulator(str(tmp_path)).Reload()

@@ -1,4 +1,4 @@
-"""The teachers' table: its own digest, its key, and several teachers in one average."""
+"""Cached teacher logits: their checksums, their key, and several teachers in one average."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from support.training import StopAt, student_recipe, teacher_recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store import FeatureStore
-from karmma_pipeline.training import teacher_logits as tables
+from karmma_pipeline.training import teacher_logits
 from karmma_pipeline.training.objective import teacher_log_probabilities
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.stages import distill, train_teacher
-from karmma_pipeline.training.teacher_logits import Tabling, TeacherTable
+from karmma_pipeline.training.teacher_logits import TeacherLogits, TeacherLogitsCache
 
 CPU = torch.device("cpu")
 
@@ -36,16 +36,18 @@ def teachers(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     return [folder / "t0", folder / "t1"]
 
 
-def tabling(store: Path, teacher: Path) -> Tabling:
+def cache(store: Path, teacher: Path) -> TeacherLogitsCache:
     opened = FeatureStore.open(store)
-    return Tabling(teacher / "best", store, opened, np.flatnonzero(opened.split == "train"))
+    return TeacherLogitsCache(
+        teacher / "best", store, opened, np.flatnonzero(opened.split == "train")
+    )
 
 
 def test_a_flipped_byte_is_noticed_and_its_chunk_computed_again(
     store: Path, teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "CHUNK", 32)
-    made = tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopFlag())
+    monkeypatch.setattr(teacher_logits, "CHUNK", 32)
+    made = cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
     chunks = sorted(tmp_path.glob("*/*.sealed"))
     assert len(chunks) == 3
     before = [c.read_bytes() for c in chunks]
@@ -53,40 +55,42 @@ def test_a_flipped_byte_is_noticed_and_its_chunk_computed_again(
     hurt[len(hurt) // 2] ^= 1
     chunks[1].write_bytes(hurt)
     left = leave(chunks[2])
-    again = tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopFlag())
+    again = cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
     assert [c.read_bytes() for c in chunks] == before
     assert not left.exists()
-    assert torch.equal(again.logits, made.logits)
+    assert torch.equal(again._logits, made._logits)
 
 
 def test_stopped_in_the_middle_it_keeps_the_chunks_that_are_done(
     store: Path, teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "CHUNK", 32)
+    monkeypatch.setattr(teacher_logits, "CHUNK", 32)
     with pytest.raises(StoppedError, match="that are done are kept"):
-        tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopAt(3))
+        cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopAt(3))
     (first, *_), times = sorted(tmp_path.glob("*/*.sealed")), []
     times.append(first.stat().st_mtime_ns)
-    tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopFlag())
+    cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
     assert first.stat().st_mtime_ns == times[0]
     assert len(sorted(tmp_path.glob("*/*.sealed"))) == 3
 
 
-def test_each_teacher_has_its_own_table_and_a_foreign_one_is_refused(
+def test_each_teacher_has_its_own_folder_and_a_foreign_one_is_refused(
     store: Path, teachers: list[Path], tmp_path: Path
 ) -> None:
     for teacher in teachers:
-        tabling(store, teacher).table(tmp_path, CPU, Ranks(), StopFlag())
+        cache(store, teacher).load(tmp_path, CPU, Ranks(), StopFlag())
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 2
     for folder in folders:
         key = json.loads((folder / "table.json").read_text())
         (folder / "table.json").write_text(json.dumps({**key, "teacher_store": "other"}))
-    with pytest.raises(CheckpointError, match=r"another one \(teacher_store='other' there, '"):
-        tabling(store, teachers[0]).table(tmp_path, CPU, Ranks(), StopFlag())
+    with pytest.raises(
+        CheckpointError, match=r"other teacher logits \(teacher_store='other' there, '"
+    ):
+        cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
 
 
-def test_runs_share_a_table(store: Path, teachers: list[Path], tmp_path: Path) -> None:
+def test_runs_share_cached_logits(store: Path, teachers: list[Path], tmp_path: Path) -> None:
     shared = tmp_path / "table"
     for name in ("a", "b"):
         recipe = student_recipe(
@@ -173,12 +177,12 @@ def test_teachers_that_do_not_fit_their_stores_are_refused(
         student_recipe(tmp_path, tmp_path, tmp_path / "r", **changes)
 
 
-def test_a_look_up_finds_the_row_of_the_clip_and_its_mask() -> None:
+def test_logits_are_those_of_the_clip_under_its_mask() -> None:
     logits = torch.arange(2 * 8 * 3, dtype=torch.float16).view(2, 8, 3)
     valid = torch.arange(8).expand(2, 8) > 0
-    table = TeacherTable(logits, valid, {"verb": 2, "noun": 1}, torch.tensor([-1, 1, 0]))
+    cached = TeacherLogits(logits, valid, {"verb": 2, "noun": 1}, torch.tensor([-1, 1, 0]))
     clips, mask = torch.tensor([2, 1]), torch.tensor([[True, False, True], [False, False, False]])
-    found = table.look_up(clips, mask)
+    found = cached.logits(clips, mask)
     assert torch.equal(found["verb"], torch.stack([logits[0, 5, :2], logits[1, 0, :2]]))
     assert torch.equal(found["noun"], torch.stack([logits[0, 5, 2:], logits[1, 0, 2:]]))
-    assert table.seen(clips, mask).tolist() == [True, False]
+    assert cached.valid(clips, mask).tolist() == [True, False]
