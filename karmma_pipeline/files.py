@@ -1,6 +1,7 @@
 """Files that are whole or not there: every small file is written through here."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,20 @@ from karmma_pipeline.errors import KarmmaError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.EFBIG}
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
+
+
+def check_name(name: str) -> str:
+    """Return the name of a clip, modality or head if it is safe as a file name everywhere.
+
+    Raises:
+        ValueError: it is not; the message says what is allowed.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError("allowed are 1 to 120 of A-Z a-z 0-9 . _ - and no leading - or .")
+    return name
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,19 +75,27 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def sweep(folders: Iterable[Path]) -> None:
+def sweep(folders: Iterable[Path], *, alone: bool = False) -> None:
     """Take away what killed processes of this machine were writing; of living ones nothing.
 
     Args:
         folders: looked into, but not into folders inside them.
+        alone: nobody else writes there now, such as under a lock: what other machines have
+            left goes too.
     """
     name = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.\w+\.tmp")
     for folder in folders:
         with suppress(OSError):
             for path in list(folder.iterdir()):
-                found = name.fullmatch(path.name)
-                if found and not _lives(int(found[1])):
+                writer = name.fullmatch(path.name)
+                dead = writer is not None and not _lives(int(writer[1]))
+                if dead or (alone and is_temporary(path)):
                     path.unlink()
+
+
+def folders_of(root: Path) -> list[Path]:
+    """Return a folder and all folders below it; links are not followed."""
+    return [Path(folder) for folder, _, _ in os.walk(root)]
 
 
 def _lives(process: int) -> bool:
@@ -138,6 +161,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file durably, or leave the old one."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

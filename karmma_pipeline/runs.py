@@ -60,8 +60,7 @@ class RunFolder:
         with files.disk_errors(there):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / _LOCK)
-            for litter in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
-                litter.unlink(missing_ok=True)  # of a killed process
+            files.sweep((self.path, *self.path.glob("*/")), alone=True)  # of a killed process
         if not there.is_file():
             files.write_json(self.path / ENVIRONMENT, environment())
             config.save(recipe, there)

@@ -66,8 +66,6 @@ NOT_YET = {
     "extraction.media.image_frames -> extraction.decode.sampling": "the same",
     "extraction.media.media_file -> extraction.decode.sampling": "the same",
     "extraction.media.pyav_video -> extraction.decode.sampling": "the same",
-    "store.catalog -> data.manifest": "check_clip_id belongs to the store, which data may import",
-    "store.tools.export -> data.manifest": "the same",
     "types": "extraction/types.py",
     "median file": "143 lines",
     "code lines": "14,115, without duplicates and what the review lets go",

@@ -1,12 +1,11 @@
 """How far each stage is, judged by what lies on disk, never by what a scheduler remembers."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from karmma_pipeline import config
+from karmma_pipeline import config, files
 from karmma_pipeline.batch.chain import Work
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
@@ -115,4 +114,4 @@ def _evaluation(recipe: EvaluateRecipe) -> Progress:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return files.sha256(path) if path.is_file() else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from karmma_pipeline import files
 from karmma_pipeline.errors import ManifestError
 
 T = TypeVar("T")
@@ -20,7 +21,6 @@ S = TypeVar("S")
 _SHOWN = 10
 """Faults that one message names."""
 
-_CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
 _WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 
@@ -39,17 +39,6 @@ def parse_time(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(text)
     return value
-
-
-def check_clip_id(clip_id: str) -> str:
-    """Return the id if it is safe as a name everywhere.
-
-    Raises:
-        ValueError: it is not; the message says what is allowed.
-    """
-    if not _CLIP_ID.fullmatch(clip_id):
-        raise ValueError("allowed are 1 to 120 of A-Z a-z 0-9 . _ - and no leading - or .")
-    return clip_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +64,7 @@ class Row:
         if pattern is not None and not pattern.fullmatch(text):
             raise ValueError(f"{column}={text!r}: not of the form {pattern.pattern}")
         try:
-            return check_clip_id(text)
+            return files.check_name(text)
         except ValueError as error:
             raise ValueError(f"{column}={text!r}: {error}") from None
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.annotations import Row, check_clip_id, parse_time
+from karmma_pipeline.data.annotations import Row, parse_time
 from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -33,7 +33,6 @@ __all__ = [
     "Groups",
     "Manifest",
     "Pictures",
-    "check_clip_id",
     "parse_time",
     "read_manifest",
     "unique",

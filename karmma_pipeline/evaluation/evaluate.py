@@ -1,6 +1,5 @@
 """The evaluate stage: saved models in, ``results.json`` and everything made from it out."""
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ def _run_result(
         weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
         size=size,
         paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
-        model_digest=hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest(),
+        model_digest=files.sha256(saved / WEIGHTS),
         store_digest=run.store.digest,
         subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
         drop=tuple(drop_curves(correct, recipe)),

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.annotations import check_clip_id
 from karmma_pipeline.data.datasets import Dataset
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.store.spec import Dtype
@@ -241,7 +241,7 @@ class ExtractRecipe(Recipe):
                 raise ValueError(f"set {name!r} has no modality")
             for part in (name, *choices):
                 try:
-                    check_clip_id(part)
+                    files.check_name(part)
                 except ValueError as error:
                     raise ValueError(f"{part!r}: {error}") from None
         return sets

@@ -71,7 +71,9 @@ def _keep_old(folder: Path) -> None:
     """Give the weights that the card names a second name, unless they have it already."""
     try:
         wanted = json.loads((folder / CARD).read_text())["weights_sha256"]
-        if _digest(folder / WEIGHTS) != wanted:  # killed here before: the old name is the right one
+        if (
+            files.sha256(folder / WEIGHTS) != wanted
+        ):  # killed here before: the old name is the right one
             return
         if (folder / _OLD).exists() and (folder / _OLD).samefile(folder / WEIGHTS):
             return
@@ -83,11 +85,6 @@ def _keep_old(folder: Path) -> None:
             os.link(folder / WEIGHTS, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(folder / WEIGHTS, temporary)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_card(folder: Path) -> ModelCard:

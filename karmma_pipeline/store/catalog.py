@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline import config, files
-from karmma_pipeline.data.manifest import check_clip_id
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store.format import clip_table, paths
 from karmma_pipeline.store.format.clip_table import write_column
+from karmma_pipeline.store.format.record import Record, parse_record
 from karmma_pipeline.store.format.shard import zarr_group, zarr_shards
 from karmma_pipeline.store.spec import ClipRow, StoreSpec
 
@@ -123,7 +123,7 @@ def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:
     seen: set[str] = set()
     for clip in clips:
         try:
-            check_clip_id(clip.clip_id)
+            files.check_name(clip.clip_id)
         except ValueError as error:
             raise StoreError(f"{root}: clip_id={clip.clip_id!r}: {error}.") from None
         if clip.clip_id.casefold() in seen:
@@ -171,7 +171,7 @@ class Catalog:
             self.root = root
             self.spec = config.build(StoreSpec, found["spec"], str(path))
             for name in (*self.spec.modalities, *self.spec.heads):
-                check_clip_id(name)
+                files.check_name(name)
             self.count = int(found["clips"])
             self.shards = shard_total(self.spec, self.count)
             self.digest: str = found["clips_sha256"]
@@ -215,21 +215,6 @@ class Catalog:
         _check_range(f"{self.root}: head {head}: label", labels, -1, len(self.spec.heads[head]))
         return labels
 
-    def rows(self) -> Iterator[ClipRow]:
-        """Yield the clips as they were given to `create_store`."""
-        heads = {head: self.labels(head) for head in self.spec.heads}
-        split, group = self.names("split"), self.names("group")
-        start, stop = self.column("start_s", "<f8"), self.column("stop_s", "<f8")
-        for i, clip_id in enumerate(self.clip_ids):
-            yield ClipRow(
-                clip_id.decode(),
-                {head: int(labels[i]) for head, labels in heads.items()},
-                str(split[i]),
-                str(group[i]),
-                float(start[i]),
-                float(stop[i]),
-            )
-
     def shard_range(self, shard: int) -> range:
         """Return the clip numbers of a shard."""
         size = self.spec.clips_per_shard
@@ -240,6 +225,28 @@ class Catalog:
         return [
             self.clip_ids[i].decode("ascii", "backslashreplace") for i in self.shard_range(shard)
         ]
+
+    def read_record(self, shard: int) -> Record:
+        """Read the commit record of a shard.
+
+        Raises:
+            StoreError: it is missing, damaged, or does not fit the store.
+        """
+        path = paths.record_file(self.root, shard)
+        try:
+            return self.parse_record(shard, paths.read_bytes(self.root, path))
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path}: shard {shard} is missing; run `karmma extract` with the same recipe "
+                "again."
+            ) from None
+        except OSError as error:
+            raise StoreError(f"{path}: the commit record cannot be read ({error}).") from None
+
+    def parse_record(self, shard: int, data: bytes) -> Record:
+        """Check the bytes of a shard's commit record; see `read_record`."""
+        path = paths.record_file(self.root, shard)
+        return parse_record(path, data, self.spec, len(self.shard_range(shard)))
 
     def committed(self) -> set[int]:
         """Return the shards that are whole."""

@@ -17,7 +17,7 @@ from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.format import clip_table, paths
 from karmma_pipeline.store.format.clip_table import column_writer
-from karmma_pipeline.store.format.record import Record, parse_record, read_record
+from karmma_pipeline.store.format.record import Record
 from karmma_pipeline.store.format.shard import crc32c
 from karmma_pipeline.store.spec import StoreSpec
 
@@ -50,10 +50,10 @@ def finalize(root: Path) -> None:
         "shards": catalog.shards,
         "clips": catalog.count,
         "records": checksums,
-        "files": {name: file_sha256(root / name) for name in digested_files(catalog.spec)},
+        "files": {name: files.sha256(root / name) for name in digested_files(catalog.spec)},
     }
     shutil.rmtree(root / paths.SPOOL, ignore_errors=True)  # of a writer killed after its commit
-    files.sweep((root, *(path for path in root.rglob("*") if path.is_dir())))
+    files.sweep(files.folders_of(root))
     paths.write_manifest(root, content)  # last: its being there means a complete store
 
 
@@ -66,12 +66,6 @@ def digested_files(spec: StoreSpec) -> list[str]:
     return names
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(catalog: Catalog) -> tuple[str, list[int]]:
     """Return the store's digest, and the checksum of each commit record."""
     sha = hashlib.sha256((catalog.root / paths.SPEC).read_bytes())
@@ -79,7 +73,7 @@ def _digest(catalog: Catalog) -> tuple[str, list[int]]:
     for shard in range(catalog.shards):
         path = paths.record_file(catalog.root, shard)
         data = paths.read_bytes(catalog.root, path)
-        sha.update(parse_record(catalog, shard, data).content(with_files=False))
+        sha.update(catalog.parse_record(shard, data).content(with_files=False))
         checksums.append(crc32c(data))
     return sha.hexdigest(), checksums
 
@@ -113,7 +107,7 @@ def _write_presence(catalog: Catalog) -> npt.NDArray[np.int64]:
             writer = column_writer(catalog.root, name, dtype, shape, **attributes)
             writers[name] = stack.enter_context(writer)
         for shard in range(catalog.shards):
-            record = read_record(catalog, shard)
+            record = catalog.read_record(shard)
             present[shard] = (record.reason == Reason.PRESENT).sum(axis=0)
             for name, values in _shard_columns(spec, shard, record):
                 writers[name].write(values.astype(values.dtype.newbyteorder("<")).tobytes())

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store.catalog import Catalog, described_files
-from karmma_pipeline.store.finalize import digested_files, file_sha256
+from karmma_pipeline.store.finalize import digested_files
 from karmma_pipeline.store.format import paths
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
-from karmma_pipeline.store.format.record import Record, parse_record
+from karmma_pipeline.store.format.record import Record
 from karmma_pipeline.store.format.shard import crc32c, shard_index
 from karmma_pipeline.store.spec import StoredArray
 from karmma_pipeline.store.writer import lock_holder
@@ -98,7 +99,7 @@ def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
     for name, digest in digests.items():
         try:
             os.close(paths.open_inside(catalog.root, catalog.root / name))
-            if file_sha256(catalog.root / name) != digest:
+            if files.sha256(catalog.root / name) != digest:
                 yield Damage(-1, "all", "bytes have changed", path=name)
             elif name == paths.INDEX:
                 for fault in index_faults(catalog.root / name, catalog.spec, catalog.shards):
@@ -113,7 +114,7 @@ def _check_shard(catalog: Catalog, shard: int, checksum: int | None) -> Iterator
     path, clips = paths.record_file(catalog.root, shard), tuple(catalog.clips_in(shard))
     try:
         data = paths.read_bytes(catalog.root, path)
-        record = parse_record(catalog, shard, data)
+        record = catalog.parse_record(shard, data)
     except (OSError, StoreError) as error:
         missing = isinstance(error, FileNotFoundError)
         what = f"{path}: the commit record is missing" if missing else str(error)
@@ -169,11 +170,11 @@ def _locate(
     m, one = catalog.spec.order[column], catalog.spec.modalities[catalog.spec.order[column]]
     present = np.flatnonzero(record.present(column))
     clips, found = catalog.clips_in(shard), False
-    with _Files(catalog, shard, m) as files:
+    with _Files(catalog, shard, m) as opened:
         for position in present:
             crc = 0
             for other in one.arrays:
-                crc = crc32c(files[other.name].read(other.clip_bytes), crc)
+                crc = crc32c(opened[other.name].read(other.clip_bytes), crc)
             if crc != record.crc32c[position, column]:
                 found = True
                 yield Damage(shard, m, "bytes have changed", (clips[position],))
@@ -206,7 +207,7 @@ class _Files:
 
 def _foreign(catalog: Catalog) -> Iterator[Damage]:
     for path, name in foreign_files(catalog):
-        what = "left over from a stopped run" if path.suffix == ".tmp" else "foreign file"
+        what = "left over from a stopped run" if files.is_temporary(path) else "foreign file"
         yield Damage(-1, "all", f"{what}; `karmma store gc` takes it away", path=name)
 
 
@@ -283,7 +284,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
     for path, name in foreign_files(catalog):
         if any(folder in path.parents for folder in listed):
             continue
-        temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        temporary = files.is_temporary(path)
         if temporary and alive:
             continue  # a living writer's, perhaps
         what = "left over from a stopped run" if temporary else f"foreign file {name}"

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.epic import touch
 
+from karmma_pipeline import files
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
-from karmma_pipeline.data.manifest import Manifest, check_clip_id
+from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ManifestError
 
@@ -50,7 +51,7 @@ def test_names_that_are_no_ids_get_one_each(tmp_path: Path) -> None:
 def test_any_path_gives_a_safe_id(parts: list[str]) -> None:
     from karmma_pipeline.data.datasets.folder_tree import _clip_id
 
-    check_clip_id(_clip_id("/".join(parts) + ".mp4", alone=True))
+    files.check_name(_clip_id("/".join(parts) + ".mp4", alone=True))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
-from karmma_pipeline.data.manifest import UNKNOWN, Clip, Manifest, check_clip_id, unique
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, Manifest, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -136,7 +137,7 @@ class _Reader:
         uids = {key: annotations.field(entry, key, str) for key in ("video_uid", "clip_uid")}
         for key, uid in uids.items():
             try:
-                check_clip_id(uid)
+                files.check_name(uid)
             except ValueError as error:
                 raise ValueError(f"{key}={uid!r:.60}: {error}") from None
         video, clip = uids["video_uid"], uids["clip_uid"]
@@ -151,7 +152,7 @@ class _Reader:
         labels = {head: self._label(entry, head) for head in HEADS}
         clip_id = f"{clip}_{annotations.field(entry, 'action_idx', int)}"
         return Clip(
-            check_clip_id(clip_id),
+            files.check_name(clip_id),
             media,
             start_s + offset_s,
             stop_s + offset_s,

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
-from karmma_pipeline.data.manifest import Clip, Manifest, check_clip_id, unique
+from karmma_pipeline.data.manifest import Clip, Manifest, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -114,7 +115,7 @@ class _Reader:
     def take(self, take: Any, split: Split) -> list[Clip]:
         name = annotations.field(take, "take_name", str)
         try:
-            check_clip_id(name)
+            files.check_name(name)
         except ValueError as error:
             raise ValueError(f"take_name={name!r:.60}: {error}") from None
         segments = annotations.field(take, "segments", list, [])
@@ -132,7 +133,7 @@ class _Reader:
                 raise ValueError(f"end_time={stop_s}: is not after start_time={start_s}")
             if step not in self.ids:
                 raise ValueError(f"step_unique_id={step}: is not in the vocabulary")
-            clip_id = check_clip_id(f"{take}.{number}")
+            clip_id = files.check_name(f"{take}.{number}")
         except ValueError as error:
             raise ValueError(f"segments entry {number + 1}: {error}") from None
         media = dict.fromkeys(("rgb", "flow", "audio"), source)

@@ -10,8 +10,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.manifest import Clip, Manifest, check_clip_id, unique
+from karmma_pipeline.data.manifest import Clip, Manifest, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -126,7 +127,7 @@ def _clip_id(relative: str, *, alone: bool) -> str:
     if safe != stem or not alone:
         digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
         safe = f"{safe or 'clip'}-{digest[:8]}"
-    return check_clip_id(safe)
+    return files.check_name(safe)
 
 
 def _drawn(dataset: FolderTree, relative: str) -> str:

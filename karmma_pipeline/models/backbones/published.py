@@ -1,6 +1,5 @@
 """Weights that torchvision publishes: found in torch's cache, downloaded only by `fetch`."""
 
-import hashlib
 import re
 import socket
 from pathlib import Path
@@ -85,8 +84,7 @@ def _hash_prefix(path: Path) -> str:
 
 
 def _check_hash(path: Path) -> None:
-    with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
+    sha = files.sha256(path)
     if not sha.startswith(_hash_prefix(path)):
         raise CheckpointError(
             f"{path}: its sha256 {sha[:8]} is not the one in its name; remove it and fetch again."

@@ -13,9 +13,9 @@ from safetensors.numpy import load, save
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
 from karmma_pipeline.store.format.shard import crc32c
+from karmma_pipeline.store.spec import StoreSpec
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,18 @@ def write_record(root: Path, shard: int, record: Record) -> None:
     files.write_bytes(paths.record_file(root, shard), record.to_bytes())
 
 
-def read_record(catalog: Catalog, shard: int) -> Record:
-    """Read a shard's record and check that it fits the store.
+def parse_record(path: Path, data: bytes, spec: StoreSpec, clips: int) -> Record:
+    """Check the bytes of a record against themselves and the store.
 
-    Raises:
-        StoreError: it is missing, damaged, or of another shape.
-    """
-    path = paths.record_file(catalog.root, shard)
-    try:
-        return parse_record(catalog, shard, paths.read_bytes(catalog.root, path))
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path}: shard {shard} is missing; run `karmma extract` with the same recipe again."
-        ) from None
-    except OSError as error:
-        raise StoreError(f"{path}: the commit record cannot be read ({error}).") from None
-
-
-def parse_record(catalog: Catalog, shard: int, data: bytes) -> Record:
-    """Check a record's bytes against themselves and the store.
+    Args:
+        path: named in errors.
+        data: the record's bytes.
+        spec: of the store.
+        clips: of the shard.
 
     Raises:
         StoreError: it is damaged, or of another shape.
     """
-    path = paths.record_file(catalog.root, shard)
-    clips, spec = len(catalog.shard_range(shard)), catalog.spec
     try:
         tensors = load(data)
         times = {m: tensors[f"times.{m}"] for m in spec.order}

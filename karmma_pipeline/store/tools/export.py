@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from karmma_pipeline import files
-from karmma_pipeline.data.manifest import check_clip_id
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
@@ -45,7 +44,7 @@ def export(store: Path, out: Path, layout: Layout, stop: StopFlag | None = None)
     stop, opened = stop or StopFlag(), FeatureStore.open(store)
     out.mkdir(parents=True, exist_ok=True)
     for m in opened.modalities:
-        check_clip_id(m)
+        files.check_name(m)
     check_space(out, *_needed(opened, layout))
     name, data = _FORMATS[layout]
     written = 0

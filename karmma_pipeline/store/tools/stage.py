@@ -1,7 +1,6 @@
 """Copies of stores near the processor: on a node's own disk, or in its memory."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -70,7 +69,9 @@ def _make(store: Path, place: Path, stop: StopFlag) -> None:
             f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
             "away. Check the store with `karmma store verify`."
         )
-    files.write_json(_done(place), {"manifest": _fingerprint(store), "files": states})
+    files.write_json(
+        _done(place), {"manifest": files.sha256(store / paths.MANIFEST), "files": states}
+    )
 
 
 def forget(place: Path) -> None:
@@ -88,13 +89,12 @@ def _is_unchanged(place: Path, store: Path) -> bool:
     """Tell whether a copy of just this store was verified and not touched since."""
     try:
         done = json.loads(_done(place).read_text())
-        return bool(done["manifest"] == _fingerprint(store) and done["files"] == _states(place))
+        return bool(
+            done["manifest"] == files.sha256(store / paths.MANIFEST)
+            and done["files"] == _states(place)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _fingerprint(store: Path) -> str:
-    return hashlib.sha256((store / paths.MANIFEST).read_bytes()).hexdigest()
 
 
 def _states(place: Path) -> dict[str, list[int]]:
@@ -127,8 +127,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
     missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
     check_space(place.parent, sum(missing.values()), 4 * len(missing))
     _done(place).unlink(missing_ok=True)
-    for orphan in place.rglob(".*.tmp"):  # of a copy that was killed
-        orphan.unlink()
+    files.sweep(files.folders_of(place), alone=True)  # of a copy that was killed
     with tqdm(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
         bar.update(sum(sizes.values()) - sum(missing.values()))
         for name in missing:
