@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -12,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tqdm import tqdm
-
 from karmma_pipeline import config, files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
@@ -21,6 +20,7 @@ from karmma_pipeline.errors import ConfigError, KarmmaError
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
 RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
 _LOCK = ".lock"
+_logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -78,9 +78,9 @@ class RunFolder:
             self._lock = None
 
     def note(self, text: str) -> None:
-        """Tell the user something, on the screen and in ``log.txt``."""
+        """Log a line, and append it to ``log.txt`` with the time."""
         if self.writes:
-            tqdm.write(text, file=sys.stderr)
+            _logger.info(text)
             self.log(text)
 
     def log(self, text: str) -> None:

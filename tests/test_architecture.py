@@ -59,14 +59,11 @@ NAMELESS = {"utils", "helpers", "misc", "common"}
 MOST_CODE_LINES, LONG_FUNCTION, MOST_LONG = 13_495, 20, 1 / 10
 
 NOT_YET = {
-    "cli <-> cli.demo <-> demo": "demo becomes data: commands that the command runs",
-    "demo -> cli": "the same",
     "extraction.inference.batching -> extraction.parts": "batches are formed once",
     "extraction.media.decord_video -> extraction.decode.sampling": "what media need is theirs",
     "extraction.media.image_frames -> extraction.decode.sampling": "the same",
     "extraction.media.media_file -> extraction.decode.sampling": "the same",
     "extraction.media.pyav_video -> extraction.decode.sampling": "the same",
-    "types": "extraction/types.py",
     "median file": "143 lines",
     "code lines": "14,115, without duplicates and what the review lets go",
 }

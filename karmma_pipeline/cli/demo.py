@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
 
 import click
@@ -9,13 +11,27 @@ import click
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
-@click.option("--quick", is_flag=True, help="A few clips and epochs: shows the road, not accuracy.")
+@click.option("--quick", is_flag=True, help="A few clips and epochs: every step, no accuracy.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the data and of all training.")
-def demo(out: Path, quick: bool, seed: int) -> None:
-    """Run every stage on generated clips and write a report, in a few minutes on a CPU."""
-    from karmma_pipeline.demo import run_demo
+@click.pass_context
+def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
+    """Run all stages on generated clips and write a report.
 
-    run_demo(out, quick=quick, seed=seed)
+    Takes a few minutes on a CPU. Each stage is one printed command that can be run by itself;
+    running the demo again skips what is done.
+    """
+    from karmma_pipeline.demo import commands, write_recipes
+
+    root = ctx.find_root().command
+    assert isinstance(root, click.Group)  # noqa: S101  (main is one)
+    started = time.monotonic()
+    click.echo("Each stage is a command that you can run by itself:\n")
+    write_recipes(out, quick=quick, seed=seed)
+    for arguments in commands(out, quick=quick, seed=seed):
+        click.secho(f"$ karmma {shlex.join(arguments)}", bold=True)
+        root.main(arguments, prog_name="karmma", standalone_mode=False)
+        click.echo()
+    click.echo(f"{time.monotonic() - started:.0f} s in all. Open {out / 'report' / 'index.html'}")
 
 
 @click.command()

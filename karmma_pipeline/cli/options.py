@@ -29,7 +29,10 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; our errors become one sentence and their exit code."""
+        """Run a command with log lines and bars; our errors become one sentence and exit code."""
+        from karmma_pipeline import logs
+
+        logs.show()
         try:
             return super().invoke(ctx)
         except KarmmaError as error:

@@ -1,12 +1,8 @@
-"""``karmma demo``: the whole road on generated clips, stage by stage, each a printed command."""
+"""What ``karmma demo`` runs: its recipes and its commands, as data."""
 
-import shlex
-import time
 from importlib.resources import files as package_files
 from pathlib import Path
 from string import Template
-
-import click
 
 from karmma_pipeline import files
 
@@ -15,54 +11,47 @@ _FULL = {"clips": "700", "epochs": "25"}
 _QUICK = {"clips": "64", "epochs": "2"}
 
 
-def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> None:
-    """Run sample, extract, train, distill and evaluate into ``out``; run again, it goes on.
+def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]]:
+    """Return the arguments of each ``karmma`` command of the demo, in order.
+
+    The recipes that they name are those of `write_recipes`, in ``out/recipes``.
 
     Args:
-        out: folder; the recipes that are used are written to ``out/recipes``.
-        quick: a few clips and epochs; shows the road, not accuracy.
+        out: folder of everything that the demo writes.
+        quick: a few clips and epochs: shows every step, not accuracy.
         seed: of the data and of every training.
     """
-    values = {**(_QUICK if quick else _FULL), "out": str(out), "seed": str(seed)}
-    recipes = write_recipes(out / "recipes", values)
-    runs = {name: str(out / "runs" / name) for name in RECIPES[1:]}
+    recipes = out / "recipes"
+    runs = [str(out / "runs" / name) for name in RECIPES[1:]]
     stores = [str(out / "features" / name) for name in ("teacher", "student")]
-    started = time.monotonic()
-    click.echo("Each stage is a command that you can run by itself:\n")
-    _run("sample", str(out / "clips"), "--clips", values["clips"], "--seed", str(seed))
-    _run("extract", recipes["extract"])
-    _run("train-teacher", recipes["teacher"])
-    _run("train-baseline", recipes["baseline"])
-    _run("train-baseline", recipes["baseline_delta"])
-    _run("distill", recipes["student"])
-    _run(
-        "evaluate",
-        *runs.values(),
-        *(word for store in stores for word in ("--store", store)),
-        "--out",
-        str(out / "report"),
-        "--set",
-        "title=Digits in motion",
-        "--set",
-        "memory=true",
-    )
-    click.echo(f"\n{time.monotonic() - started:.0f} s in all. Open {out / 'report' / 'index.html'}")
+    clips = _values(out, quick, seed)["clips"]
+    return [
+        ["sample", str(out / "clips"), "--clips", clips, "--seed", str(seed)],
+        ["extract", str(recipes / "extract.yaml")],
+        ["train-teacher", str(recipes / "teacher.yaml")],
+        ["train-baseline", str(recipes / "baseline.yaml")],
+        ["train-baseline", str(recipes / "baseline_delta.yaml")],
+        ["distill", str(recipes / "student.yaml")],
+        [
+            "evaluate",
+            *runs,
+            *(word for store in stores for word in ("--store", store)),
+            *("--out", str(out / "report")),
+            *("--set", "title=Digits in motion"),
+            *("--set", "memory=true"),
+        ],
+    ]
 
 
-def write_recipes(folder: Path, values: dict[str, str]) -> dict[str, str]:
-    """Fill in the recipes of the demo and return their paths by name."""
+def write_recipes(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Path]:
+    """Write the recipes of `commands` to ``out/recipes``; return their paths by name."""
     source = package_files("karmma_pipeline.demo")
-    paths = {}
-    for name in RECIPES:
+    paths = {name: out / "recipes" / f"{name}.yaml" for name in RECIPES}
+    for name, path in paths.items():
         text = source.joinpath(f"{name}.yaml").read_text("utf-8")
-        files.write_text(folder / f"{name}.yaml", Template(text).substitute(values))
-        paths[name] = str(folder / f"{name}.yaml")
+        files.write_text(path, Template(text).substitute(_values(out, quick, seed)))
     return paths
 
 
-def _run(*arguments: str) -> None:
-    from karmma_pipeline.cli import main
-
-    click.secho(f"$ karmma {shlex.join(arguments)}", bold=True)
-    main.main(list(arguments), prog_name="karmma", standalone_mode=False)
-    click.echo()
+def _values(out: Path, quick: bool, seed: int) -> dict[str, str]:
+    return {**(_QUICK if quick else _FULL), "out": str(out), "seed": str(seed)}

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import subsets
 from karmma_pipeline.models.saved import ModelCard, load_model
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
@@ -75,7 +75,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     loader = FeatureLoader(store, clips, recipe.batch_size)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
-    for batch in tqdm(loader.epoch(0), f"evaluate {name}", total=len(loader), unit="batch"):
+    for batch in progress_bar(loader.epoch(0), f"evaluate {name}", total=len(loader), unit="batch"):
         stop.check("nothing of this evaluation is kept")
         tokens = batch.tokens_on(device)
         parts = []

@@ -4,7 +4,7 @@ One stream over all shards: decode processes, a thread that lays batches out, th
 thread that writes work at the same time, with a bounded number of clips between them.
 """
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
@@ -31,6 +30,8 @@ from karmma_pipeline.extraction.types import DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, create_store
+
+_logger = logging.getLogger(__name__)
 
 _WORKER_BYTES = 2 << 30
 """Memory that the job must have for each decode process."""
@@ -59,13 +60,13 @@ def extract(
     if manifest is None:
         manifest = read_clips(recipe)
     for line in manifest.found:
-        _note(line)
+        _logger.info(line)
     networks = Networks(recipe)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
     with one_thread(networks.device):
-        decide(networks, report.stores, _note)
+        decide(networks, report.stores, _logger.info)
         for name, path in report.stores.items():
             create_store(path, networks.store_spec(name, manifest), rows)
         config.save(recipe, recipe.out / "recipe.yaml")
@@ -74,10 +75,6 @@ def extract(
     if all(_is_whole(path) for path in report.stores.values()):
         _complete(recipe, report, len(rows))
     return report
-
-
-def _note(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 def _row(clip: Clip) -> ClipRow:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from karmma_pipeline.extraction.inference import memory
 from karmma_pipeline.extraction.inference.workers import Lanes
 from karmma_pipeline.extraction.types import DecodedClip
+from karmma_pipeline.logs import progress_bar
 
 STARTING, BACKBONES = "start-up", "backbones"
 DECODING, WRITING = "decode wait", "write wait"
@@ -155,7 +154,7 @@ class Bar:
 
     def __init__(self, total: int, report: ExtractReport) -> None:
         self._report = report
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total, desc="extract", unit="clip", bar_format=_RATE, file=sys.stderr
         )
 

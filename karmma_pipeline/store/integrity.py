@@ -8,11 +8,11 @@ from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.finalize import digested_files
 from karmma_pipeline.store.format import paths
@@ -60,7 +60,7 @@ def verify(root: Path, stop: StopFlag | None = None) -> list[Damage]:
         damages += _check_files(catalog, manifest["files"])
     except StoreError as error:
         damages.append(Damage(-1, "all", str(error), path=paths.MANIFEST))
-    for shard in tqdm(range(catalog.shards), "verify", unit="shard"):
+    for shard in progress_bar(range(catalog.shards), "verify", unit="shard"):
         (stop or StopFlag()).check("nothing was changed")
         damages += _check_shard(catalog, shard, records[shard] if shard < len(records) else None)
     return damages + list(_foreign(catalog))

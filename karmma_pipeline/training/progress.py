@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from karmma_pipeline import logs
 from karmma_pipeline.training.recipe import TrainRecipe
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class EpochTimer:
 
 def progress_bar(total: int, done: int, name: str, shown: bool) -> "tqdm[Any]":
     """Return a bar of steps; on a screen only, a batch job's log gets a line per epoch."""
-    return tqdm(
+    return logs.progress_bar(
         total=total,
         initial=done,
         desc=name,

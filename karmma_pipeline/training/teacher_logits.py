@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import subsets
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined
@@ -190,7 +190,7 @@ class TeacherLogitsCache:
             raise CheckpointError(f"{self.teacher}: has just been replaced; run again.")
         model = model.to(device)
         shown = None if ranks.main else True
-        for chunk in tqdm(
+        for chunk in progress_bar(
             chunks, "teacher logits", unit="chunk", disable=shown, dynamic_ncols=True
         ):
             if stop.requested:

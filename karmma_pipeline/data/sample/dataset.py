@@ -9,13 +9,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from karmma_pipeline import files, jobs
 from karmma_pipeline.data.manifest import write_manifest
 from karmma_pipeline.data.sample import scene
 from karmma_pipeline.data.sample.scene import NOUNS, VERBS, Action, write_video
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.logs import progress_bar
 
 CLIPS_PER_VIDEO = 4
 VALIDATION_SHARE = 0.25
@@ -65,7 +65,9 @@ def write_sample(
     with ProcessPoolExecutor(workers, get_context("spawn"), jobs.become_worker) as pool:
         futures = [pool.submit(_write, out, video) for video in missing]
         try:
-            for done in tqdm(as_completed(futures), "videos", total=len(futures), unit="video"):
+            for done in progress_bar(
+                as_completed(futures), "videos", total=len(futures), unit="video"
+            ):
                 done.result()
                 if stop is not None:
                     stop.check("finished videos are kept")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import torch
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
-from tqdm import tqdm
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
@@ -49,6 +48,7 @@ _MOST_AT_ONCE = 16
 """Clips of a video that one task decodes at most: a fault costs all of them a second try."""
 
 _GIGABYTE = 1e9
+_logger = logging.getLogger(__name__)
 _SAVED = "finished batches are saved"
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class DecodePool:
             too_big = getattr(death, "pid", None) in self._watch.killed
             return Reason.OUT_OF_MEMORY if too_big else Reason.CRASHED
         except Exception as error:  # whatever a decoder may raise
-            tqdm.write(f"decoding failed: {type(error).__name__}: {error}", file=sys.stderr)
+            _logger.warning("decoding failed: %s: %s", type(error).__name__, error)
             return Reason.DECODE_ERROR
 
     def _is_done(self, future: _Future) -> bool:

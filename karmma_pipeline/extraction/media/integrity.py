@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
-from tqdm import tqdm
 
 from karmma_pipeline import jobs
 from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.logs import progress_bar
 
 State = Literal["fine", "missing", "empty", "truncated", "damaged"]
 
@@ -52,7 +52,7 @@ def probe_all(paths: Sequence[Path]) -> dict[Path, Probe]:
     found: dict[Path, Probe] = {}
     with (
         ProcessPool(workers, initializer=jobs.become_worker, context=get_context("spawn")) as pool,
-        tqdm(total=len(paths), desc="probe", unit="file") as bar,
+        progress_bar(total=len(paths), desc="probe", unit="file") as bar,
     ):
         futures = [(task, _submit(pool, task)) for task in tasks]
         for task, future in futures:

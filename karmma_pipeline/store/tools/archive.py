@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numcodecs import Zstd
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
 from karmma_pipeline.store.integrity import foreign_files, verify
@@ -44,7 +44,7 @@ def compress(store: Path, out: Path, stop: StopFlag | None = None) -> tuple[int,
         raise StoreError(f"{store}: is damaged ({damages[0]}); an archive would keep that.")
     files.write_text(mark, digest)
     before, after, listed = 0, 0, {}
-    for name in tqdm(_names(store), "compress", unit="file"):
+    for name in progress_bar(_names(store), "compress", unit="file"):
         stop.check("the files that are compressed are kept")
         source, target = store / name, out / f"{name}.zst"
         if not target.is_file():
@@ -73,7 +73,7 @@ def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
             raise StoreError(f"{archive / LIST}: {name!r} leads out of the store.")
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, sum(sizes.values()), 4 * len(sizes))
-    for name, size in tqdm(sizes.items(), "decompress", unit="file"):
+    for name, size in progress_bar(sizes.items(), "decompress", unit="file"):
         stop.check("the files that are there are kept")
         target = out / name
         if not (target.is_file() and _sha(target) == listed[name]["sha256"]):

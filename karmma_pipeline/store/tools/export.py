@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
 from karmma_pipeline.store.tools.rewrite import read_encoded
@@ -48,7 +48,7 @@ def export(store: Path, out: Path, layout: Layout, stop: StopFlag | None = None)
     check_space(out, *_needed(opened, layout))
     name, data = _FORMATS[layout]
     written = 0
-    with tqdm(total=int(opened.present.sum()), desc=f"export {layout}", unit="file") as bar:
+    with progress_bar(total=int(opened.present.sum()), desc=f"export {layout}", unit="file") as bar:
         for column, m in enumerate(opened.modalities):
             clips = np.flatnonzero(opened.present[:, column])
             for start in range(0, len(clips), _CLIPS):

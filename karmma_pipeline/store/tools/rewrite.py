@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, create_store
 from karmma_pipeline.store.finalize import finalize
@@ -178,7 +178,7 @@ def rewrite(
     create_store(out, spec, list(clip_rows(source, clips)))
     catalog = Catalog(out)
     todo = sorted(set(range(catalog.shards)) - catalog.committed())
-    with tqdm(total=len(clips), desc=f"write {out.name}", unit="clip") as bar:
+    with progress_bar(total=len(clips), desc=f"write {out.name}", unit="clip") as bar:
         bar.update(len(clips) - sum(len(catalog.shard_range(s)) for s in todo))
         for shard in todo:
             with ShardWriter(out, shard) as writer:

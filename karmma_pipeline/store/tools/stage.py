@@ -13,6 +13,7 @@ from tqdm import tqdm
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
 from karmma_pipeline.store.integrity import foreign_files, verify
@@ -128,7 +129,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
     check_space(place.parent, sum(missing.values()), 4 * len(missing))
     _done(place).unlink(missing_ok=True)
     files.sweep(files.folders_of(place), alone=True)  # of a copy that was killed
-    with tqdm(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
         bar.update(sum(sizes.values()) - sum(missing.values()))
         for name in missing:
             with (

@@ -1,0 +1,43 @@
+"""Log lines and progress bars: a library keeps both to itself, a command shows them.
+
+Modules log through ``logging.getLogger(__name__)``, below the logger ``karmma_pipeline``. Whoever
+uses the package from Python sets up logging as for any other library; `show` is for commands.
+"""
+
+import logging
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_PACKAGE = "karmma_pipeline"
+_bars_enabled = [False]
+"""Whether `progress_bar` draws; a list, for it is the process's state and not a constant."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes each record as a line on stderr, above the progress bars that are drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; stderr is looked up each time, for tests and notebooks replace it."""
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):
+            # The terminal or the pipe behind it is gone: that must not end hours of work.
+            return
+
+
+def show() -> None:
+    """Show log lines of level INFO and progress bars on stderr; a second call changes nothing."""
+    logger = logging.getLogger(_PACKAGE)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+        logger.setLevel(logging.INFO)
+    _bars_enabled[0] = True
+
+
+def progress_bar(*args: Any, **kwargs: Any) -> "tqdm[Any]":
+    """Return a `tqdm` bar that draws only in a command, see `show`; arguments are tqdm's."""
+    if not _bars_enabled[0]:
+        kwargs["disable"] = True
+    return tqdm(*args, **kwargs)
