@@ -28,7 +28,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show() -> None:
-    """Show log lines of level INFO and progress bars on stderr; a second call changes nothing."""
+    """Show log lines of level INFO and progress bars on stderr, as the ``karmma`` command does.
+
+    A second call changes nothing. Lines are printed as they are, without level or time: run
+    folders keep a ``log.txt`` that has both.
+    """
     logger = logging.getLogger(_PACKAGE)
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
@@ -37,7 +41,12 @@ def show() -> None:
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> "tqdm[Any]":
-    """Return a `tqdm` bar that draws only in a command, see `show`; arguments are tqdm's."""
+    """Return a `tqdm` bar that draws only in a command, see `show`.
+
+    Args:
+        *args: tqdm's own: the iterable, the description.
+        **kwargs: tqdm's own; ``disable`` says when a command, too, draws no bar.
+    """
     if not _bars_enabled[0]:
         kwargs["disable"] = True
     return tqdm(*args, **kwargs)
