@@ -20,7 +20,7 @@ from karmma_pipeline.batch.progress import Progress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.jobs.part import PARTS
+from karmma_pipeline.jobs.allocation import PARTS
 from karmma_pipeline.store.format import paths
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")

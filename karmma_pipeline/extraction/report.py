@@ -166,6 +166,8 @@ class Bar:
 
     def skip(self, clips: int) -> None:
         """Count clips that an earlier run has done; they say nothing about the rate."""
+        if self._bar.disable:  # tqdm then has none of these attributes
+            return
         self._bar.n += clips
         self._bar.initial += clips
         self._bar.last_print_n += clips

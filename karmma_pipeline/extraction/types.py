@@ -14,7 +14,7 @@ import numpy.typing as npt
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
-from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
+from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
 
 Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -70,7 +70,9 @@ def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
         ConfigError: an image network for rgb or flow, or one without its image size.
     """
     if choice.architecture.kind == "boxes":
-        return InputSpec(modality, choice.frame_count, None, (SLOTS, NUMBERS), per_frame=True)
+        return InputSpec(
+            modality, choice.frame_count, None, (BOX_SLOTS, BOX_NUMBERS), per_frame=True
+        )
     video = choice.architecture.kind == "video"
     height, width = choice.input_shape[-2:]
     if modality == "audio":

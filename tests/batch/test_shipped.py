@@ -13,7 +13,7 @@ from support.epic import touch, write_annotations
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.models.backbones.published import cached_file, enum_member
+from karmma_pipeline.models.backbones.state_dicts import cached_file, enum_member
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/hpc.md").read_text()

@@ -17,7 +17,7 @@ from karmma_pipeline.models.backbones import (
     Backbone,
     BackboneChoice,
     fetch,
-    published,
+    state_dicts,
 )
 
 SMALL: dict[str, Any] = {"name": "mobilenet_v3_large", "weights": "random:0", "image": (32, 32)}
@@ -165,7 +165,7 @@ def served(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> Pat
     source = (tmp_path / "w").rename(tmp_path / f"net-{sha[:8]}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     member = SimpleNamespace(url=source.as_uri())
-    monkeypatch.setattr(published, "enum_member", lambda *_: member)
+    monkeypatch.setattr(state_dicts, "enum_member", lambda *_: member)
     return source
 
 

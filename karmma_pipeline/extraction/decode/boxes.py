@@ -28,11 +28,11 @@ from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.recipe import Sampling
 from karmma_pipeline.extraction.types import ROUNDING_S, Times, covering
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones.boxes import NUMBERS, SLOTS
+from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
 
 FPS = 12.0
 HEIGHT = 240.0
-FACTS = {"fps": FPS, "height_px": HEIGHT, "slots": SLOTS, "numbers": NUMBERS}
+FACTS = {"fps": FPS, "height_px": HEIGHT, "slots": BOX_SLOTS, "numbers": BOX_NUMBERS}
 """What stores record of the boxes."""
 
 Boxes = npt.NDArray[np.float32]
@@ -60,8 +60,8 @@ def read_boxes(
         count: how many, T.
 
     Returns:
-        float32 [T, SLOTS, NUMBERS] of (x, y, width, height, hand, object, there) in 0..1, and
-        requested and real times, float64 [2, T].
+        float32 [T, BOX_SLOTS, BOX_NUMBERS] of (x, y, width, height, hand, object, there) in
+        0..1, and requested and real times, float64 [2, T].
 
     Raises:
         MediaFaultError: the annotation, or the shape of the picture, cannot be had.
@@ -82,8 +82,8 @@ def read_boxes(
 
 
 def _slotted(frame: Iterable[_Box], slots: dict[str, int], size: tuple[float, float]) -> Boxes:
-    table = np.zeros((SLOTS, NUMBERS), np.float32)
-    free = set(range(SLOTS))
+    table = np.zeros((BOX_SLOTS, BOX_NUMBERS), np.float32)
+    free = set(range(BOX_SLOTS))
     for box in sorted(frame, key=lambda box: (box.is_hand, box.corners[0])):
         if not free:
             break

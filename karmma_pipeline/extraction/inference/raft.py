@@ -18,8 +18,8 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import as_pictures
 from karmma_pipeline.extraction.recipe import Flow
 from karmma_pipeline.extraction.types import DecodedClip, FramePairs
-from karmma_pipeline.models.backbones import published, state_dicts
-from karmma_pipeline.models.backbones.random_weights import parse_seed, seeded
+from karmma_pipeline.models.backbones import state_dicts
+from karmma_pipeline.models.backbones.state_dicts import parse_seed, seeded
 
 _MULTIPLE, _LEAST = 8, 128
 """RAFT takes sides that are multiples of 8 and not below 128 px; smaller ones are padded."""
@@ -92,8 +92,8 @@ def _load(settings: Flow) -> tuple[nn.Module, str]:
         return net, state_dicts.digest(net.state_dict())
     member = _member(name, weights)
     if member is not None:
-        where = str(published.cached_file(member))
-        tensors = published.read_published(member, name)
+        where = str(state_dicts.cached_file(member))
+        tensors = state_dicts.read_published(member, name)
     elif Path(weights).is_file() or len(Path(weights).parts) > 1:
         where, tensors = weights, state_dicts.read_file(Path(weights))
     else:

@@ -7,15 +7,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from karmma_pipeline.models.backbones import boxes, published, state_dicts
+from karmma_pipeline.models.backbones import registry, state_dicts
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.random_weights import (
+from karmma_pipeline.models.backbones.state_dicts import (
     CALIBRATION,
+    Loaded,
     parse_seed,
     random_net,
     seeded,
 )
-from karmma_pipeline.models.backbones.state_dicts import Loaded
 
 
 class Backbone(nn.Module):
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
                 float log-mel images [B, h, w] (both already standardised), or boxes [B, T, 14, 7].
         """
         if self.architecture.kind == "boxes":
-            return boxes.prepare(clips)
+            return registry.prepare_boxes(clips)
         if clips.dtype == torch.uint8:
             return self.choice.transform.normalise(clips)
         return clips.float().unsqueeze(1).expand(-1, 3, *(-1,) * (clips.dim() - 1))
@@ -106,7 +106,7 @@ def read_weights(choice: BackboneChoice) -> tuple[str, dict[str, Tensor]]:
     if choice.source == "file":
         where, tensors = choice.weights, state_dicts.read_file(Path(choice.weights))
     else:
-        member = published.enum_member(choice.architecture, choice.weights)
-        where = str(published.cached_file(member))
-        tensors = published.read_published(member, choice.name)
+        member = state_dicts.enum_member(choice.architecture, choice.weights)
+        where = str(state_dicts.cached_file(member))
+        tensors = state_dicts.read_published(member, choice.name)
     return where, state_dicts.renamed(tensors, choice.key_map, where)

@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones import boxes, published, registry
-from karmma_pipeline.models.backbones.random_weights import parse_seed
+from karmma_pipeline.models.backbones import registry, state_dicts
 from karmma_pipeline.models.backbones.registry import Architecture
+from karmma_pipeline.models.backbones.state_dicts import parse_seed
 from karmma_pipeline.models.backbones.transform import FrameTransform, of_weights
 
 Source = Literal["none", "random", "file", "published"]
@@ -84,14 +84,14 @@ class BackboneChoice(Recipe):
             return "none"
         if parse_seed(self.weights) is not None:
             return "random"
-        if published.enum_member(self.architecture, self.weights) is not None:
+        if state_dicts.enum_member(self.architecture, self.weights) is not None:
             return "published"
         path = Path(self.weights)
         if path.suffix in _FILES or len(path.parts) > 1 or path.is_file():
             return "file"
         raise ConfigError(
             f"weights={self.weights!r}: neither a file nor a published weight of {self.name}; "
-            f"known: {', '.join(['random:SEED', 'a path', *published.known(self.architecture)])}."
+            f"known: {', '.join(['random:SEED', 'a path', *state_dicts.known(self.architecture)])}."
         )
 
     @property
@@ -115,7 +115,7 @@ class BackboneChoice(Recipe):
     def _own_transform(self) -> FrameTransform:
         architecture = self.architecture
         name = self.weights if self.source == "published" else "DEFAULT"
-        member = published.enum_member(architecture, name)
+        member = state_dicts.enum_member(architecture, name)
         if member is not None:
             return of_weights(member.transforms())
         if architecture.transform is None:
@@ -134,7 +134,7 @@ class BackboneChoice(Recipe):
         """
         self._check_input(self.architecture)
         if self.architecture.kind == "boxes":
-            return (boxes.SLOTS * boxes.NUMBERS, self.frame_count)
+            return (registry.BOX_SLOTS * registry.BOX_NUMBERS, self.frame_count)
         if self.image is not None:
             return (3, *self.image)
         return (3, self.frame_count, *self.transform.crop)

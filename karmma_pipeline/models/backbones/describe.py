@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from karmma_pipeline.errors import CheckpointError
-from karmma_pipeline.models.backbones import published, state_dicts
+from karmma_pipeline.models.backbones import state_dicts
 from karmma_pipeline.models.backbones.backbone import read_weights
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
@@ -73,7 +73,7 @@ def top_classes(choice: BackboneChoice, x: Tensor, count: int = 5) -> list[tuple
     """
     architecture = choice.architecture
     name = choice.weights if choice.source == "published" else "DEFAULT"
-    member = published.enum_member(architecture, name)
+    member = state_dicts.enum_member(architecture, name)
     if choice.source == "random" or architecture.kind != "video" or member is None:
         return []
     classes: list[str] = member.meta["categories"]

@@ -2,6 +2,11 @@
 
 A cut network gives its last feature map [B, D, t, h, w]; parameter names stay torchvision's,
 so that published weights load as they are.
+
+Object boxes need no network, one token per sampled frame: its slots side by side, each with
+(x centre, y centre, width, height, is a hand, is an object, is there), all in 0..1; the fusion
+model's linear embedding learns from it. The layout follows Something-Else's own loader and
+Radevski et al. (14 boxes per frame at most).
 """
 
 from collections.abc import Callable
@@ -17,8 +22,32 @@ from torchvision import models
 from torchvision.models import video
 
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones import boxes
 from karmma_pipeline.models.backbones.transform import FrameTransform
+
+BOX_SLOTS = 14
+"""Boxes of a frame."""
+
+BOX_NUMBERS = 7
+"""Numbers of a slot."""
+
+BOX_FRAMES = 16
+"""Sampled frames T where a recipe gives none."""
+
+
+def _box_network(weights: None = None) -> nn.Module:
+    """Return the network without parameters."""
+    return nn.Identity()
+
+
+def _box_map(net: Any, x: Tensor) -> Tensor:
+    """Turn boxes [B, BOX_SLOTS * BOX_NUMBERS, T] into a map [B, D, T, 1, 1]."""
+    return net(x)[..., None, None]
+
+
+def prepare_boxes(boxes: Tensor) -> Tensor:
+    """Turn decoded boxes, float [B, T, BOX_SLOTS, BOX_NUMBERS], into the network's input."""
+    return boxes.float().flatten(2).transpose(1, 2)
+
 
 ENTRY_POINTS = "karmma.backbones"
 """Entry-point group in which other packages name their factories."""
@@ -126,7 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilenet_v3_large": _image(
         build=models.mobilenet_v3_large, weights=models.MobileNet_V3_Large_Weights
     ),
-    "boxes": Architecture("boxes", boxes.build, None, boxes.feature_map, (), boxes.FRAMES),
+    "boxes": Architecture("boxes", _box_network, None, _box_map, (), BOX_FRAMES),
 }
 
 

@@ -1,14 +1,21 @@
-"""State dicts as found in the wild: read without running code, matched by name and shape.
+"""Where a backbone's weights come from: a file, what torchvision publishes, or a seed.
 
-They come nested, prefixed, with heads that a backbone has no use for, in half precision.
+Files are read without running code and matched by name and shape: they come nested, prefixed,
+with heads that a backbone has no use for, in half precision. Published weights are looked for in
+torch's cache; only `fetch` downloads. ``random:SEED`` gives features without any download, the
+same whatever the global random state: a random network keeps inputs apart if its activations
+neither vanish nor explode on the way.
 """
 
 import argparse
 import hashlib
 import re
+import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline import files
+from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.models.backbones.registry import Architecture, find
 
 ENOUGH = 0.95
 """Share of a backbone's tensors that a file must hold; heads do not count."""
@@ -172,7 +182,7 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Loaded:
 
 
 def _prefix(tensors: Mapping[str, Tensor], wanted: set[str], where: str) -> str:
-    """Return what stands before the most of the wanted names."""
+    """Return the most common prefix of the expected parameter names."""
     hits: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".")
@@ -189,3 +199,178 @@ def _prefix(tensors: Mapping[str, Tensor], wanted: set[str], where: str) -> str:
 
 def _some(names: tuple[str, ...], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+TIMEOUT_S = 10.0
+"""Seconds without an answer after which a download counts as failed: nodes behind a firewall
+would wait for ever."""
+
+
+def enum_member(architecture: Architecture, name: str) -> Any | None:
+    """Return torchvision's weight of a name, with or without its enum's name; None if none."""
+    enum = architecture.weights
+    if enum is None:
+        return None
+    return enum.__members__.get(name.removeprefix(f"{enum.__name__}."))
+
+
+def known(architecture: Architecture) -> tuple[str, ...]:
+    """Return the full names of the weights that are published for a network."""
+    enum = architecture.weights
+    return () if enum is None else tuple(f"{enum.__name__}.{m}" for m in enum.__members__)
+
+
+def cached_file(member: Any) -> Path:
+    """Return where torchvision keeps a published weight's file (``TORCH_HOME`` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(member.url).name
+
+
+def read_published(member: Any, backbone: str) -> dict[str, Tensor]:
+    """Read a published weight from the cache, without the network.
+
+    Raises:
+        CheckpointError: it was never fetched; the message names the command that does.
+    """
+    path = cached_file(member)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: the weights {member} are not there; where there is network, run "
+            f"`karmma backbones fetch {backbone} {member}`, on a cluster with TORCH_HOME set to a "
+            f"folder that the compute nodes see (or --to DIR, and weights: DIR/{path.name})."
+        )
+    return read_file(path)
+
+
+def fetch(name: str, weights: str = "DEFAULT", folder: Path | None = None) -> Path:
+    """Download a published weight into torch's cache or a folder, and check it against its hash.
+
+    A file that is already there is checked and kept.
+
+    Raises:
+        ConfigError: there is no such backbone, or no such weight of it.
+        CheckpointError: there is no network, or the file is not what it should be.
+    """
+    architecture = find(name)
+    member = enum_member(architecture, weights)
+    if member is None:
+        raise ConfigError(
+            f"weights={weights!r}: not published for {name}; "
+            f"known: {', '.join(known(architecture)) or 'none'}."
+        )
+    cached = cached_file(member)
+    path = (folder or cached.parent) / cached.name
+    if path.is_file():
+        _check_hash(path)
+    else:
+        _download(member.url, path, f"karmma backbones fetch {name} {member}")
+    return path
+
+
+def _hash_prefix(path: Path) -> str:
+    found = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return found.group(1) if found else ""
+
+
+def _check_hash(path: Path) -> None:
+    sha = files.sha256(path)
+    if not sha.startswith(_hash_prefix(path)):
+        raise CheckpointError(
+            f"{path}: its sha256 {sha[:8]} is not the one in its name; remove it and fetch again."
+        )
+
+
+def _download(url: str, path: Path, command: str) -> None:
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)
+    try:
+        with files.replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), _hash_prefix(path) or None)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{url}: the download failed ({error}); without network here, run `{command}` where "
+            f"there is, with the same TORCH_HOME or --to, or copy the file to {path} yourself."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+CALIBRATION = 2
+"""Version of the calibrating pass below; part of the digest, since it decides the features."""
+
+_POSITIONS = 2**21
+"""Pixels (over all frames) of noise to calibrate with: small inputs give few positions in the
+last maps, and need more clips for sound statistics."""
+
+
+def parse_seed(weights: str) -> int | None:
+    """Return the seed of ``random:SEED``, None for any other source.
+
+    Raises:
+        ConfigError: what follows the colon is no whole number.
+    """
+    if not weights.startswith("random:"):
+        return None
+    try:
+        return int(weights.removeprefix("random:"))
+    except ValueError:
+        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.") from None
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw CPU random numbers from a seed inside, and leave the global state as it was."""
+    state = torch.get_rng_state()
+    # Not torch.manual_seed, which would reset the generators of all GPUs too.
+    torch.default_generator.manual_seed(seed)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def random_net(architecture: Architecture, seed: int, shape: tuple[int, ...]) -> nn.Module:
+    """Build a network with seeded random weights that works as a random feature extractor.
+
+    Batch normalisation gets its running statistics from one pass of seeded noise of the input's
+    shape, layer by layer, since each layer normalises with what it has just seen; with
+    torchvision's own start (mean 0, variance 1) activations vanish or explode.
+    """
+    with seeded(seed):
+        net = architecture.headless().eval()
+        layers = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+        if layers:
+            _set_running_statistics(net, layers, architecture, shape)
+    return net.eval()
+
+
+def _set_running_statistics(
+    net: nn.Module, layers: list[_BatchNorm], architecture: Architecture, shape: tuple[int, ...]
+) -> None:
+    noise = _noise(shape, clips=min(32, max(2, _POSITIONS // prod(shape[1:]))))
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = None  # one plain average
+        layer.train()
+    with torch.inference_mode():
+        architecture.feature_map(net, noise)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        if layer.running_var is not None:  # channels that noise hardly moves must not explode
+            layer.running_var.clamp_(min=float(layer.running_var.mean()) / 10)
+
+
+def _noise(shape: tuple[int, ...], clips: int) -> torch.Tensor:
+    """Draw noise [clips, *shape] whose colour, contrast and coarseness vary as those of scenes do.
+
+    Statistics of noise that is all alike fit no picture: features of real clips then come out
+    hundreds of times too large.
+    """
+    one = [1] * (len(shape) - 1)
+    mode = "trilinear" if len(shape) == 4 else "bilinear"
+    noise = torch.zeros(clips, *shape)
+    for coarseness in (16, 8, 4, 1):
+        drawn = torch.randn(clips, 3, *(-(-side // coarseness) for side in shape[1:]))
+        drawn = nn.functional.interpolate(drawn, shape[1:], mode=mode)
+        noise += torch.rand(clips, 1, *one) * drawn
+    return noise * torch.rand(clips, 1, *one) + torch.randn(clips, 3, *one)
