@@ -1,4 +1,4 @@
-"""What can go wrong in a way that the user can mend, one class per place to look.
+"""What can go wrong in a way that the user can fix, one class per place to look.
 
 Every message is one sentence: where, ``field=value``, what is allowed, what to do.
 """

@@ -53,7 +53,7 @@ _HINTS = {
     Reason.TIME_OFF: "The file has nothing near a wanted moment; raise sampling.tolerance_s if "
     "its frame rate is that low, or look for missing frames.",
     Reason.REFUSED: "The file would make us read other files (a playlist, an HDF5 link) or claims "
-    "an absurd size; use a file that holds the media itself.",
+    "an implausible size; use a file that holds the media itself.",
 }
 
 

@@ -1,7 +1,7 @@
 """A chain with its recipes read: what each stage reads and writes, so what it waits for."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from karmma_pipeline import config
@@ -15,12 +15,12 @@ from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
 
 @dataclass(frozen=True)
-class Work:
+class ChainStage:
     """One stage, ready to be sent off.
 
     Attributes:
         name: of the stage.
-        stage: from the chain.
+        settings: what the chain says of it.
         recipe: the stage's own recipe, overrides applied.
         reads: folders that must be complete before it starts.
         writes: folders that it makes.
@@ -28,7 +28,7 @@ class Work:
     """
 
     name: str
-    stage: Stage
+    settings: Stage
     recipe: Recipe
     reads: tuple[Path, ...]
     writes: tuple[Path, ...]
@@ -37,9 +37,9 @@ class Work:
     @property
     def arguments(self) -> list[str]:
         """The words after ``karmma``."""
-        recipe = ["--recipe"] if self.stage.command == "evaluate" else []
-        words = [self.stage.command, *recipe, str(self.stage.recipe)]
-        for override in self.stage.overrides:
+        recipe = ["--recipe"] if self.settings.command == "evaluate" else []
+        words = [self.settings.command, *recipe, str(self.settings.recipe)]
+        for override in self.settings.overrides:
             words += ["--set", override]
         return words
 
@@ -47,38 +47,37 @@ class Work:
     def finish_arguments(self) -> list[str]:
         """The words after ``karmma`` that join what the tasks of an array have made."""
         stores = [str(path) for path in self.writes]
-        return ["store", "finalize", *stores, "--parts", str(self.stage.array)]
+        return ["store", "finalize", *stores, "--parts", str(self.settings.array)]
 
 
-def load_chain(path: Path) -> tuple[Chain, list[Work]]:
+def load_chain(path: Path) -> tuple[Chain, list[ChainStage]]:
     """Read a chain and all its recipes; paths are relative to the current folder.
 
     Raises:
         ConfigError: the chain or a recipe is wrong, or a stage stands before one it needs.
     """
     chain = config.load(Chain, path)
-    works: list[Work] = []
-    for name, stage in chain.stages.items():
-        model = recipe_model(stage.command)
-        recipe = config.load(model, stage.recipe, stage.overrides)
+    stages: list[ChainStage] = []
+    for name, settings in chain.stages.items():
+        recipe = config.load(recipe_model(settings.command), settings.recipe, settings.overrides)
         reads, writes = folders(recipe)
-        works.append(Work(name, stage, recipe, reads, writes))
-    return chain, [_with_waits(path, work, works) for work in works]
+        stages.append(ChainStage(name, settings, recipe, reads, writes))
+    return chain, [_with_waits(path, stage, stages) for stage in stages]
 
 
-def _with_waits(path: Path, work: Work, works: list[Work]) -> Work:
-    makers = {w.absolute(): other.name for other in works for w in other.writes}
-    if len(makers) < sum(len(other.writes) for other in works):
+def _with_waits(path: Path, stage: ChainStage, stages: list[ChainStage]) -> ChainStage:
+    makers = {w.absolute(): other.name for other in stages for w in other.writes}
+    if len(makers) < sum(len(other.writes) for other in stages):
         raise ConfigError(f"{path}: two stages write the same folder; give each its own `out`.")
-    names = [other.name for other in works]
-    waits = {makers[read.absolute()] for read in work.reads if read.absolute() in makers}
-    late = sorted(w for w in waits if names.index(w) >= names.index(work.name))
+    names = [other.name for other in stages]
+    waits = {makers[read.absolute()] for read in stage.reads if read.absolute() in makers}
+    late = sorted(w for w in waits if names.index(w) >= names.index(stage.name))
     if late:
         raise ConfigError(
-            f"{path}: stages.{work.name} reads what {late[0]} makes; write {late[0]} before it."
+            f"{path}: stages.{stage.name} reads what {late[0]} makes; write {late[0]} before it."
         )
     ordered = tuple(name for name in names if name in waits)
-    return Work(work.name, work.stage, work.recipe, work.reads, work.writes, ordered)
+    return replace(stage, waits=ordered)
 
 
 def folders(recipe: Recipe) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from karmma_pipeline.batch.chain import Work
-from karmma_pipeline.batch.progress import Progress, same_recipe
+from karmma_pipeline.batch.chain import ChainStage
+from karmma_pipeline.batch.progress import StageProgress, same_recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.clips import read_clips
@@ -15,40 +15,40 @@ from karmma_pipeline.models.backbones.state_dicts import cached_file, enum_membe
 from karmma_pipeline.training.recipe import TrainRecipe
 
 
-def check(works: Sequence[Work], progresses: Sequence[Progress], folder: Path) -> None:
+def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], folder: Path) -> None:
     """Look at everything that the stages still to run will need.
 
     Args:
-        works: the chain's stages.
+        stages: the chain's stages.
         progresses: how far each is; a stage that is done is not looked at.
         folder: where scripts and logs will lie.
 
     Raises:
         ConfigError: all faults in one message.
     """
-    made = {path.absolute() for work in works for path in work.writes}
+    made = {path.absolute() for stage in stages for path in stage.writes}
     faults = list(_writable(folder))
-    for work, found in zip(works, progresses, strict=True):
-        if not found.done:
-            faults += [f"{work.name}: {fault}" for fault in _faults(work, made)]
+    for stage, progress in zip(stages, progresses, strict=True):
+        if not progress.done:
+            faults += [f"{stage.name}: {fault}" for fault in _faults(stage, made)]
     if faults:
         raise ConfigError(f"nothing was submitted: {'; '.join(dict.fromkeys(faults))}.")
 
 
-def _faults(work: Work, made: set[Path]) -> Iterator[str]:
-    for path in work.reads:
+def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
+    for path in stage.reads:
         if path.absolute() not in made and not path.is_dir():
             yield f"{path} is not there and no stage of the chain makes it"
-    for path in work.writes:
+    for path in stage.writes:
         yield from _writable(path)
-    if isinstance(work.recipe, ExtractRecipe):
-        yield from _extraction(work.recipe)
-    if isinstance(work.recipe, TrainRecipe):
-        out = work.recipe.out
-        if (out / "recipe.yaml").is_file() and not same_recipe(out, work.recipe):
+    if isinstance(stage.recipe, ExtractRecipe):
+        yield from _extraction(stage.recipe)
+    if isinstance(stage.recipe, TrainRecipe):
+        out = stage.recipe.out
+        if (out / "recipe.yaml").is_file() and not same_recipe(out, stage.recipe):
             yield f"{out} holds a run of another recipe; choose another `out` or remove it"
-    if isinstance(work.recipe, EvaluateRecipe):
-        files = [work.recipe.groups.unseen, *work.recipe.groups.tail.values()]
+    if isinstance(stage.recipe, EvaluateRecipe):
+        files = [stage.recipe.groups.unseen, *stage.recipe.groups.tail.values()]
         yield from (f"{path} is not there" for path in files if path and not path.is_file())
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from karmma_pipeline.batch import checks, slurm
-from karmma_pipeline.batch.chain import Work, job_name, load_chain
-from karmma_pipeline.batch.progress import Progress, progress
+from karmma_pipeline.batch.chain import ChainStage, job_name, load_chain
+from karmma_pipeline.batch.progress import StageProgress, stage_progress
 from karmma_pipeline.batch.recipe import Chain, Site
-from karmma_pipeline.batch.slurm import FINISH, Queued, batch_script, threads
+from karmma_pipeline.batch.slurm import FINISH, QueuedJob, batch_script, threads
 from karmma_pipeline.errors import ExitCode, KarmmaError, TooManyFailuresError
 from karmma_pipeline.jobs import StopFlag, cpu_count
 
@@ -22,23 +22,23 @@ Say = Callable[[str], None]
 
 def scripts(path: Path, site: Site) -> str:
     """Return the exact scripts that `submit` would hand to sbatch, one after the other."""
-    chain, works = load_chain(path)
+    chain, stages = load_chain(path)
     texts = []
-    for work in works:
-        found = progress(work)
-        if found.done:
-            texts.append(f"### {work.name}: done ({found.text})\n")
+    for stage in stages:
+        progress = stage_progress(stage)
+        if progress.done:
+            texts.append(f"### {stage.name}: done ({progress.text})\n")
             continue
-        for name, job in slurm.stage_jobs(chain, work, found, Path.cwd()).items():
-            texts.append(f"### {chain.folder / 'scripts' / name}.sbatch{_after(name, work)}\n")
+        for name, job in slurm.stage_jobs(chain, stage, progress, Path.cwd()).items():
+            texts.append(f"### {chain.folder / 'scripts' / name}.sbatch{_after(name, stage)}\n")
             texts.append(batch_script(job, site) + "\n")
     return "".join(texts)
 
 
-def _after(name: str, work: Work) -> str:
-    waits = f"afterany {work.name}" if name != work.name else ""
-    if not waits and work.waits:
-        waits = f"afterok {', '.join(work.waits)}"
+def _after(name: str, stage: ChainStage) -> str:
+    waits = f"afterany {stage.name}" if name != stage.name else ""
+    if not waits and stage.waits:
+        waits = f"afterok {', '.join(stage.waits)}"
     return f"  ({waits})" if waits else ""
 
 
@@ -50,56 +50,56 @@ def submit(path: Path, site: Site, say: Say) -> None:
         TooManyFailuresError: an extraction is complete, but too many clips failed.
         KarmmaError: Slurm refuses.
     """
-    chain, works = load_chain(path)
-    found = [progress(work) for work in works]
-    _stop_at_faults(found)
-    checks.check(works, found, chain.folder)
+    chain, stages = load_chain(path)
+    progresses = [stage_progress(stage) for stage in stages]
+    _stop_at_faults(progresses)
+    checks.check(stages, progresses, chain.folder)
     submission = slurm.Submission(chain, site, say)
-    for work, one in zip(works, found, strict=True):
-        submission.send(work, one)
+    for stage, progress in zip(stages, progresses, strict=True):
+        submission.send(stage, progress)
     if not submission.last:
         say("everything is done")
 
 
-def run_here(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
+def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
     """Run what is missing on this machine.
 
     Raises:
         StoppedError: a stop was asked for; the commands have saved.
         KarmmaError: as `submit`, or a command failed.
     """
-    chain, works = load_chain(path)
-    checks.check(works, [progress(work) for work in works], chain.folder)
-    for work in works:
-        found = progress(work)
-        _stop_at_faults([found])
-        run_stage(chain, work, found, site, stop, say)
-        _stop_at_faults([progress(work)])
+    chain, stages = load_chain(path)
+    checks.check(stages, [stage_progress(stage) for stage in stages], chain.folder)
+    for stage in stages:
+        progress = stage_progress(stage)
+        _stop_at_faults([progress])
+        run_stage(chain, stage, progress, site, stop, say)
+        _stop_at_faults([stage_progress(stage)])
     say("everything is done")
 
 
 def status(path: Path) -> str:
     """Return where each stage stands; without a Slurm that answers, by what lies on disk."""
-    chain, works = load_chain(path)
+    chain, stages = load_chain(path)
     note = ""
     try:
         queued = slurm.queue() if slurm.has_slurm() else []
     except KarmmaError as error:
         queued, note = [], f"\n(the queue is not known: {error})"
-    return table(chain, works, [progress(work) for work in works], queued) + note
+    return table(chain, stages, [stage_progress(stage) for stage in stages], queued) + note
 
 
-def _stop_at_faults(found: list[Progress]) -> None:
-    for one in found:
-        if one.fault:
-            raise TooManyFailuresError(one.fault)
+def _stop_at_faults(progresses: Sequence[StageProgress]) -> None:
+    for progress in progresses:
+        if progress.fault:
+            raise TooManyFailuresError(progress.fault)
 
 
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 
 
 @dataclass
-class _Task:
+class _LocalCommand:
     """One command; tried again when it was killed."""
 
     words: list[str]
@@ -111,8 +111,8 @@ class _Task:
 
 def run_stage(
     chain: Chain,
-    work: Work,
-    found: Progress,
+    stage: ChainStage,
+    progress: StageProgress,
     site: Site,
     stop: StopFlag,
     say: Callable[[str], None],
@@ -123,24 +123,24 @@ def run_stage(
         StoppedError: a stop was asked for; the commands have saved and ended.
         KarmmaError: a command failed; the message names its log.
     """
-    if found.done:
-        say(f"{work.name}: done ({found.text})")
+    if progress.done:
+        say(f"{stage.name}: done ({progress.text})")
         return
-    say(f"{work.name}: running ({found.text}), logs in {chain.folder / 'logs'}")
-    if not work.stage.is_array:
-        _run_all(chain, work, {work.name: work.arguments}, site, stop)
+    say(f"{stage.name}: running ({progress.text}), logs in {chain.folder / 'logs'}")
+    if not stage.settings.is_array:
+        _run_all(chain, stage, {stage.name: stage.arguments}, site, stop)
     else:
         parts = {
-            f"{work.name}.{part.index + 1}": [*work.arguments, "--part", str(part)]
-            for part in found.missing
+            f"{stage.name}.{part.index + 1}": [*stage.arguments, "--part", str(part)]
+            for part in progress.missing
         }
-        _run_all(chain, work, parts, site, stop, say)
-        _run_all(chain, work, {f"{work.name}.finish": work.finish_arguments}, site, stop)
+        _run_all(chain, stage, parts, site, stop, say)
+        _run_all(chain, stage, {f"{stage.name}.finish": stage.finish_arguments}, site, stop)
 
 
 def _run_all(
     chain: Chain,
-    work: Work,
+    stage: ChainStage,
     commands: dict[str, list[str]],
     site: Site,
     stop: StopFlag,
@@ -149,38 +149,42 @@ def _run_all(
     """Run commands side by side; with ``say``, a failure is told, but others judge of it."""
     logs = chain.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = [_Task(w, logs / f"{name}.log", site.retries) for name, w in commands.items()]
-    slots = list(_slots(work))
-    running: list[_Task] = []
+    waiting = [_LocalCommand(w, logs / f"{name}.log", site.retries) for name, w in commands.items()]
+    slots = list(_slots(stage))
+    running: list[_LocalCommand] = []
     try:
         while waiting or running:
             while waiting and slots and not stop.requested:
-                running.append(_start(waiting.pop(0), slots.pop(), work, site))
+                running.append(_start(waiting.pop(0), slots.pop(), stage, site))
             for task in [task for task in running if _ended(task)]:
                 running.remove(task)
                 slots.append(task.cpus)
-                _look_at(task, work, waiting, say)
+                _handle_exit(task, stage, waiting, say)
             if stop.requested:
                 _end(running)
                 stop.check("what the commands had in hand is saved")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
     finally:
         _end(running)
 
 
-def _slots(work: Work) -> Iterator[tuple[int, ...]]:
+def _slots(stage: ChainStage) -> Iterator[tuple[int, ...]]:
     """Yield the CPUs of each place where a task can run; they share none if there are enough."""
     mine = sorted(os.sched_getaffinity(0))
-    size = min(work.stage.resources.cpus, len(mine))
-    places = max(1, min(work.stage.array, work.stage.at_once or len(mine), cpu_count() // size))
+    size = min(stage.settings.resources.cpus, len(mine))
+    places = max(
+        1, min(stage.settings.array, stage.settings.at_once or len(mine), cpu_count() // size)
+    )
     for place in range(places):
         yield tuple(mine[place * size : (place + 1) * size])
 
 
-def _start(task: _Task, cpus: tuple[int, ...], work: Work, site: Site) -> _Task:
+def _start(
+    task: _LocalCommand, cpus: tuple[int, ...], stage: ChainStage, site: Site
+) -> _LocalCommand:
     values = {
         "HDF5_USE_FILE_LOCKING": "FALSE",
-        "OMP_NUM_THREADS": str(threads(work.stage.resources, 1)),
+        "OMP_NUM_THREADS": str(threads(stage.settings.resources, 1)),
         **site.env,
     }
     everything = os.sched_getaffinity(0)
@@ -200,26 +204,29 @@ def _start(task: _Task, cpus: tuple[int, ...], work: Work, site: Site) -> _Task:
     return task
 
 
-def _ended(task: _Task) -> bool:
+def _ended(task: _LocalCommand) -> bool:
     return task.process is not None and task.process.poll() is not None
 
 
-def _look_at(
-    task: _Task, work: Work, waiting: list[_Task], say: Callable[[str], None] | None
+def _handle_exit(
+    task: _LocalCommand,
+    stage: ChainStage,
+    waiting: list[_LocalCommand],
+    say: Callable[[str], None] | None,
 ) -> None:
     """Put a task that was killed back into the queue; complain of one that failed."""
     code = task.process.returncode if task.process else 0
     if code == ExitCode.STOPPED or (code < 0 and task.retries > 0):
-        waiting.append(_Task(task.words, task.log, task.retries - (code < 0)))
+        waiting.append(_LocalCommand(task.words, task.log, task.retries - (code < 0)))
     elif code:
         told = f"{task.log} (exit code {code}) ends with: {last_line(task.log)}"
         if say is None or code == ExitCode.USAGE:
             kind = TooManyFailuresError if code == ExitCode.TOO_MANY_FAILURES else KarmmaError
-            raise kind(f"{work.name}: {told}")
-        say(f"{work.name}: {told}")
+            raise kind(f"{stage.name}: {told}")
+        say(f"{stage.name}: {told}")
 
 
-def _end(running: Sequence[_Task]) -> None:
+def _end(running: Sequence[_LocalCommand]) -> None:
     """Ask the commands to stop and wait until they have saved."""
     for task in running:
         if task.process and task.process.poll() is None:
@@ -238,34 +245,39 @@ def last_line(log: Path) -> str:
 
 
 def table(
-    chain: Chain, works: Sequence[Work], progresses: Sequence[Progress], queued: Sequence[Queued]
+    chain: Chain,
+    stages: Sequence[ChainStage],
+    progresses: Sequence[StageProgress],
+    queued: Sequence[QueuedJob],
 ) -> str:
-    """Return one line per stage, and for a stage that is not at work the end of its log."""
+    """Return one line per stage, and for an idle stage the end of its log."""
     rows = [
-        (work.name, _state(chain, work, found, queued), found.text)
-        for work, found in zip(works, progresses, strict=True)
+        (stage.name, _state(chain, stage, progress, queued), progress.text)
+        for stage, progress in zip(stages, progresses, strict=True)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = []
-    for (name, state, text), found in zip(rows, progresses, strict=True):
+    for (name, state, text), progress in zip(rows, progresses, strict=True):
         lines.append(f"{name:{widths[0]}}  {state:{widths[1]}}  {text}".rstrip())
-        said = found.fault or (_said(chain, name) if state == "not at work" else "")
+        said = progress.fault or (_end_of_log(chain, name) if state == "idle" else "")
         if said:
             lines.append(f"{'':{widths[0]}}  {said}")
     return "\n".join(lines)
 
 
-def _state(chain: Chain, work: Work, found: Progress, queued: Sequence[Queued]) -> str:
-    if found.done:
-        return "too many clips failed" if found.fault else "done"
-    names = {job_name(chain, work.name), job_name(chain, work.name, FINISH)}
+def _state(
+    chain: Chain, stage: ChainStage, progress: StageProgress, queued: Sequence[QueuedJob]
+) -> str:
+    if progress.done:
+        return "too many clips failed" if progress.fault else "done"
+    names = {job_name(chain, stage.name), job_name(chain, stage.name, FINISH)}
     states = Counter(q.state.lower() for q in queued if q.name in names)
     if states:
         return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    return "not at work"
+    return "idle"
 
 
-def _said(chain: Chain, stage: str) -> str:
-    logs = (chain.folder / "logs").glob(f"{stage}.*log")
+def _end_of_log(chain: Chain, name: str) -> str:
+    logs = (chain.folder / "logs").glob(f"{name}.*log")
     newest = max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
     return f"{newest} ends with: {last_line(newest)}" if newest else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from karmma_pipeline import config, files
-from karmma_pipeline.batch.chain import Work
+from karmma_pipeline.batch.chain import ChainStage
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
@@ -19,7 +19,7 @@ from karmma_pipeline.training.recipe import TrainRecipe
 
 
 @dataclass(frozen=True)
-class Progress:
+class StageProgress:
     """How far a stage is.
 
     Attributes:
@@ -35,15 +35,15 @@ class Progress:
     fault: str = ""
 
 
-def progress(work: Work) -> Progress:
+def stage_progress(stage: ChainStage) -> StageProgress:
     """Look at the folders of a stage."""
-    if isinstance(work.recipe, ExtractRecipe):
-        return _extraction(work.recipe, work.writes, work.stage.array)
-    if isinstance(work.recipe, EvaluateRecipe):
-        return _evaluation(work.recipe)
-    if isinstance(work.recipe, TrainRecipe):
-        return _training(work.recipe)
-    raise TypeError(type(work.recipe).__name__)
+    if isinstance(stage.recipe, ExtractRecipe):
+        return _extraction(stage.recipe, stage.writes, stage.settings.array)
+    if isinstance(stage.recipe, EvaluateRecipe):
+        return _evaluation(stage.recipe)
+    if isinstance(stage.recipe, TrainRecipe):
+        return _training(stage.recipe)
+    raise TypeError(type(stage.recipe).__name__)
 
 
 def same_recipe(folder: Path, recipe: Recipe) -> bool:
@@ -55,35 +55,35 @@ def same_recipe(folder: Path, recipe: Recipe) -> bool:
     return bool(found == config.parse_yaml(config.dump(recipe), "recipe"))
 
 
-def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> Progress:
+def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> StageProgress:
     everything = tuple(Part(index, count) for index in range(count))
     try:
         shards = Catalog(stores[0]).shards
         lacking = len(parts.missing_shards(stores))
         missing = tuple(parts.missing_parts(list(stores), count))
     except StoreError:
-        return Progress(done=False, text="not begun", missing=everything)
+        return StageProgress(done=False, text="not begun", missing=everything)
     text = f"{shards - lacking} of {shards} shards"
     if missing:
-        return Progress(done=False, text=text, missing=missing)
+        return StageProgress(done=False, text=text, missing=missing)
     if not all(parts.is_joined(store) for store in stores):
-        return Progress(done=False, text=f"{text}, not joined")
+        return StageProgress(done=False, text=f"{text}, not joined")
     try:
         failed = parts.count_failed(recipe)
         parts.check_failures(recipe, failed, Catalog(stores[0]).count)
     except TooManyFailuresError as error:
-        return Progress(done=True, text=text, fault=str(error))
-    return Progress(done=True, text=f"{text}, {failed} clips failed" if failed else text)
+        return StageProgress(done=True, text=text, fault=str(error))
+    return StageProgress(done=True, text=f"{text}, {failed} clips failed" if failed else text)
 
 
-def _training(recipe: TrainRecipe) -> Progress:
+def _training(recipe: TrainRecipe) -> StageProgress:
     metrics = recipe.out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     rows = [row for row in map(_json, lines) if "epoch" in row]
     epochs = max((int(row["epoch"]) for row in rows), default=0)
     there = all((recipe.out / name / WEIGHTS).is_file() for name in ("best", "last"))
     ended = epochs >= recipe.epochs or _out_of_patience(rows, getattr(recipe, "patience", 0))
-    return Progress(there and ended, f"epoch {epochs} of {recipe.epochs}")
+    return StageProgress(there and ended, f"epoch {epochs} of {recipe.epochs}")
 
 
 def _out_of_patience(rows: list[dict[str, Any]], patience: int) -> bool:
@@ -100,17 +100,17 @@ def _json(line: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _evaluation(recipe: EvaluateRecipe) -> Progress:
+def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
     """A report is done when its page was written for just these models."""
     results, page = recipe.out / "results.json", recipe.out / "index.html"
     if not (results.is_file() and page.is_file() and same_recipe(recipe.out, recipe)):
-        return Progress(done=False, text="no report")
+        return StageProgress(done=False, text="no report")
     if page.stat().st_mtime_ns < results.stat().st_mtime_ns:
-        return Progress(done=False, text="half a report")
+        return StageProgress(done=False, text="half a report")
     evaluated = [run["model_digest"] for run in json.loads(results.read_text())["runs"]]
     there = [_digest(run / recipe.checkpoint / WEIGHTS) for run in recipe.runs]
     same = evaluated == there
-    return Progress(same, "report" if same else "report of other models")
+    return StageProgress(same, "report" if same else "report of other models")
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a chain of jobs is made of, and what a cluster wants to be told."""
+"""What a chain of jobs is made of, and the settings of a cluster."""
 
 import re
 from pathlib import Path
@@ -101,7 +101,7 @@ class Container(Recipe):
 
 
 class Site(Recipe):
-    """What a cluster wants to be told; the same file serves every chain."""
+    """Settings of a cluster; the same file serves every chain."""
 
     account: Line | None = Field(None, description="--account.")
     partition: Line | None = Field(None, description="--partition.")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import files
-from karmma_pipeline.batch.chain import Work, job_name
-from karmma_pipeline.batch.progress import Progress
+from karmma_pipeline.batch.chain import ChainStage, job_name
+from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -65,7 +65,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What a batch script is made from.
 
     Attributes:
@@ -93,7 +93,7 @@ class Job:
     ranks: int = 0
 
 
-def batch_script(job: Job, site: Site) -> str:
+def batch_script(job: BatchJob, site: Site) -> str:
     """Return the script of a job at a site."""
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in job.title.splitlines())]
     lines += [f"#SBATCH {_option(option)}" for option in (*_options(job, site), *site.sbatch)]
@@ -139,7 +139,7 @@ def threads(resources: Resources, ranks: int) -> int:
     return max(1, resources.cpus // max(1, ranks))
 
 
-def _options(job: Job, site: Site) -> Iterator[str]:
+def _options(job: BatchJob, site: Site) -> Iterator[str]:
     resources = job.resources
     yield f"--job-name={job.name}"
     if job.array:
@@ -166,7 +166,7 @@ def _options(job: Job, site: Site) -> Iterator[str]:
         yield f"--qos={site.qos}"
 
 
-def _environment(job: Job, site: Site) -> Iterator[str]:
+def _environment(job: BatchJob, site: Site) -> Iterator[str]:
     yield "pid='' told='' again=''"
     yield 'trap \'told=yes; [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null\' USR1 TERM'
     if job.folder:
@@ -206,7 +206,7 @@ _FINISH_RESOURCES = Resources(cpus=1, gpus=0, memory_gb=4, hours=1)
 
 
 @dataclass(frozen=True)
-class Queued:
+class QueuedJob:
     """A job, or a task of an array, in the queue."""
 
     job_id: str
@@ -215,14 +215,14 @@ class Queued:
     name: str
 
 
-def queue() -> list[Queued]:
+def queue() -> list[QueuedJob]:
     """Return my jobs in the queue, each array task by itself.
 
     Raises:
         KarmmaError: Slurm does not answer.
     """
     fields = _run(["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%j"])
-    return [Queued(*line.split("|", 3)) for line in fields.splitlines() if line.count("|") >= 3]
+    return [QueuedJob(*line.split("|", 3)) for line in fields.splitlines() if line.count("|") >= 3]
 
 
 def has_slurm() -> bool:
@@ -230,32 +230,36 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def stage_jobs(chain: Chain, work: Work, found: Progress, folder: Path) -> dict[str, Job]:
+def stage_jobs(
+    chain: Chain, stage: ChainStage, progress: StageProgress, folder: Path
+) -> dict[str, BatchJob]:
     """Return the jobs of a stage, in order: the stage itself, and for an array its joining."""
-    log = str((chain.folder / "logs").absolute() / work.name).replace("%", "%%")
-    title = f"Stage {work.name}: karmma {shlex.join(work.arguments)}"
-    stage, resources = work.stage, work.stage.resources
-    distributed = stage.command != "extract" and stage.command != "evaluate"
-    ranks = max(1, resources.gpus) if distributed and (stage.nodes > 1 or resources.gpus > 1) else 0
+    log = str((chain.folder / "logs").absolute() / stage.name).replace("%", "%%")
+    title = f"Stage {stage.name}: karmma {shlex.join(stage.arguments)}"
+    settings, resources = stage.settings, stage.settings.resources
+    distributed = settings.command != "extract" and settings.command != "evaluate"
+    ranks = (
+        max(1, resources.gpus) if distributed and (settings.nodes > 1 or resources.gpus > 1) else 0
+    )
     jobs = {}
-    if found.missing or not stage.is_array:
-        jobs[work.name] = Job(
+    if progress.missing or not settings.is_array:
+        jobs[stage.name] = BatchJob(
             title=f"{title}\n{_RETURNS}",
-            name=job_name(chain, work.name),
-            arguments=shlex.join(work.arguments),
+            name=job_name(chain, stage.name),
+            arguments=shlex.join(stage.arguments),
             resources=resources,
-            log=f"{log}.%A_%a.log" if stage.is_array else f"{log}.%j.log",
+            log=f"{log}.%A_%a.log" if settings.is_array else f"{log}.%j.log",
             folder=str(folder),
-            array=_array(found, stage.at_once) if stage.is_array else "",
-            parts=stage.array if stage.is_array else 0,
-            nodes=stage.nodes,
+            array=_array(progress, settings.at_once) if settings.is_array else "",
+            parts=settings.array if settings.is_array else 0,
+            nodes=settings.nodes,
             ranks=ranks,
         )
-    if stage.is_array:
-        jobs[f"{work.name}.{FINISH}"] = Job(
-            title=f"Stage {work.name}: joins what its tasks have made, or says what is missing.",
-            name=job_name(chain, work.name, FINISH),
-            arguments=shlex.join(work.finish_arguments),
+    if settings.is_array:
+        jobs[f"{stage.name}.{FINISH}"] = BatchJob(
+            title=f"Stage {stage.name}: joins what its tasks have made, or says what is missing.",
+            name=job_name(chain, stage.name, FINISH),
+            arguments=shlex.join(stage.finish_arguments),
             resources=_FINISH_RESOURCES,
             log=f"{log}.{FINISH}.%j.log",
             folder=str(folder),
@@ -263,10 +267,10 @@ def stage_jobs(chain: Chain, work: Work, found: Progress, folder: Path) -> dict[
     return jobs
 
 
-def _array(found: Progress, at_once: int | None) -> str:
+def _array(progress: StageProgress, at_once: int | None) -> str:
     """Return Slurm's list of the missing parts, numbered from 1; runs as a-b."""
     runs: list[list[int]] = []
-    for number in (part.index + 1 for part in found.missing):
+    for number in (part.index + 1 for part in progress.missing):
         if runs and runs[-1][-1] == number - 1:
             runs[-1][1:] = [number]
         else:
@@ -280,7 +284,7 @@ class Submission:
 
     Args:
         chain: the recipe.
-        site: what the cluster wants to be told.
+        site: settings of the cluster.
         say: takes a line for the user.
     """
 
@@ -290,29 +294,29 @@ class Submission:
         self.last: dict[str, str] = {}  # stage to the job that must have ended well
         self.new: set[str] = set()
 
-    def send(self, work: Work, found: Progress) -> None:
+    def send(self, stage: ChainStage, progress: StageProgress) -> None:
         """Submit the jobs of a stage that are neither done nor in the queue."""
-        if found.done:
-            self.say(f"{work.name}: done ({found.text})")
+        if progress.done:
+            self.say(f"{stage.name}: done ({progress.text})")
             return
-        if any(stage in self.new for stage in work.waits):
-            self._cancel_waiting(work)
-        before = [self.last[stage] for stage in work.waits if stage in self.last]
+        if any(name in self.new for name in stage.waits):
+            self._cancel_waiting(stage)
+        before = [self.last[name] for name in stage.waits if name in self.last]
         depends = "afterok:" + ":".join(before) if before else ""
-        for name, job in stage_jobs(self.chain, work, found, Path.cwd()).items():
+        for name, job in stage_jobs(self.chain, stage, progress, Path.cwd()).items():
             alive = [q for q in self.queued if q.name == job.name]
             if alive:
                 job_id = alive[0].array_id
                 self.say(f"{name}: in the queue as job {job_id}")
             else:
-                if job.array and isinstance(work.recipe, ExtractRecipe):
-                    release_locks(work.writes, {q.job_id for q in self.queued})
+                if job.array and isinstance(stage.recipe, ExtractRecipe):
+                    release_locks(stage.writes, {q.job_id for q in self.queued})
                 job_id = self._submit(name, job, depends)
-                self.new.add(work.name)
-            self.last[work.name] = job_id
+                self.new.add(stage.name)
+            self.last[stage.name] = job_id
             depends = f"afterany:{job_id}"
 
-    def _submit(self, name: str, job: Job, depends: str) -> str:
+    def _submit(self, name: str, job: BatchJob, depends: str) -> str:
         path = self.chain.folder / "scripts" / f"{name}.sbatch"
         files.write_text(path, batch_script(job, self.site))
         (self.chain.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -323,9 +327,9 @@ class Submission:
         self.say(f"{name}: submitted as job {job_id}{tasks}{after}")
         return job_id
 
-    def _cancel_waiting(self, work: Work) -> None:
+    def _cancel_waiting(self, stage: ChainStage) -> None:
         """Cancel what waits for a job that is gone; its successor gets a job of its own."""
-        names = {job_name(self.chain, work.name), job_name(self.chain, work.name, FINISH)}
+        names = {job_name(self.chain, stage.name), job_name(self.chain, stage.name, FINISH)}
         stale = [q for q in self.queued if q.name in names and q.state == "PENDING"]
         if stale:
             _run(["scancel", *{q.array_id for q in stale}])

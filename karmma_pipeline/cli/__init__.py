@@ -16,17 +16,20 @@ from karmma_pipeline.cli.store import store
 from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # Click keeps the line breaks of a paragraph that a backspace opens.
+    epilog="""\b
+Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
+clips failed, 75 stopped by a signal (run the same command again to go on).""",
+)
 @click.version_option(__version__, prog_name="karmma")
 def main() -> None:
-    r"""Action recognition that survives missing sensors: extract, train, evaluate.
+    """Action recognition that survives missing sensors: extract, train, evaluate.
 
     Clips become tokens once (extract), tokens become models many times (train-teacher,
     distill), models become tables and pictures (evaluate). Start with `karmma demo`.
-
-    \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
-    clips failed, 75 stopped by a signal (run the same command again to go on).
     """
 
 

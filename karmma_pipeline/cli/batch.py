@@ -1,4 +1,4 @@
-"""`karmma submit` and `karmma status`: a whole road as batch jobs."""
+"""`karmma submit` and `karmma status`: the pipeline, end to end, as batch jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 chain_argument = click.argument("chain", type=click.Path(path_type=Path))
 site_option = click.option(
-    "--site", type=click.Path(path_type=Path), help="What the cluster wants to be told (YAML)."
+    "--site",
+    type=click.Path(path_type=Path),
+    help="Cluster settings (account, partition, modules) as YAML.",
 )
 
 
@@ -28,36 +30,42 @@ site_option = click.option(
     help="local: run the chain on this machine, parts of an array side by side.",
 )
 def submit(chain: Path, site: Path | None, dry_run: bool, launcher: str) -> None:
-    """Send a chain of stages to Slurm, or run it here; again, it does only what is missing."""
+    """Send a chain of stages to Slurm, or run it locally.
+
+    Running it again skips finished stages.
+    """
     from karmma_pipeline.batch import launch
 
-    there = _site(site)
+    settings = _read_site(site)
     if dry_run:
-        click.echo(launch.scripts(chain, there), nl=False)
+        click.echo(launch.scripts(chain, settings), nl=False)
     elif launcher == "local":
         from karmma_pipeline.jobs import StopFlag
 
         with StopFlag() as stop:
-            launch.run_here(chain, there, stop, click.echo)
+            launch.run_locally(chain, settings, stop, click.echo)
     else:
-        launch.submit(chain, there, click.echo)
+        launch.submit(chain, settings, click.echo)
 
 
 @click.command()
 @chain_argument
 def status(chain: Path) -> None:
-    """Show how far each stage of a chain is, and what is in the queue."""
+    """Show how far each stage of a chain is.
+
+    Jobs in the queue are shown beside what lies on disk.
+    """
     from karmma_pipeline.batch import launch
 
     click.echo(launch.status(chain))
 
 
-def _site(path: Path | None) -> Site:
+def _read_site(path: Path | None) -> Site:
     import os
 
     from karmma_pipeline import config
     from karmma_pipeline.batch.recipe import Site
 
-    found = Site() if path is None else config.load(Site, path)
-    os.environ.update(found.env)  # such as TORCH_HOME: the checks look where the nodes will
-    return found
+    site = Site() if path is None else config.load(Site, path)
+    os.environ.update(site.env)  # such as TORCH_HOME: the checks look where the nodes will
+    return site

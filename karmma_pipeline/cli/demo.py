@@ -39,7 +39,10 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
 @click.option("--clips", default=1000, show_default=True, help="Number of labelled clips.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal files.")
 def sample(out: Path, clips: int, seed: int) -> None:
-    """Write "digits in motion": labelled videos with sound, to try everything on."""
+    """Write labelled videos with sound to try everything on.
+
+    The clips are "digits in motion": written digits that move across the picture.
+    """
     from karmma_pipeline.data.sample import write_sample
     from karmma_pipeline.jobs import StopFlag
 

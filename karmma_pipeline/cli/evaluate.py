@@ -30,7 +30,10 @@ def evaluate(
     overrides: tuple[str, ...],
     check: bool,
 ) -> None:
-    """Report accuracy and cost on every subset of modalities and under missing sensors."""
+    """Report accuracy and cost of saved models.
+
+    Accuracy is measured on every subset of modalities and while modalities drop out.
+    """
     from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 
     given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
@@ -47,7 +50,7 @@ def evaluate(
 
 @click.command()
 def costs() -> None:
-    """Compute the paper's fourteen GFLOPs bars and compare them with the published ones."""
+    """Compare computed GFLOPs with the paper's fourteen bars."""
     from karmma_pipeline.evaluation.costs import paper_costs, paper_table
 
     click.echo(paper_table(paper_costs()))

@@ -21,7 +21,10 @@ USES = {
 @click.argument("stage", type=click.Choice(STAGES))
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: print.")
 def init(stage: str, out: Path | None) -> None:
-    """Write a commented recipe of a stage, with every key and its default."""
+    """Write a commented recipe of a stage.
+
+    It has every key with its default.
+    """
     from karmma_pipeline import config, files
 
     use = USES.get(stage, f"karmma {stage} RECIPE")

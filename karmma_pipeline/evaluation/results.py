@@ -146,7 +146,7 @@ class Data(Recipe):
     heads: dict[str, tuple[str, ...]] = Field(description="Class names per head.")
     class_clips: dict[str, tuple[int, ...]] = Field(description="Clips per class and head.")
     constant: dict[str, Percent] = Field(
-        description="Accuracy of the best constant answer, per head and `action`."
+        description="Accuracy of always naming the majority class, per head and `action`."
     )
     notes: tuple[str, ...] = Field((), description="What else a reader must know.")
 

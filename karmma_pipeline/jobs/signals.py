@@ -59,7 +59,7 @@ class StopFlag:
 def become_worker() -> None:
     """Leave the stop signals to the main process, and end when that is gone.
 
-    A main process that is killed with SIGKILL tells nobody: its workers would wait for ever.
+    A parent killed with SIGKILL cannot notify its workers: they would wait for ever.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from karmma_pipeline import config
 from karmma_pipeline.batch.chain import load_chain
 from karmma_pipeline.batch.checks import check
 from karmma_pipeline.batch.launch import submit
-from karmma_pipeline.batch.progress import progress
+from karmma_pipeline.batch.progress import stage_progress
 from karmma_pipeline.batch.recipe import Chain, Site
 from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
 from karmma_pipeline.extraction import parts
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_stages_wait_for_those_whose_folders_they_read(here: Path) -> None:
-    _, works = load_chain(write_chain())
-    assert {work.name: work.waits for work in works} == {
+    _, stages = load_chain(write_chain())
+    assert {stage.name: stage.waits for stage in stages} == {
         "extract": (),
         "teacher": ("extract",),
         "student": ("extract", "teacher"),
@@ -64,19 +64,19 @@ def lose(store: Path, shard: int) -> None:
 
 
 def test_progress_is_what_lies_on_disk(here: Path) -> None:
-    _, works = load_chain(write_chain())
-    extract, teacher, _, report = works
-    assert [p.index for p in progress(extract).missing] == [0, 1, 2]
+    _, stages = load_chain(write_chain())
+    extract, teacher, _, report = stages
+    assert [p.index for p in stage_progress(extract).missing] == [0, 1, 2]
     stores = extraction(here)
-    assert progress(extract).done
-    assert progress(extract).text == "3 of 3 shards"
+    assert stage_progress(extract).done
+    assert stage_progress(extract).text == "3 of 3 shards"
     lose(stores[1], 1)
-    found = progress(extract)
+    found = stage_progress(extract)
     assert (found.done, found.text) == (False, "2 of 3 shards")
     costs = parts.shard_seconds(Catalog(stores[0]))
     assert [part.shards(costs) for part in found.missing] == [[1]]
-    assert progress(teacher).text == "epoch 0 of 2"
-    assert not progress(report).done
+    assert stage_progress(teacher).text == "epoch 0 of 2"
+    assert not stage_progress(report).done
 
 
 def test_a_training_is_done_when_its_last_epoch_and_weights_are_there(here: Path) -> None:
@@ -86,11 +86,11 @@ def test_a_training_is_done_when_its_last_epoch_and_weights_are_there(here: Path
         (run / name).mkdir(parents=True)
         (run / name / "model.safetensors").write_bytes(b"x")
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
-    assert not progress(teacher).done
+    assert not stage_progress(teacher).done
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    assert progress(teacher).done
+    assert stage_progress(teacher).done
     (run / "last/model.safetensors").unlink()
-    assert not progress(teacher).done
+    assert not stage_progress(teacher).done
 
 
 def test_a_report_of_other_models_is_made_again(here: Path) -> None:
@@ -104,9 +104,9 @@ def test_a_report_of_other_models_is_made_again(here: Path) -> None:
     config.save(report.recipe, here / "report/recipe.yaml")
     (here / "report/results.json").write_text(json.dumps({"runs": digests}))
     (here / "report/index.html").write_text("x")
-    assert progress(report).done
+    assert stage_progress(report).done
     weights.write_bytes(b"trained again")
-    assert progress(report).text == "report of other models"
+    assert stage_progress(report).text == "report of other models"
 
 
 def test_finalize_names_the_command_for_what_is_missing(here: Path) -> None:
@@ -150,9 +150,9 @@ def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> Non
 
 
 def faults(path: Path) -> str:
-    chain, works = load_chain(path)
+    chain, stages = load_chain(path)
     with pytest.raises(ConfigError, match="nothing was submitted") as error:
-        check(works, [progress(work) for work in works], chain.folder)
+        check(stages, [stage_progress(stage) for stage in stages], chain.folder)
     return str(error.value)
 
 
@@ -195,8 +195,8 @@ def test_too_many_failures_stop_the_chain(here: Path) -> None:
 def test_the_shipped_chain_and_site_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     path = Path("batch/epic_kitchens_100.yaml")
-    _, works = load_chain(path)
-    assert [work.waits for work in works if work.name == "student"] == [("extract", "teacher")]
+    _, stages = load_chain(path)
+    assert [stage.waits for stage in stages if stage.name == "student"] == [("extract", "teacher")]
     config.load(Site, Path("batch/site.yaml"))
     assert config.load(Chain, path).stages["extract"].array == 64
     for file in ("batch/epic_kitchens_100.yaml", "batch/site.yaml"):

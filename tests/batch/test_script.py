@@ -10,7 +10,7 @@ import pytest
 from support.patience import PATIENCE_S, wait_for
 
 from karmma_pipeline.batch.recipe import Container, Resources, Site
-from karmma_pipeline.batch.slurm import Job, batch_script
+from karmma_pipeline.batch.slurm import BatchJob, batch_script
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,10 +19,10 @@ AGAIN = (
 )
 
 
-def by_hand(stage: str, usage: str, hours: float, cpus: int, **more: Any) -> Job:
+def by_hand(stage: str, usage: str, hours: float, cpus: int, **more: Any) -> BatchJob:
     """A script of the top-level folders, which takes its arguments from the command line."""
     several = "%A_%a" if more.get("array") else "%j"
-    return Job(
+    return BatchJob(
         title=f"{usage}\n{AGAIN}",
         name=f"karmma-{stage}",
         arguments=more.pop("arguments", '"$@"'),
@@ -68,7 +68,7 @@ SHIPPED = {
 NASTY = """it's "a" $HOME `x` \\ name"""
 JOBS = {
     "array": (
-        Job(
+        BatchJob(
             title="Stage extract: karmma extract 'my recipe.yaml'",
             name="epic.extract.0a1b2c",
             arguments="extract 'my recipe.yaml'",
@@ -92,7 +92,7 @@ JOBS = {
         ),
     ),
     "nodes_in_a_container": (
-        Job(
+        BatchJob(
             title="Stage teacher: karmma train-teacher teacher.yaml",
             name="epic.teacher.0a1b2c",
             arguments="train-teacher teacher.yaml",
@@ -105,7 +105,7 @@ JOBS = {
         Site(container=Container(image=Path("my images/karmma.sif"), binds=["/scratch"])),
     ),
     "without_gpu": (
-        Job(
+        BatchJob(
             title="Joins.",
             name="n",
             arguments="store finalize s",
@@ -161,8 +161,8 @@ def started(folder: Path, script: str, state: str, **environment: str) -> "subpr
     )
 
 
-def job(folder: Path, arguments: str = "x", ranks: int = 0) -> Job:
-    return Job("", "n", arguments, Resources(gpus=0), f"{folder}/n.log", ranks=ranks)
+def job(folder: Path, arguments: str = "x", ranks: int = 0) -> BatchJob:
+    return BatchJob("", "n", arguments, Resources(gpus=0), f"{folder}/n.log", ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,8 @@ def test_any_name_arrives_as_it_is(tmp_path: Path) -> None:
         karmma=str(program(tmp_path / "karmma", 'pwd; printf "%s\\n" "$2" "$MINE"')),
         env={"MINE": NASTY},
     )
-    made = Job("", "n", shlex.join(["x", NASTY]), Resources(gpus=0), f"{folder}/n.log", str(folder))
+    made = BatchJob(
+        "", "n", shlex.join(["x", NASTY]), Resources(gpus=0), f"{folder}/n.log", str(folder)
+    )
     process = started(tmp_path, batch_script(made, site), "RUNNING")
     assert process.communicate(timeout=PATIENCE_S)[0].splitlines() == [str(folder), NASTY, NASTY]

@@ -79,18 +79,18 @@ def drop_curve(results: Results) -> Figure:
     constant = results.data.constant[results.main]
     axes.axhline(constant, color="#777777", linewidth=1, linestyle=":")
     axes.annotate(
-        "best constant answer",
+        "Majority class",
         (0, constant),
         (2, 3),
         textcoords="offset points",
         color="#777777",
         fontsize=8,
     )
-    axes.set_xlabel("each modality is dropped with this probability (%)")
+    axes.set_xlabel("Modality drop rate (%)")
     axes.set_ylabel(f"{_plain(results.main)} top-1 (%)")
     axes.set_ylim(bottom=0)
     axes.legend()
-    _title(figure, axes, "Who survives missing sensors", results)
+    _title(figure, axes, "Accuracy under missing modalities", results)
     return figure
 
 
