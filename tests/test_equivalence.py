@@ -53,8 +53,7 @@ def test_files_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
     write(tmp_path / "new", "run/last.json", "{}")
     lines = compare(tmp_path / "old", tmp_path / "new", "out")
     assert lines == [
-        "out/run/last: missing",
-        "out/run/last/model.json: missing",
+        "out/run/last and 1 in it: missing",
         "out/run/last.json: was not there before",
     ]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from equivalence.compare import compare, count
 from equivalence.handover import Handover, handovers
-from equivalence.inputs import write_inputs
-from equivalence.program import HERE, FailedError, Program, Schedule, Side, checkout
+from equivalence.inputs import digest, write_inputs
+from equivalence.program import HERE, FailedError, Program, Schedule, Side, alone, checkout
 from equivalence.work import Step, steps
 from faults.calls import build
 
@@ -59,12 +59,15 @@ def net(options: argparse.Namespace, old_tree: Path, folder: Path, library: Path
         raise FailedError("there is no C compiler, and so no kill: give --handover 0.")
     for program in (old, new):
         program.check()
-    fresh = folder.resolve() / "new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    inputs = write_inputs(fresh, options.media)
-    kept = folder.resolve() / f"{old.digest()}-{inputs}"
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix="new-", dir=folder.resolve()))
+    new = new.copied(fresh / "program")
+    kept = folder.resolve() / f"{old.digest()}-{digest(options.media)}"
+    with alone(kept / "lock"):
+        if not (kept / "recipes/report.yaml").is_file():
+            write_inputs(kept, options.media)
     for part in ("inputs", "recipes"):
-        shutil.copytree(fresh / part, kept / part, dirs_exist_ok=True)
+        shutil.copytree(kept / part, fresh / part)
     sides = Side(old, kept, calls=bool(old.built)), Side(new, fresh)
     chosen = _chosen(steps(options.media is not None), options.only)
     handed = handovers(chosen, *sides, options.handover)
@@ -76,7 +79,12 @@ def net(options: argparse.Namespace, old_tree: Path, folder: Path, library: Path
     for one in handed:
         schedule.add(one.name, one.do, [f"old {one.step.name}"])
     schedule.wait()
-    return report(sides, chosen, handed, began)
+    code = report(sides, chosen, handed, began)
+    if code and options.cache:
+        print(f"old: {kept}\nnew: {fresh}")
+    else:
+        shutil.rmtree(fresh)
+    return code
 
 
 def report(
@@ -89,6 +97,7 @@ def report(
         lines = compare(old.folder, new.folder, step.writes)
         if old.codes(step) != new.codes(step):
             lines.append(f"exit codes were {old.codes(step)} and are {new.codes(step)}")
+            lines += new.said(step)
         differences += _told(step.name, lines)
         files += count(old.folder, step.writes)
     for one in handed:

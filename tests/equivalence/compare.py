@@ -1,10 +1,10 @@
 """Compares what two programs wrote, file by file, and says in a line what differs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from fnmatch import fnmatch
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ def compare(old: Path, new: Path, where: str, killed: bool = False) -> list[str]
         killed: the old program was killed in ``new``, and the new one went on.
     """
     was, now = _files(old, where), _files(new, where)
-    lines = [f"{name}: missing" for name in sorted(was.keys() - now)]
-    lines += [f"{name}: was not there before" for name in sorted(now.keys() - was)]
+    lines = [f"{name}: missing" for name in _tops(was.keys() - now)]
+    lines += [f"{name}: was not there before" for name in _tops(now.keys() - was)]
     for name in sorted(was.keys() & now):
         if was[name].is_dir() or now[name].is_dir():
             if was[name].is_dir() != now[name].is_dir():
@@ -50,6 +50,13 @@ def _files(folder: Path, where: str) -> dict[str, Path]:
     names = {str(path.relative_to(folder)): path for path in (folder / where).rglob("*")}
     kept = {n: p for n, p in names.items() if not any(fnmatch(n, left) for left in LEFT)}
     return {name_of(name): path for name, path in kept.items()}
+
+
+def _tops(names: Set[str]) -> list[str]:
+    """Return names in order; of a whole folder its own name, with the number of what is in it."""
+    tops = [n for n in sorted(names) if not any(str(p) in names for p in PurePath(n).parents)]
+    inside = {top: sum(name.startswith(f"{top}/") for name in names) for top in tops}
+    return [f"{top} and {n} in it" if n else top for top, n in inside.items()]
 
 
 def _digest(data: bytes) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equivalence.compare import compare
-from equivalence.program import FailedError, Kill, Side
+from equivalence.program import FailedError, Kill, Side, alone
 from equivalence.work import HANDED, Step
 
 
@@ -30,8 +30,9 @@ class Handover:
     def do(self) -> None:
         """Kill the old program, unless that was done, and let the new one go on in a copy."""
         half = self.old.folder / "killed" / f"{self.step.name}-{self.share:.3f}"
-        if not (half / "killed.json").is_file():
-            self._kill(half)
+        with alone(half.with_name(f"{half.name}.lock")):
+            if not (half / "killed.json").is_file():
+                self._kill(half)
         shutil.copytree(half, self._folder)
         self._link(self._folder)
         log = self._folder / "log.txt"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from equivalence import work
 from support import media_files
 from support.media_files import write_video
 
@@ -182,27 +183,33 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_inputs(folder: Path, media: Path | None) -> str:
-    """Write everything into a new folder and return a digest of it.
+def digest(media: Path | None) -> str:
+    """Return a digest of what makes the inputs, and of the commands: Matroska has random bytes."""
+    sources = [Path(__file__), Path(work.__file__), Path(media_files.__file__)]
+    total = sha256()
+    for path in [*sources, *(_clips(media) if media else [])]:
+        total.update(f"{path.name}\n".encode() + path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def write_inputs(folder: Path, media: Path | None) -> None:
+    """Write everything into a folder.
 
     Args:
         folder: in which the commands are to run.
         media: a folder with more clips; None for none.
     """
     inputs = folder / "inputs"
+    shutil.rmtree(inputs, ignore_errors=True)
     _write_table(inputs / "odd", list(_odd(inputs / "odd")))
     _write_table(inputs / "pictures", list(_pictures(inputs / "pictures")))
     if media is not None:
         _write_table(inputs / "real", list(_real(inputs / "real", media)))
     (inputs / "nets.py").write_text(NETWORK)
+    recipes = folder / "recipes"
+    recipes.mkdir(exist_ok=True)
     for name, tree in RECIPES.items():
-        path = folder / "recipes" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(tree, indent=1))  # JSON is YAML
-    digest = sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+        (recipes / f"{name}.yaml").write_text(json.dumps(tree, indent=1))  # JSON is YAML
 
 
 def _odd(folder: Path) -> Iterator[dict[str, Any]]:
@@ -256,10 +263,14 @@ def _pictures(folder: Path) -> Iterator[dict[str, Any]]:
 def _real(folder: Path, media: Path) -> Iterator[dict[str, Any]]:
     """Copy somebody's clips and yield the whole of each and a piece."""
     folder.mkdir(parents=True)
-    for path in sorted(p for p in media.rglob("*") if p.suffix.lower() in MEDIA):
+    for path in _clips(media):
         shutil.copy(path, folder / path.name)
         yield {"clip_id": path.name, "video": path.name}
         yield {"clip_id": f"{path.name}-piece", "video": path.name, "start": 0.4, "stop": 1.3}
+
+
+def _clips(media: Path) -> list[Path]:
+    return sorted(p for p in media.rglob("*") if p.suffix.lower() in MEDIA)
 
 
 def _write_table(folder: Path, clips: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """A checkout of the program, and the commands that are run with it."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -25,6 +26,10 @@ _TIMEOUT_S = 900.0
 """No command takes that long, on however busy a machine: it hangs."""
 
 
+_SAID = 8
+"""Lines of a command that are shown where its exit code is another one."""
+
+
 class FailedError(Exception):
     """The net itself could not work."""
 
@@ -45,6 +50,15 @@ def checkout(old: str) -> Iterator[Path]:
             yield path
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(path)], check=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let only one at a time in: several may compare with one cache of old results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,12 @@ class Program:
 
     tree: Path
     built: dict[str, str] = field(default_factory=dict)
+
+    def copied(self, folder: Path) -> "Program":
+        """Return a copy, so that whoever works on the tree meanwhile changes nothing here."""
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(self.tree / "karmma_pipeline", folder / "karmma_pipeline", ignore=ignored)
+        return Program(folder, self.built)
 
     def digest(self) -> str:
         """Return a digest of the whole program."""
@@ -166,8 +186,11 @@ class Side:
     def do(self, step: Step) -> None:
         """Do a step, unless it was done; leave its exit codes and calls in ``facts``."""
         facts = self.folder / "facts" / f"{step.name}.json"
-        if facts.is_file():
-            return
+        with alone(facts.with_suffix(".lock")):
+            if not facts.is_file():
+                self._do(step, facts)
+
+    def _do(self, step: Step, facts: Path) -> None:
         shutil.rmtree(self.folder / step.writes, ignore_errors=True)
         log = self.folder / "logs" / f"{step.name}.txt"
         log.unlink(missing_ok=True)
@@ -176,12 +199,16 @@ class Side:
             kill = Kill(self.folder / step.writes) if self.calls else None
             codes.append(self.program.run(arguments, self.folder, log, kill))
             calls.append(len(kill.made) if kill else 0)
-        facts.parent.mkdir(exist_ok=True)
         facts.write_text(json.dumps({"codes": codes, "calls": calls}))
 
     def codes(self, step: Step) -> list[int]:
         """Return the exit codes of a step's commands."""
         return list(self._facts(step)["codes"])
+
+    def said(self, step: Step) -> list[str]:
+        """Return the last lines that a step's commands printed."""
+        log = self.folder / "logs" / f"{step.name}.txt"
+        return log.read_text(errors="replace").replace("\r", "\n").splitlines()[-_SAID:]
 
     def count(self, step: Step) -> int:
         """Return how many calls the first command of a step made."""
