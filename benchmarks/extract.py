@@ -34,7 +34,7 @@ from karmma_pipeline.data.manifest import Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import Staged, Work, stage
+from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
 from karmma_pipeline.extraction.inference.calibrate import device_name, measure
 from karmma_pipeline.extraction.inference.modes import FOLDER, decide
 from karmma_pipeline.extraction.inference.networks import Networks
@@ -214,19 +214,14 @@ def compare(
     )
 
 
-def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) -> Iterator[Staged]:
+def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) -> Iterator[Batch]:
     """Decode all batches."""
-    writers: Any = dict.fromkeys(recipe.sets)
-    size = networks.batch_size
-    for first in range(0, len(clips), size):
-        some = list(clips[first : first + size])
-        work = Work(some, writers, last=False)
-        yield stage(
-            work, decode_clips(some, DecodeSettings.of(recipe)), networks.device.type == "cuda"
-        )
+    settings, pin = DecodeSettings.of(recipe), networks.device.type == "cuda"
+    for plan in plan_batches(0, clips, list(recipe.sets), networks.batch_size, done=0):
+        yield collate(plan, decode_clips(list(plan.clips), settings), pin)
 
 
-def time_bare(networks: Networks, batches: Sequence[Staged], lanes: int) -> tuple[float, float]:
+def time_bare(networks: Networks, batches: Sequence[Batch], lanes: int) -> tuple[float, float]:
     """Return seconds and CPU seconds of the forward passes alone, in the fastest of three ways.
 
     One pass at a time on one thread, on all CPUs, or as many passes at once as the pipeline

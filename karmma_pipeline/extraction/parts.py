@@ -12,7 +12,7 @@ import numpy as np
 from karmma_pipeline import config, files
 from karmma_pipeline.errors import StoreError, TooManyFailuresError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import DecodedClip
+from karmma_pipeline.extraction.types import NATURAL, DecodedClip
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, FeatureStore, finalize
@@ -150,9 +150,6 @@ def recipe_of(store: Path) -> ExtractRecipe | None:
 
 
 FAILURE_COLUMNS = ("clip_id", "modality", "stage", "reason", "hint")
-NATURAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET}
-"""Absences that are how the clip was recorded, not errors."""
-
 _STAGE = {
     Reason.FILE_MISSING: "open",
     Reason.NO_STREAM: "open",

@@ -1,35 +1,35 @@
 """Extraction from manifest to stores: decode ahead, run the backbones, append, commit.
 
-One stream over all shards: decode processes, a thread that lays batches out, the networks and a
+One stream over all shards: decode processes, a thread that collates batches, the networks and a
 thread that writes work at the same time, with a bounded number of clips between them.
 """
 
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.extraction import parts
-from karmma_pipeline.extraction.background import Ahead, Behind
+from karmma_pipeline.extraction.background import BackgroundWriter, Prefetcher
 from karmma_pipeline.extraction.clips import read_clips, write_groups
 from karmma_pipeline.extraction.decode.pool import DecodePool
-from karmma_pipeline.extraction.decode.shared_memory import Arena, clip_bytes
-from karmma_pipeline.extraction.inference.batching import Staged, Work, Writers, plan, stage
+from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes
+from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
 from karmma_pipeline.extraction.inference.modes import decide
-from karmma_pipeline.extraction.inference.networks import Computed, Networks
+from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
 from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
-from karmma_pipeline.extraction.types import DecodeSettings
+from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import Catalog, ClipRow, create_store
+from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, create_store
 
 _logger = logging.getLogger(__name__)
 
@@ -104,24 +104,27 @@ def _run(
     report: ExtractReport,
 ) -> None:
     catalogs = {name: Catalog(path) for name, path in report.stores.items()}
-    shards = _lacking(catalogs, part)
-    clips = sum(len(numbers) for numbers, _ in shards.values())
+    missing = _missing_shards(catalogs, part)
+    clips = sum(len(numbers) for numbers, _ in missing.values())
     if not clips:
         return
-    with Writers(catalogs) as opened, ExitStack() as stack:
-        works = plan(manifest.clips, shards, networks.batch_size, opened)
+    # Left in the opposite order: the writer's thread ends when it has written what was computed,
+    # then the networks', then the one that prefetches, then the decode processes; the shards are
+    # closed when nobody is left who could write to them or open one.
+    with _ShardWriters(catalogs) as writers, ExitStack() as stack:
         pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
-        staged = stack.enter_context(Ahead(_staged(works, pool, networks)))
+        plans = _plans(manifest.clips, missing, networks.batch_size, writers)
+        batches = stack.enter_context(Prefetcher(_batches(plans, pool, networks)))
         report.lanes = lane_count(networks)  # while decoders start
         lanes = stack.enter_context(Lanes(networks, report.lanes))
 
         def write(computed: Computed) -> None:
-            _write(recipe, networks, computed, opened, report)
+            _write(recipe, networks, computed, writers, report)
 
-        writer = stack.enter_context(Behind(write))
+        writer = stack.enter_context(BackgroundWriter(write))
         bar = stack.enter_context(Bar(clips, report))
         try:
-            _stream(staged, lanes, writer, stop, report, bar)
+            _stream(batches, lanes, writer, stop, report, bar)
         except BaseException:
             stop.request()  # or the threads would go on waiting for decoders
             raise
@@ -129,16 +132,68 @@ def _run(
             report.decode_s, report.halved = pool.busy_s, networks.halved
 
 
-def _lacking(catalogs: dict[str, Catalog], part: Part) -> dict[int, tuple[range, list[str]]]:
+def _missing_shards(
+    catalogs: Mapping[str, Catalog], part: Part
+) -> dict[int, tuple[range, list[str]]]:
     """Return the shards of a part that some stores lack: their clips and those stores."""
     first = next(iter(catalogs.values()))
     committed = {name: catalog.committed() for name, catalog in catalogs.items()}
-    found = {}
+    missing = {}
     for shard in part.shards(parts.shard_seconds(first)):
         names = [name for name, shards in committed.items() if shard not in shards]
         if names:
-            found[shard] = (first.shard_range(shard), names)
-    return found
+            missing[shard] = (first.shard_range(shard), names)
+    return missing
+
+
+class _ShardWriters:
+    """The shards that are being written, of each store; those that are left are closed at the end.
+
+    A shard is opened by the thread that prefetches, before any of its clips is decoded: its lock
+    is held from then on, and its journal says how many clips an earlier run has done. It is
+    written and committed by the writer's thread.
+    """
+
+    def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
+        self._catalogs = catalogs
+        self._open: dict[tuple[int, str], ShardWriter] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for key in list(self._open):
+            self._close(*key)
+
+    def __getitem__(self, key: tuple[int, str]) -> ShardWriter:
+        return self._open[key]
+
+    def open(self, shard: int, names: Sequence[str]) -> int:
+        """Open a shard of some stores; return how many clips all of them hold already."""
+        for name in names:
+            self._open[shard, name] = ShardWriter(self._catalogs[name].root, shard).__enter__()
+        return min(self._open[shard, name].next for name in names)
+
+    def commit(self, shard: int, names: Sequence[str]) -> None:
+        """Commit a shard to some stores and forget it."""
+        for name in names:
+            self._open[shard, name].commit()
+            self._close(shard, name)
+
+    def _close(self, shard: int, name: str) -> None:
+        self._open.pop((shard, name)).__exit__(None, None, None)
+
+
+def _plans(
+    clips: Sequence[Clip],
+    missing: Mapping[int, tuple[range, list[str]]],
+    size: int,
+    writers: _ShardWriters,
+) -> Iterator[BatchPlan]:
+    """Yield the batches of all shards, one after another; each shard is opened at its turn."""
+    for shard, (numbers, names) in missing.items():
+        done = writers.open(shard, names)
+        yield from plan_batches(shard, [clips[i] for i in numbers], names, size, done)
 
 
 def _pool(
@@ -153,11 +208,12 @@ def _pool(
     size = clip_bytes(settings)
     ahead = max(report.workers + 1, int(recipe.decode.queue_gb * 1e9 / size))
     ahead = min(ahead, 16 * report.workers + 4 * networks.batch_size)  # more does not help
-    arena = Arena(size, ahead + networks.batch_size)
-    stack.callback(arena.close)
+    # A batch that is being collated still has its slots while others are decoded ahead of it.
+    buffer = SharedBuffer(size, ahead + networks.batch_size)
+    stack.callback(buffer.close)
     decode = recipe.decode
     return DecodePool(
-        settings, report.workers, decode.timeout_s, stop, decode.memory_gb, ahead, arena
+        settings, report.workers, decode.timeout_s, stop, decode.memory_gb, ahead, buffer
     )
 
 
@@ -168,36 +224,29 @@ def _default_workers(networks: Networks) -> int:
     return max(1, min(room, cpus // 2 if networks.device.type == "cpu" else cpus - 1))
 
 
-def _staged(works: Iterator[Work], pool: DecodePool, networks: Networks) -> Iterator[Staged]:
-    """Yield batches laid out for the networks, in a thread of its own."""
-    planned: deque[Work] = deque()
-
-    def clips() -> Iterator[list[Clip]]:
-        for work in works:
-            planned.append(work)
-            yield work.clips
-
-    for decoded in pool.batches(clips()):
-        yield stage(planned.popleft(), decoded, pin=networks.device.type == "cuda")
+def _batches(plans: Iterator[BatchPlan], pool: DecodePool, networks: Networks) -> Iterator[Batch]:
+    """Yield batches collated for the networks, in a thread of its own."""
+    for plan, clips in pool.batches(plans):
+        yield collate(plan, clips, pin=networks.device.type == "cuda")
 
 
 def _stream(
-    staged: Ahead[Staged],
+    batches: Prefetcher[Batch],
     lanes: Lanes,
-    writer: Behind[Computed],
+    writer: BackgroundWriter[Computed],
     stop: StopFlag,
     report: ExtractReport,
     bar: Bar,
 ) -> None:
     """Hand decoded batches to the lanes, and what they have computed to the writer, in order."""
-    source = iter(staged)
+    source = iter(batches)
     with report.timed(STARTING):
         batch = next(source, None)
     started = time.process_time()
     while batch is not None or len(lanes):
         if batch is not None:
             stop.check("all finished batches are kept")
-            bar.skip(batch.work.skipped)
+            bar.skip(batch.plan.skipped)
             lanes.put(batch)
         if lanes.full or batch is None:
             with report.timed(BACKBONES):
@@ -205,8 +254,8 @@ def _stream(
                 report.device_s += computed.wait()
             with report.timed(WRITING):
                 writer.put(computed)
-            report.count(computed.staged.clips)
-            bar.show(len(computed.staged.clips))
+            report.count(computed.batch.clips)
+            bar.show(len(computed.batch.clips))
         if batch is not None:
             with report.waiting(lanes):
                 batch = next(source, None)
@@ -217,35 +266,35 @@ def _write(
     recipe: ExtractRecipe,
     networks: Networks,
     computed: Computed,
-    opened: Writers,
+    writers: _ShardWriters,
     report: ExtractReport,
 ) -> None:
     """Append a batch to the stores that lack it, in a thread of its own."""
     started = time.perf_counter()
-    work = computed.staged.work
-    shard = next(iter(work.writers.values())).shard
-    parts.note_media(recipe.out, shard, computed.staged.clips)
-    for name in work.writers:
-        _append(recipe, networks, name, computed)
-    if work.last:
-        opened.commit(work.writers)
+    plan = computed.batch.plan
+    parts.note_media(recipe.out, plan.shard, computed.batch.clips)
+    for name in plan.stores:
+        _append(networks.jobs(name), computed, writers[plan.shard, name])
+    if plan.last:
+        writers.commit(plan.shard, plan.stores)
     report.write_s += time.perf_counter() - started
 
 
-def _append(recipe: ExtractRecipe, networks: Networks, name: str, computed: Computed) -> None:
-    work, jobs_of_set = computed.staged.work, networks.jobs(name)
-    writer = work.writers[name]
+def _append(jobs_of_set: Mapping[str, Job], computed: Computed, writer: ShardWriter) -> None:
+    # The first batch after a kill begins before the first missing clip: it is computed as a
+    # whole, and what the store holds of it already is not written again.
     done = writer.done
-    for place, clip in enumerate(computed.staged.clips):
+    for place, clip in enumerate(computed.batch.clips):
         if clip.clip_id in done:
             continue
         arrays, reasons, times = {}, {}, {}
         for modality, job in jobs_of_set.items():
-            found = computed.of(job, place)
-            if found is None:
+            tokens = computed.of(job, place)
+            if tokens is None:
                 reasons[modality] = clip.reasons[job.spec]
-            elif not float(np.abs(found).max()) <= writer.spec.modalities[modality].largest:
+            # Not "largest > bound", which NaN would pass.
+            elif not float(np.abs(tokens).max()) <= writer.spec.modalities[modality].largest:
                 reasons[modality] = Reason.BAD_VALUE
             else:
-                arrays[modality], times[modality] = found, clip.times[job.spec]
+                arrays[modality], times[modality] = tokens, clip.times[job.spec]
         writer.append(clip.clip_id, arrays, reasons, times)

@@ -4,13 +4,16 @@ Naming one of these types imports no decoder: libraries that open media are the 
 `media` and `decode` alone. T frames, h and w a network's input size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
@@ -27,20 +30,11 @@ ROUNDING_S = 5e-4
 """A frame counts as shown from this much before its start: decord's times are float32, and an
 annotation that names a frame's own start must get that frame."""
 
+NATURAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET}
+"""Absences that are how the clip was recorded, not errors."""
+
 _ALONE_S = 0.04
 """How long the only frame of a video counts as shown if the file does not say."""
-
-
-@dataclass(frozen=True)
-class FramePairs:
-    """Frames whose motion is computed later, where the backbones run.
-
-    frames: uint8 [2, T, 3, h, w], first and second ones. scale: what makes px per pair px per
-    gap, float32 [T].
-    """
-
-    frames: Pictures
-    scale: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,8 @@ class InputSpec:
     """What a network wants of a clip; networks with equal wants share one array.
 
     Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
-    [T, h, w] for audio; float32 [T, slots, numbers] for boxes.
+    [T, h, w] for audio; float32 [T, slots, numbers] for boxes. ``pairs``: flow that is computed
+    where the networks run, from uint8 [2, T, 3, h, w], the first and the second frames.
     """
 
     modality: str
@@ -56,15 +51,29 @@ class InputSpec:
     transform: FrameTransform | None
     image: tuple[int, int]
     per_frame: bool
+    pairs: bool = False
 
     @property
     def times(self) -> int:
         """Moments T that are recorded per clip."""
         return self.frames
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the array of one clip."""
+        values = prod(self.image) * (self.frames if self.per_frame else 1)
+        if self.transform is None:  # float32 images or boxes
+            return 4 * values
+        return 3 * values * (2 if self.pairs else 1)  # uint8 in three channels
 
-def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
+
+def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) -> InputSpec:
     """Return what a backbone wants of a modality.
+
+    Args:
+        modality: of the clip.
+        choice: the backbone.
+        flow: how flow is measured; None: nothing but its size and its moments is asked for.
 
     Raises:
         ConfigError: an image network for rgb or flow, or one without its image size.
@@ -78,9 +87,9 @@ def input_spec(modality: str, choice: BackboneChoice) -> InputSpec:
     if modality == "audio":
         frames = choice.frame_count if video else 1
         return InputSpec(modality, frames, None, (height, width), per_frame=video)
-    return InputSpec(
-        modality, choice.frame_count, choice.transform, (height, width), per_frame=True
-    )
+    pairs = modality == "flow" and flow is not None and flow.source != "dis"
+    size = (height, width)
+    return InputSpec(modality, choice.frame_count, choice.transform, size, True, pairs)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class DecodeSettings:
     def of(cls, recipe: ExtractRecipe) -> "DecodeSettings":
         """Collect them, each input once however many networks want it."""
         wanted = [
-            input_spec(m, choice)
+            input_spec(m, choice, recipe.flow)
             for choices in recipe.sets.values()
             for m, choice in choices.items()
         ]
@@ -112,18 +121,39 @@ class DecodeSettings:
 class DecodedClip:
     """The inputs of one clip, or why there are none; times are float64 [2, T].
 
-    pairs: frames whose flow is computed beside the backbones. padded: audio windows that reach
-    past the track; audio_rate: the track's own, Hz. decoders: modality to what read it.
+    flow_scales: of inputs that are pairs of frames, what makes px per pair px per gap, float32
+    [T]; a clip whose data set brings its flow has none, and its pictures in place of the first
+    frames. padded: audio windows that reach past the track; audio_rate: the track's own, Hz.
+    decoders: modality to what read it.
     """
 
     clip_id: str
     arrays: dict[InputSpec, npt.NDArray[Any]] = field(default_factory=dict)
     times: dict[InputSpec, Times] = field(default_factory=dict)
     reasons: dict[InputSpec, Reason] = field(default_factory=dict)
-    pairs: dict[InputSpec, FramePairs] = field(default_factory=dict)
+    flow_scales: dict[InputSpec, npt.NDArray[np.float32]] = field(default_factory=dict)
     padded: int = 0
     audio_rate: int | None = None
     decoders: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Clips of one shard that follow one another and are computed together.
+
+    Attributes:
+        shard: its number.
+        clips: not more than the networks take at once.
+        stores: names of the stores that lack the shard.
+        last: with these clips the shard is whole.
+        skipped: clips of the shard before them, which an earlier run has done.
+    """
+
+    shard: int
+    clips: Sequence[Clip]
+    stores: Sequence[str]
+    last: bool
+    skipped: int = 0
 
 
 def covering(starts: Times, times: Times) -> Numbers:
@@ -133,8 +163,8 @@ def covering(starts: Times, times: Times) -> Numbers:
         starts: ascending start of each frame's interval, seconds [frames].
         times: seconds [T]; moments before the first or after the last frame get that frame.
     """
-    found = np.searchsorted(starts, times, side="right") - 1
-    return np.clip(found, 0, len(starts) - 1).astype(np.int64)
+    last_begun = np.searchsorted(starts, times, side="right") - 1
+    return np.clip(last_begun, 0, len(starts) - 1).astype(np.int64)
 
 
 def end_of(starts: Times, last_s: float) -> float:

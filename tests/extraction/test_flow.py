@@ -4,6 +4,7 @@ A texture moves by 45 px/s at 48x96; in a network's input of half that size it m
 which is 1.5 px per 1/15 s.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,24 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.inference.batching import Batch, collate
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
-from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
+from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings, InputSpec
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 
 HALF = FrameTransform(resize=(24, 48), crop=(24, 48), mean=(0, 0, 0), std=(1, 1, 1))
 FLOW = InputSpec("flow", 4, HALF, (24, 48), per_frame=True)
+PAIRS = replace(FLOW, pairs=True)
 UV = ("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg")
 BOUND = 4.0
 
 
 def decode(source: Source, flow: Flow) -> DecodedClip:
     clips = [Clip("c", {"flow": source}, 0.0, 1.0, {})]
-    settings = DecodeSettings(Sampling(), flow, Audio(), (FLOW,))
+    spec = FLOW if flow.source == "dis" else PAIRS
+    settings = DecodeSettings(Sampling(), flow, Audio(), (spec,))
     (found,) = decode_clips(clips, settings)
     assert not found.reasons
     return found
@@ -82,12 +87,31 @@ def test_raft(make_video: Maker) -> None:
     )
     path = make_video(fps=15, pan_px_s=30.0, sound=False)  # 2 px, halved, twice the gap: 2 px
     found = decode(FileSource(path), settings)
-    assert FLOW not in found.arrays
     raft = Raft(settings, torch.device("cpu"))
     raft.net = Shifted()
-    raft.complete([found])
-    assert found.arrays[FLOW].shape == (4, 3, 24, 48)
-    assert px(found.arrays[FLOW]) == pytest.approx([2, 0], abs=0.3)
+    pictures = raft.inputs(batch_of(found), PAIRS)[0].numpy()
+    assert pictures.shape == (4, 3, 24, 48)
+    assert px(pictures) == pytest.approx([2, 0], abs=0.3)
+
+
+def batch_of(*clips: DecodedClip) -> Batch:
+    return collate(BatchPlan(0, [], [], last=True), clips, pin=False)
+
+
+def test_flow_that_a_data_set_brings_needs_no_network(make_video: Maker, tmp_path: Path) -> None:
+    """Beside clips whose flow is to be computed, and beside one that was lost."""
+    folder = write_flow(tmp_path, range(1, 70), (6, -3), bound_px=8)
+    stored = FrameSource(folder, UV, 60, stride=2, dilation=3, bound_px=8)
+    settings = Flow(source="raft_small", weights="random:0", bound_px=BOUND, updates=1)
+    lost = DecodedClip("lost", reasons={PAIRS: Reason.TIMEOUT})
+    path = make_video(fps=15, pan_px_s=30.0, sound=False)
+    clips = decode(stored, settings), lost, decode(FileSource(path), settings)
+    raft = Raft(settings, torch.device("cpu"))
+    pictures = raft.inputs(batch_of(*clips), PAIRS).numpy()
+    np.testing.assert_array_equal(pictures[0], decode(stored, Flow(bound_px=BOUND)).arrays[FLOW])
+    assert not pictures[1].any()
+    frames, scale = torch.from_numpy(clips[2].arrays[PAIRS]), clips[2].flow_scales[PAIRS]
+    np.testing.assert_array_equal(pictures[2], raft.pictures(frames, scale))
 
 
 def test_the_real_network_takes_any_size_and_is_the_same_each_time() -> None:

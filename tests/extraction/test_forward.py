@@ -18,7 +18,7 @@ from karmma_pipeline import config, files, jobs
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
 from karmma_pipeline.extraction.inference import calibrate as calibration
 from karmma_pipeline.extraction.inference import memory, modes
-from karmma_pipeline.extraction.inference.batching import Work, stage
+from karmma_pipeline.extraction.inference.batching import collate
 from karmma_pipeline.extraction.inference.calibrate import calibrate, example, measure
 from karmma_pipeline.extraction.inference.memory import Growth
 from karmma_pipeline.extraction.inference.modes import decide
@@ -26,7 +26,7 @@ from karmma_pipeline.extraction.inference.networks import Networks, network_key
 from karmma_pipeline.extraction.inference.runner import Mode, Network, fold_norms, speed_up
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import DecodedClip, input_spec
+from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, input_spec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.store import FeatureStore
@@ -279,7 +279,7 @@ def test_a_later_job_takes_over_what_the_first_has_found(
     assert decided(tmp_path) == theirs
 
 
-def test_a_clip_lost_to_an_error_leaves_the_others_in_the_same_company(tmp_path: Path) -> None:
+def test_a_clip_lost_to_an_error_leaves_the_batches_of_the_others_alone(tmp_path: Path) -> None:
     """A decoder's bad day must not change the bytes of other clips; what was never there may."""
     recipe = make_recipe(tmp_path, precision="float32", layout="contiguous", batch_size=4)
     networks = Networks(recipe)
@@ -292,8 +292,8 @@ def test_a_clip_lost_to_an_error_leaves_the_others_in_the_same_company(tmp_path:
     seen: list[Any] = []
     whole = networks.all[job.network]
     whole.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    staged = stage(Work([], {"student": None}, last=True), decoded, pin=False)  # type: ignore[dict-item]
-    computed = networks.compute(staged)
+    plan = BatchPlan(0, [], ["student"], last=True)
+    computed = networks.compute(collate(plan, decoded, pin=False))
     assert seen == [3, 1]
     assert [place for place in range(6) if computed.of(job, place) is not None] == [0, 3, 4]
     alone = whole.tokens(torch.from_numpy(frames[3:4]))[0].numpy()

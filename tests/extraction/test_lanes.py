@@ -77,7 +77,7 @@ def test_batches_run_beside_one_another_on_one_thread_each_and_come_back_in_orde
         assert lanes.idle == 0
         slow.go[0].set()
         slow.go[2].set()
-        numbers: list[Any] = [lanes.take().staged for _ in range(3)]
+        numbers: list[Any] = [lanes.take().batch for _ in range(3)]
         assert numbers == [0, 1, 2]
     assert slow.threads == [1, 1, 1]
 

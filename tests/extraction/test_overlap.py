@@ -13,11 +13,11 @@ from support.media_files import write_video
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extraction.background import Ahead, Behind
+from karmma_pipeline.extraction.background import BackgroundWriter, Prefetcher
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
-from karmma_pipeline.extraction.decode.shared_memory import Arena, clip_bytes, decode_into
+from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes, decode_into
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import Work, stage
+from karmma_pipeline.extraction.inference.batching import collate, plan_batches
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport
@@ -26,11 +26,11 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.backbones import BackboneChoice
 
 
-def settings() -> DecodeSettings:
+def settings(flow: Flow = Flow()) -> DecodeSettings:  # noqa: B008  (frozen)
     rgb = BackboneChoice(name="s3d", weights="random:0", frames=8, size=32)
     audio = BackboneChoice(name="resnet18", weights="random:0", image=(32, 48))
-    specs = (input_spec("rgb", rgb), input_spec("flow", rgb), input_spec("audio", audio))
-    return DecodeSettings(Sampling(), Flow(), Audio(mels=32), specs)
+    specs = (input_spec("rgb", rgb), input_spec("flow", rgb, flow), input_spec("audio", audio))
+    return DecodeSettings(Sampling(), flow, Audio(mels=32), specs)
 
 
 def clips_of(path: Path, count: int) -> list[Clip]:
@@ -48,19 +48,19 @@ def test_a_source_is_at_most_so_far_ahead_and_its_error_arrives() -> None:
             yield number
         raise OSError("the source broke")
 
-    found = []
-    with Ahead(source(), depth=2) as ahead:
+    items = []
+    with Prefetcher(source(), depth=2) as ahead:
         numbers = iter(ahead)
         for _ in range(9):
-            found.append(next(numbers))
-            assert len(taken) <= len(found) + 4
+            items.append(next(numbers))
+            assert len(taken) <= len(items) + 4
         with pytest.raises(OSError, match="the source broke"):
             next(numbers)
-    assert found == list(range(9))
+    assert items == list(range(9))
 
 
 def test_leaving_early_ends_the_thread() -> None:
-    with Ahead(iter(range(100))) as ahead:
+    with Prefetcher(iter(range(100))) as ahead:
         assert next(iter(ahead)) == 0
     assert not ahead._thread.is_alive()
 
@@ -73,7 +73,7 @@ def test_what_comes_behind_is_done_in_order_and_all_of_it() -> None:
         may_work.wait()
         done.append(number)
 
-    with Behind(slow, depth=1) as behind:
+    with BackgroundWriter(slow, depth=1) as behind:
         behind.put(0)
         behind.put(1)
         assert not done  # nobody waited for it
@@ -87,7 +87,7 @@ def test_an_error_behind_ends_the_work_even_at_the_very_end() -> None:
     def full(_: int) -> None:
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Behind(full) as behind:
+    with pytest.raises(OSError, match="disk full"), BackgroundWriter(full) as behind:
         behind.put(1)
 
 
@@ -96,14 +96,16 @@ def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path
     clips = clips_of(write_video(tmp_path / "a.mp4"), 5)
     clips += clips_of(write_video(tmp_path / "b.mp4", sound=False), 2)
     wanted = decode_clips(clips, settings())
-    arena = Arena(clip_bytes(settings()), slots=4)
+    buffer = SharedBuffer(clip_bytes(settings()), slots=4)
     found: list[DecodedClip] = []
-    with DecodePool(settings(), 1, 60, StopFlag(), ahead=6, arena=arena) as pool:
-        for batch in pool.batches([clips[:3], clips[3:5], clips[5:]]):
+    with DecodePool(settings(), 1, 60, StopFlag(), ahead=6, buffer=buffer) as pool:
+        plans = list(plan_batches(0, clips, ["teacher"], size=3, done=0))
+        for plan, batch in pool.batches(plans):
+            assert plan is plans.pop(0)
             for clip in batch:
                 own = {spec: array.copy() for spec, array in clip.arrays.items()}
                 found.append(DecodedClip(clip.clip_id, own, clip.times, clip.reasons))
-    arena.close()
+    buffer.close()
     assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
     for one, other in zip(found, wanted, strict=True):
         assert one.reasons == other.reasons
@@ -121,26 +123,26 @@ def test_arrays_are_left_in_their_slot_and_nothing_is_pickled() -> None:
         else np.full(spec.image, 0.5, np.float32)
         for i, spec in enumerate(specs)
     }
-    arena = Arena(clip_bytes(settings()), slots=3)
-    slots = [arena.take(), arena.take()]
+    buffer = SharedBuffer(clip_bytes(settings()), slots=3)
+    slots = [buffer.take(), buffer.take()]
 
     def decode(clips: list[Clip], *_: object) -> list[DecodedClip]:
         return [DecodedClip(clip.clip_id, dict(full)) for clip in clips]
 
     clips = clips_of(Path("x.mp4"), 2)
     _, parts = decode_into(
-        arena.address, arena.slot_bytes, slots, decode, clips, settings(), "decord"
+        buffer.address, buffer.slot_bytes, slots, decode, clips, settings(), "decord"
     )
-    for (decoded, places), slot in zip(parts, slots, strict=True):
+    for (decoded, refs), slot in zip(parts, slots, strict=True):
         assert not decoded.arrays
-        arena.restore(decoded, places, slot)
+        buffer.restore(decoded, refs, slot)
         for spec, array in full.items():
             np.testing.assert_array_equal(decoded.arrays[spec], array)
-    assert arena.take() is not None
-    assert arena.take() is None
-    arena.give(slots)
-    assert {arena.take(), arena.take()} == set(slots)
-    arena.close()
+    assert buffer.take() is not None
+    assert buffer.take() is None
+    buffer.give_back(slots)
+    assert {buffer.take(), buffer.take()} == set(slots)
+    buffer.close()
 
 
 def test_shared_memory_is_freed() -> None:
@@ -148,10 +150,10 @@ def test_shared_memory_is_freed() -> None:
         return Path("/proc/self/maps").read_text().count("karmma-clips")
 
     before = shared()
-    arena = Arena(4096, 2)
+    buffer = SharedBuffer(4096, 2)
     assert shared() == before + 1
-    arena.close()
-    del arena
+    buffer.close()
+    del buffer
     gc.collect()
     assert shared() == before
 
@@ -182,36 +184,36 @@ def test_the_report_names_the_stage_that_the_others_wait_for(
 
 def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> None:
     spec: InputSpec = settings().inputs[0]
-    arena = Arena(4096, slots=1)
-    slots = [arena.take()]
+    buffer = SharedBuffer(4096, slots=1)
+    slots = [buffer.take()]
 
     def decode(clips: list[Clip], *_: object) -> list[DecodedClip]:
         return [DecodedClip(clip.clip_id, {spec: np.ones(5000, np.uint8)}) for clip in clips]
 
     clips = clips_of(Path("x.mp4"), 1)
-    _, [(decoded, places)] = decode_into(
-        arena.address, 4096, slots, decode, clips, settings(), "decord"
+    _, [(decoded, refs)] = decode_into(
+        buffer.address, 4096, slots, decode, clips, settings(), "decord"
     )
-    assert not places
+    assert not refs
     assert decoded.arrays[spec].sum() == 5000
-    arena.close()
+    buffer.close()
 
 
 def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:
     flow = Flow(source="raft_small", weights="random:0", updates=1)
-    before = settings()
-    wanted = DecodeSettings(before.sampling, flow, before.audio, before.inputs)
+    wanted = settings(flow)
     clips = clips_of(write_video(tmp_path / "a.mp4", pan_px_s=30.0), 2)
-    alone = decode_clips(clips, wanted)
+    (spec,) = (spec for spec in wanted.inputs if spec.pairs)
     raft = Raft(flow, torch.device("cpu"))
-    arena = Arena(clip_bytes(wanted), slots=3)
-    with DecodePool(wanted, 1, 60, StopFlag(), ahead=3, arena=arena) as pool:
-        for batch in pool.batches([clips]):
-            staged = stage(Work(clips, {}, last=True), batch, pin=False)
-    arena.close()  # what is staged needs it no longer
-    spec = wanted.inputs[1]
-    staged.complete(raft)
-    raft.complete(alone)
-    found = staged.inputs[spec].numpy()
-    np.testing.assert_array_equal(found, [clip.arrays[spec] for clip in alone])
-    assert found.std() > 0
+    alone = []
+    for clip in decode_clips(clips, wanted):
+        pairs = torch.from_numpy(clip.arrays[spec])
+        alone.append(raft.pictures(pairs, clip.flow_scales[spec]))
+    buffer = SharedBuffer(clip_bytes(wanted), slots=3)
+    with DecodePool(wanted, 1, 60, StopFlag(), ahead=3, buffer=buffer) as pool:
+        ((plan, decoded),) = pool.batches(plan_batches(0, clips, ["teacher"], size=2, done=0))
+        batch = collate(plan, decoded, pin=False)
+    buffer.close()  # the batch needs it no longer
+    pictures = raft.inputs(batch, spec).numpy()
+    np.testing.assert_array_equal(pictures, alone)
+    assert pictures.std() > 0

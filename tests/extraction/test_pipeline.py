@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import DecodeSettings
+from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Backbone
@@ -203,6 +204,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_store(
     check_same_stores(tmp_path / "killed", undisturbed)
 
 
+def plans_of(*batches: Sequence[Clip]) -> list[BatchPlan]:
+    return [BatchPlan(0, clips, ["teacher"], last=False) for clips in batches]
+
+
 def clips_named(*names: str) -> list[Clip]:
     return [Clip(name, {"rgb": FileSource(Path("x.mp4"))}, 0, 1, {}) for name in names]
 
@@ -218,8 +223,8 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(settings: DecodeSettings)
     names = ["a", "hang", "b", "die", "c", "memory", "d", "raise", "e", "grow", "f"]
     clips = clips_named(*names)
     with DecodePool(settings, 1, timeout_s=8, stop=StopFlag(), memory_gb=1.5) as workers:
-        batches = list(workers.batches([clips[:4], clips[4:8], clips[8:]]))
-    found = {d.clip_id: set(d.reasons.values()) for batch in batches for d in batch}
+        batches = list(workers.batches(plans_of(clips[:4], clips[4:8], clips[8:])))
+    found = {d.clip_id: set(d.reasons.values()) for _, batch in batches for d in batch}
     assert list(found) == names
     assert found["hang"] == {Reason.TIMEOUT}
     assert found["die"] == {Reason.CRASHED}
@@ -235,7 +240,7 @@ def test_what_the_first_decoder_dies_of_goes_to_the_second_in_a_fresh_process(
     names = ["a", "first_hang", "b", "first_die", "c"]
     clips = [Clip(name, {"rgb": FileSource(tmp_path / f"{name}.mp4")}, 0, 1, {}) for name in names]
     with DecodePool(settings, 1, timeout_s=6, stop=StopFlag()) as workers:
-        found = [d for batch in workers.batches([clips]) for d in batch]
+        found = [d for _, batch in workers.batches(plans_of(clips)) for d in batch]
     assert [d.clip_id for d in found] == names
     assert not any(d.reasons for d in found)
     for name in ("first_hang", "first_die"):
@@ -249,7 +254,7 @@ def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
 ) -> None:
     me = psutil.Process()
     with DecodePool(settings, 1, timeout_s=30, stop=StopFlag()) as workers:
-        batches = workers.batches([clips_named(name) for name in "abcdefgh"])
+        batches = workers.batches(plans_of(*(clips_named(name) for name in "abcdefgh")))
         found = [next(batches)]
         time.sleep(1)  # until the process has nothing to do
         (process,) = (c for c in me.children() if "--multiprocessing-fork" in c.cmdline())
@@ -259,8 +264,8 @@ def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
         process.kill()
         time.sleep(1)
         found += batches
-    assert [d.clip_id for batch in found for d in batch] == list("abcdefgh")
-    assert not any(d.reasons for batch in found for d in batch)
+    assert [d.clip_id for _, batch in found for d in batch] == list("abcdefgh")
+    assert not any(d.reasons for _, batch in found for d in batch)
 
 
 def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: DecodeSettings) -> None:
@@ -271,7 +276,7 @@ def test_a_stop_does_not_wait_for_a_decoder_that_hangs(settings: DecodeSettings)
         DecodePool(settings, 1, timeout_s=120, stop=stop) as workers,
         pytest.raises(StoppedError, match="run the same command again"),
     ):
-        list(workers.batches([clips_named("hang")]))
+        list(workers.batches(plans_of(clips_named("hang"))))
     assert time.monotonic() - started < 90
 
 

@@ -1,4 +1,4 @@
-"""Which pictures of a video a network gets, and the pictures: each is decoded once for all.
+"""Which moments of a clip a network sees, and their frames: each is decoded once for all.
 
 T frames, h and w the network's input size.
 """
@@ -16,7 +16,7 @@ from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.image_frames import FrameFiles
 from karmma_pipeline.extraction.media.open import Video
 from karmma_pipeline.extraction.recipe import Flow, Sampling
-from karmma_pipeline.extraction.types import FramePairs, Numbers, Times
+from karmma_pipeline.extraction.types import InputSpec, Numbers, Pictures, Times
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 
@@ -25,22 +25,30 @@ PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip;
 
 
 @dataclass(frozen=True)
-class Plan:
+class FrameSelection:
     """Pictures that a network wants of one video.
 
     Attributes:
         times: requested and real seconds [2, T].
         first: their numbers [T].
         second: for flow that is to be computed, the numbers of their partners.
+        flow_scale: for such flow, what makes px per pair px per gap, float32 [T].
         stored: they are flow already.
     """
 
     video: Video
-    transform: FrameTransform
+    spec: InputSpec
     times: Times
     first: Numbers
     second: Numbers | None = None
+    flow_scale: npt.NDArray[np.float32] | None = None
     stored: bool = False
+
+    @property
+    def transform(self) -> FrameTransform:
+        """Resizes and crops the pictures."""
+        assert self.spec.transform is not None  # noqa: S101  (rgb and flow always have one)
+        return self.spec.transform
 
     @property
     def decoded(self) -> Numbers:
@@ -108,55 +116,64 @@ def clamped(
     return start_s, stop
 
 
-def plan(
-    clip: Clip,
-    modality: str,
-    frames: int,
-    transform: FrameTransform,
-    sampling: Sampling,
-    flow: Flow,
-    video: Video,
-) -> Plan:
+def select_frames(
+    clip: Clip, spec: InputSpec, video: Video, sampling: Sampling, flow: Flow
+) -> FrameSelection:
     """Choose the frames of a clip, or the pairs or pictures of its flow.
 
     Raises:
         MediaFaultError: the clip cannot be had from this video.
     """
-    start, stop = clip_span(clip, modality, video, sampling.tolerance_s)
-    times = sample_times(sampling, start, stop, frames)
-    stored = modality == "flow" and isinstance(video, FrameFiles) and len(video.source.names) == 2
-    second = None
-    if modality != "flow":
+    start, stop = clip_span(clip, spec.modality, video, sampling.tolerance_s)
+    times = sample_times(sampling, start, stop, spec.frames)
+    is_flow, second, scale = spec.modality == "flow", None, None
+    stored = is_flow and isinstance(video, FrameFiles) and len(video.source.names) == 2
+    if not is_flow:
         first = video.numbers(times)
     elif stored:
         assert isinstance(video, FrameFiles)  # noqa: S101  (mypy)
-        first = video.numbers(np.maximum(np.minimum(times, stop - video.gap_s), start))
+        first = video.numbers(_with_room(times, start, stop, video.gap_s))
     else:
         if len(video.frame_starts) < 2:
             raise MediaFaultError(Reason.TOO_SHORT, f"{video.path}: one frame has no motion")
-        inside = np.maximum(np.minimum(times, stop - flow.gap_s), start)
-        first, second = partners(video.frame_starts, video.numbers(inside), flow.gap_s)
+        first = video.numbers(_with_room(times, start, stop, flow.gap_s))
+        first, second = partners(video.frame_starts, first, flow.gap_s)
+        scale = _flow_scale(video.frame_starts, first, second, flow.gap_s)
     real = video.frame_starts[first]
     off = float(np.abs(times - real).max())
-    if off > sampling.tolerance_s + (flow.gap_s if modality == "flow" else 0.0):
+    if off > sampling.tolerance_s + (flow.gap_s if is_flow else 0.0):
         raise MediaFaultError(Reason.TIME_OFF, f"{video.path}: nothing within {off:.2f} s")
-    return Plan(video, transform, np.stack([times, real]), first, second, stored)
+    return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored)
 
 
-class Pictures:
+def _with_room(times: Times, start_s: float, stop_s: float, gap_s: float) -> Times:
+    """Move moments back so that a partner ``gap_s`` later still lies in the clip, if it can."""
+    return np.maximum(np.minimum(times, stop_s - gap_s), start_s)
+
+
+def _flow_scale(
+    starts: Times, first: Numbers, second: Numbers, gap_s: float
+) -> npt.NDArray[np.float32]:
+    # Time stamps may repeat or lie nearly together; without a floor such a pair's noise would
+    # be blown up into motion.
+    real_s = np.maximum(starts[second] - starts[first], gap_s / 8)
+    return (gap_s / real_s).astype(np.float32)
+
+
+class DecodedFrames:
     """Resized and cropped frames of one clip, or of several, which share those they have in common.
 
     Args:
-        plans: of all of them.
+        selections: of all of them.
         several: a fault may then be another clip's.
     """
 
-    def __init__(self, plans: Iterable[Plan], several: bool = False) -> None:
+    def __init__(self, selections: Iterable[FrameSelection], several: bool = False) -> None:
         self._several = several
-        self._pictures: dict[tuple[Video, FrameTransform, int], npt.NDArray[np.uint8]] = {}
+        self._frames: dict[tuple[Video, FrameTransform, int], Pictures] = {}
         self._faults: dict[Video, MediaFaultError] = {}
-        by_video: dict[Video, list[Plan]] = {}
-        for one in plans:
+        by_video: dict[Video, list[FrameSelection]] = {}
+        for one in selections:
             by_video.setdefault(one.video, []).append(one)
         for video, some in by_video.items():
             try:
@@ -166,46 +183,52 @@ class Pictures:
             except MemoryError:
                 self._faults[video] = MediaFaultError(Reason.OUT_OF_MEMORY, str(video.path))
 
-    def _decode(self, video: Video, plans: list[Plan]) -> None:
+    def _decode(self, video: Video, selections: list[FrameSelection]) -> None:
+        """Go through a video once, forward, for all networks and clips that want frames of it.
+
+        A full-size frame is dropped as soon as it is resized for each of them: a second of 4K
+        video is 750 MB.
+        """
         wanted: dict[FrameTransform, set[int]] = {}
-        for one in plans:
+        for one in selections:
             wanted.setdefault(one.transform, set()).update(one.decoded.tolist())
         union = np.array(sorted(set().union(*wanted.values())), np.int64)
         read = video.decode_for_several if self._several else video.decode
         for number, frame in read(union):
             for transform, numbers in wanted.items():
                 if number in numbers:
-                    self._pictures[video, transform, number] = transform.apply(frame[None])[0]
+                    self._frames[video, transform, number] = transform.apply(frame[None])[0]
 
-    def lack(self, plans: Iterable[Plan]) -> bool:
-        """Tell whether a video of these plans could not be decoded."""
-        return any(one.video in self._faults for one in plans)
+    def lack(self, selections: Iterable[FrameSelection]) -> bool:
+        """Tell whether a video of these selections could not be decoded."""
+        return any(one.video in self._faults for one in selections)
 
-    def input(self, one: Plan, flow: Flow) -> npt.NDArray[np.uint8] | FramePairs:
-        """Return uint8 [T, 3, h, w], or, for flow that is computed later, the pairs of frames.
+    def array(self, one: FrameSelection, flow: Flow) -> Pictures:
+        """Return a network's input, see `InputSpec`.
 
         Raises:
             MediaFaultError: the video's frames could not be decoded.
         """
         if one.stored:
-            return _stored_flow(one, flow)
+            pictures = _stored_flow(one, flow)
+            # Beside clips whose flow is still pairs of frames it must have their shape.
+            return np.stack([pictures, np.zeros_like(pictures)]) if one.spec.pairs else pictures
         if one.video in self._faults:
             raise self._faults[one.video]
         first = self._stack(one, one.first)
-        if one.second is None:
+        if one.second is None or one.flow_scale is None:
             return first
-        second, starts = self._stack(one, one.second), one.video.frame_starts
-        real_s = np.maximum(starts[one.second] - starts[one.first], flow.gap_s / 8)
-        scale = (flow.gap_s / real_s).astype(np.float32)
-        if flow.source != "dis":
-            return FramePairs(np.stack([first, second]), scale)
-        return as_pictures(flow, dis_flow(flow, first, second) * scale[:, None, None, None])
+        second = self._stack(one, one.second)
+        if one.spec.pairs:
+            return np.stack([first, second])
+        motion = dis_flow(flow, first, second)
+        return as_pictures(flow, motion * one.flow_scale[:, None, None, None])
 
-    def _stack(self, one: Plan, numbers: Numbers) -> npt.NDArray[np.uint8]:
-        return np.stack([self._pictures[one.video, one.transform, n] for n in numbers.tolist()])
+    def _stack(self, one: FrameSelection, numbers: Numbers) -> Pictures:
+        return np.stack([self._frames[one.video, one.transform, n] for n in numbers.tolist()])
 
 
-def _stored_flow(one: Plan, flow: Flow) -> npt.NDArray[np.uint8]:
+def _stored_flow(one: FrameSelection, flow: Flow) -> Pictures:
     assert isinstance(one.video, FrameFiles)  # noqa: S101  (only they hold flow)
     motion = resized(one.video.motion(one.first), one.transform)
     return as_pictures(flow, motion * np.float32(flow.gap_s / one.video.gap_s))

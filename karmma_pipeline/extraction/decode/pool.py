@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,11 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.decode.shared_memory import Arena, Places, decode_into
+from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, SlotRefs, decode_into
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import decode_clips, lost
 from karmma_pipeline.extraction.media.media_file import Decoder
-from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings
+from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
@@ -38,13 +38,13 @@ _TASKS_PER_PROCESS = 200
 _GRACE_S = 0.3
 """A batch system signals workers and us together; wait that long to learn of it."""
 
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 """How often memory and the stop flag are looked at."""
 
 _START_S = 60.0
 """How long a process may take to start."""
 
-_MOST_AT_ONCE = 16
+_MAX_CLIPS_PER_TASK = 16
 """Clips of a video that one task decodes at most: a fault costs all of them a second try."""
 
 _GIGABYTE = 1e9
@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 _SAVED = "finished batches are saved"
 
 if TYPE_CHECKING:
-    _Future = ProcessFuture[tuple[float, list[tuple[DecodedClip, Places]]]]
+    _Future = ProcessFuture[tuple[float, list[tuple[DecodedClip, SlotRefs]]]]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class DecodePool:
         stop: looked at while waiting; before a process's death is blamed on a clip, too.
         memory_gb: a process that takes more is killed.
         ahead: clips that are decoded ahead of the consumer; null: two more than processes.
-        arena: where they are put; null: everything comes through a pipe.
+        buffer: where they are put; null: everything comes through a pipe.
 
     Attributes:
         busy_s: CPU seconds that processes have spent on decoding, all together.
@@ -91,11 +91,11 @@ class DecodePool:
         stop: StopFlag,
         memory_gb: float = float("inf"),
         ahead: int | None = None,
-        arena: Arena | None = None,
+        buffer: SharedBuffer | None = None,
     ) -> None:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
         self._workers, self._ahead = workers, ahead or 2 + workers
-        self._arena = arena
+        self._buffer = buffer
         self.busy_s = 0.0
         self._pool = self._start()
         self._open: set[_Future] = set()
@@ -107,6 +107,8 @@ class DecodePool:
             max_tasks=_TASKS_PER_PROCESS,
             initializer=_start_worker,
             initargs=[self.settings],
+            # A fork of a process with threads (torch, tqdm, the memory watch) may hang on a lock
+            # that was held at that moment, and CUDA does not survive one.
             context=get_context("spawn"),
         )
 
@@ -123,24 +125,28 @@ class DecodePool:
         self._watch.finished.set()
         self._stop()
 
-    def batches(self, batches: Iterable[list[Clip]]) -> Iterator[list[DecodedClip]]:
-        """Yield the decoded clips of each batch, in order, ahead of the consumer.
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[DecodedClip]]]:
+        """Yield each batch with its decoded clips, in order, ahead of the consumer.
 
-        A batch's arrays are valid until the next one is asked for. Clips of one video that
-        follow one another are decoded together, whatever batches they are in.
+        A batch's arrays are valid until the next one is asked for: they are views of slots that
+        other clips then get. Clips of one video that follow one another are decoded together,
+        whatever batches they are in.
         """
-        sizes: deque[int] = deque()
-        stream = self._stream(_sized(batches, sizes))
-        for first, slot in stream:
-            rest = list(islice(stream, sizes.popleft() - 1))
-            yield [first, *(clip for clip, _ in rest)]
-            self._give([slot, *(other for _, other in rest)])
+        # What `_stream` takes out of one end of the plans comes out of the other, clip for clip.
+        begun, planned = tee(plans)
+        stream = self._stream(clip for plan in begun for clip in plan.clips)
+        for plan in planned:
+            taken = list(islice(stream, len(plan.clips)))
+            yield plan, [decoded for decoded, _ in taken]
+            self._give_back([slot for _, slot in taken])
 
     def _stream(self, clips: Iterable[Clip]) -> Iterator[tuple[DecodedClip, int | None]]:
         waiting: deque[_Task] = deque()
         pending = 0
-        at_once = min(_MOST_AT_ONCE, max(1, self._ahead // (self._workers + 1)))
-        for group in _by_video(clips, at_once):
+        per_task = min(_MAX_CLIPS_PER_TASK, max(1, self._ahead // (self._workers + 1)))
+        for group in _by_video(clips, per_task):
+            # The oldest task is waited for first, even if others are done: clips come out in
+            # the order in which they went in.
             while waiting and pending + len(group) > self._ahead:
                 pending -= len(waiting[0].clips)
                 yield from self._result(waiting.popleft())
@@ -150,7 +156,7 @@ class DecodePool:
             yield from self._result(waiting.popleft())
 
     def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
-        slots = [self._arena.take() if self._arena else None for _ in clips]
+        slots = [self._buffer.take() if self._buffer else None for _ in clips]
         try:
             future = self._schedule(clips, slots, decoder)
         except RuntimeError:  # a process died between tasks, which ends pebble's pool
@@ -159,19 +165,24 @@ class DecodePool:
         return _Task(clips, slots, future)
 
     def _schedule(self, clips: list[Clip], slots: list[int | None], decoder: Decoder) -> _Future:
-        address, size = (self._arena.address, self._arena.slot_bytes) if self._arena else ("", 0)
+        address, size = (self._buffer.address, self._buffer.slot_bytes) if self._buffer else ("", 0)
         args = [address, size, slots, decode_clips, clips, self.settings, decoder]
         future = self._pool.schedule(decode_into, args=args, timeout=self.timeout_s)
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         return future
 
-    def _give(self, slots: list[int | None]) -> None:
-        if self._arena:
-            self._arena.give(slots)
+    def _give_back(self, slots: list[int | None]) -> None:
+        if self._buffer:
+            self._buffer.give_back(slots)
 
     def _restart(self) -> None:
-        self._open.clear()  # the old pool will not finish them
+        """Begin again with new processes.
+
+        Tasks of the old pool are lost with it, however many there are; `_is_done` tells them by
+        their absence from the open ones, and their clips are tried again.
+        """
+        self._open.clear()
         self._stop()
         self._pool = self._start()
 
@@ -181,9 +192,9 @@ class DecodePool:
 
     def _result(self, task: _Task) -> Iterator[tuple[DecodedClip, int | None]]:
         """Wait for a task; if it fails, decode each of its clips by itself."""
-        found = self._wait(task)
-        if not isinstance(found, Reason):
-            yield from zip(found, task.slots, strict=True)
+        outcome = self._wait(task)
+        if not isinstance(outcome, Reason):
+            yield from zip(outcome, task.slots, strict=True)
             return
         for clip in task.clips:
             yield self._again(clip)
@@ -191,28 +202,30 @@ class DecodePool:
     def _again(self, clip: Clip) -> tuple[DecodedClip, int | None]:
         """Try a clip once more in another process, then with the second decoder."""
         task = self._submit([clip])
-        found = self._wait(task)
-        if isinstance(found, Reason):
+        outcome = self._wait(task)
+        if isinstance(outcome, Reason):
             task = self._submit([clip], "pyav")
-            found = self._wait(task)
-        if isinstance(found, Reason):
-            return lost(clip.clip_id, self.settings, found), None
-        return found[0], task.slots[0]
+            outcome = self._wait(task)
+        if isinstance(outcome, Reason):
+            return lost(clip.clip_id, self.settings, outcome), None
+        return outcome[0], task.slots[0]
 
     def _wait(self, task: _Task) -> list[DecodedClip] | Reason:
         """Return what a task decoded; if it failed, why, and its slots are free again."""
         outcome = self._outcome(task.future)
         if isinstance(outcome, Reason):
-            self._give(task.slots)  # its process is dead or done with them
+            self._give_back(task.slots)  # its process is dead or done with them
             return outcome
         seconds, parts = outcome
         self.busy_s += seconds
-        for (decoded, places), slot in zip(parts, task.slots, strict=True):
-            if self._arena:
-                self._arena.restore(decoded, places, slot)
+        for (decoded, refs), slot in zip(parts, task.slots, strict=True):
+            if self._buffer:
+                self._buffer.restore(decoded, refs, slot)
         return [decoded for decoded, _ in parts]
 
-    def _outcome(self, future: _Future) -> tuple[float, list[tuple[DecodedClip, Places]]] | Reason:
+    def _outcome(
+        self, future: _Future
+    ) -> tuple[float, list[tuple[DecodedClip, SlotRefs]]] | Reason:
         if not self._is_done(future):
             return Reason.CRASHED
         try:
@@ -222,6 +235,8 @@ class DecodePool:
         except MemoryError:
             return Reason.OUT_OF_MEMORY
         except (ProcessExpired, BrokenProcessPool) as death:
+            # A batch system that ends the job signals its processes in any order. If ours is
+            # among them, this is no fault of the clip, which must not be marked as lost.
             time.sleep(_GRACE_S)
             self.stop.check(_SAVED)
             too_big = getattr(death, "pid", None) in self._watch.killed
@@ -235,11 +250,12 @@ class DecodePool:
 
         A process killed while it sends its result leaves pebble waiting for the rest, for ever.
         """
-        patience_s = (len(self._open) / self._workers + 2) * self.timeout_s + _START_S
-        deadline = time.monotonic() + patience_s
-        while not wait([future], _LOOK_S).done:
+        # Those before it in the queue may each take their time, and a process must start.
+        timeout_s = (len(self._open) / self._workers + 2) * self.timeout_s + _START_S
+        deadline = time.monotonic() + timeout_s
+        while not wait([future], _POLL_INTERVAL_S).done:
             self.stop.check(_SAVED)
-            if future not in self._open:
+            if future not in self._open:  # a restart lost it, unless it has just ended
                 return future.done()
             if time.monotonic() > deadline:
                 self._restart()
@@ -247,7 +263,11 @@ class DecodePool:
 
 
 class _MemoryWatch(threading.Thread):
-    """Kills decode processes that take too much memory; from outside, as decord may hang.
+    """Kills decode processes that take too much memory.
+
+    From outside: a decoder that goes wrong inside C holds the interpreter's lock, so that nothing
+    in its own process would run, and a limit of the address space (RLIMIT_AS) also counts what
+    is mapped and not used, which is most of what torch has.
 
     Attributes:
         killed: their process ids.
@@ -262,10 +282,11 @@ class _MemoryWatch(threading.Thread):
     def run(self) -> None:
         """Look at all child processes until `finished` is set."""
         me = psutil.Process()
-        while not self.finished.wait(_LOOK_S):
+        while not self.finished.wait(_POLL_INTERVAL_S):
             for child in me.children():
                 try:
                     if child.memory_info().rss > self._limit and _is_spawned(child):
+                        # Noted first: `_outcome` may learn of the death before kill returns.
                         self.killed.add(child.pid)
                         child.kill()
                 except psutil.Error:
@@ -273,19 +294,14 @@ class _MemoryWatch(threading.Thread):
 
 
 def _is_spawned(process: psutil.Process) -> bool:
+    """Tell our decode processes from other children, such as multiprocessing's tracker."""
     return "--multiprocessing-fork" in process.cmdline()
 
 
-def _sized(batches: Iterable[list[Clip]], sizes: deque[int]) -> Iterator[Clip]:
-    for batch in batches:
-        sizes.append(len(batch))
-        yield from batch
-
-
-def _by_video(clips: Iterable[Clip], most: int) -> Iterator[list[Clip]]:
+def _by_video(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
     group: list[Clip] = []
     for clip in clips:
-        if group and (len(group) == most or _place(group[-1]) != _place(clip)):
+        if group and (len(group) == size or _video_path(group[-1]) != _video_path(clip)):
             yield group
             group = []
         group.append(clip)
@@ -293,7 +309,7 @@ def _by_video(clips: Iterable[Clip], most: int) -> Iterator[list[Clip]]:
         yield group
 
 
-def _place(clip: Clip) -> Path | None:
+def _video_path(clip: Clip) -> Path | None:
     """Return where the clip's video lies; its clips have spans of their own."""
     source = clip.media.get("rgb") or next(iter(clip.media.values()), None)
     return None if source is None else source.path
@@ -301,6 +317,7 @@ def _place(clip: Clip) -> Path | None:
 
 def _start_worker(settings: DecodeSettings) -> None:
     jobs.become_worker()
+    # Each process has a CPU to itself; threads of their own would only get into each other's way.
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     if any(wanted.modality == "audio" for wanted in settings.inputs):

@@ -12,18 +12,18 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.decode.frame_selection import (
-    Pictures,
-    Plan,
+    DecodedFrames,
+    FrameSelection,
     clamped,
     clip_span,
-    plan,
     sample_times,
+    select_frames,
 )
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.media.errors import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.media.open import Readers, sound_reader, video_reader
-from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, FramePairs, InputSpec
+from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 
 
@@ -45,19 +45,20 @@ def decode_clips(
     with Readers(decoder, settings.index_folder) as readers:
         begun = [_begin(clip, settings, readers) for clip in clips]
         several = len(begun) > 1
-        pictures = Pictures([p for _, plans in begun for p in plans.values()], several)
-        for decoded, plans in begun:
-            again = several and pictures.lack(plans.values())
-            _finish(decoded, plans, Pictures(plans.values()) if again else pictures, settings)
+        frames = DecodedFrames([s for _, chosen in begun for s in chosen.values()], several)
+        for decoded, chosen in begun:
+            # What failed for all of them may be the fault of one: each is tried by itself.
+            again = several and frames.lack(chosen.values())
+            _finish(decoded, chosen, DecodedFrames(chosen.values()) if again else frames, settings)
         return [decoded for decoded, _ in begun]
 
 
 def _begin(
     clip: Clip, settings: DecodeSettings, readers: Readers
-) -> tuple[DecodedClip, dict[InputSpec, Plan]]:
+) -> tuple[DecodedClip, dict[InputSpec, FrameSelection]]:
     """Read boxes and sound, and choose the frames of the rest."""
     decoded = DecodedClip(clip.clip_id)
-    plans: dict[InputSpec, Plan] = {}
+    chosen: dict[InputSpec, FrameSelection] = {}
     for spec in settings.inputs:
         with _faults_of(decoded, spec):
             if spec.modality not in clip.media:
@@ -69,22 +70,24 @@ def _begin(
             elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, readers)
             else:
-                plans[spec] = _plan(clip, spec, settings, readers)
-    return decoded, plans
+                video = video_reader(readers.of(source))
+                chosen[spec] = select_frames(clip, spec, video, settings.sampling, settings.flow)
+    return decoded, chosen
 
 
 def _finish(
-    decoded: DecodedClip, plans: dict[InputSpec, Plan], pictures: Pictures, settings: DecodeSettings
+    decoded: DecodedClip,
+    chosen: dict[InputSpec, FrameSelection],
+    frames: DecodedFrames,
+    settings: DecodeSettings,
 ) -> None:
-    for spec, one in plans.items():
+    for spec, selection in chosen.items():
         with _faults_of(decoded, spec):
-            found = pictures.input(one, settings.flow)
-            if isinstance(found, FramePairs):
-                decoded.pairs[spec] = found
-            else:
-                decoded.arrays[spec] = found
-            decoded.times[spec] = one.times
-            decoded.decoders[spec.modality] = one.video.video_decoder
+            decoded.arrays[spec] = frames.array(selection, settings.flow)
+            decoded.times[spec] = selection.times
+            if spec.pairs and selection.flow_scale is not None:
+                decoded.flow_scales[spec] = selection.flow_scale
+            decoded.decoders[spec.modality] = selection.video.video_decoder
 
 
 @contextmanager
@@ -95,14 +98,6 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
         decoded.reasons[spec] = fault.reason
     except MemoryError:
         decoded.reasons[spec] = Reason.OUT_OF_MEMORY
-
-
-def _plan(clip: Clip, spec: InputSpec, settings: DecodeSettings, readers: Readers) -> Plan:
-    assert spec.transform is not None  # noqa: S101  (rgb and flow always have one)
-    video = video_reader(readers.of(clip.media[spec.modality]))
-    return plan(
-        clip, spec.modality, spec.frames, spec.transform, settings.sampling, settings.flow, video
-    )
 
 
 def _sound_span(clip: Clip, settings: DecodeSettings, readers: Readers) -> tuple[float, float]:

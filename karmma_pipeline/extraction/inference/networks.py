@@ -15,7 +15,7 @@ from torch import Tensor
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.decode import boxes
 from karmma_pipeline.extraction.decode.frame_selection import PAIRS
-from karmma_pipeline.extraction.inference.batching import Staged
+from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.runner import Mode, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
@@ -40,7 +40,7 @@ class Computed:
     tokens: of each job and place in the batch, float32 [N, D].
     """
 
-    staged: Staged
+    batch: Batch
     tokens: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -59,7 +59,7 @@ class Computed:
 
     def of(self, job: Job, place: int) -> npt.NDArray[np.float32] | None:
         """Return the tokens [N, D] of a clip; None if it lacks the input."""
-        if job.spec in self.staged.clips[place].reasons:
+        if job.spec in self.batch.clips[place].reasons:
             return None
         return self.tokens[job][place].numpy()
 
@@ -86,7 +86,7 @@ class Networks:
                 key = network_key(choice)
                 if key not in self.all:
                     self.all[key] = Network(Backbone(choice), self.device, Mode())
-                    self.inputs[key] = input_spec(modality, choice)
+                    self.inputs[key] = input_spec(modality, choice, recipe.flow)
 
     @property
     def batch_size(self) -> int:
@@ -101,7 +101,10 @@ class Networks:
     def jobs(self, name: str) -> dict[str, Job]:
         """Return what each modality of a set takes."""
         choices = self.recipe.sets[name].items()
-        return {m: Job(network_key(choice), input_spec(m, choice)) for m, choice in choices}
+        return {
+            m: Job(network_key(choice), input_spec(m, choice, self.recipe.flow))
+            for m, choice in choices
+        }
 
     def store_spec(self, name: str, manifest: Manifest) -> StoreSpec:
         """Return what the store of a set looks like, provenance included."""
@@ -141,47 +144,44 @@ class Networks:
             facts["audio"]["resampling"] = RESAMPLING
         return facts
 
-    def compute(self, staged: Staged) -> Computed:
+    def compute(self, batch: Batch) -> Computed:
         """Run the networks of the sets that lack the batch, each once on each input.
 
         On a GPU this returns before the tokens are there (see `Computed.wait`), so that the
         next batch is copied while this one is computed.
         """
-        jobs = dict.fromkeys(
-            job for name in staged.work.writers for job in self.jobs(name).values()
-        )
-        if self.raft:
-            staged.complete(self.raft)
+        jobs = dict.fromkeys(job for name in batch.plan.stores for job in self.jobs(name).values())
+        inputs = {
+            spec: self.raft.inputs(batch, spec) if spec.pairs and self.raft else clips
+            for spec, clips in batch.inputs.items()
+        }
         if self._copies is None:
-            return Computed(staged, self._tokens(jobs, staged, staged.inputs))
+            return Computed(batch, self._tokens(jobs, batch, inputs))
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
             inputs = {
-                spec: clips.to(self.device, non_blocking=True)
-                for spec, clips in staged.inputs.items()
+                spec: clips.to(self.device, non_blocking=True) for spec, clips in inputs.items()
             }
         stream.wait_stream(self._copies)
         for clips in inputs.values():
             clips.record_stream(stream)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(stream)
-        tokens = self._tokens(jobs, staged, inputs)
+        tokens = self._tokens(jobs, batch, inputs)
         stop.record(stream)
-        return Computed(staged, tokens, (start, stop))
+        return Computed(batch, tokens, (start, stop))
 
     def _tokens(
-        self, jobs: Iterable[Job], staged: Staged, inputs: Mapping[InputSpec, Tensor]
+        self, jobs: Iterable[Job], batch: Batch, inputs: Mapping[InputSpec, Tensor]
     ) -> dict[Job, dict[int, Tensor]]:
-        return {job: self._run(job, staged, inputs) for job in jobs if job.spec in inputs}
+        return {job: self._run(job, batch, inputs) for job in jobs if job.spec in inputs}
 
-    def _run(
-        self, job: Job, staged: Staged, inputs: Mapping[InputSpec, Tensor]
-    ) -> dict[int, Tensor]:
+    def _run(self, job: Job, batch: Batch, inputs: Mapping[InputSpec, Tensor]) -> dict[int, Tensor]:
         network, clips = self.all[job.network], inputs[job.spec]
         size = network.mode.batch_size
         found: dict[int, Tensor] = {}
         for first in range(0, len(clips), size):
-            rows = staged.rows(job.spec, first, size)
+            rows = batch.rows(job.spec, first, size)
             if rows:
                 whole = len(rows) == len(clips[first : first + size])
                 some = clips[first : first + size] if whole else clips[rows]

@@ -1,10 +1,9 @@
-"""RAFT, torchvision's optical flow network, run where the backbones run.
+"""RAFT, torchvision's optical flow network: how pairs of frames become a backbone's input.
 
-Decode processes hand over pairs of frames; this turns them into the same pictures of motion
-that DIS and a data set's own flow frames give. T pairs, h and w the network's input size.
+It runs where the backbones run, and gives the same pictures of motion that DIS and a data set's
+own flow frames give. B clips in a batch, T pairs, h and w the backbone's input size.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torchvision.models import optical_flow
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import as_pictures
+from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.recipe import Flow
-from karmma_pipeline.extraction.types import DecodedClip, FramePairs
+from karmma_pipeline.extraction.types import InputSpec, Pictures
 from karmma_pipeline.models.backbones import state_dicts
 from karmma_pipeline.models.backbones.state_dicts import parse_seed, seeded
 
@@ -38,25 +38,33 @@ class Raft:
         net, self.digest = _load(settings)
         self.net = net.eval().requires_grad_(requires_grad=False).to(device)
 
-    def complete(self, batch: Sequence[DecodedClip]) -> None:
-        """Give clips whose flow is still pairs of frames their input; others are left alone.
+    def inputs(self, batch: Batch, spec: InputSpec) -> Tensor:
+        """Return a batch's flow as pictures, uint8 [B, T, 3, h, w], from its pairs of frames.
 
-        What a clip gets does not depend on its company.
+        Clips go through the network one after another, ``pairs_at_once`` at a time, so that what
+        a clip gets does not depend on the other clips of the batch.
         """
-        for clip in batch:
-            for spec, pairs in clip.pairs.items():
-                clip.arrays[spec] = self.pictures(pairs)
-            clip.pairs.clear()
+        frames = batch.inputs[spec]
+        # A clip without a scale has its pictures already, or is lost and has zeros.
+        shape, pinned = frames[:, 0].shape, frames.is_pinned()
+        pictures = torch.empty(shape, dtype=frames.dtype, pin_memory=pinned).copy_(frames[:, 0])
+        for place, clip in enumerate(batch.clips):
+            if spec in clip.flow_scales:
+                scale = clip.flow_scales[spec]
+                pictures[place] = torch.from_numpy(self.pictures(frames[place], scale))
+        return pictures
 
-    def pictures(self, pairs: FramePairs) -> npt.NDArray[np.uint8]:
-        """Return uint8 [T, 3, h, w], see `flow.as_pictures`."""
+    def pictures(self, frames: Tensor, scale: npt.NDArray[np.float32]) -> Pictures:
+        """Return the motion of pairs of frames, uint8 [T, 3, h, w], see `flow.as_pictures`.
+
+        Args:
+            frames: uint8 [2, T, 3, h, w].
+            scale: what makes px per pair px per gap, [T].
+        """
         size = self.settings.pairs_at_once
-        flows = [
-            self.flow(*torch.from_numpy(pairs.frames[:, i : i + size]))
-            for i in range(0, len(pairs.scale), size)
-        ]
+        flows = [self.flow(*frames[:, i : i + size]) for i in range(0, len(scale), size)]
         motion = torch.cat(flows).cpu().numpy()
-        return as_pictures(self.settings, motion * pairs.scale[:, None, None, None])
+        return as_pictures(self.settings, motion * scale[:, None, None, None])
 
     @torch.inference_mode()
     def flow(self, first: Tensor, second: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from karmma_pipeline import jobs
 from karmma_pipeline.extraction.inference import memory
-from karmma_pipeline.extraction.inference.batching import Staged
+from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.calibrate import example
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 
@@ -54,7 +54,7 @@ class Lanes:
         working = sum(not (f.done() and f.result().is_done) for f in self._running)
         return max(0, self.count - working) / self.count
 
-    def put(self, batch: Staged) -> None:
+    def put(self, batch: Batch) -> None:
         """Hand over a batch."""
         self._running.append(self._pool.submit(self._networks.compute, batch))
 
