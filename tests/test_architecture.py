@@ -59,11 +59,6 @@ NAMELESS = {"utils", "helpers", "misc", "common"}
 MOST_CODE_LINES, LONG_FUNCTION, MOST_LONG = 13_495, 20, 1 / 10
 
 NOT_YET = {
-    "extraction.inference.batching -> extraction.parts": "batches are formed once",
-    "extraction.media.decord_video -> extraction.decode.sampling": "what media need is theirs",
-    "extraction.media.image_frames -> extraction.decode.sampling": "the same",
-    "extraction.media.media_file -> extraction.decode.sampling": "the same",
-    "extraction.media.pyav_video -> extraction.decode.sampling": "the same",
     "median file": "143 lines",
     "small files": "merged by their owners",
     "code lines": "14,115, without duplicates and what the review lets go",
