@@ -72,7 +72,7 @@ def _said(name: str, before: bytes, after: bytes) -> list[str]:
             (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
             min(len(before), len(after)),
         )
-        here = slice(max(0, at - 20), at + 40)
+        here = slice(at, at + 12)
         return [
             f"{len(before)} and {len(after)} bytes, from byte {at}",
             f"{before[here]!r} and {after[here]!r}",

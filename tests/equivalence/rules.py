@@ -113,7 +113,6 @@ RULES = (
     Rule("*/state/*.pt", state, "a pickle of the same has no fixed bytes"),
     Rule("*/tensorboard/*", ignored, "a file for each start, the first one torn", killed=True),
     Rule("*/tensorboard/*", events, "the time of day"),
-    Rule("*/metrics.jsonl", replaced(r'"(seconds|clips_per_s|wait)": [^,}]+'), "measured"),
     Rule("out/report/results.json", without("commit"), "the program's own version"),
     Rule(
         "out/report/index.html",
