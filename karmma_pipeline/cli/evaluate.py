@@ -51,6 +51,6 @@ def evaluate(
 @click.command()
 def costs() -> None:
     """Compare computed GFLOPs with the paper's fourteen bars."""
-    from karmma_pipeline.evaluation.costs import paper_costs, paper_table
+    from karmma_pipeline.evaluation.paper import paper_costs, paper_table
 
     click.echo(paper_table(paper_costs()))

@@ -5,6 +5,7 @@ classes in the order of their ids.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +16,16 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import KarmmaError
 
 ACTION = "action"
+"""Name of the composite of all heads, where there are several."""
 
 Protocol = Literal["all", "complete"]
 Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+def metric_names(heads: Iterable[str]) -> tuple[str, ...]:
+    """Return what is scored: the heads in order, then `action` if there are several."""
+    names = tuple(heads)
+    return (*names, ACTION) if ACTION not in names and len(names) > 1 else names
 
 
 class Score(Recipe):
@@ -167,8 +175,7 @@ class Results(Recipe):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Heads in order, then `action`; a single head is the action itself."""
-        heads = tuple(self.data.heads)
-        return (*heads, ACTION) if ACTION not in heads and len(heads) > 1 else heads
+        return metric_names(self.data.heads)
 
     @property
     def main(self) -> str:

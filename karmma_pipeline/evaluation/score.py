@@ -6,26 +6,34 @@ subset: its expected value needs no sampling. S subsets, N clips, M modalities.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from karmma_pipeline import files
 from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import SIDECAR
 from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.evaluation.costs import model_costs
+from karmma_pipeline.evaluation.paper import SIZES
 from karmma_pipeline.evaluation.predict import Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
 from karmma_pipeline.evaluation.results import (
     ACTION,
+    Data,
     DropCurve,
     DropPoint,
     Protocol,
+    RunResult,
     Sampled,
     Score,
     SubsetScores,
+    metric_names,
 )
 from karmma_pipeline.metrics import (
     action_correct,
@@ -34,10 +42,87 @@ from karmma_pipeline.metrics import (
     topk_correct,
     wilson_interval,
 )
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.saved import WEIGHTS
 
 Bools = npt.NDArray[np.bool_]
 TOP = (1, 5)
 _Z = 1.959964
+
+_MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
+_NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
+
+
+def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> Data:
+    """Return what the report says of the clips, which are the same for every run."""
+    heads = {head: tuple(names) for head, names in run.card.heads.items()}
+    counts = {
+        head: np.bincount(run.labels[head][run.labels[head] >= 0], minlength=len(names))
+        for head, names in heads.items()
+    }
+    modalities = run.store.modalities
+    return Data(
+        name=recipe.title or run.store.path.resolve().parent.name,
+        split=recipe.split,
+        clips=len(run.clips),
+        official_clips=recipe.official_clips,
+        complete=int(run.present.all(axis=1).sum()),
+        empty=int((~run.present.any(axis=1)).sum()),
+        present={m: int(run.present[:, i].sum()) for i, m in enumerate(modalities)},
+        reasons={m: _count_reasons(run, i) for i, m in enumerate(modalities)},
+        heads=heads,
+        class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
+        constant=_majority_class(run, counts),
+        notes=() if any(c.any() for c in counts.values()) else (_NO_LABELS,),
+    )
+
+
+def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
+    codes = Counter(np.asarray(run.store.reasons)[run.clips, modality].tolist())
+    return {Reason(c).name.lower(): n for c, n in sorted(codes.items()) if c != Reason.PRESENT}
+
+
+def _majority_class(run: Predictions, counts: dict[str, npt.NDArray[np.int64]]) -> dict[str, float]:
+    """Return the accuracy of naming the most frequent class, or combination of classes."""
+    accuracy = {head: 100 * float(c.max() / max(1, c.sum())) for head, c in counts.items()}
+    if len(counts) > 1:
+        labels = np.stack([run.labels[h] for h in counts], axis=1)
+        labels = labels[(labels >= 0).all(axis=1)]
+        actions = Counter(map(tuple, labels.tolist()))
+        accuracy[ACTION] = 100 * max(actions.values(), default=0) / max(1, len(labels))
+    return accuracy
+
+
+def run_result(
+    run: Predictions, folder: Path, recipe: EvaluateRecipe, device: torch.device
+) -> RunResult:
+    """Return everything that the report says of one run, saved in a folder."""
+    correct, card = Correct(run), run.card
+    kind = "teacher" if card.kind == "teacher" else "student"
+    return RunResult(
+        name=run.name,
+        kind=card.kind,
+        seed=card.training.get("seed"),
+        weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
+        size=card.size.model_dump(),
+        paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
+        model_digest=files.sha256(folder / recipe.checkpoint / WEIGHTS),
+        store_digest=run.store.digest,
+        subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
+        drop=tuple(drop_curves(correct, recipe)),
+        costs=tuple(model_costs(card, device, recipe.memory)) if recipe.costs else (),
+        cost_note=_MEMORY_NOTE if recipe.costs and recipe.memory else "",
+        class_correct={head: _correct_per_class(correct, head) for head in run.labels},
+    )
+
+
+def _correct_per_class(correct: "Correct", head: str) -> tuple[int, ...]:
+    """Return the clips answered rightly with every modality, by class."""
+    labels, known = correct.run.labels[head], correct.known[head]
+    right = correct.table[head, 1][0][known]  # the largest subset comes first
+    return tuple(
+        np.bincount(labels[known][right], minlength=len(correct.run.card.heads[head])).tolist()
+    )
 
 
 class Correct:
@@ -49,9 +134,15 @@ class Correct:
     def __init__(self, run: Predictions) -> None:
         self.run = run
         heads = list(run.logits)
-        self.metrics = [*heads, ACTION] if len(heads) > 1 else heads
-        self.columns = [np.array([m in s for m in run.store.modalities]) for s in run.subsets]
-        self.seen = np.stack([(run.present & c).any(axis=1) for c in self.columns])
+        self.metrics = metric_names(heads)
+        modalities = run.store.modalities
+        columns = np.array([[m in subset for m in modalities] for subset in run.subsets])
+        self.seen = np.stack([(run.present & column).any(axis=1) for column in columns])
+        # A mask read as a binary number finds its subset without a search. That of no modality
+        # is no subset: it finds 0, and whoever asks must look at the mask too.
+        self._bits = 1 << np.arange(len(modalities))
+        self._number_of = np.zeros(2 ** len(modalities), np.int64)
+        self._number_of[columns @ self._bits] = np.arange(len(columns))
         known = np.stack([run.labels[h] >= 0 for h in heads]).all(axis=0)
         self.known = {**{h: run.labels[h] >= 0 for h in heads}, ACTION: known}
         self.table = {(m, k): self._table(m, k) for m in self.metrics for k in TOP}
@@ -66,6 +157,10 @@ class Correct:
                 logits = {h: v[number] for h, v in run.logits.items()}
                 rows.append(action_correct(logits, run.labels, k))
         return np.stack(rows) & self.seen
+
+    def subset_number(self, masks: Bools) -> npt.NDArray[np.int64]:
+        """Return which subset each mask [..., M] is."""
+        return self._number_of[masks @ self._bits]
 
     def clips(self, protocol: Protocol) -> Bools:
         """Return which clips a protocol counts, bool [N]."""
@@ -154,13 +249,12 @@ def _percent(share: float) -> float:
 
 def _chances(correct: Correct, present: Bools, rate: float) -> npt.NDArray[np.float64]:
     """Return the probability of each subset for each clip, [S, N]."""
-    number = {tuple(c.tolist()): i for i, c in enumerate(correct.columns)}
-    chances = np.zeros((len(correct.columns), len(present)))
+    chances = np.zeros((len(correct.seen), len(present)))
     patterns, which = np.unique(present, axis=0, return_inverse=True)
     for i, pattern in enumerate(patterns):
         for mask, chance in drop_distribution(tuple(pattern.tolist()), rate).items():
             if any(mask):  # nothing present: wrong with any mask
-                chances[number[mask], which == i] = chance
+                chances[correct.subset_number(np.array(mask)), which == i] = chance
     return chances
 
 
@@ -173,15 +267,11 @@ def _sampled(
     recipe: EvaluateRecipe,
 ) -> Sampled:
     keys = clip_keys(correct.run.clip_ids[rows])
-    weights = 1 << np.arange(present.shape[1])
-    number = np.zeros(2 ** present.shape[1], np.int64)
-    for i, column in enumerate(correct.columns):
-        number[int(column @ weights)] = i
     values = []
     for draw in range(recipe.draws):
         mask = modality_mask(recipe.seed, draw, keys, present, rate)
-        found = table[number[mask @ weights], np.arange(len(mask))] * mask.any(axis=1)
-        values.append(float(found.mean()) if len(found) else 0.0)
+        right = table[correct.subset_number(mask), np.arange(len(mask))] * mask.any(axis=1)
+        values.append(float(right.mean()) if len(right) else 0.0)
     low, high = np.quantile(values, [0.025, 0.975])
     return Sampled(
         mean=_percent(float(np.mean(values))), low=_percent(float(low)), high=_percent(float(high))
@@ -195,8 +285,7 @@ def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
     names no lists, those of the data set count, which extraction has left beside the store.
     """
     published = _published(run.store.path.parent / SIDECAR)
-    heads = list(run.labels)
-    metrics = [*heads, ACTION] if len(heads) > 1 else heads
+    metrics = metric_names(run.labels)
     groups: dict[str, Bools] = {}
     participants = published.get("unseen", [])
     if lists.unseen is not None:
@@ -209,7 +298,7 @@ def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
     for head, ids in _tail_ids(run, lists, published).items():
         groups[f"tail_{head}"] = np.isin(run.labels[head], ids)
         tails.append(groups[f"tail_{head}"])
-    if len(heads) > 1 and tails:
+    if len(run.labels) > 1 and tails:
         groups[f"tail_{ACTION}"] = np.logical_or.reduce(tails)
     return groups
 
@@ -219,14 +308,16 @@ def _tail_ids(
 ) -> dict[str, list[int]]:
     if not lists.tail:
         return {head: ids for head, ids in published.get("tail", {}).items() if head in run.labels}
-    found = {}
+    class_ids = {}
     for head, path in lists.tail.items():
         if head not in run.labels:
             raise ManifestError(
                 f"groups.tail: head {head!r} is unknown; there are: {list(run.labels)}."
             )
-        found[head] = [_class_id(path, cell, run.card.heads[head]) for cell in _first_column(path)]
-    return found
+        class_ids[head] = [
+            _class_id(path, cell, run.card.heads[head]) for cell in _first_column(path)
+        ]
+    return class_ids
 
 
 def _published(path: Path) -> dict[str, Any]:
@@ -234,10 +325,10 @@ def _published(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        published = json.loads(path.read_text())
         return {
-            "unseen": [str(name) for name in found["unseen"]],
-            "tail": {str(head): [int(i) for i in ids] for head, ids in found["tail"].items()},
+            "unseen": [str(name) for name in published["unseen"]],
+            "tail": {str(head): [int(i) for i in ids] for head, ids in published["tail"].items()},
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(

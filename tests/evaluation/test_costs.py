@@ -1,6 +1,8 @@
 import pytest
 
-from karmma_pipeline.evaluation.costs import paper_costs, paper_table, peak_memory_mib, subset_costs
+from karmma_pipeline.evaluation.costs import subset_costs
+from karmma_pipeline.evaluation.paper import paper_costs, paper_table
+from karmma_pipeline.evaluation.peak_memory import peak_memory_mib
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.fusion import FusionSize
 

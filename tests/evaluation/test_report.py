@@ -16,8 +16,9 @@ from support.tiny_store import write_store
 from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
 from karmma_pipeline.evaluation import results as schema
-from karmma_pipeline.evaluation.evaluate import evaluate, write_report
+from karmma_pipeline.evaluation.evaluate import evaluate
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.evaluation.report.page import write_report
 from karmma_pipeline.evaluation.results import Results
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, load_model, save_model

@@ -1,12 +1,13 @@
 """The pictures: drop curves as in the paper, accuracy and cost per subset. PNG and SVG."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from karmma_pipeline.evaluation.results import Results, RunResult
@@ -43,6 +44,7 @@ def draw(results: Results) -> dict[str, Figure]:
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """Render a figure as png or svg; equal figures are equal bytes."""
     buffer = io.BytesIO()
+    # Without these entries matplotlib would write the time, and its own version.
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
@@ -98,24 +100,18 @@ def subset_bars(results: Results) -> Figure:
     """Return the headline top-1 on every subset of modalities."""
     figure, axes = _figure(7.5, 4)
     chosen = subsets(results.modalities)
-    width = 0.8 / len(results.runs)
     for number, run in enumerate(results.runs):
-        found = [run.subset(s, "all").scores[f"{results.main}_top1"] for s in chosen]
-        places = [i + (number - (len(results.runs) - 1) / 2) * width for i in range(len(chosen))]
-        errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
-        axes.bar(
-            places,
-            [f.value for f in found],
-            width * 0.92,
-            color=_colour(number),
-            yerr=errors,
+        scores = [run.subset(s, "all").scores[f"{results.main}_top1"] for s in chosen]
+        _bars(
+            axes,
+            [s.value for s in scores],
+            number,
+            len(results.runs),
+            yerr=[[s.value - s.low for s in scores], [s.high - s.value for s in scores]],
             error_kw={"linewidth": 0.7, "ecolor": "#555555"},
             label=_plain(run.name),
         )
-    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
-    axes.set_xlabel("modalities in use")
-    axes.set_ylabel(f"{_plain(results.main)} top-1 (%)")
-    axes.legend(fontsize=8.5)
+    _label_subsets(axes, chosen, f"{_plain(results.main)} top-1 (%)")
     _title(figure, axes, "Every subset of modalities", results)
     return figure
 
@@ -125,24 +121,30 @@ def cost_bars(results: Results) -> Figure:
     figure, axes = _figure(7.5, 3.6)
     runs = _architectures(results)
     chosen = subsets(results.modalities)
-    width = 0.8 / len(runs)
     for number, (names, run) in enumerate(runs):
         by_subset = {c.modalities: c.gflops or 0.0 for c in run.costs}
-        places = [i + (number - (len(runs) - 1) / 2) * width for i in range(len(chosen))]
-        bars = axes.bar(
-            places,
-            [by_subset.get(s, 0.0) for s in chosen],
-            width * 0.92,
-            color=_colour(number),
-            label=_plain(names),
-        )
+        heights = [by_subset.get(s, 0.0) for s in chosen]
+        bars = _bars(axes, heights, number, len(runs), label=_plain(names))
         axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
-    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
-    axes.set_xlabel("modalities in use")
-    axes.set_ylabel("GFLOPs per clip, backbones included")
-    axes.legend(fontsize=8.5)
+    _label_subsets(axes, chosen, "GFLOPs per clip, backbones included")
     _title(figure, axes, "What a clip costs (2 FLOPs per multiply-add)", results)
     return figure
+
+
+def _bars(
+    axes: Axes, heights: Sequence[float], number: int, count: int, **style: Any
+) -> BarContainer:
+    """Draw the bars of one of ``count`` models, beside those of the others on each subset."""
+    width = 0.8 / count
+    places = [i + (number - (count - 1) / 2) * width for i in range(len(heights))]
+    return axes.bar(places, heights, width * 0.92, color=_colour(number), **style)
+
+
+def _label_subsets(axes: Axes, chosen: Sequence[tuple[str, ...]], height: str) -> None:
+    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
+    axes.set_xlabel("modalities in use")
+    axes.set_ylabel(height)
+    axes.legend(fontsize=8.5)
 
 
 def _architectures(results: Results) -> list[tuple[str, RunResult]]:

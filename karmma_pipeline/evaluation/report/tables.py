@@ -19,10 +19,10 @@ def subset_table(results: Results, protocol: Protocol) -> Table:
     rows: list[Cells] = []
     for run in results.runs:
         for subset in subsets(results.modalities):
-            found = run.subset(subset, protocol)
-            cells = [run.name, label(subset), str(found.clips)]
+            of_subset = run.subset(subset, protocol)
+            cells = [run.name, label(subset), str(of_subset.clips)]
             for metric in results.metrics:
-                top1, top5 = (found.scores[f"{metric}_top{k}"] for k in (1, 5))
+                top1, top5 = (of_subset.scores[f"{metric}_top{k}"] for k in (1, 5))
                 cells += [
                     f"{top1.value:.1f} [{top1.low:.1f}, {top1.high:.1f}]",
                     f"{top5.value:.1f}",

@@ -1,0 +1,117 @@
+"""The peak memory of one clip on every subset of modalities, measured in a process of its own.
+
+What the calling process has allocated before, and what its allocators keep, would count too. So
+this file is also a program: it reads what to measure from stdin and prints a line per subset.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.modalities import subsets
+from karmma_pipeline.models.backbones import BackboneChoice
+from karmma_pipeline.models.fusion import FusionModel, FusionSize
+
+_PROCESS = Path("/proc/self")
+
+
+def peak_memory_mib(
+    backbones: Mapping[str, BackboneChoice],
+    size: FusionSize,
+    heads: Mapping[str, int],
+    device: str = "cpu",
+) -> dict[tuple[str, ...], float]:
+    """Measure the peak memory of one clip in float32 for every subset, each in its own process.
+
+    On a GPU the allocator's reserved memory, as in the paper; on a CPU what the process grew
+    by while it built the networks (of zeros) and ran them. Linux only.
+
+    Raises:
+        KarmmaError: it could not be measured, for lack of memory perhaps.
+    """
+    chosen = subsets(backbones)
+    request = {
+        "backbones": {m: choice.model_dump(mode="json") for m, choice in backbones.items()},
+        "size": size.model_dump(),
+        "heads": dict(heads),
+        "device": device,
+        "subsets": chosen,
+    }
+    return dict(zip(chosen, _measure_elsewhere(json.dumps(request)), strict=True))
+
+
+@cache
+def _measure_elsewhere(request: str) -> tuple[float, ...]:
+    """Run this file as a program; runs of one architecture share what it prints."""
+    command = [sys.executable, "-m", "karmma_pipeline.evaluation.peak_memory"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        raise KarmmaError(f"peak memory could not be measured ({reason}).")
+    return tuple(float(line) for line in done.stdout.split())
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    choices = {m: BackboneChoice(**facts) for m, facts in request["backbones"].items()}
+    size, device = FusionSize(**request["size"]), torch.device(request["device"])
+    for used in request["subsets"]:
+        # A fork each: what one measurement leaves behind does not count for the next. The parent
+        # never touches CUDA, whose state does not survive a fork.
+        if not os.fork():
+            chosen = {m: choices[m] for m in used}
+            print(_measure(chosen, size, request["heads"], device), flush=True)
+            os._exit(0)
+        if os.wait()[1]:
+            sys.exit(f"the process for {used} died")
+
+
+@torch.inference_mode()
+def _measure(
+    choices: Mapping[str, BackboneChoice],
+    size: FusionSize,
+    heads: Mapping[str, int],
+    device: torch.device,
+) -> float:
+    before = _resident_mib("VmRSS:")
+    (_PROCESS / "clear_refs").write_text("5")  # the kernel counts the peak (VmHWM) from here
+    nets = {m: _zeros(choice, device) for m, choice in choices.items()}
+    shapes = {m: choice.output_shape for m, choice in choices.items()}
+    model = FusionModel(size, shapes, heads).eval().to(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for m, choice in choices.items():
+        clip = torch.zeros(1, *choice.input_shape, device=device)
+        choice.architecture.feature_map(nets[m], clip)
+    tokens = {m: torch.zeros(1, *shape, device=device) for m, shape in shapes.items()}
+    model(tokens, torch.ones(1, len(shapes), dtype=torch.bool))
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**20
+    return _resident_mib("VmHWM:") - before
+
+
+def _zeros(choice: BackboneChoice, device: torch.device) -> torch.nn.Module:
+    """Return a network of zeros: drawing random weights would take most of the time."""
+    with torch.device("meta"):
+        net = choice.architecture.headless().eval()
+    net.to_empty(device=device)
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.zero_()
+    return net
+
+
+def _resident_mib(key: str) -> float:
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+
+
+if __name__ == "__main__":
+    _main()
