@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -53,21 +54,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
-        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = _create_beside(path)
         try:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
             sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def _create_beside(path: Path) -> Path:
+    """Create an empty file in the folder of ``path`` whose name says which process writes it.
+
+    Not by `tempfile`, whose files are the owner's alone. The system itself applies the umask (or
+    the folder's ACL) to 0666; to ask for the umask one has to set it, for all threads.
+    """
+    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    return temporary
 
 
 def is_temporary(path: Path) -> bool:
@@ -135,8 +144,8 @@ def _errno(error: Exception) -> int:
     """Return the system's number of an error; HDF5 and Rust only write it into their text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"(?:errno =|os error) (\d{1,4})", str(error))
-    return int(found[1]) if found else 0
+    named = re.search(r"(?:errno =|os error) (\d{1,4})", str(error))
+    return int(named[1]) if named else 0
 
 
 def _is_full(path: Path) -> bool:

@@ -65,10 +65,27 @@ def test_libraries_that_hide_the_error_number_are_understood(
         raise RuntimeError("our own mistake")
 
 
-def test_others_may_read_what_we_write(tmp_path: Path) -> None:
-    files.write_text(tmp_path / "deep" / "a.txt", "x")
-    mode = stat.S_IMODE((tmp_path / "deep" / "a.txt").stat().st_mode)
-    assert mode == 0o644
+@pytest.mark.parametrize("umask", [0o077, 0o002, 0o022])
+def test_what_we_write_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    write = (
+        "import os, pathlib, sys\n"
+        "os.umask(int(sys.argv[2]))\n"
+        "from support.any_store import fill_store\n"
+        "from karmma_pipeline import files\n"
+        "root = pathlib.Path(sys.argv[1]) / 'new'\n"
+        "fill_store(root / 'store')\n"
+        "files.claim_json(root / 'claimed.json', {})\n"
+        "files.write_text(root / 'folder/old', 'x')\n"
+        "(root / 'folder/old').chmod(0o600)\n"
+        "files.write_text(root / 'folder/old', 'y')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", write, tmp_path, str(umask)], check=True, env=environment)
+    written = list((tmp_path / "new").rglob("*"))
+    assert len(written) > 40
+    for path in written:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
 
 
 def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:

@@ -202,12 +202,12 @@ def store_diff(store: Path, other: Path) -> None:
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.info import diff
 
-    found = False
+    differ = False
     with StopFlag() as stop:
         for line in diff(store, other, stop):
             click.echo(line)
-            found = True
-    if found:
+            differ = True
+    if differ:
         raise click.exceptions.Exit(1)
     click.echo("the same")
 
@@ -219,9 +219,9 @@ def store_gc(store: Path, delete: bool) -> None:
     """List what stopped runs left in a store, and files that are not its own."""
     from karmma_pipeline.store.integrity import collect, garbage
 
-    found = list(garbage(store))
-    for one in found:
+    removable = list(garbage(store))
+    for one in removable:
         click.echo(str(one))
     if delete:
-        collect(found)
-    click.echo(f"{len(found)} {'taken away' if delete else 'found (--delete takes them away)'}")
+        collect(removable)
+    click.echo(f"{len(removable)} {'taken away' if delete else 'found (--delete takes them away)'}")

@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,14 @@ def parse_time(text: str) -> float:
     return value
 
 
+def safe_name(key: str, text: str) -> str:
+    """Return the text if it is safe as a file name; ValueError with its key if not."""
+    try:
+        return files.check_name(text)
+    except ValueError as error:
+        raise ValueError(f"{key}={text!r:.60}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of a table; its readers raise ValueError with the column and its value."""
@@ -63,10 +71,7 @@ class Row:
         text = self.cells[column]
         if pattern is not None and not pattern.fullmatch(text):
             raise ValueError(f"{column}={text!r}: not of the form {pattern.pattern}")
-        try:
-            return files.check_name(text)
-        except ValueError as error:
-            raise ValueError(f"{column}={text!r}: {error}") from None
+        return safe_name(column, text)
 
     def time(self, column: str) -> float | None:
         """Return seconds, None for an empty cell."""
@@ -125,15 +130,15 @@ def _rows(path: Path, reader: Any, required: Iterable[str]) -> list[Row]:
             f"the columns, it reads {','.join(columns)[:300]!r}."
         )
     if len(set(columns)) < len(columns):
-        raise ManifestError(f"{path}: a column name stands twice in {','.join(columns)[:300]!r}.")
+        raise ManifestError(f"{path}: duplicate column name in {','.join(columns)[:300]!r}.")
     rows = []
     for cells in reader:
         if not cells:
             continue
         if len(cells) != len(columns):
             raise ManifestError(
-                f"{path}: line {reader.line_num}: has not {len(columns)} cells "
-                "like the first line; quote cells that hold a comma."
+                f"{path}: line {reader.line_num}: has {len(cells)} cells, the first "
+                f"line has {len(columns)}; quote cells that hold a comma."
             )
         rows.append(
             Row(reader.line_num, {c: x.strip() for c, x in zip(columns, cells, strict=True)})
@@ -157,6 +162,14 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         raise ManifestError(f"{path}: not a JSON file ({reason}).") from None
     if not isinstance(value, kind):
         raise ManifestError(f"{path}: the {what} must be a JSON {_called(kind)}.")
+    return value
+
+
+def section(path: Path, table: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """Return ``table[key]`` of a JSON file's outermost object, a list or an object."""
+    value = table.get(key)
+    if not isinstance(value, kind):
+        raise ManifestError(f"{path}: has no {'list' if kind is list else 'object'} {key!r}.")
     return value
 
 
@@ -197,17 +210,17 @@ def collect(
     Raises:
         ManifestError: some items are faulty.
     """
-    found: list[tuple[str, T]] = []
+    values: list[tuple[str, T]] = []
     faults: list[str] = []
     for where, item in items:
         try:
-            found.append((where, read(item)))
+            values.append((where, read(item)))
         except ValueError as error:
             faults.append(f"{where}: {error}")
         except OverflowError:
             faults.append(f"{where}: a number is too large")
     raise_faults(path, faults)
-    return found
+    return values
 
 
 def raise_faults(path: Path, faults: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ __all__ = [
     "FrameName",
     "Groups",
     "Manifest",
-    "Pictures",
+    "PictureNames",
     "parse_time",
     "read_manifest",
     "unique",
@@ -93,24 +93,24 @@ class Groups:
 class Manifest:
     """Clips in the files' order, and the class names of each head.
 
-    found: sentences on what was found on disk, for people.
+    notes: sentences on what was found on disk, for people.
     """
 
     clips: tuple[Clip, ...]
     heads: Mapping[str, tuple[str, ...]]
     groups: Groups = Groups()
-    found: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
-    """Return the clips if no id stands twice; upper and lower case count as equal.
+    """Return the clips if no id is a duplicate; upper and lower case count as equal.
 
     Args:
         path: the file or folder that is named in the error.
         clips: each with where it stands, such as ``line 7``.
 
     Raises:
-        ManifestError: ids stand twice, or there are no clips.
+        ManifestError: there are duplicate ids, or there are no clips.
     """
     seen: dict[str, str] = {}
     faults: list[str] = []
@@ -119,7 +119,7 @@ def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
         folded = clip.clip_id.casefold()
         if folded in seen:
             faults.append(
-                f"{where}: clip_id={clip.clip_id!r} stands already in {seen[folded]} "
+                f"{where}: duplicate clip_id={clip.clip_id!r}, also in {seen[folded]} "
                 "(upper and lower case count as equal)"
             )
         seen.setdefault(folded, where)
@@ -134,7 +134,7 @@ FrameName = Annotated[str, Field(pattern=r"^([^{}/][^{}]*)?\{:0?\d{0,2}d\}[^{}]*
 """File name of a numbered picture, such as ``img_{:05d}.jpg``."""
 
 
-class Pictures(Recipe):
+class PictureNames(Recipe):
     """How numbered pictures are named, in folders and tars."""
 
     frame_name: FrameName = Field(
@@ -150,7 +150,7 @@ class Pictures(Recipe):
     )
 
 
-def read_manifest(path: Path, pictures: Pictures | None = None) -> Manifest:
+def read_manifest(path: Path, pictures: PictureNames | None = None) -> Manifest:
     """Read a manifest CSV; labels get ids in the order of their sorted names over all splits.
 
     Args:
@@ -160,7 +160,7 @@ def read_manifest(path: Path, pictures: Pictures | None = None) -> Manifest:
     Raises:
         ManifestError: names every faulty line and column (the first ten).
     """
-    pictures = pictures or Pictures()
+    pictures = pictures or PictureNames()
     rows = annotations.read_table(path, REQUIRED)
     if not rows:
         raise ManifestError(f"{path}: the manifest lists no clips.")
@@ -183,7 +183,9 @@ def _class_names(cells: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _clip(row: Row, folder: Path, ids: Mapping[str, Mapping[str, int]], pictures: Pictures) -> Clip:
+def _clip(
+    row: Row, folder: Path, ids: Mapping[str, Mapping[str, int]], pictures: PictureNames
+) -> Clip:
     clip_id = row.name("clip_id")
     media: dict[str, Source] = {}
     video = _file(row, folder, "video", row.whole("video_stream"))
@@ -226,14 +228,14 @@ def _fps(row: Row, column: str) -> float:
     return fps
 
 
-def _frames(row: Row, folder: Path, pictures: Pictures) -> FrameSource | None:
+def _frames(row: Row, folder: Path, pictures: PictureNames) -> FrameSource | None:
     path = _path(row, folder, "frames")
     if path is None:
         return None
     return FrameSource(path, (pictures.frame_name,), _fps(row, "frames"), pictures.first_frame)
 
 
-def _flow(row: Row, folder: Path, pictures: Pictures) -> Source | None:
+def _flow(row: Row, folder: Path, pictures: PictureNames) -> Source | None:
     path = _path(row, folder, "flow")
     if path is None:
         return None

@@ -59,7 +59,7 @@ def extract(
     part, stop = part or Part(), stop or StopFlag()
     if manifest is None:
         manifest = read_clips(recipe)
-    for line in manifest.found:
+    for line in manifest.notes:
         _logger.info(line)
     networks = Networks(recipe)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})

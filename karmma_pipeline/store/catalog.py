@@ -27,8 +27,9 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     description = _describe(spec, clips)
     path = root / paths.SPEC
     if path.is_file():
-        found = paths.read_json(root, path)
-        differing = list(differences(found, description))
+        there = paths.read_json(root, path)
+        paths.check_version(path, there)
+        differing = list(differences(there, description))
         if differing:
             raise StoreError(
                 f"{root}: was made differently: {'; '.join(differing[:5])}; "
@@ -127,7 +128,7 @@ def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:
         except ValueError as error:
             raise StoreError(f"{root}: clip_id={clip.clip_id!r}: {error}.") from None
         if clip.clip_id.casefold() in seen:
-            raise StoreError(f"{root}: clip_id={clip.clip_id!r} stands twice.")
+            raise StoreError(f"{root}: duplicate clip_id={clip.clip_id!r}.")
         seen.add(clip.clip_id.casefold())
     N = len(clips)
     width = max((len(c.clip_id) for c in clips), default=1)
@@ -162,24 +163,22 @@ class Catalog:
         if not path.is_file():
             raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
         try:
-            found = paths.read_json(root, path)
-            if (found.get("format"), found.get("version")) != (paths.FORMAT, paths.VERSION):
-                raise StoreError(
-                    f"{path}: format {found.get('format')!r} version {found.get('version')!r}, "
-                    f"this program reads {paths.FORMAT!r} version {paths.VERSION}."
-                )
+            description = paths.read_json(root, path)
+            paths.check_version(path, description)
             self.root = root
-            self.spec = config.build(StoreSpec, found["spec"], str(path))
+            self.spec = config.build(StoreSpec, description["spec"], str(path))
             for name in (*self.spec.modalities, *self.spec.heads):
                 files.check_name(name)
-            self.count = int(found["clips"])
+            self.count = int(description["clips"])
             self.shards = shard_total(self.spec, self.count)
-            self.digest: str = found["clips_sha256"]
-            self.splits: list[str] = found["splits"]
-            self.groups: list[str] = found["groups"]
-            width = int(found["id_bytes"])
+            self.digest: str = description["clips_sha256"]
+            self.splits: list[str] = description["splits"]
+            self.groups: list[str] = description["groups"]
+            width = int(description["id_bytes"])
             if not (0 <= self.count <= _MAX_CLIPS and 0 < width <= _MAX_ID_BYTES):
-                raise StoreError(f"{path}: clips={self.count} with ids of {width} bytes: absurd.")
+                raise StoreError(
+                    f"{path}: clips={self.count} with ids of {width} bytes: implausible."
+                )
             raw = clip_table.map_column(root, "clip_id", np.uint8, (self.count, width))
             self.clip_ids: npt.NDArray[np.bytes_] = raw.view(f"S{width}").reshape(self.count)
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -81,15 +81,15 @@ def _digest(catalog: Catalog) -> tuple[str, list[int]]:
 def _presence_columns(spec: StoreSpec, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Return type and shape of the columns that are made from the commit records."""
     M = len(spec.order)
-    found: dict[str, tuple[Any, tuple[int, ...]]] = {
+    columns: dict[str, tuple[Any, tuple[int, ...]]] = {
         "reason": (np.uint8, (count, M)),
         "crc32c": (np.uint32, (count, M)),
     }
     for m, one in spec.modalities.items():
-        found[f"start_{m}"] = (np.int64, (count,))
-        found[f"tokens_{m}"] = (np.int32, (count,))
-        found[f"times_{m}"] = (np.float64, (count, 2, one.frames))
-    return found
+        columns[f"start_{m}"] = (np.int64, (count,))
+        columns[f"tokens_{m}"] = (np.int32, (count,))
+        columns[f"times_{m}"] = (np.float64, (count, 2, one.frames))
+    return columns
 
 
 def _write_presence(catalog: Catalog) -> npt.NDArray[np.int64]:

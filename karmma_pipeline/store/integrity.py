@@ -169,19 +169,19 @@ def _locate(
     """Say where a shard's file differs: in which clips, or around them."""
     m, one = catalog.spec.order[column], catalog.spec.modalities[catalog.spec.order[column]]
     present = np.flatnonzero(record.present(column))
-    clips, found = catalog.clips_in(shard), False
+    clips, located = catalog.clips_in(shard), False
     with _Files(catalog, shard, m) as opened:
         for position in present:
             crc = 0
             for other in one.arrays:
                 crc = crc32c(opened[other.name].read(other.clip_bytes), crc)
             if crc != record.crc32c[position, column]:
-                found = True
+                located = True
                 yield Damage(shard, m, "bytes have changed", (clips[position],))
     index = shard_index(array, catalog.spec.clips_per_shard, len(present))
     if head[: len(index)] != index:
         yield Damage(shard, m, "the Zarr index is damaged")
-    elif not found:
+    elif not located:
         yield Damage(shard, m, "the HDF5 header or the padding is damaged, the tokens are whole")
 
 
@@ -291,9 +291,9 @@ def garbage(root: Path) -> Iterator[Garbage]:
         yield Garbage(path, what, path.lstat().st_size)
 
 
-def collect(found: list[Garbage]) -> None:
+def collect(garbage: list[Garbage]) -> None:
     """Take it away."""
-    for one in found:
+    for one in garbage:
         if one.path.is_dir() and not one.path.is_symlink():
             shutil.rmtree(one.path)
         else:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason, canonical
-from karmma_pipeline.store.mapping import Places, Rows
+from karmma_pipeline.store.mapping import ClipLocations, MappedClips
 from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.source import Part, TokenSource, gather_dense, parts_of
+from karmma_pipeline.store.source import StoredTensor, TokenSource, gather_dense, parts_of
 from karmma_pipeline.store.spec import ModalitySpec
 
 LabelSpaces = Literal["same", "join"]
@@ -52,7 +52,7 @@ class JoinedStore:
         self._owner, self.reasons = self._presence()
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
         self.digest = _joined_digest(self.stores, label_spaces)
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, MappedClips] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -67,8 +67,8 @@ class JoinedStore:
         """Return tokens N and width D of a modality."""
         return self.specs[modality].tokens, self.specs[modality].width
 
-    def parts(self, modality: str) -> tuple[Part, ...]:
-        """Return what `gather_parts` fills for each clip, see `Part`."""
+    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
+        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
         return parts_of(self.specs[modality])
 
     def gather(self, modality: str, index: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class JoinedStore:
             with self._lock:
                 if modality not in self._rows:
                     arrays = self.specs[modality].arrays
-                    self._rows[modality] = Rows(arrays, self._places(modality))
+                    self._rows[modality] = MappedClips(arrays, self._locate(modality))
         self._rows[modality].gather(index, out)
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
@@ -90,14 +90,14 @@ class JoinedStore:
 
     def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the sampled times of some clips [B, 2, T], NaN where absent."""
-        found = np.full((len(clips), 2, self.specs[modality].frames), np.nan)
+        times = np.full((len(clips), 2, self.specs[modality].frames), np.nan)
         for number, store in enumerate(self.stores):
             local = np.full(len(self), -1, np.int64)
             local[self._clips[number]] = np.arange(len(store))
             mine = self._owner[modality][clips] == number
             if mine.any():
-                found[mine] = store.times_of(modality, local[clips[mine]])
-        return found
+                times[mine] = store.times_of(modality, local[clips[mine]])
+        return times
 
     def close(self) -> None:
         """Unmap the shards."""
@@ -123,41 +123,41 @@ class JoinedStore:
     def _labels(self, head: str) -> npt.NDArray[np.int32]:
         """Return the labels of a head in the joined classes, [clips]."""
         number = {name: i for i, name in enumerate(self.heads[head])}
-        found = np.full(len(self), -1, np.int32)
+        labels = np.full(len(self), -1, np.int32)
         for store, clips in zip(self.stores, self._clips, strict=True):
             if head not in store.heads:
                 continue
             to = np.array([number[name] for name in store.heads[head]] + [-1], np.int32)
             theirs = to[store.labels[head]]
-            before = found[clips]
+            before = labels[clips]
             known = (before >= 0) & (theirs >= 0)
             self._refuse(store, clips, known & (before != theirs), f"another {head}")
-            found[clips] = np.where(theirs >= 0, theirs, before)
-        return found
+            labels[clips] = np.where(theirs >= 0, theirs, before)
+        return labels
 
     def _names(self, column: Literal["split", "group"]) -> npt.NDArray[np.str_]:
         parts = [getattr(store, column) for store in self.stores]
-        found = np.full(len(self), "", max(part.dtype for part in parts))
+        names = np.full(len(self), "", max(part.dtype for part in parts))
         for store, clips, theirs in zip(self.stores, self._clips, parts, strict=True):
-            before = found[clips]
+            before = names[clips]
             self._refuse(
                 store,
                 clips,
                 (before != "") & (theirs != "") & (before != theirs),
                 f"another {column}",
             )
-            found[clips] = np.where(theirs != "", theirs, before)
-        return found
+            names[clips] = np.where(theirs != "", theirs, before)
+        return names
 
     def _join_seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Refuse ids that are the same by accident: such clips differ in their times."""
-        found = np.full(len(self), np.inf)
+        seconds = np.full(len(self), np.inf)
         for store, clips in zip(self.stores, self._clips, strict=True):
-            before, theirs = found[clips], store.seconds(column)
+            before, theirs = seconds[clips], store.seconds(column)
             same = (before == theirs) | (np.isnan(before) & np.isnan(theirs))
             self._refuse(store, clips, ~np.isinf(before) & ~same, f"another {column}")
-            found[clips] = theirs
-        return found
+            seconds[clips] = theirs
+        return seconds
 
     def _presence(
         self,
@@ -191,10 +191,10 @@ class JoinedStore:
                 f"before, such as {ids}; clips of one id must be the same clip."
             )
 
-    def _places(self, modality: str) -> Places:
+    def _locate(self, modality: str) -> ClipLocations:
         """Return where the clips of a modality lie among the files of all stores."""
         arrays = self.specs[modality].arrays
-        joined = Places(
+        joined = ClipLocations(
             {a.name: [] for a in arrays},
             np.full(len(self), -1, np.int64),
             np.zeros(len(self), np.int64),
@@ -202,12 +202,12 @@ class JoinedStore:
         for store, clips in zip(self.stores, self._clips, strict=True):
             if modality not in store.modalities:
                 continue
-            places = store.places(modality)
+            locations = store.locations(modality)
             first = len(joined.payloads[arrays[0].name])
-            here = places.file >= 0
-            joined.file[clips[here]] = places.file[here] + first
-            joined.position[clips[here]] = places.position[here]
-            for name, payloads in places.payloads.items():
+            here = locations.file >= 0
+            joined.file[clips[here]] = locations.file[here] + first
+            joined.position[clips[here]] = locations.position[here]
+            for name, payloads in locations.payloads.items():
                 joined.payloads[name].extend(payloads)
         return joined
 
@@ -222,7 +222,7 @@ def _joined_digest(stores: Sequence[FeatureStore], label_spaces: LabelSpaces) ->
 def _union(
     ids: Sequence[npt.NDArray[np.bytes_]],
 ) -> tuple[npt.NDArray[np.bytes_], list[npt.NDArray[np.int64]]]:
-    """Return all ids without repeats in order of first appearance, and each store's places."""
+    """Return all ids without repeats in order of first appearance, and each store's locations."""
     every = np.concatenate(ids)
     _, first, inverse = np.unique(every, return_index=True, return_inverse=True)
     order = np.sort(first)

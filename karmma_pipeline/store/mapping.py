@@ -80,10 +80,10 @@ class Region:
                 "shard, then extract again."
             ) from None
         try:
-            found = os.fstat(descriptor).st_size
-            if found != payload.file_size:
+            actual = os.fstat(descriptor).st_size
+            if actual != payload.file_size:
                 raise StoreError(
-                    f"{path}: has {found} bytes, not {payload.file_size}; the shard is damaged."
+                    f"{path}: has {actual} bytes, not {payload.file_size}; the shard is damaged."
                 )
             flags = mmap.MAP_SHARED | _MAP_FIXED
             if payload.size:
@@ -106,15 +106,15 @@ class Region:
 
 
 def _mmap(address: int, size: int, flags: int, descriptor: int, offset: int) -> int:
-    found = _LIBC.mmap(address, size, mmap.PROT_READ, flags, descriptor, offset)
-    if found == ctypes.c_void_p(-1).value:
+    mapped = _LIBC.mmap(address, size, mmap.PROT_READ, flags, descriptor, offset)
+    if mapped == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return int(found)
+    return int(mapped)
 
 
 @dataclass(frozen=True)
-class Places:
+class ClipLocations:
     """The clips of one modality among files.
 
     payloads: array name to the files, the same number for each array.
@@ -127,20 +127,20 @@ class Places:
     position: npt.NDArray[np.int64]
 
 
-class Rows:
+class MappedClips:
     """Gathers clips of one modality from mapped files."""
 
-    def __init__(self, arrays: Sequence[StoredArray], places: Places) -> None:
+    def __init__(self, arrays: Sequence[StoredArray], locations: ClipLocations) -> None:
         self._regions: list[Region] = []
         self._arrays: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = []
-        absent = places.file < 0
+        absent = locations.file < 0
         try:
             for array in arrays:
-                region = Region(places.payloads[array.name], array.clip_bytes)
+                region = Region(locations.payloads[array.name], array.clip_bytes)
                 self._regions.append(region)
                 first = region.first_row if len(region.first_row) else np.zeros(1, np.int64)
-                row = np.full(len(places.file) + 1, Region.ZERO, np.int64)  # the last is "none"
-                row[:-1] = np.where(absent, Region.ZERO, first[places.file] + places.position)
+                row = np.full(len(locations.file) + 1, Region.ZERO, np.int64)  # the last is "none"
+                row[:-1] = np.where(absent, Region.ZERO, first[locations.file] + locations.position)
                 self._arrays.append((region.rows(), row))
         except BaseException:
             self.close()

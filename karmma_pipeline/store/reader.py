@@ -15,8 +15,8 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
-from karmma_pipeline.store.mapping import Payload, Places, Rows
-from karmma_pipeline.store.source import Part, gather_dense, parts_of
+from karmma_pipeline.store.mapping import ClipLocations, MappedClips, Payload
+from karmma_pipeline.store.source import StoredTensor, gather_dense, parts_of
 from karmma_pipeline.store.spec import ModalitySpec
 
 
@@ -53,7 +53,7 @@ class FeatureStore:
         self.labels: dict[str, npt.NDArray[np.int32]] = {
             head: self._catalog.labels(head) for head in self.heads
         }
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, MappedClips] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -95,8 +95,8 @@ class FeatureStore:
     def times(self, modality: str) -> npt.NDArray[np.float64]:
         """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
         frames = self.spec.modalities[modality].frames
-        found: npt.NDArray[np.float64] = self._catalog.column(f"times_{modality}", "<f8", 2, frames)
-        return found
+        times: npt.NDArray[np.float64] = self._catalog.column(f"times_{modality}", "<f8", 2, frames)
+        return times
 
     def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the sampled times of some clips [B, 2, T], NaN where absent."""
@@ -104,11 +104,11 @@ class FeatureStore:
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
-        found: npt.NDArray[np.float64] = self._catalog.column(column, "<f8")
-        return found
+        seconds: npt.NDArray[np.float64] = self._catalog.column(column, "<f8")
+        return seconds
 
-    def parts(self, modality: str) -> tuple[Part, ...]:
-        """Return what `gather_parts` fills for each clip, see `Part`."""
+    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
+        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
         return parts_of(self.spec.modalities[modality])
 
     def gather(self, modality: str, index: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ class FeatureStore:
             with self._lock:
                 if modality not in self._rows:
                     arrays = self.spec.modalities[modality].arrays
-                    self._rows[modality] = Rows(arrays, self.places(modality))
+                    self._rows[modality] = MappedClips(arrays, self.locations(modality))
         self._rows[modality].gather(index, out)
 
-    def places(self, modality: str) -> Places:
+    def locations(self, modality: str) -> ClipLocations:
         """Return where each clip's tokens of a modality lie."""
         one, size = self.spec.modalities[modality], self.spec.clips_per_shard
         shards = self._catalog.shards
@@ -149,7 +149,7 @@ class FeatureStore:
             ]
             for array in one.arrays
         }
-        return Places(payloads, np.where(present, shard, -1), position)
+        return ClipLocations(payloads, np.where(present, shard, -1), position)
 
     def close(self) -> None:
         """Unmap the shards."""

@@ -14,7 +14,7 @@ from karmma_pipeline.store.spec import ModalitySpec
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """A tensor of one clip as it is stored: tokens [N, D], or beside int8 their scale [N, 1]."""
 
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class TokenSource(Protocol):
     def shape(self, modality: str) -> tuple[int, int]:
         """Return tokens N and width D."""
 
-    def parts(self, modality: str) -> tuple[Part, ...]:
+    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
         """Return what `gather_parts` fills for each clip."""
 
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
@@ -75,10 +75,12 @@ _TORCH = {
 }
 
 
-def parts_of(spec: ModalitySpec) -> tuple[Part, ...]:
+def parts_of(spec: ModalitySpec) -> tuple[StoredTensor, ...]:
     """Return what a batch holds of a modality."""
     types = (_TORCH[spec.dtype], torch.float16)
-    return tuple(Part((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False))
+    return tuple(
+        StoredTensor((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False)
+    )
 
 
 def dense(parts: Sequence[Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ def test_of_side_by_side_stereo_the_left_half_is_taken_and_told(tmp_path: Path) 
     halves = [media.left_half for clip in manifest.clips for media in clip.media.values()
               if isinstance(media, FileSource)]  # fmt: skip
     assert halves == [False] * 3 + [True] * 3
-    assert "clips of side-by-side stereo, left half taken: 1" in manifest.found
+    assert "clips of side-by-side stereo, left half taken: 1" in manifest.notes
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,13 @@ def test_official_tables_become_clips_with_the_published_classes(tmp_path: Path)
 def test_a_clip_that_ends_after_its_video_is_cut_there_and_told(tmp_path: Path) -> None:
     manifest = epic(tmp_path)
     assert by_id(manifest)["P03_02_8"].stop_s == 10.007
-    assert "clips that end after their video and are cut there: 1" in manifest.found
+    assert "clips that end after their video and are cut there: 1" in manifest.notes
 
 
 def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
     manifest = epic(tmp_path, splits={"test": Path("EPIC_100_test_timestamps.csv")})
     assert manifest.clips[0].labels == {"verb": -1, "noun": -1}
-    assert "test: 1 clips of EPIC_100_test_timestamps.csv, without labels" in manifest.found
+    assert "test: 1 clips of EPIC_100_test_timestamps.csv, without labels" in manifest.notes
 
 
 def test_published_groups_are_kept_for_evaluation(tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ def test_sound_comes_from_the_array_where_there_is_no_video(tmp_path: Path) -> N
     assert clips["P03_02_7"].media["audio"] == FileSource(root / "P03/videos/P03_02.MP4")
     assert clips["P02_103_1"].media["audio"] == FileSource(root / "P02/videos/P02_103.MP4")
     array.write_bytes(b"no array")
-    with pytest.raises(ManifestError, match=r"audio\.hdf5: no HDF5 file"):
+    with pytest.raises(ManifestError, match=r"audio\.hdf5: truncated or not an HDF5 file"):
         epic(tmp_path)
 
 
 def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> None:
     touch(tmp_path / "EPIC", "P01/videos/P01_01.MP4", "P02/rgb_frames/P02_103.tar")
-    text = "\n".join(epic(tmp_path).found)
+    text = "\n".join(epic(tmp_path).notes)
     assert "rgb: 1 of 3 videos as video files (such as" in text
     assert "1 of 3 videos as frames in a tar" in text
     assert "1 of 3 videos missing" in text
@@ -148,7 +148,7 @@ def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> No
     ("old", "new", "message"),
     [
         ("P03_02_7,P03", "P03_02_7,P04", r"line 2: participant_id='P04': video_id='P03_02'"),
-        ("P03_02_8,", "P03_02_7,", r"line 3: clip_id='P03_02_7' stands already in .*line 2"),
+        ("P03_02_8,", "P03_02_7,", r"line 3: duplicate clip_id='P03_02_7', also in .*line 2"),
         ("00:00:01.89", "00:00:xx", r"line 2: stop_timestamp='00:00:xx'"),
         ("00:00:01.89", "", r"line 2: stop_timestamp is empty"),
         ("00:00:01.89", "00:00:00.00", r"line 2: stop_timestamp='00:00:00.00' is not after"),
@@ -156,7 +156,7 @@ def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> No
         ("take,2,pan", "take,3,pan", r"line 2: verb_class=3: the class list ends at 2"),
         ("take,2,pan", "take,-1,pan", r"line 2: verb_class='-1'"),
         ("P03,P03_02,", "P03,../../02,", r"line 2: video_id='../../02'"),
-        ("P03_02_8,P03,P03_02", "P03_02_8,P03", r"line 3: has not 15 cells"),
+        ("P03_02_8,P03,P03_02", "P03_02_8,P03", r"line 3: has 14 cells, the first line has 15"),
         ("start_frame", "start", r"no column start_frame"),
         ("verb_class", "verbs", r"has one of verb_class and noun_class"),
     ],
@@ -180,7 +180,11 @@ def test_a_wrong_table_names_file_line_and_column(
             "id,key\n0,put\n2,take\n",
             r"verb_classes\.csv: line 3: id='2': must",
         ),
-        ("noun_classes", "id,key\n0,a\n1,a\n", r"noun_classes\.csv: the class list .* a key twice"),
+        (
+            "noun_classes",
+            "id,key\n0,a\n1,a\n",
+            r"noun_classes\.csv: the class list .* a duplicate key",
+        ),
         ("tail_verbs", "verb\n7\n", r"tail_verbs\.csv: line 2: verb=7"),
         ("video_info", "video_id,duration\nP01_01,long\n", r"video_info\.csv: line 2: duration="),
         ("train", HEADER, r"train\.csv: the file lists no clips"),

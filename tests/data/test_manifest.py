@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_pipeline.data.manifest import Clip, Pictures, parse_time, read_manifest
+from karmma_pipeline.data.manifest import Clip, PictureNames, parse_time, read_manifest
 from karmma_pipeline.data.sources import FileSource, FrameSource
 from karmma_pipeline.errors import ManifestError
 
@@ -66,7 +66,7 @@ def test_frames_flow_pictures_and_streams(tmp_path: Path) -> None:
     text += "a,x.mkv,2,5,,,,go\nb,x.mkv,,,x.tar,25,flow/x,go\nc,,,,x,12.5,f.mp4,go\n"
     path = tmp_path / "m.csv"
     path.write_text(text)
-    pictures = Pictures(frame_name="{:04d}.png", flow_names=("u{:d}.png", "v{:d}.png"))
+    pictures = PictureNames(frame_name="{:04d}.png", flow_names=("u{:d}.png", "v{:d}.png"))
     a, b, c = read_manifest(path, pictures).clips
     assert a.media == {
         "rgb": FileSource(tmp_path / "x.mkv", 2),
@@ -90,13 +90,13 @@ def test_frames_flow_pictures_and_streams(tmp_path: Path) -> None:
         (HEADER + "../a,x,0,1,o,d,t\n", r"line 2: clip_id='\.\./a'"),
         (
             HEADER + "a,x,0,1,o,d,t\nA,x,0,1,o,d,t\n",
-            r"line 3: clip_id='A' stands already in line 2",
+            r"line 3: duplicate clip_id='A', also in line 2",
         ),
         (HEADER + "a,,0,1,o,d,t\n", "line 2: video is empty"),
         ("clip_id,frames\na,f\n", "line 2: fps='': frames needs the pictures' rate"),
         ("clip_id,video,video_stream\na,x,-1\n", "line 2: video_stream='-1'"),
-        (HEADER + "a,x,0\n", "line 2: has not 7 cells"),
-        ("clip_id,video,verb,verb\na,x,o,d\n", "stands twice"),
+        (HEADER + "a,x,0\n", "line 2: has 3 cells, the first line has 7"),
+        ("clip_id,video,verb,verb\na,x,o,d\n", "duplicate column name"),
     ],
 )
 def test_a_wrong_manifest_names_line_and_column(tmp_path: Path, text: str, message: str) -> None:

@@ -45,7 +45,7 @@ def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
     write(tmp_path, test=[{"id": "5"}])
     manifest = read(tmp_path, splits=("test",))
     assert manifest.clips[0].labels == {"action": -1}
-    assert "test: 1 clips, without labels" in manifest.found
+    assert "test: 1 clips, without labels" in manifest.notes
 
 
 def test_videos_come_before_frames_and_missing_ones_have_a_name(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_video_without_boxes_lacks_the_modality(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"9": []}')
     manifest = read(tmp_path, boxes=(tmp_path / "b.json",))
     assert ["boxes" in clip.media for clip in manifest.clips] == [False, True]
-    assert any("boxes: 1 of 2 videos missing" in line for line in manifest.found)
+    assert any("boxes: 1 of 2 videos missing" in line for line in manifest.notes)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_video_without_boxes_lacks_the_modality(tmp_path: Path) -> None:
         ({"train": [{"id": "../1", "template": ""}]}, r"entry 1: id='\.\./1'"),
         ({"train": [{"id": 1, "template": ""}]}, r"entry 1: id=1: must be a JSON string"),
         ({"train": [TRAIN[0], 7]}, r"entry 2: is no JSON object"),
-        ({"train": [TRAIN[0], TRAIN[0]]}, r"entry 2: clip_id='78687' stands already"),
+        ({"train": [TRAIN[0], TRAIN[0]]}, r"entry 2: duplicate clip_id='78687'"),
         ({"train": {}}, r"must be a JSON array"),
         ({"labels": {"a": "0", "b": "2"}}, r"the ids of the 2 templates are not 0, 1, 2"),
         ({"labels": {"a": "x"}}, r"labels\.json: 'a': the id 'x' is no number"),

@@ -218,7 +218,7 @@ class Batch:
             ).returncode
         text = (self.folder / f"{command}.log").read_text(errors="replace")
         assert "Traceback" not in text, text[-3000:]
-        refused = code == 1 and "Error: " in text and "no HDF5 file" in text
+        refused = code == 1 and "Error: " in text and "not an HDF5 file" in text
         assert code in {0, 3} or refused, f"exit code {code}: {text[-1000:]}"
         return code
 

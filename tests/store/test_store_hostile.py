@@ -15,7 +15,7 @@ from support.any_store import fill_store
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.store import FeatureStore, finalize, verify
+from karmma_pipeline.store import FeatureStore, StoreSpec, create_store, finalize, verify
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
 from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, shard_file
@@ -148,10 +148,10 @@ def edit_spec(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "named"),
     [
-        (("clips",), 10**15, "absurd"),
-        (("clips",), -1, "absurd"),
+        (("clips",), 10**15, "implausible"),
+        (("clips",), -1, "implausible"),
         (("clips",), 13, "bytes, not"),
-        (("id_bytes",), 10**9, "absurd"),
+        (("id_bytes",), 10**9, "implausible"),
         (("spec", "modalities", "rgb", "tokens"), 10**6, "bytes, not"),
         (("spec", "modalities", "rgb", "width"), 10**6, "bytes, not"),
         (("spec", "modalities", "rgb", "tokens"), 10**9, "less than or equal"),
@@ -159,7 +159,7 @@ def edit_spec(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (("spec", "modalities", "../../evil"), {"tokens": 1, "width": 1}, "allowed are"),
     ],
 )
-def test_absurd_and_wrong_shapes_are_refused(
+def test_implausible_and_wrong_shapes_are_refused(
     store: Path, keys: tuple[str, ...], value: object, named: str
 ) -> None:
     def change(spec: dict[str, Any]) -> None:
@@ -170,6 +170,23 @@ def test_absurd_and_wrong_shapes_are_refused(
     edit_spec(store, change)
     with pytest.raises(StoreError, match=named):
         FeatureStore.open(store).gather("rgb", torch.arange(8))
+
+
+def test_a_store_of_a_newer_format_says_what_to_do(store: Path) -> None:
+    edit_spec(store, lambda s: s.update(version=3))
+    spec = StoreSpec.model_validate(json.loads((store / "spec.json").read_text())["spec"])
+    newer = r"newer program .* version 3; .*up to 2\); update"
+    for touch in (FeatureStore.open, finalize, verify, lambda root: create_store(root, spec, [])):
+        with pytest.raises(StoreError, match=newer):
+            touch(store)
+    edit_spec(store, lambda s: s.update(version=1))
+    with pytest.raises(StoreError, match="version 1 was never released"):
+        FeatureStore.open(store)
+
+
+def test_a_store_without_a_version_is_of_the_oldest(store: Path) -> None:
+    edit_spec(store, lambda s: s.pop("version"))
+    assert len(FeatureStore.open(store).gather("rgb", torch.arange(2))) == 2
 
 
 def test_values_too_many_for_one_clip_are_refused(store: Path) -> None:
@@ -203,7 +220,7 @@ def test_an_unknown_reason_is_refused(store: Path) -> None:
 def test_a_huge_small_file_is_not_read(store: Path) -> None:
     with (store / "spec.json").open("r+b") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(StoreError, match="more than 64 MB"):
+    with pytest.raises(StoreError, match="larger than 64 MB"):
         FeatureStore.open(store)
 
 

@@ -69,7 +69,7 @@ def test_merged_modalities_keep_reasons_and_times(tmp_path: Path) -> None:
 
 
 def test_clips_that_are_not_there_are_named(pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"has not 1 of the clips: c99"):
+    with pytest.raises(StoreError, match=r"is missing 1 of the clips: c99"):
         select(pair, tmp_path / "s", ["c01", "c99"])
 
 

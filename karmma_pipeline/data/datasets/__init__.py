@@ -18,7 +18,7 @@ from karmma_pipeline.data.datasets.ego_exo4d import EgoExo4dKeysteps
 from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
 from karmma_pipeline.data.datasets.something_something import SomethingSomething
-from karmma_pipeline.data.manifest import Manifest, Pictures, read_manifest
+from karmma_pipeline.data.manifest import Manifest, PictureNames, read_manifest
 
 __all__ = ["CsvList", "Dataset", "read_dataset"]
 
@@ -28,8 +28,8 @@ class CsvList(Recipe):
 
     kind: Literal["csv"] = Field(description="A CSV of one's own.")
     path: Path = Field(description="The CSV.")
-    pictures: Pictures = Field(
-        Pictures(), description="Names of the pictures in its frames and flow folders."
+    pictures: PictureNames = Field(
+        PictureNames(), description="Names of the pictures in its frames and flow folders."
     )
 
 

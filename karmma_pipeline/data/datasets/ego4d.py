@@ -15,7 +15,7 @@ from pydantic import Field
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, Manifest, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
@@ -23,8 +23,8 @@ from karmma_pipeline.errors import ManifestError
 HEADS = ("verb", "noun")
 _FILES = {"train": "train", "val": "val", "test": "test_unannotated"}
 
-Split = Literal["train", "val", "test"]
-Place = Literal["clips", "full_scale", "video_540ss"]
+Ego4dSplit = Literal["train", "val", "test"]
+MediaFolder = Literal["clips", "full_scale", "video_540ss"]
 
 
 class Ego4dLta(Recipe):
@@ -35,10 +35,10 @@ class Ego4dLta(Recipe):
     annotations: Path | None = Field(
         None, description="Folder of fho_lta_*.json; null: annotations in root."
     )
-    splits: tuple[Split, ...] = Field(
+    splits: tuple[Ego4dSplit, ...] = Field(
         ("train", "val"), min_length=1, description="Which of train, val and test (without labels)."
     )
-    prefer: tuple[Place, ...] = Field(
+    prefer: tuple[MediaFolder, ...] = Field(
         ("clips", "full_scale", "video_540ss"),
         min_length=1,
         description="Folders in which videos are looked for, in this order.",
@@ -53,21 +53,19 @@ def read(dataset: Ego4dLta) -> Manifest:
     """
     folder = dataset.annotations or dataset.root / "annotations"
     heads = _taxonomy(folder / "fho_lta_taxonomy.json")
-    reader = _Reader(dataset, heads, _videos(dataset.root / "ego4d.json"))
+    reader = _ActionReader(dataset, heads, _videos(dataset.root / "ego4d.json"))
     clips: list[tuple[str, Clip]] = []
-    found = []
+    notes = []
     for split in dict.fromkeys(dataset.splits):
         path = folder / f"fho_lta_{_FILES[split]}.json"
         table = annotations.read_json(path, dict, "annotation file")
-        entries = table.get("clips")
-        if not isinstance(entries, list):
-            raise ManifestError(f"{path}: has no list 'clips'.")
+        entries: list[Any] = annotations.section(path, table, "clips", list)
         items = [(f"clips entry {i}", entry) for i, entry in enumerate(entries, 1)]
         some = annotations.collect(path, items, partial(reader.clip, split=split))
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
-        found.append(f"{split}: {len(some):,} clips")
-    lines = (*found, *reader.found.lines("clips"), *reader.notes())
-    return Manifest(unique(folder, clips), heads, found=lines)
+        notes.append(f"{split}: {len(some):,} clips")
+    lines = (*notes, *reader.counts.lines("clips"), *reader.notes())
+    return Manifest(unique(folder, clips), heads, notes=lines)
 
 
 def _taxonomy(path: Path) -> dict[str, tuple[str, ...]]:
@@ -78,7 +76,7 @@ def _taxonomy(path: Path) -> dict[str, tuple[str, ...]]:
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise ManifestError(f"{path}: has no list of names '{head}s'.")
         if len(set(names)) < len(names):
-            raise ManifestError(f"{path}: a name stands twice in '{head}s'.")
+            raise ManifestError(f"{path}: duplicate name in '{head}s'.")
         heads[head] = tuple(names)
     return heads
 
@@ -98,9 +96,8 @@ class _Videos:
 def _videos(path: Path) -> _Videos:
     if not path.is_file():
         return _Videos()
-    entries = annotations.read_json(path, dict, "list of videos").get("videos")
-    if not isinstance(entries, list):
-        raise ManifestError(f"{path}: has no list 'videos'.")
+    table = annotations.read_json(path, dict, "list of videos")
+    entries: list[Any] = annotations.section(path, table, "videos", list)
     items = [(f"videos entry {i}", entry) for i, entry in enumerate(entries, 1)]
     facts = [fact for _, fact in annotations.collect(path, items, _video)]
     return _Videos(
@@ -117,14 +114,14 @@ def _video(entry: Any) -> tuple[str, bool, bool]:
 
 
 @dataclass
-class _Reader:
+class _ActionReader:
     """Turns entries into clips, and counts what was found of them."""
 
     dataset: Ego4dLta
     heads: Mapping[str, tuple[str, ...]]
     videos: _Videos
     listing: Listing = field(default_factory=Listing)
-    found: Found = field(default_factory=Found)
+    counts: SourceCounts = field(default_factory=SourceCounts)
     stereo: int = 0
 
     def notes(self) -> list[str]:
@@ -133,14 +130,11 @@ class _Reader:
             return []
         return [f"clips of side-by-side stereo, left half taken: {self.stereo:,}"]
 
-    def clip(self, entry: Any, split: Split) -> Clip:
-        uids = {key: annotations.field(entry, key, str) for key in ("video_uid", "clip_uid")}
-        for key, uid in uids.items():
-            try:
-                files.check_name(uid)
-            except ValueError as error:
-                raise ValueError(f"{key}={uid!r:.60}: {error}") from None
-        video, clip = uids["video_uid"], uids["clip_uid"]
+    def clip(self, entry: Any, split: Ego4dSplit) -> Clip:
+        video, clip = (
+            annotations.safe_name(key, annotations.field(entry, key, str))
+            for key in ("video_uid", "clip_uid")
+        )
         start_s = annotations.field(entry, "action_clip_start_sec", float)
         stop_s = annotations.field(entry, "action_clip_end_sec", float)
         if stop_s <= start_s:
@@ -167,16 +161,16 @@ class _Reader:
         for place in self.dataset.prefer:
             name = f"{place}/{clip if place == 'clips' else video}.mp4"
             if self.listing.has(root / name):
-                self.found.add("rgb", f"in {place}", root / name)
+                self.counts.add("rgb", f"in {place}", root / name)
                 source = FileSource(root / name, left_half=left_half)
                 return source, self._offset(place, entry)
         place = self.dataset.prefer[0]
         path = root / f"{place}/{clip if place == 'clips' else video}.mp4"
-        self.found.add("rgb", MISSING, path)
+        self.counts.add("rgb", MISSING, path)
         return FileSource(path, left_half=left_half), self._offset(place, entry)
 
     @staticmethod
-    def _offset(place: Place, entry: Any) -> float:
+    def _offset(place: MediaFolder, entry: Any) -> float:
         return 0.0 if place == "clips" else annotations.field(entry, "clip_parent_start_sec", float)
 
     def _label(self, entry: Any, head: str) -> int:

@@ -15,7 +15,7 @@ from pydantic import Field
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
 from karmma_pipeline.data.manifest import Clip, Manifest, unique
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
@@ -29,7 +29,7 @@ _FOLDERS = {
     "full": "frame_aligned_videos",
 }
 
-Split = Literal["train", "val"]
+EgoExo4dSplit = Literal["train", "val"]
 Size = Literal["448", "full"]
 
 
@@ -41,7 +41,9 @@ class EgoExo4dKeysteps(Recipe):
     annotations: Path | None = Field(
         None, description="Folder of keystep_*.json; null: annotations in root."
     )
-    splits: tuple[Split, ...] = Field(("train", "val"), min_length=1, description="Which of them.")
+    splits: tuple[EgoExo4dSplit, ...] = Field(
+        ("train", "val"), min_length=1, description="Which of them."
+    )
     prefer: tuple[Size, ...] = Field(
         ("448", "full"), min_length=1, description="Sizes of video looked for, in this order."
     )
@@ -65,19 +67,17 @@ def read(dataset: EgoExo4dKeysteps) -> Manifest:
     for path, table in tables.values():
         vocabulary |= _vocabulary(path, table)
     ids = {unique_id: number for number, unique_id in enumerate(sorted(vocabulary))}
-    reader = _Reader(dataset, ids)
+    reader = _TakeReader(dataset, ids)
     clips: list[tuple[str, Clip]] = []
-    found = []
+    notes = []
     for split, (path, table) in tables.items():
-        takes = table.get("annotations")
-        if not isinstance(takes, dict):
-            raise ManifestError(f"{path}: has no object 'annotations'.")
+        takes: dict[str, Any] = annotations.section(path, table, "annotations", dict)
         items = [(f"take {uid!r:.60}", take) for uid, take in takes.items()]
         some = annotations.collect(path, items, partial(reader.take, split=split))
         clips += [(f"{path.name} {where}", clip) for where, of in some for clip in of]
-        found.append(f"{split}: {sum(len(of) for _, of in some):,} segments of {len(some):,} takes")
-    lines = (*found, *reader.found.lines("takes"))
-    return Manifest(unique(folder, clips), {HEAD: _names(vocabulary)}, found=lines)
+        notes.append(f"{split}: {sum(len(of) for _, of in some):,} segments of {len(some):,} takes")
+    lines = (*notes, *reader.counts.lines("takes"))
+    return Manifest(unique(folder, clips), {HEAD: _names(vocabulary)}, notes=lines)
 
 
 def _vocabulary(path: Path, table: Mapping[str, Any]) -> dict[int, str]:
@@ -85,18 +85,18 @@ def _vocabulary(path: Path, table: Mapping[str, Any]) -> dict[int, str]:
     words = table.get("vocabulary")
     if not isinstance(words, dict) or not words:
         raise ManifestError(f"{path}: has no object 'vocabulary'.")
-    found = {}
+    names = {}
     for number, name in words.items():
         if not (
             number.isascii() and number.isdigit() and len(number) < 10 and isinstance(name, str)
         ):
             raise ManifestError(f"{path}: vocabulary: {number!r:.40}: {name!r:.40} is no keystep.")
-        found[int(number)] = name
-    return found
+        names[int(number)] = name
+    return names
 
 
 def _names(vocabulary: Mapping[int, str]) -> tuple[str, ...]:
-    """Return class names by rising unique id; the id is added to a name that stands twice."""
+    """Return class names by rising unique id; the id is added to duplicates."""
     names = [vocabulary[number] for number in sorted(vocabulary)]
     twice = {name for name in names if names.count(name) > 1}
     pairs = zip(sorted(vocabulary), names, strict=True)
@@ -104,27 +104,25 @@ def _names(vocabulary: Mapping[int, str]) -> tuple[str, ...]:
 
 
 @dataclass
-class _Reader:
+class _TakeReader:
     """Turns takes into clips, and counts what was found of them."""
 
     dataset: EgoExo4dKeysteps
     ids: Mapping[int, int]
     listing: Listing = field(default_factory=Listing)
-    found: Found = field(default_factory=Found)
+    counts: SourceCounts = field(default_factory=SourceCounts)
 
-    def take(self, take: Any, split: Split) -> list[Clip]:
-        name = annotations.field(take, "take_name", str)
-        try:
-            files.check_name(name)
-        except ValueError as error:
-            raise ValueError(f"take_name={name!r:.60}: {error}") from None
+    def take(self, take: Any, split: EgoExo4dSplit) -> list[Clip]:
+        name = annotations.safe_name("take_name", annotations.field(take, "take_name", str))
         segments = annotations.field(take, "segments", list, [])
         if not segments:
             return []
         source = self._media(name)
         return [self._clip(name, source, i, segment, split) for i, segment in enumerate(segments)]
 
-    def _clip(self, take: str, source: Source, number: int, segment: Any, split: Split) -> Clip:
+    def _clip(
+        self, take: str, source: Source, number: int, segment: Any, split: EgoExo4dSplit
+    ) -> Clip:
         try:
             start_s = annotations.field(segment, "start_time", float)
             stop_s = annotations.field(segment, "end_time", float)
@@ -145,8 +143,8 @@ class _Reader:
             folder = root / "takes" / take / _FOLDERS[size]
             ego = sorted(n for n in self.listing.names(folder) if n.endswith(_EGO))
             if ego:
-                self.found.add("rgb", f"as {size} video", folder / ego[0])
+                self.counts.add("rgb", f"as {size} video", folder / ego[0])
                 return FileSource(folder / ego[0])
         path = root / "takes" / take / _FOLDERS[self.dataset.prefer[0]] / f"aria01{_EGO}"
-        self.found.add("rgb", MISSING, path)
+        self.counts.add("rgb", MISSING, path)
         return FileSource(path)

@@ -57,9 +57,9 @@ def read(dataset: EpicKitchens) -> Manifest:
     ends = _video_ends(folder)
     rows = {split: _table(folder / file) for split, file in dataset.splits.items()}
     media = EpicMedia(dataset.root, dataset.media)
-    reader = _Reader(heads, ends, media)
+    reader = _NarrationReader(heads, ends, media)
     clips: list[tuple[str, Clip]] = []
-    found = []
+    notes = []
     for split, file in dataset.splits.items():
         some = [(f"line {row.line}", row) for row in rows[split]]
         before = len(clips)
@@ -71,12 +71,12 @@ def read(dataset: EpicKitchens) -> Manifest:
         ]
         labelled = any(label != UNKNOWN for _, c in clips[before:] for label in c.labels.values())
         without = "" if labelled else ", without labels"
-        found.append(f"{split}: {len(some):,} clips of {file}{without}")
+        notes.append(f"{split}: {len(some):,} clips of {file}{without}")
     return Manifest(
         unique(folder, clips),
         heads,
         _groups(folder, listing, heads),
-        (*found, *reader.notes(), *media.lines()),
+        (*notes, *reader.notes(), *media.lines()),
     )
 
 
@@ -100,7 +100,7 @@ def _class_list(folder: Path, listing: Listing, head: str) -> tuple[str, ...]:
             raise ManifestError(f"{path}: line {row.line}: id={row['id']!r}: must be {number}.")
         keys.append(row["key"])
     if not keys or len(set(keys)) < len(keys):
-        raise ManifestError(f"{path}: the class list is empty or has a key twice.")
+        raise ManifestError(f"{path}: the class list is empty or has a duplicate key.")
     return tuple(keys)
 
 
@@ -144,7 +144,7 @@ def _class(row: Row, column: str, names: tuple[str, ...]) -> int:
 
 
 @dataclass
-class _Reader:
+class _NarrationReader:
     """Turns rows into clips, and counts what is odd about them."""
 
     heads: Mapping[str, tuple[str, ...]]

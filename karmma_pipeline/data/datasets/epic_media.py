@@ -19,7 +19,7 @@ import h5py
 from pydantic import Field
 
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
 from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -74,12 +74,12 @@ class EpicMedia:
 
     def __init__(self, root: Path, prefer: Prefer) -> None:
         self.root, self.prefer = root, prefer
-        self._listing, self._found = Listing(), Found()
+        self._listing, self._counts = Listing(), SourceCounts()
         self._places: dict[str, dict[str, Path | None]] = {}
 
     def lines(self) -> list[str]:
         """Return what was found, for people."""
-        return self._found.lines()
+        return self._counts.lines()
 
     def sources(
         self, participant: str, video: str, frames: tuple[int, int], end_s: float | None
@@ -122,11 +122,11 @@ class EpicMedia:
             flow = self._frames(prefer.flow_root or self.root, participant, video, "flow")
         if flow is None and prefer.flow == "frames":
             flow = self.root / participant / "flow_frames" / f"{video}.tar"
-            self._found.add("flow", MISSING, flow)
+            self._counts.add("flow", MISSING, flow)
         elif flow is not None:
             self._count("flow", flow, flow)
         elif prefer.flow != "none":
-            self._found.add("flow", "computed from rgb", rgb or self.root / expected)
+            self._counts.add("flow", "computed from rgb", rgb or self.root / expected)
         missing = self.root / (
             f"{participant}/rgb_frames/{video}.tar" if prefer.rgb == "frames" else expected
         )
@@ -139,13 +139,13 @@ class EpicMedia:
         if self.prefer.audio == "none":
             return None, None
         if mp4 is not None and self.prefer.audio != "array":
-            self._found.add("audio", "in the video file", mp4)
+            self._counts.add("audio", "in the video file", mp4)
             return mp4, None
         if self.prefer.audio != "video" and (video in self._tracks or self.prefer.audio == "array"):
             kind = "in the HDF5 file" if video in self._tracks else MISSING
-            self._found.add("audio", kind, self._array)
+            self._counts.add("audio", kind, self._array)
             return None, self._array
-        self._found.add("audio", MISSING, expected)
+        self._counts.add("audio", MISSING, expected)
         return expected, None
 
     @property
@@ -161,7 +161,7 @@ class EpicMedia:
                 return frozenset(file)
         except (OSError, RuntimeError) as error:
             raise ManifestError(
-                f"{self._array}: no HDF5 file ({error}); download it again or set "
+                f"{self._array}: truncated or not an HDF5 file ({error}); download it again or set "
                 "dataset.media.audio to video."
             ) from None
 
@@ -186,7 +186,7 @@ class EpicMedia:
             kind = "as frames in a tar"
         else:
             kind = "as video files" if path.suffix else "as frames in a folder"
-        self._found.add(modality, kind, path or expected)
+        self._counts.add(modality, kind, path or expected)
 
 
 def _videos(participant: str, video: str) -> Iterator[str]:

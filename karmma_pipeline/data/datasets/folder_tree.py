@@ -93,8 +93,8 @@ def read(dataset: FolderTree) -> Manifest:
             f"{root}: no videos in class folders; known are {' '.join(sorted(SUFFIXES))}."
         )
     how = "by folder" if splits else f"drawn with seed {dataset.seed}"
-    found = f"{len(clips):,} videos in {len(names):,} classes, split {how}"
-    return Manifest(unique(root, clips), {dataset.head: names}, found=(found,))
+    note = f"{len(clips):,} videos in {len(names):,} classes, split {how}"
+    return Manifest(unique(root, clips), {dataset.head: names}, notes=(note,))
 
 
 def _folders(root: Path) -> list[str]:

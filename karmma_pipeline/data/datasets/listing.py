@@ -17,10 +17,10 @@ class Listing:
     def names(self, folder: Path) -> frozenset[str]:
         """Return the names in a folder, none if it cannot be read."""
         if folder not in self._names:
-            found: frozenset[str] = frozenset()
+            names: frozenset[str] = frozenset()
             with suppress(OSError, ValueError), os.scandir(folder) as entries:
-                found = frozenset(entry.name for entry in entries)
-            self._names[folder] = found
+                names = frozenset(entry.name for entry in entries)
+            self._names[folder] = names
         return self._names[folder]
 
     def has(self, path: Path) -> bool:
@@ -39,7 +39,7 @@ class Listing:
         return None
 
 
-class Found:
+class SourceCounts:
     """Counts by modality what kind of source each video has; `lines` says it to people."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.datasets.listing import MISSING, Found, Listing
+from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, FrameName, Manifest, unique
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
@@ -31,7 +31,7 @@ _FOLDERS = ("", "20bn-something-something-v2/", "videos/", "frames/")
 _SUFFIXES = (".webm", ".mp4", ".avi", ".mkv")
 _ID = re.compile(r"[0-9]{1,9}")
 
-Split = Literal["train", "val", "test"]
+SomethingSplit = Literal["train", "val", "test"]
 
 
 class SomethingSomething(Recipe):
@@ -40,7 +40,7 @@ class SomethingSomething(Recipe):
     kind: Literal["something_something_v2"] = Field(description="This data set.")
     root: Path = Field(description="Folder of the videos, or of one folder of frames per video.")
     annotations: Path = Field(description="Folder of the JSON files, with old or new names.")
-    splits: tuple[Split, ...] = Field(
+    splits: tuple[SomethingSplit, ...] = Field(
         ("train", "val"),
         min_length=1,
         description="Which of train, val and test; test has no labels.",
@@ -63,9 +63,9 @@ def read(dataset: SomethingSomething) -> Manifest:
     """
     folder, listing = dataset.annotations, Listing()
     templates = _templates(_file(folder, listing, "labels"))
-    reader = _Reader(dataset, templates, index_boxes(dataset.boxes))
+    reader = _VideoReader(dataset, templates, index_boxes(dataset.boxes))
     clips: list[tuple[str, Clip]] = []
-    found = []
+    notes = []
     for split in dict.fromkeys(dataset.splits):
         path = _file(folder, listing, _FILES[split])
         entries: list[Any] = annotations.read_json(path, list, "annotation file")
@@ -73,9 +73,9 @@ def read(dataset: SomethingSomething) -> Manifest:
         some = annotations.collect(path, items, partial(reader.clip, split=split))
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
         labelled = any(clip.labels[HEAD] != UNKNOWN for _, clip in some)
-        found.append(f"{split}: {len(some):,} clips{'' if labelled else ', without labels'}")
+        notes.append(f"{split}: {len(some):,} clips{'' if labelled else ', without labels'}")
     names = tuple(sorted(templates, key=templates.__getitem__))
-    return Manifest(unique(folder, clips), {HEAD: names}, found=(*found, *reader.lines()))
+    return Manifest(unique(folder, clips), {HEAD: names}, notes=(*notes, *reader.lines()))
 
 
 def _file(folder: Path, listing: Listing, name: str) -> Path:
@@ -97,16 +97,16 @@ def _templates(path: Path) -> dict[str, int]:
 
 
 @dataclass
-class _Reader:
+class _VideoReader:
     """Turns entries into clips, and counts what was found of them."""
 
     dataset: SomethingSomething
     templates: Mapping[str, int]
     boxes: Mapping[str, BoxSource]
     listing: Listing = field(default_factory=Listing)
-    found: Found = field(default_factory=Found)
+    counts: SourceCounts = field(default_factory=SourceCounts)
 
-    def clip(self, entry: Any, split: Split) -> Clip:
+    def clip(self, entry: Any, split: SomethingSplit) -> Clip:
         video = annotations.field(entry, "id", str)
         if not _ID.fullmatch(video):
             raise ValueError(f"id={video!r:.60}: must be a number as text")
@@ -114,7 +114,7 @@ class _Reader:
         media: dict[str, Source] = {"rgb": rgb, "flow": rgb}
         if self.dataset.boxes:
             there = self.boxes.get(video)
-            self.found.add(
+            self.counts.add(
                 "boxes", MISSING if there is None else "annotated", self.dataset.boxes[0]
             )
             if there is not None:
@@ -139,13 +139,13 @@ class _Reader:
         if path is None and prefer != "video":
             folder = self.listing.first(root, (f"{f}{video}" for f in _FOLDERS))
         if path is not None:
-            self.found.add("rgb", "as video files", path)
+            self.counts.add("rgb", "as video files", path)
             return FileSource(path)
         if folder is None and prefer != "frames":
             path = root / f"{video}.webm"
-            self.found.add("rgb", MISSING, path)
+            self.counts.add("rgb", MISSING, path)
             return FileSource(path)
-        self.found.add(
+        self.counts.add(
             "rgb", MISSING if folder is None else "as frames in a folder", folder or root / video
         )
         return FrameSource(
@@ -153,7 +153,7 @@ class _Reader:
         )
 
     def lines(self) -> Sequence[str]:
-        return [*self.found.lines(), "audio: the data set has none"]
+        return [*self.counts.lines(), "audio: the data set has none"]
 
 
 _ENTRY = re.compile(rb'"([0-9]{1,9})"\s*:\s*(?=\[)')
@@ -166,10 +166,10 @@ def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:
     Raises:
         ManifestError: a file cannot be read or has no such entries.
     """
-    found: dict[str, BoxSource] = {}
+    boxes: dict[str, BoxSource] = {}
     for path in paths:
-        found |= _scan(path)
-    return found
+        boxes |= _scan(path)
+    return boxes
 
 
 def _scan(path: Path) -> dict[str, BoxSource]:

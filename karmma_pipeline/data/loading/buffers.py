@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from karmma_pipeline.store.source import Part
+from karmma_pipeline.store.source import StoredTensor
 
 _LARGE_PAGE = 2 << 20
 
@@ -49,11 +49,11 @@ class BufferPool:
     """
 
     def __init__(
-        self, parts: Mapping[str, Sequence[Part]], clips: int, *, pin: bool, keep: int
+        self, parts: Mapping[str, Sequence[StoredTensor]], clips: int, *, pin: bool, keep: int
     ) -> None:
         self._parts, self._pin = parts, pin
         self._free: deque[Slot] = deque(maxlen=keep)
-        self._known: dict[int, list[tuple[str, Part, int]]] = {}
+        self._known: dict[int, list[tuple[str, StoredTensor, int]]] = {}
         self._size = max(1, sum(_room(p, clips) for of in parts.values() for p in of))
 
     def lend(self, clips: int) -> tuple[dict[str, tuple[Tensor, ...]], Slot]:
@@ -67,22 +67,22 @@ class BufferPool:
         slot.lease = weakref.ref(lease, lambda _: self._free.append(slot))
         if not clips:
             return {name: _empty(parts) for name, parts in self._parts.items()}, slot
-        found: dict[str, tuple[Tensor, ...]] = dict.fromkeys(self._parts, ())
+        tensors: dict[str, tuple[Tensor, ...]] = dict.fromkeys(self._parts, ())
         for name, part, start in self._places(clips):
             count = clips * math.prod(part.shape)
             flat = torch.frombuffer(lease, dtype=part.dtype, count=count, offset=start)
-            found[name] = (*found[name], flat.view(clips, *part.shape))
-        return found, slot
+            tensors[name] = (*tensors[name], flat.view(clips, *part.shape))
+        return tensors, slot
 
-    def _places(self, clips: int) -> list[tuple[str, Part, int]]:
+    def _places(self, clips: int) -> list[tuple[str, StoredTensor, int]]:
         """Return where each part of a batch starts in a buffer, page after page."""
         if clips not in self._known:
-            found, at = [], 0
+            places, at = [], 0
             for name, parts in self._parts.items():
                 for part in parts:
-                    found.append((name, part, at))
+                    places.append((name, part, at))
                     at += _room(part, clips)
-            self._known[clips] = found
+            self._known[clips] = places
         return self._known[clips]
 
     def _allocate(self) -> npt.NDArray[np.uint8]:
@@ -95,20 +95,20 @@ class BufferPool:
         return np.frombuffer(memory, np.uint8)
 
 
-def _empty(parts: Sequence[Part]) -> tuple[Tensor, ...]:
+def _empty(parts: Sequence[StoredTensor]) -> tuple[Tensor, ...]:
     return tuple(torch.empty(0, *part.shape, dtype=part.dtype) for part in parts)
 
 
-def _room(part: Part, clips: int) -> int:
+def _room(part: StoredTensor, clips: int) -> int:
     size = clips * math.prod(part.shape) * part.dtype.itemsize
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def copy_to(tensor: Tensor, device: torch.device, slot: Slot | None) -> Tensor:
     """Copy to a device without waiting; the slot is not lent again before the copy is done."""
-    found = tensor.to(device, non_blocking=True)
+    copy = tensor.to(device, non_blocking=True)
     if slot is not None and device.type == "cuda" and tensor.device.type == "cpu":
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         slot.copied.append(event)
-    return found
+    return copy

@@ -74,11 +74,11 @@ class Batch:
         From page-locked memory the copy does not wait; use this and not ``tensor.to``, since
         it keeps the memory from being filled again before the copy is done.
         """
-        found = {}
+        on_device = {}
         for m, tokens in self.tokens.items():
             stored = [tokens, self.scales[m]] if m in self.scales else [tokens]
-            found[m] = dense([copy_to(part, device, self.slot) for part in stored])
-        return found
+            on_device[m] = dense([copy_to(part, device, self.slot) for part in stored])
+        return on_device
 
     def rows(self, rows: slice) -> "Batch":
         """Return some clips of the batch, in the same memory."""

@@ -16,7 +16,7 @@ from karmma_pipeline.data.loading.loader import LoaderSettings
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store.joined import open_joined
-from karmma_pipeline.store.source import Part, TokenSource, empty_parts
+from karmma_pipeline.store.source import StoredTensor, TokenSource, empty_parts
 from karmma_pipeline.store.tools.stage import forget, stage
 
 
@@ -117,8 +117,8 @@ class DeviceStore:
         """Return tokens N and width D of a modality."""
         return self.source.shape(modality)
 
-    def parts(self, modality: str) -> tuple[Part, ...]:
-        """Return what `gather_parts` fills for each clip, see `Part`."""
+    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
+        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
         return self.source.parts(modality)
 
     def gather(self, modality: str, index: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ _VARIABLE = 1
 
 
 @dataclass(frozen=True)
-class _Video:
+class _SampleVideo:
     number: int
     split: str
     seed: int
@@ -81,16 +81,16 @@ def write_sample(
 def _claim(out: Path, settings: dict[str, int]) -> None:
     path = out / "sample.json"
     if path.is_file():
-        found = json.loads(path.read_text())
-        if found != settings:
+        there = json.loads(path.read_text())
+        if there != settings:
             raise ConfigError(
-                f"{out}: holds a sample made with {found}, not {settings}; choose another folder."
+                f"{out}: holds a sample made with {there}, not {settings}; choose another folder."
             )
         return
     files.write_json(path, settings)
 
 
-def _plan(clips: int, seed: int) -> Iterator[_Video]:
+def _plan(clips: int, seed: int) -> Iterator[_SampleVideo]:
     validation = max(1, round(clips * VALIDATION_SHARE))
     number = 0
     for split, count in (("train", clips - validation), ("val", validation)):
@@ -99,7 +99,9 @@ def _plan(clips: int, seed: int) -> Iterator[_Video]:
         order = rng.permutation(count)
         for first in range(0, count, CLIPS_PER_VIDEO):
             chosen = [classes[i] for i in order[first : first + CLIPS_PER_VIDEO]]
-            yield _Video(number, split, int(rng.integers(2**31)), _actions(chosen, split, rng))
+            yield _SampleVideo(
+                number, split, int(rng.integers(2**31)), _actions(chosen, split, rng)
+            )
             number += 1
 
 
@@ -118,7 +120,7 @@ def _actions(
     return tuple(actions)
 
 
-def _write(out: Path, video: _Video) -> None:
+def _write(out: Path, video: _SampleVideo) -> None:
     rng = np.random.default_rng(video.seed)
     height, width = _SIZES[video.number % len(_SIZES)]
     fps = _FAST if video.number % 16 == 5 else _RATES[video.number % len(_RATES)]
@@ -136,7 +138,7 @@ def _write(out: Path, video: _Video) -> None:
     write_video(out / video.name, scene.draw(times, actions, height, width, rng), times, fps, sound)
 
 
-def _rows(video: _Video) -> Iterator[dict[str, object]]:
+def _rows(video: _SampleVideo) -> Iterator[dict[str, object]]:
     for index, action in enumerate(video.actions):
         yield {
             "clip_id": f"v{video.number:04d}_{index}",

@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 from karmma_pipeline import files
 
-Frames = npt.NDArray[np.uint8]
-Sound = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+Waveform = npt.NDArray[np.float32]
 
 NOUNS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
@@ -77,7 +77,7 @@ def draw(
     height: int,
     width: int,
     rng: np.random.Generator,
-) -> Frames:
+) -> Pixels:
     """Return the frames [T, H, W, 3] that a camera sees at the given times (seconds)."""
     texture = background(rng, height, width)
     drift = rng.uniform(-3, 3, 2)  # px per second
@@ -120,7 +120,7 @@ def _move_digit(
         frames[index] += alpha * (colour.astype(np.float32) - frames[index])
 
 
-def sing(duration_s: float, actions: list[Action], rng: np.random.Generator) -> Sound:
+def sing(duration_s: float, actions: list[Action], rng: np.random.Generator) -> Waveform:
     """Return mono sound [S] in -1..1 at SAMPLE_RATE: each digit's tone somewhere in noise."""
     sound = rng.normal(0, 0.08, round(duration_s * SAMPLE_RATE)).astype(np.float32)
     for action in actions:
@@ -141,10 +141,10 @@ CLOCK = 90_000
 
 def write_video(
     path: Path,
-    frames: Frames,
+    frames: Pixels,
     times: npt.NDArray[np.float64],
     fps: Fraction,
-    sound: Sound | None,
+    sound: Waveform | None,
 ) -> None:
     """Write frames uint8 [T, H, W, 3] shown at ``times`` (seconds), and sound [S] if any."""
     with (

@@ -135,7 +135,7 @@ def make_plan(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tr
     space = cost.disk(recipe, manifest, found.present)
     whole = cost.disk(recipe, manifest, found.wanted)
     time = _measure(recipe, manifest, found) if calibrate else Time(problem="not measured")
-    return ExtractPlan(recipe, manifest.found, found, space, whole, time)
+    return ExtractPlan(recipe, manifest.notes, found, space, whole, time)
 
 
 def _measure(recipe: ExtractRecipe, manifest: Manifest, found: Survey) -> Time:

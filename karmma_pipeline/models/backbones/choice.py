@@ -13,7 +13,7 @@ from karmma_pipeline.models.backbones.registry import Architecture
 from karmma_pipeline.models.backbones.state_dicts import parse_seed
 from karmma_pipeline.models.backbones.transform import FrameTransform, of_weights
 
-Source = Literal["none", "random", "file", "published"]
+WeightSource = Literal["none", "random", "file", "published"]
 
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
@@ -74,7 +74,7 @@ class BackboneChoice(Recipe):
         return registry.find(self.name)
 
     @property
-    def source(self) -> Source:
+    def source(self) -> WeightSource:
         """Where the weights come from.
 
         Raises:

@@ -53,9 +53,9 @@ def map_column(root: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> npt
     path = column_file(root, name, len(shape))
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with os.fdopen(open_inside(root, path), "rb") as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise OSError(f"{path} has {found} bytes, not {size}")
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size:
+            raise OSError(f"{path} has {actual} bytes, not {size}")
         if size == 0:
             return np.zeros(shape, dtype)
         return np.memmap(file, dtype, "r", shape=shape)

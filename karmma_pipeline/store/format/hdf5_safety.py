@@ -28,7 +28,7 @@ def shard_faults(path: Path, array: StoredArray, rows: int) -> Iterator[str]:
                 elif dataset.id.get_offset() != paths.PAYLOAD_OFFSET:
                     yield f"the HDF5 dataset lies at {dataset.id.get_offset()}"
     except (OSError, KeyError, RuntimeError) as error:
-        yield f"no HDF5 file ({error})"
+        yield f"truncated or not an HDF5 file ({error})"
 
 
 def index_faults(path: Path, spec: StoreSpec, shards: int) -> Iterator[str]:
@@ -48,7 +48,7 @@ def index_faults(path: Path, spec: StoreSpec, shards: int) -> Iterator[str]:
                 for name in file[group]:
                     yield from _faults(file, f"{group}/{name}", allowed.get(f"{group}/{name}"))
     except (OSError, KeyError, RuntimeError) as error:
-        yield f"no HDF5 file ({error})"
+        yield f"truncated or not an HDF5 file ({error})"
 
 
 def _faults(file: h5py.File, name: str, sources: set[str] | None = None) -> Iterator[str]:

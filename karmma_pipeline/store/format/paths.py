@@ -15,6 +15,9 @@ from karmma_pipeline.store.spec import StoredArray
 
 FORMAT = "karmma-feature-store"
 VERSION = 2
+"""What is written. Who changes what lies in a store raises it, and goes on reading the older."""
+
+_OLDEST = 2
 PAYLOAD_OFFSET = 16_384
 """Where the tokens start in every shard file: after user block and HDF5 header."""
 
@@ -100,8 +103,8 @@ def open_name(root: str, name: str) -> int:
             raise _linked(f"{root}/{name}") from None
         raise
     try:
-        found = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  (see above)
-        if found != f"{root}/{name}" or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        real_path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  (see above)
+        if real_path != f"{root}/{name}" or not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _linked(f"{root}/{name}")
     except BaseException:
         os.close(descriptor)
@@ -117,7 +120,9 @@ def read_bytes(root: Path, path: Path) -> bytes:
     """Read a small file of a store whole; see `open_inside`."""
     with os.fdopen(open_inside(root, path), "rb") as file:
         if os.fstat(file.fileno()).st_size > _MAX_JSON:
-            raise StoreError(f"{path}: has more than {_MAX_JSON >> 20} MB; a store's has not.")
+            raise StoreError(
+                f"{path}: is larger than {_MAX_JSON >> 20} MB; no such file of a store is."
+            )
         return file.read()
 
 
@@ -130,6 +135,30 @@ def read_json(root: Path, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+def check_version(path: Path, description: dict[str, Any]) -> None:
+    """Refuse what is no store, or one that this program is too old for.
+
+    Args:
+        path: of the description, named in errors.
+        description: what stands there; without a version it counts as the oldest.
+
+    Raises:
+        StoreError: says which versions are read and what to do.
+    """
+    name, version = description.get("format"), description.get("version", _OLDEST)
+    if name != FORMAT or not isinstance(version, int):
+        raise StoreError(f"{path}: format {name!r} version {version!r} is not {FORMAT!r}.")
+    if version > VERSION:
+        raise StoreError(
+            f"{path}: a newer program wrote this store (format version {version}; this one reads "
+            f"up to {VERSION}); update karmma-pipeline, or use the program that wrote it."
+        )
+    if version < _OLDEST:
+        raise StoreError(
+            f"{path}: format version {version} was never released; extract the store again."
+        )
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:
@@ -151,9 +180,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     try:
         data = read_bytes(root, path)
-        found = json.loads(data)
-        own = found.pop("self")
-        whole = own == _digest(found) and data.decode() == files.json_text(found | {"self": own})
+        manifest = json.loads(data)
+        own = manifest.pop("self")
+        text = files.json_text(manifest | {"self": own})
+        whole = own == _digest(manifest) and data.decode() == text
     except (OSError, KeyError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, StoreError):
             raise
@@ -163,7 +193,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
             f"{path}: the file is damaged; `karmma store verify --repair` and then "
             "`karmma store finalize` make it anew."
         )
-    return found
+    return manifest
 
 
 def _digest(content: dict[str, Any]) -> str:

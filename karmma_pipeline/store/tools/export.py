@@ -24,11 +24,11 @@ from karmma_pipeline.store.spec import ModalitySpec
 from karmma_pipeline.store.tools.rewrite import read_encoded
 from karmma_pipeline.store.tools.stage import check_space
 
-Layout = Literal["npy", "pt", "actionformer", "tim"]
+ExportLayout = Literal["npy", "pt", "actionformer", "tim"]
 _CLIPS = 32
 
 
-def export(store: Path, out: Path, layout: Layout, stop: StopFlag | None = None) -> int:
+def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None = None) -> int:
     """Write a store's tokens as files per clip, and return how many were written or there.
 
     npy, pt: ``<modality>/<clip_id>.npy`` or ``.pt``, [N, D], as stored (bfloat16 and int8 as
@@ -65,7 +65,7 @@ def export(store: Path, out: Path, layout: Layout, stop: StopFlag | None = None)
     return written
 
 
-def _needed(store: FeatureStore, layout: Layout) -> tuple[int, int]:
+def _needed(store: FeatureStore, layout: ExportLayout) -> tuple[int, int]:
     """Return bytes and inodes at most; the layouts of others hold float32."""
     size = 0
     for column, m in enumerate(store.modalities):

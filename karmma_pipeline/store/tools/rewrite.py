@@ -77,7 +77,9 @@ def select(store: Path, out: Path, clip_ids: Sequence[str], stop: StopFlag | Non
     place = {clip_id: i for i, clip_id in enumerate(opened.clip_ids.tolist())}
     missing = [clip_id for clip_id in clip_ids if clip_id.encode() not in place]
     if missing:
-        raise StoreError(f"{store}: has not {len(missing)} of the clips: {', '.join(missing[:5])}.")
+        raise StoreError(
+            f"{store}: is missing {len(missing)} of the clips: {', '.join(missing[:5])}."
+        )
     clips = np.array([place[clip_id.encode()] for clip_id in clip_ids], np.int64)
     rewrite(opened, out, opened.spec, clips, {}, stop)
 

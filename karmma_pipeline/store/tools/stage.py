@@ -100,26 +100,26 @@ def _is_unchanged(place: Path, store: Path) -> bool:
 
 def _states(place: Path) -> dict[str, list[int]]:
     """Return size, inode and time of change (which nobody can set) of every file of a copy."""
-    found, start = {}, len(str(place)) + 1
+    states, start = {}, len(str(place)) + 1
     for folder, _, names in os.walk(place):
         for path in (f"{folder}/{name}" for name in names):
             state = os.lstat(path)
-            found[path[start:]] = [state.st_size, state.st_ino, state.st_ctime_ns]
-    return found
+            states[path[start:]] = [state.st_size, state.st_ino, state.st_ctime_ns]
+    return states
 
 
 def _sizes(store: Path) -> dict[str, int]:
     """Return every file of a store with its size, the manifest last; no foreign ones."""
     foreign = {name for _, name in foreign_files(Catalog(store))}
-    found = {}
+    sizes = {}
     for folder, _, names in os.walk(store):
         for name in names:
             path = Path(folder, name)
             relative = str(path.relative_to(store))
             if relative not in foreign:
-                found[relative] = path.stat().st_size
-    found[paths.MANIFEST] = found.pop(paths.MANIFEST)
-    return found
+                sizes[relative] = path.stat().st_size
+    sizes[paths.MANIFEST] = sizes.pop(paths.MANIFEST)
+    return sizes
 
 
 def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
