@@ -145,26 +145,22 @@ def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     metavar="MODALITY=GRID",
     help="New token grid, such as rgb=12,1,1: means over blocks of the old one.",
 )
-@click.option("--compress", is_flag=True, help="Write a zstd archive (to keep, not to train on).")
-def store_convert(
-    store: Path, out: Path, dtype: Any, pool: tuple[str, ...], compress: bool
-) -> None:
-    """Write a store in another type, with fewer tokens, or compressed; unpack an archive."""
+def store_convert(store: Path, out: Path, dtype: Any, pool: tuple[str, ...]) -> None:
+    """Write a store in another type.
+
+    Or with fewer tokens; or unpack an archive that an older program compressed. To compress a
+    store, use `tar --zstd`.
+    """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools import archive
     from karmma_pipeline.store.tools.rewrite import convert
 
-    if compress and (dtype or pool):
-        raise click.UsageError("--compress keeps every byte; convert first, then compress.")
     with StopFlag() as stop:
         if archive.is_archive(store):
             archive.decompress(store, out, stop)
-        elif compress:
-            before, after = archive.compress(store, out, stop)
-            click.echo(f"{before / 1e6:.1f} MB are {after / 1e6:.1f} MB ({after / before:.0%})")
         else:
             convert(store, out, dtype, dict(_grid(text) for text in pool), stop)
-    click.echo(f"{'archive' if compress else 'store'}: {out}")
+    click.echo(f"store: {out}")
 
 
 def _grid(text: str) -> tuple[str, list[int]]:

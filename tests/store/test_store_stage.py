@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,32 +134,22 @@ def test_a_folder_that_is_a_file_is_one_sentence(store: Path, tmp_path: Path) ->
         stage(store, tmp_path / "file")
 
 
-USE = """
-import sys
-from pathlib import Path
-from karmma_pipeline.data.loading.open import node_copy
-place = node_copy(Path(sys.argv[1]), memory=Path(sys.argv[2]))
-print(place, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_users_at_once_share_one_node_copy_and_the_last_takes_it_away(
-    store: Path, tmp_path: Path
+def test_recipes_with_the_old_cache_node_are_staged_in_memory(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    pipe = subprocess.PIPE
-    users = [
-        subprocess.Popen(
-            [sys.executable, "-c", USE, str(store), str(tmp_path)], stdin=pipe, stdout=pipe
-        )
-        for _ in range(2)
-    ]
-    places = []
-    for user in users:
-        assert user.stdout is not None
-        places.append(Path(user.stdout.readline().decode().strip()))
-    assert places[0] == places[1]
-    users[0].communicate()
-    assert places[0].is_dir()
-    users[1].communicate()
-    assert not places[0].exists()
+    settings = LoaderSettings.model_validate({"cache": "node"})
+    assert (settings.cache, settings.stage) == ("map", Path("/dev/shm"))  # noqa: S108
+    assert "loader.cache=node is now loader.stage=/dev/shm" in caplog.text
+    both = LoaderSettings.model_validate({"cache": "node", "stage": "/scratch"})
+    assert both.stage == Path("/scratch")
+
+
+def test_where_everybody_may_write_nobody_elses_copy_is_used(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = stage(store, tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    assert stage(store, tmp_path) == place
+    tmp_path.chmod(0o1777)
+    with pytest.raises(StoreError, match="belongs to another user"):
+        stage(store, tmp_path)

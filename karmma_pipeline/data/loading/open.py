@@ -1,8 +1,5 @@
 """From the paths and settings of a recipe to what a training reads its tokens from."""
 
-import atexit
-import fcntl
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store.joined import open_joined
 from karmma_pipeline.store.source import StoredTensor, TokenSource, empty_parts
-from karmma_pipeline.store.tools.stage import forget, stage
+from karmma_pipeline.store.tools.stage import stage
 
 
 def open_source(
@@ -35,45 +32,11 @@ def open_source(
     paths = [stores] if isinstance(stores, Path) else list(stores)
     if settings.stage is not None:
         paths = [stage(path, settings.stage, stop) for path in paths]
-    if settings.cache == "node":
-        paths = [node_copy(path, stop) for path in paths]
     source = open_joined(paths, settings.label_spaces)
     return DeviceStore(source, device) if settings.cache == "device" else source
 
 
-NODE_MEMORY = Path("/dev/shm")  # noqa: S108  (a folder of our own in it, owner checked)
 _PIECE = 256
-
-
-def node_copy(store: Path, stop: StopFlag | None = None, memory: Path = NODE_MEMORY) -> Path:
-    """Copy a store into the node's memory, one copy for all processes, and return its place.
-
-    The last process that uses the copy takes it away when it ends. One that is killed leaves it
-    to the next, which uses it again.
-
-    Raises:
-        StoreError: there is not the space, or somebody else's folder is in the way.
-    """
-    folder = memory / f"karmma-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise StoreError(f"{folder}: belongs to somebody else; use loader.cache=map.")
-    path = folder / f"{store.resolve().name}.users"
-    users = path.open("w")
-    fcntl.flock(users, fcntl.LOCK_SH)
-    place = stage(store, folder, stop)
-    atexit.register(_leave, users.fileno(), place, users)
-    return place
-
-
-def _leave(descriptor: int, place: Path, users: object) -> None:
-    """Take the copy away if nobody else uses it; the kernel frees the locks of the dead."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return
-    forget(place)
-    del users
 
 
 class DeviceStore:
@@ -145,7 +108,7 @@ class DeviceStore:
         if needed > free:
             raise StoreError(
                 f"{self.path}: loader.cache=device: the tokens take {needed / 1e9:.1f} GB, "
-                f"{self.device} has {free / 1e9:.1f} GB free; use node or map."
+                f"{self.device} has {free / 1e9:.1f} GB free; use map."
             )
 
     def _load(self, modality: str) -> tuple[Tensor, tuple[Tensor, ...]]:

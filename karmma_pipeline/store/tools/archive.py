@@ -1,7 +1,7 @@
-"""Compressed copies of stores: the same tree, each file as zstd frames of at most 4 MB.
+"""Compressed copies of stores, which older programs wrote: read here, and no longer written.
 
-``zstd -d`` reads every file too. fp16 features hardly shrink (LayerNorm 7 %, ReLU half), and a
-compressed store cannot be mapped: for keeping and sending, not for training.
+The tree is that of the store, each file as zstd frames of at most 4 MB, which ``zstd -d`` reads
+too. Today ``tar --zstd`` packs a store: it is as small, and every system has it.
 """
 
 import hashlib
@@ -9,50 +9,18 @@ import os
 from pathlib import Path
 
 import numpy as np
-from numcodecs import Zstd
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
-from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
-from karmma_pipeline.store.integrity import foreign_files, verify
-from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.tools.stage import check_space
 
 LIST = "archive.json"
 _PIECE = 4 << 20
-_LEVEL = 3
 _SKIP = b"\x50\x2a\x4d\x18\x04\x00\x00\x00"
 """A skippable zstd frame of four bytes, which hold the length of the next frame."""
-
-
-def compress(store: Path, out: Path, stop: StopFlag | None = None) -> tuple[int, int]:
-    """Write a compressed copy, and return bytes before and after; run again, it goes on.
-
-    Raises:
-        StoreError: the store is not whole, or the folder holds another archive.
-        StoppedError: a stop was asked for.
-    """
-    stop, digest = stop or StopFlag(), FeatureStore.open(store).digest
-    mark = out / "archive.of"
-    if out.is_dir() and any(out.iterdir()) and not (mark.is_file() and mark.read_text() == digest):
-        raise StoreError(f"{out}: holds other files; choose an empty folder.")
-    damages = verify(store, stop)
-    if damages:
-        raise StoreError(f"{store}: is damaged ({damages[0]}); an archive would keep that.")
-    files.write_text(mark, digest)
-    before, after, listed = 0, 0, {}
-    for name in progress_bar(_names(store), "compress", unit="file"):
-        stop.check("the files that are compressed are kept")
-        source, target = store / name, out / f"{name}.zst"
-        if not target.is_file():
-            _compress_file(source, target)
-        listed[name] = {"bytes": source.stat().st_size, "sha256": _sha(source)}
-        before, after = before + source.stat().st_size, after + target.stat().st_size
-    files.write_json(out / LIST, {"digest": digest, "files": listed})
-    return before, after
 
 
 def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
@@ -76,36 +44,13 @@ def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
     for name, size in progress_bar(sizes.items(), "decompress", unit="file"):
         stop.check("the files that are there are kept")
         target = out / name
-        if not (target.is_file() and _sha(target) == listed[name]["sha256"]):
+        if not (target.is_file() and files.sha256(target) == listed[name]["sha256"]):
             _decompress_file(archive, archive / f"{name}.zst", target, size, listed[name]["sha256"])
 
 
 def is_archive(folder: Path) -> bool:
     """Tell whether a folder is a compressed copy."""
     return (folder / LIST).is_file()
-
-
-def _names(store: Path) -> list[str]:
-    """Return the store's files, the manifest last."""
-    foreign = {path for path, _ in foreign_files(Catalog(store))}
-    found = sorted(
-        str(path.relative_to(store))
-        for path in store.rglob("*")
-        if path.is_file() and path not in foreign
-    )
-    return [*(name for name in found if name != paths.MANIFEST), paths.MANIFEST]
-
-
-def _compress_file(source: Path, target: Path) -> None:
-    codec = Zstd(level=_LEVEL)
-    with (
-        source.open("rb") as file,
-        files.replacing(target) as temporary,
-        temporary.open("wb") as out,
-    ):
-        while data := file.read(_PIECE):
-            frame = bytes(codec.encode(data))
-            out.write(_SKIP + len(frame).to_bytes(4, "little") + frame)
 
 
 def _decompress_file(archive: Path, source: Path, target: Path, size: int, sha: str) -> None:
@@ -129,12 +74,11 @@ def _decompress_file(archive: Path, source: Path, target: Path, size: int, sha: 
 
 def _decode(frame: bytes, size: int, source: Path) -> bytes:
     """Decode a frame that must hold ``size`` bytes, whatever size it claims."""
+    # Of zarr's own requirements: no reason for one more of ours, and only old archives need it.
+    from numcodecs import Zstd
+
     try:
+        # The size in a frame's header may lie; into a buffer of ours no more than fits is written.
         return bytes(Zstd().decode(frame, np.zeros(size, np.uint8)))
     except (RuntimeError, ValueError) as error:
         raise StoreError(f"{source}: the archive is damaged ({error}).") from None
-
-
-def _sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,11 +50,24 @@ def stage(
     place = folder / f"karmma-{opened.digest[:16]}"
     with files.disk_errors(folder / "x"):
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(place)
         with _alone(folder / f".{place.name}.lock"):
             if check_again or not _is_unchanged(place, store):
                 _make(store, place, stop)
             files.sweep([folder])
     return place
+
+
+def _refuse_strangers(place: Path) -> None:
+    """Where everybody may write (/dev/shm, /tmp), use no copy that another user has put there.
+
+    The list of verified files lies beside the copy, so whoever made both could have other tokens
+    used in a training.
+    """
+    if place.parent.stat().st_mode & stat.S_IWOTH:
+        for path in (place, _done(place)):
+            if path.exists() and path.lstat().st_uid != os.getuid():
+                raise StoreError(f"{path}: belongs to another user; choose another folder.")
 
 
 def _make(store: Path, place: Path, stop: StopFlag) -> None:
