@@ -57,6 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = _create_beside(path)
         try:
             yield temporary
+            # First the bytes, then the name, then the folder that holds the name: after a power cut
+            # the name leads to the old bytes or to the new ones, never to an empty file.
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -150,6 +152,7 @@ def _errno(error: Exception) -> int:
 
 def _is_full(path: Path) -> bool:
     with suppress(OSError):
+        # What the user may use (bavail), not what root may; some file systems count no inodes.
         disk = os.statvfs(path.parent)
         return disk.f_bavail == 0 or (disk.f_files > 0 and disk.f_favail == 0)
     return False
@@ -202,6 +205,8 @@ def claim_json(path: Path, value: Any) -> Any:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         mine = Path(folder) / path.name
         write_json(mine, value)
+        # A link fails where the name exists: of several writers one wins, and its file is whole. A
+        # rename would let the last one win, after others have read what the first one wrote.
         with suppress(FileExistsError), disk_errors(path):
             path.hardlink_to(mine)
             sync_folder(path.parent)

@@ -152,12 +152,12 @@ def store_convert(store: Path, out: Path, dtype: Any, pool: tuple[str, ...]) -> 
     store, use `tar --zstd`.
     """
     from karmma_pipeline.jobs import StopFlag
-    from karmma_pipeline.store.tools import archive
     from karmma_pipeline.store.tools.rewrite import convert
+    from karmma_pipeline.store.tools.stage import decompress, is_archive
 
     with StopFlag() as stop:
-        if archive.is_archive(store):
-            archive.decompress(store, out, stop)
+        if is_archive(store):
+            decompress(store, out, stop)
         else:
             convert(store, out, dtype, dict(_grid(text) for text in pool), stop)
     click.echo(f"store: {out}")

@@ -24,6 +24,8 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
         StoreError: the folder holds a store of another recipe or other clips (the first
             differences are named), or something else, or a clip id is unsafe.
     """
+    # All parts of an array job come here at once and write equal bytes, each file by a rename; the
+    # description is written last and says that the rest is there.
     description = _describe(spec, clips)
     path = root / paths.SPEC
     if path.is_file():

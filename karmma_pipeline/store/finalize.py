@@ -29,6 +29,7 @@ def finalize(root: Path) -> None:
         StoreError: a shard is missing (all of them are named) or damaged.
     """
     catalog = Catalog(root)
+    # A missing shard would read as zeros in every Zarr library: it is an error here.
     missing = sorted(set(range(catalog.shards)) - catalog.committed())
     if missing:
         listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
@@ -36,6 +37,8 @@ def finalize(root: Path) -> None:
             f"{root}: {len(missing)} of {catalog.shards} shards are missing ({listed}); "
             "run `karmma extract` with the same recipe again, it makes only these."
         )
+    # Several last parts may come here at once, and runs come again: where the manifest is that of
+    # these records all is done. Others write equal bytes, each file by a rename.
     digest, checksums = _digest(catalog)
     with suppress(StoreError):
         manifest = paths.read_manifest(root)

@@ -151,6 +151,8 @@ def _check_array(
         crc = 0
         while data := file.read(_PIECE):
             crc = crc32c(data, crc)
+        # The bytes are as they were written, but whoever wrote them may mean harm: the HDF5 headers
+        # are looked at too, with h5py, and only now.
         if crc == checksum:
             faults = shard_faults(path, array, paths.file_rows(array, size, len(present)))
             yield from (Damage(shard, m, fault, every) for fault in faults)
@@ -280,6 +282,8 @@ def garbage(root: Path) -> Iterator[Garbage]:
                 yield Garbage(folder, "spool of a shard that is done", _size(folder))
         elif lock_holder(folder / "lock"):
             listed.add(folder)
+    # A temporary file of another machine cannot be told from one of a dead process: while anybody
+    # holds a shard of this store, all of them stay.
     alive = any(lock_holder(path) for path in spools.glob("*/lock"))
     for path, name in foreign_files(catalog):
         if any(folder in path.parents for folder in listed):

@@ -1,27 +1,25 @@
 """Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from itertools import chain, permutations
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason, canonical
-from karmma_pipeline.store.mapping import ClipLocations, MappedClips
+from karmma_pipeline.store.mapping import ClipLocations
 from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.source import StoredTensor, TokenSource, gather_dense, parts_of
+from karmma_pipeline.store.source import MappedStore, TokenSource
 from karmma_pipeline.store.spec import ModalitySpec
 
 LabelSpaces = Literal["same", "join"]
 
 
-class JoinedStore:
+class JoinedStore(MappedStore):
     """The union of the stores' clips and modalities, read like one `FeatureStore`.
 
     A clip is absent in a modality that no store has of it. Clips of one id are one clip: where
@@ -39,6 +37,7 @@ class JoinedStore:
     """
 
     def __init__(self, stores: Sequence[FeatureStore], label_spaces: LabelSpaces = "same") -> None:
+        super().__init__()
         self.stores = tuple(stores)
         self.path = self.stores[0].path
         self.modalities = canonical(m for s in self.stores for m in s.modalities)
@@ -52,37 +51,9 @@ class JoinedStore:
         self._owner, self.reasons = self._presence()
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
         self.digest = _joined_digest(self.stores, label_spaces)
-        self._rows: dict[str, MappedClips] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.clip_ids)
-
-    @property
-    def provenance(self) -> dict[str, dict[str, Any]]:
-        """Modality to where its tokens come from."""
-        return {m: self.specs[m].provenance for m in self.modalities}
-
-    def shape(self, modality: str) -> tuple[int, int]:
-        """Return tokens N and width D of a modality."""
-        return self.specs[modality].tokens, self.specs[modality].width
-
-    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
-        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
-        return parts_of(self.specs[modality])
-
-    def gather(self, modality: str, index: Tensor) -> Tensor:
-        """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros."""
-        return gather_dense(self, modality, index)
-
-    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
-        """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent are zeros."""
-        if modality not in self._rows:
-            with self._lock:
-                if modality not in self._rows:
-                    arrays = self.specs[modality].arrays
-                    self._rows[modality] = MappedClips(arrays, self._locate(modality))
-        self._rows[modality].gather(index, out)
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
@@ -98,12 +69,6 @@ class JoinedStore:
             if mine.any():
                 times[mine] = store.times_of(modality, local[clips[mine]])
         return times
-
-    def close(self) -> None:
-        """Unmap the shards."""
-        for rows in self._rows.values():
-            rows.close()
-        self._rows.clear()
 
     def _spec(self, modality: str) -> ModalitySpec:
         """Return how tokens of a modality look; they must look the same in all stores."""
@@ -151,6 +116,7 @@ class JoinedStore:
 
     def _join_seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Refuse ids that are the same by accident: such clips differ in their times."""
+        # Infinity is "not stated yet", for NaN already says "the file's end".
         seconds = np.full(len(self), np.inf)
         for store, clips in zip(self.stores, self._clips, strict=True):
             before, theirs = seconds[clips], store.seconds(column)
@@ -191,7 +157,7 @@ class JoinedStore:
                 f"before, such as {ids}; clips of one id must be the same clip."
             )
 
-    def _locate(self, modality: str) -> ClipLocations:
+    def locate(self, modality: str) -> ClipLocations:
         """Return where the clips of a modality lie among the files of all stores."""
         arrays = self.specs[modality].arrays
         joined = ClipLocations(
@@ -202,7 +168,7 @@ class JoinedStore:
         for store, clips in zip(self.stores, self._clips, strict=True):
             if modality not in store.modalities:
                 continue
-            locations = store.locations(modality)
+            locations = store.locate(modality)
             first = len(joined.payloads[arrays[0].name])
             here = locations.file >= 0
             joined.file[clips[here]] = locations.file[here] + first
@@ -223,6 +189,8 @@ def _union(
     ids: Sequence[npt.NDArray[np.bytes_]],
 ) -> tuple[npt.NDArray[np.bytes_], list[npt.NDArray[np.int64]]]:
     """Return all ids without repeats in order of first appearance, and each store's locations."""
+    # `np.unique` sorts; the order of first appearance is that of the first indices, and a clip's
+    # place is the rank of its first index among them.
     every = np.concatenate(ids)
     _, first, inverse = np.unique(every, return_index=True, return_inverse=True)
     order = np.sort(first)

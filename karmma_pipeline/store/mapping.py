@@ -20,6 +20,8 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, open_name
 from karmma_pipeline.store.spec import StoredArray
 
+# Python's `mmap` cannot map at a chosen address (MAP_FIXED), and one address range for all files is
+# what makes a batch one gather. use_errno keeps each thread's errno of its own call.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -54,12 +56,16 @@ class Region:
     ZERO = 0
 
     def __init__(self, payloads: Sequence[Payload], row_bytes: int) -> None:
+        # Each payload starts at a page, as mmap demands, and at a whole row, so that the range is
+        # one array of rows: at multiples of both. What lies between is never touched.
         unit = math.lcm(mmap.PAGESIZE, row_bytes)
         sizes = np.array([p.size for p in payloads], np.int64)
         starts = unit + np.concatenate([[0], np.cumsum(-(-sizes // unit) * unit)])
         self.row_bytes = row_bytes
         self.first_row = (starts[:-1] // row_bytes).astype(np.int64)
         self._size = int(starts[-1])
+        # Private and without reserve: pages that nobody reads cost nothing, and those before the
+        # first payload read as the kernel's one page of zeros.
         self._base = _mmap(
             0, self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
         )
@@ -80,21 +86,26 @@ class Region:
                 "shard, then extract again."
             ) from None
         try:
+            # Touching a page beyond a file's end is SIGBUS, which kills the process: a file that
+            # was cut is refused here. One that shrinks later cannot be: committed files are
+            # replaced by renames and never cut, so what is mapped stays whole.
             actual = os.fstat(descriptor).st_size
             if actual != payload.file_size:
                 raise StoreError(
                     f"{path}: has {actual} bytes, not {payload.file_size}; the shard is damaged."
                 )
+            # MAP_FIXED replaces a part of the range that is reserved above, nothing else's.
             flags = mmap.MAP_SHARED | _MAP_FIXED
             if payload.size:
                 _mmap(self._base + start, payload.size, flags, descriptor, PAYLOAD_OFFSET)
         except OSError as error:
             raise StoreError(f"{path}: cannot be mapped ({error}).") from None
         finally:
-            os.close(descriptor)
+            os.close(descriptor)  # the mapping stays: thousands of shards would exhaust descriptors
 
     def rows(self) -> npt.NDArray[np.uint8]:
         """Return the whole range as uint8 [rows, row bytes]; valid until `close`."""
+        # No copy, and no reference that keeps the range: after `close` its addresses are not ours.
         buffer = (ctypes.c_uint8 * self._size).from_address(self._base)
         return np.ctypeslib.as_array(buffer).reshape(-1, self.row_bytes)
 
@@ -159,7 +170,7 @@ class MappedClips:
 
     def close(self) -> None:
         """Unmap the files."""
-        self._arrays.clear()
+        self._arrays.clear()  # first: these look into the regions
         for region in self._regions:
             region.close()
         self._regions.clear()

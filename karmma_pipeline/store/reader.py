@@ -1,26 +1,22 @@
 """Opens a complete store and gathers batches out of memory-mapped shards."""
 
 import os
-import threading
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import paths
-from karmma_pipeline.store.mapping import ClipLocations, MappedClips, Payload
-from karmma_pipeline.store.source import StoredTensor, gather_dense, parts_of
-from karmma_pipeline.store.spec import ModalitySpec
+from karmma_pipeline.store.mapping import ClipLocations, Payload
+from karmma_pipeline.store.source import MappedStore
 
 
-class FeatureStore:
+class FeatureStore(MappedStore):
     """A complete feature store, read-only. Pickles as its path.
 
     Attributes:
@@ -35,10 +31,11 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = Path(path)
         self._catalog = Catalog(self.path)
         self.spec, self.clip_ids = self._catalog.spec, self._catalog.clip_ids
-        self.modalities = self.spec.order
+        self.modalities, self.specs = self.spec.order, self.spec.modalities
         self.heads = dict(self.spec.heads)
         manifest = paths.read_manifest(self.path)
         self.digest: str = manifest["digest"]
@@ -53,8 +50,6 @@ class FeatureStore:
         self.labels: dict[str, npt.NDArray[np.int32]] = {
             head: self._catalog.labels(head) for head in self.heads
         }
-        self._rows: dict[str, MappedClips] = {}
-        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -77,21 +72,6 @@ class FeatureStore:
         """Group (such as the participant) of each clip [clips]."""
         return self._catalog.names("group")
 
-    @property
-    def specs(self) -> dict[str, ModalitySpec]:
-        """Modality to how its tokens look."""
-        return self.spec.modalities
-
-    @property
-    def provenance(self) -> dict[str, dict[str, Any]]:
-        """Modality to where its tokens come from."""
-        return {m: self.spec.modalities[m].provenance for m in self.modalities}
-
-    def shape(self, modality: str) -> tuple[int, int]:
-        """Return tokens N and width D of a modality."""
-        one = self.spec.modalities[modality]
-        return one.tokens, one.width
-
     def times(self, modality: str) -> npt.NDArray[np.float64]:
         """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
         frames = self.spec.modalities[modality].frames
@@ -107,27 +87,7 @@ class FeatureStore:
         seconds: npt.NDArray[np.float64] = self._catalog.column(column, "<f8")
         return seconds
 
-    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
-        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
-        return parts_of(self.spec.modalities[modality])
-
-    def gather(self, modality: str, index: Tensor) -> Tensor:
-        """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros.
-
-        The type is the store's, float32 where that is int8.
-        """
-        return gather_dense(self, modality, index)
-
-    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
-        """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
-        if modality not in self._rows:
-            with self._lock:
-                if modality not in self._rows:
-                    arrays = self.spec.modalities[modality].arrays
-                    self._rows[modality] = MappedClips(arrays, self.locations(modality))
-        self._rows[modality].gather(index, out)
-
-    def locations(self, modality: str) -> ClipLocations:
+    def locate(self, modality: str) -> ClipLocations:
         """Return where each clip's tokens of a modality lie."""
         one, size = self.spec.modalities[modality], self.spec.clips_per_shard
         shards = self._catalog.shards
@@ -150,9 +110,3 @@ class FeatureStore:
             for array in one.arrays
         }
         return ClipLocations(payloads, np.where(present, shard, -1), position)
-
-    def close(self) -> None:
-        """Unmap the shards."""
-        for rows in self._rows.values():
-            rows.close()
-        self._rows.clear()

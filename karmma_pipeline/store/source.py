@@ -1,6 +1,8 @@
 """What the loader and the trainings need of a store, whichever kind it is."""
 
-from collections.abc import Sequence
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from karmma_pipeline.store.mapping import ClipLocations, MappedClips
 from karmma_pipeline.store.spec import ModalitySpec
 
 
@@ -94,13 +97,67 @@ def dense(parts: Sequence[Tensor]) -> Tensor:
     return steps.float().mul_(scale.float())
 
 
-def empty_parts(source: TokenSource, modality: str, clips: int) -> tuple[Tensor, ...]:
+def empty_parts(
+    source: "TokenSource | MappedStore", modality: str, clips: int
+) -> tuple[Tensor, ...]:
     """Return new tensors for that many clips."""
     return tuple(torch.empty(clips, *p.shape, dtype=p.dtype) for p in source.parts(modality))
 
 
-def gather_dense(source: TokenSource, modality: str, index: Tensor) -> Tensor:
-    """Gather into new tensors and make numbers of them."""
-    parts = empty_parts(source, modality, len(index))
-    source.gather_parts(modality, index, parts)
-    return dense(parts)
+class MappedStore(ABC):
+    """What stores have in common whose clips are gathered out of mapped shard files.
+
+    Attributes:
+        modalities: names in canonical order.
+        specs: modality to how its tokens look.
+    """
+
+    modalities: tuple[str, ...]
+    specs: Mapping[str, ModalitySpec]
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, MappedClips] = {}
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def locate(self, modality: str) -> ClipLocations:
+        """Return where each clip's tokens of a modality lie."""
+
+    @property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Modality to where its tokens come from."""
+        return {m: self.specs[m].provenance for m in self.modalities}
+
+    def shape(self, modality: str) -> tuple[int, int]:
+        """Return tokens N and width D of a modality."""
+        return self.specs[modality].tokens, self.specs[modality].width
+
+    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
+        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
+        return parts_of(self.specs[modality])
+
+    def gather(self, modality: str, index: Tensor) -> Tensor:
+        """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros.
+
+        The type is the store's, float32 where that is int8.
+        """
+        parts = empty_parts(self, modality, len(index))
+        self.gather_parts(modality, index, parts)
+        return dense(parts)
+
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
+        if modality not in self._mapped:
+            # Threads of a loader come here at once. The second look, under the lock, keeps them
+            # from mapping the same files twice; the first spares every later batch the lock.
+            with self._lock:
+                if modality not in self._mapped:
+                    arrays = self.specs[modality].arrays
+                    self._mapped[modality] = MappedClips(arrays, self.locate(modality))
+        self._mapped[modality].gather(index, out)
+
+    def close(self) -> None:
+        """Unmap the shards."""
+        for clips in self._mapped.values():
+            clips.close()
+        self._mapped.clear()

@@ -25,6 +25,7 @@ def quantise(
     A token that is smaller than float16 can scale becomes zero.
     """
     values = np.asarray(tokens, np.float32)
+    # The scale is rounded to float16 before it divides: reading multiplies by just that one.
     scale = (np.abs(values).max(axis=-1, keepdims=True) / _STEPS).astype("<f2")
     divisor = np.where(scale == 0, np.float32(np.inf), scale.astype(np.float32))
     steps = np.clip(np.rint(values / divisor), -_STEPS, _STEPS)
@@ -131,6 +132,8 @@ class ModalitySpec(Recipe):
             return quantise(tokens)
         if self.dtype != "bfloat16":
             return (np.ascontiguousarray(tokens, _DISK[self.dtype]),)
+        # bfloat16 is the upper half of float32. Half of the last kept bit is added, less one where
+        # that bit is 0: round to nearest, ties to even. NaN never comes here.
         bits = np.ascontiguousarray(tokens, "<f4").view("<u4")
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return (np.ascontiguousarray(rounded.astype("<u2")),)

@@ -124,8 +124,12 @@ class ShardWriter:
             for m in self._order
             if self._given(clip_id, m, tokens, reasons)
         }
+        # A write that failed may have left half a clip in the spool; appending behind it would
+        # journal wrong bytes. So the writer refuses until a new one has recovered the spool.
         self._broken = True
         with files.disk_errors(self._journal_path):
+            # Tokens first, then the journal record with their checksum: no order of the writes to
+            # the disk (nothing is synced here) can make a record count without its tokens.
             for column, m in enumerate(self._order):
                 if m in encoded:
                     self._crc[self.next, column] = self._spool(m, encoded[m])
@@ -189,6 +193,9 @@ class ShardWriter:
             raise StoreError(
                 f"{self.root}: shard {self.shard} has {self.next} of {len(self.clip_ids)} clips."
             )
+        # The order is what makes a kill harmless: each file is whole, synced and renamed before the
+        # record that says that the shard exists; the spool goes last, and if it stays, the
+        # next `finalize` or `gc` removes it.
         present = dict(zip(self.spec.order, (self._reason == 0).sum(axis=0).tolist(), strict=True))
         crcs = [self._finish(m, array, present[m]) for m, array in self.spec.arrays]
         record = Record(self._reason, self._crc, self._times, np.array(crcs, np.uint32))
@@ -229,6 +236,8 @@ class ShardWriter:
 
     def _recover(self) -> None:
         size = len(self._entry(0)) if self.clip_ids else 4
+        # After a power cut files may end in zeros or lack their end, each for itself. What counts
+        # is the longest run of records whose checksum holds and whose tokens are there.
         journal = self._journal.read()
         ends = dict.fromkeys(self._payload, 0)
         while self.next < len(self.clip_ids):
@@ -236,6 +245,7 @@ class ShardWriter:
             if not self._replay(entry, ends):
                 break
             self.next += 1
+        # `_replay` fills the arrays before it can know that a later modality is cut.
         self._reason[self.next :], self._crc[self.next :] = 0, 0
         for m in self.spec.order:
             self._times[m][self.next :] = np.nan
@@ -286,7 +296,7 @@ def _largest(tokens: npt.NDArray[Any]) -> float:
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    left = memoryview(data)
+    left = memoryview(data)  # an unbuffered write may take only a part of it
     while left:
         left = left[file.write(left) :]
 
@@ -294,6 +304,8 @@ def _write(file: FileIO, data: bytes) -> None:
 def _lock(path: Path, shard: int) -> Path:
     """Take a shard's lock, which names its writer; that of a dead one is taken over."""
     job = os.environ.get("SLURM_JOB_ID", "-")
+    # A link of a file that is already written appears whole or not at all, on NFS too, where
+    # O_EXCL is not always; nobody ever reads a lock that is half written.
     mine = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
     mine.write_text(f"{socket.gethostname()} {os.getpid()} {job}")
     try:
@@ -311,6 +323,9 @@ def _is_stale(text: str) -> bool:
     host, pid, job = [*text.split(), "", "", "-"][:3]
     if not pid.isdecimal():  # damaged: nobody is known to hold it, and the journal is locked, too
         return True
+    # Slurm gives a requeued job its old number: the process that wrote the lock is gone. On this
+    # machine the process table tells; one's own number is of a container that was started anew.
+    # Of another machine nobody here can know: the lock holds, and the error names it.
     requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
     here = host == socket.gethostname()
     alive = psutil.pid_exists(int(pid)) and int(pid) != os.getpid()
@@ -336,6 +351,8 @@ def _taken(path: Path, shard: int, text: str) -> StoreError:
 
 def _hold(journal: FileIO, lock: Path, shard: int) -> None:
     """Lock the journal where the file system can: of two that take over at once one wins."""
+    # Two that find the same stale lock both replace it and both believe to hold it. The kernel's
+    # lock on the journal decides, and dies with its process; some network disks lack it.
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

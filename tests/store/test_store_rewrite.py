@@ -17,9 +17,9 @@ from karmma_pipeline.cli import main
 from karmma_pipeline.errors import StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store import FeatureStore, verify
-from karmma_pipeline.store.tools.archive import decompress
 from karmma_pipeline.store.tools.info import diff
 from karmma_pipeline.store.tools.rewrite import convert, merge, select
+from karmma_pipeline.store.tools.stage import decompress
 
 POOLED = {"token_grid": [2, 2, 2], "raw_grid": [4, 7, 7]}
 AS_IT_CAME = {"token_grid": None, "raw_grid": [2, 2, 2]}

@@ -132,6 +132,7 @@ def _clip_id(relative: str, *, alone: bool) -> str:
 
 def _drawn(dataset: FolderTree, relative: str) -> str:
     key = f"{dataset.seed}/{relative}".encode(errors="surrogateescape")
+    # A hash and no generator: a video keeps its split when others come or go.
     draw = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
     for split in _SPLITS:
         draw -= dataset.split.get(split, 0.0)  # type: ignore[call-overload]

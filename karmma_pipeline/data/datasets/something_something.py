@@ -174,6 +174,8 @@ def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:
 
 def _scan(path: Path) -> dict[str, BoxSource]:
     try:
+        # Gigabytes of JSON are searched through a mapping and never parsed: an index costs seconds
+        # and no memory, and each clip later reads its own entry alone.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             begins = [(m.group(1).decode(), m.start(), m.end()) for m in _ENTRY.finditer(data)]
             size = len(data)

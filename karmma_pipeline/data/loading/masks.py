@@ -25,6 +25,8 @@ ORDER = 2**32 + 1
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finish splitmix64: a bijection that scatters its input over all 64 bits."""
+    # Constants of splitmix64 (Steele et al. 2014); a seed's masks are part of what a run is, so
+    # none of them may ever change. Products wrap at 64 bits, which numpy does for arrays.
     x = x ^ (x >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -41,6 +43,8 @@ def clip_keys(clip_ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
     ids = np.ascontiguousarray(clip_ids, dtype=np.bytes_)
     letters = ids.view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
     keys = np.full(len(ids), _FNV_OFFSET, dtype=np.uint64)
+    # Byte by byte over all ids at once. Padding (0) is skipped and not hashed, so that a key does
+    # not depend on the longest id of the store; ids never hold a zero byte.
     for column in letters.T:
         keys = np.where(column == 0, keys, (keys ^ column) * np.uint64(_FNV_PRIME))
     return _mix(keys)
@@ -53,6 +57,7 @@ def draws(seed: int, epoch: int, keys: NDArray[np.uint64], stream: int) -> NDArr
 
 def _base(seed: int, epoch: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return what all streams of these clips and this epoch begin with."""
+    # An array of one and not a scalar: numpy warns when a scalar wraps.
     word = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch):
         word = _mix(word + np.uint64(part & _WORD) + np.uint64(_GOLDEN))
@@ -65,6 +70,7 @@ def _stream(base: NDArray[np.uint64], stream: int) -> NDArray[np.uint64]:
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Map words to [0, 1) with 53 bits."""
+    # A float64 holds 53 bits: all 64 could round to 1.0, which no comparison with p expects.
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -97,6 +103,7 @@ def modality_mask(
         raise ConfigError(f"modality_dropout={p}: a probability lies in 0..1.")
     if p == 0:
         return present.copy()
+    # A stream per column: adding a modality at the end leaves the draws of the others as they were.
     base = _base(seed, epoch, keys)
     mask = present.copy()
     for m in range(present.shape[1]):

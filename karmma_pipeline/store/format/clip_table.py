@@ -56,6 +56,6 @@ def map_column(root: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> npt
         actual = os.fstat(file.fileno()).st_size
         if actual != size:
             raise OSError(f"{path} has {actual} bytes, not {size}")
-        if size == 0:
+        if size == 0:  # an empty file cannot be mapped
             return np.zeros(shape, dtype)
         return np.memmap(file, dtype, "r", shape=shape)

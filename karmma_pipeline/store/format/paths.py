@@ -21,6 +21,8 @@ _OLDEST = 2
 PAYLOAD_OFFSET = 16_384
 """Where the tokens start in every shard file: after user block and HDF5 header."""
 
+# HDF5 keeps its headers in 4 to 16 KB behind the user block, whatever its version; the offset is
+# fixed, so that a reader needs no header and no hostile header can lead it elsewhere.
 USER_BLOCK = 4096
 _MAX_CHUNKS = (USER_BLOCK - 4) // 16
 _CHUNK_BYTES = 1 << 20
@@ -55,6 +57,7 @@ def spool_folder(root: Path, shard: int) -> Path:
 
 def chunk_rows(array: StoredArray, clips_per_shard: int) -> int:
     """Return the token rows of an inner chunk: about 1 MB, at most 255 chunks a shard."""
+    # A chunk per clip makes Zarr libraries slow, one per shard makes them read all for one clip.
     wanted = max(1, _CHUNK_BYTES // array.token_bytes)
     return max(
         min(wanted, clips_per_shard * array.tokens),
@@ -94,6 +97,8 @@ def open_name(root: str, name: str) -> int:
         StoreError: the path leads out of the store by a link, or is no regular file.
         OSError: it is not there.
     """
+    # NOFOLLOW refuses a link in place of the file, NONBLOCK keeps a pipe from waiting for a writer.
+    # Links among the folders above pass both, so the name of what was opened is read back.
     try:
         descriptor = os.open(
             f"{root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -79,6 +79,7 @@ def parse_record(path: Path, data: bytes, spec: StoreSpec, clips: int) -> Record
         own = tensors["self"].tolist()
     except (KeyError, SafetensorError) as error:
         raise _damaged(path, str(error)) from None
+    # Shapes before the checksum: a record that fits byte by byte may still be another store's.
     kinds = [t.dtype.name for t in (record.reason, record.crc32c, record.files)]
     fits = (
         kinds == ["uint8", "uint32", "uint32"]

@@ -34,6 +34,7 @@ def shard_index(array: StoredArray, clips_per_shard: int, clips: int) -> bytes:
     """Return the Zarr shard index: (offset, nbytes) per inner chunk, then its crc32c."""
     rows = chunk_rows(array, clips_per_shard)
     size = rows * array.token_bytes
+    # Chunks behind the last present clip are "empty" by the standard (all ones), not stored.
     index = np.full((capacity_rows(array, clips_per_shard) // rows, 2), _EMPTY, "<u8")
     used = file_rows(array, clips_per_shard, clips) // rows
     index[:used, 0] = PAYLOAD_OFFSET + size * np.arange(used, dtype=np.uint64)
@@ -54,6 +55,9 @@ def create_shard_file(path: Path, array: StoredArray, clips_per_shard: int, clip
         locking=False,
     ) as file:
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        # Contiguous and unfiltered, or the tokens could not be mapped. Allocated early and not
+        # filled: the writer copies the tokens in behind HDF5's back. No times: equal stores
+        # must be equal bytes.
         plan.set_layout(h5py.h5d.CONTIGUOUS)
         plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -65,6 +69,7 @@ def create_shard_file(path: Path, array: StoredArray, clips_per_shard: int, clip
         offset = dataset.get_offset()
     if offset != PAYLOAD_OFFSET:
         raise RuntimeError(f"HDF5 put the tokens at {offset}, the format wants {PAYLOAD_OFFSET}")
+    # The user block is written last and past HDF5, which neither reads nor checks it.
     with path.open("r+b") as raw:
         raw.write(shard_index(array, clips_per_shard, clips))
 

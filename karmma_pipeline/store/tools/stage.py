@@ -1,6 +1,12 @@
-"""Copies of stores near the processor: on a node's own disk, or in its memory."""
+"""Copies of stores: staged on a node's own disk or in its memory, and unpacked ones.
+
+Older programs packed stores: the same tree, each file as zstd frames of at most 4 MB, which
+``zstd -d`` reads too. Such archives are read here and no longer written: ``tar --zstd`` packs a
+store as well, and every system has it.
+"""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from karmma_pipeline import files
@@ -73,6 +80,7 @@ def _refuse_strangers(place: Path) -> None:
 def _make(store: Path, place: Path, stop: StopFlag) -> None:
     """Copy what is missing and verify all; what was there and is damaged is copied once more."""
     used_again = _copy(store, place, stop)
+    # States first: a file that changes while it is verified then differs from what is noted.
     states, damages = _states(place), verify(place, stop)
     if damages and used_again:
         forget(place)
@@ -132,6 +140,7 @@ def _sizes(store: Path) -> dict[str, int]:
             relative = str(path.relative_to(store))
             if relative not in foreign:
                 sizes[relative] = path.stat().st_size
+    # The manifest last: a copy without it is no store, wherever the copying was killed.
     sizes[paths.MANIFEST] = sizes.pop(paths.MANIFEST)
     return sizes
 
@@ -187,5 +196,74 @@ def check_space(folder: Path, size: int, inodes: int) -> None:
 def _alone(path: Path) -> Iterator[None]:
     """Let one process at a time work; the kernel frees the lock of one that dies."""
     with path.open("w") as file:
+        # The file is never removed: whoever waits for it would hold the lock of a file that the
+        # next one does not find.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+LIST = "archive.json"
+_FRAME = 4 << 20
+_SKIP = b"\x50\x2a\x4d\x18\x04\x00\x00\x00"
+"""A skippable zstd frame of four bytes, which hold the length of the next frame."""
+
+
+def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
+    """Write the store that an archive was made of; every byte is checked.
+
+    Raises:
+        StoreError: the archive is damaged, or there is not the space.
+        StoppedError: a stop was asked for; run again to go on.
+    """
+    stop = stop or StopFlag()
+    try:
+        listed = paths.read_json(archive, archive / LIST)["files"]
+        sizes = {name: int(one["bytes"]) for name, one in listed.items()}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{archive / LIST}: no archive, or damaged ({error}).") from None
+    for name in sizes:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise StoreError(f"{archive / LIST}: {name!r} leads out of the store.")
+    out.mkdir(parents=True, exist_ok=True)
+    check_space(out, sum(sizes.values()), 4 * len(sizes))
+    for name, size in progress_bar(sizes.items(), "decompress", unit="file"):
+        stop.check("the files that are there are kept")
+        target = out / name
+        if not (target.is_file() and files.sha256(target) == listed[name]["sha256"]):
+            _decompress_file(archive, archive / f"{name}.zst", target, size, listed[name]["sha256"])
+
+
+def is_archive(folder: Path) -> bool:
+    """Tell whether a folder is a compressed copy."""
+    return (folder / LIST).is_file()
+
+
+def _decompress_file(archive: Path, source: Path, target: Path, size: int, sha: str) -> None:
+    digest, left = hashlib.sha256(), size
+    with (
+        os.fdopen(paths.open_inside(archive, source), "rb") as file,
+        files.replacing(target) as temporary,
+        temporary.open("wb") as out,
+    ):
+        while head := file.read(len(_SKIP) + 4):
+            length = int.from_bytes(head[-4:], "little")
+            if head[:-4] != _SKIP or length > 2 * _FRAME:
+                raise StoreError(f"{source}: the archive is damaged.")
+            data = _decode(file.read(length), min(_FRAME, left), source)
+            digest.update(data)
+            left -= len(data)
+            out.write(data)
+        if left or digest.hexdigest() != sha:
+            raise StoreError(f"{source}: the archive is damaged; nothing was written.")
+
+
+def _decode(frame: bytes, size: int, source: Path) -> bytes:
+    """Decode a frame that must hold ``size`` bytes, whatever size it claims."""
+    # Of zarr's own requirements: no reason for one more of ours, and only old archives need it.
+    from numcodecs import Zstd
+
+    try:
+        # The size in a frame's header may lie; into a buffer of ours no more than fits is written.
+        return bytes(Zstd().decode(frame, np.zeros(size, np.uint8)))
+    except (RuntimeError, ValueError) as error:
+        raise StoreError(f"{source}: the archive is damaged ({error}).") from None
