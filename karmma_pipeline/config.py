@@ -5,15 +5,17 @@ is also the comment that ``karmma init`` writes beside it.
 """
 
 import difflib
+import logging
 import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -26,8 +28,19 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    OLD_KEYS: typing.ClassVar[dict[str, str]] = {}
+    """Keys of older versions that no longer mean anything, and what to do instead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_old_keys(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key not in cls.OLD_KEYS}
+
 
 R = typing.TypeVar("R", bound=Recipe)
+_logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,6 +117,8 @@ def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[
     """Make a recipe from plain data; ``where`` opens every error message."""
     for override in overrides:
         _apply(tree, override)
+    for key in model.OLD_KEYS.keys() & tree.keys():
+        _logger.warning("%s: %s: %s", where, key, model.OLD_KEYS[key])
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -201,6 +216,17 @@ def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; loading it gives the same recipe."""
     tree = recipe.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def saved_tree(model: type[Recipe], path: Path) -> Any:
+    """Return a saved recipe as plain data with today's keys: what a version before lacked or named.
+
+    A recipe that this version cannot read comes back as it stands in the file.
+    """
+    tree = parse_yaml(path.read_text(), str(path))
+    with suppress(ValidationError):
+        return parse_yaml(dump(model.model_validate(tree)), str(path))
+    return tree
 
 
 def save(recipe: Recipe, path: Path) -> None:

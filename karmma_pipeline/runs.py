@@ -98,7 +98,7 @@ class RunFolder:
 
 
 def _check_same(path: Path, there: Path, recipe: Recipe, free: Collection[str]) -> None:
-    found = _without(config.parse_yaml(there.read_text(), str(there)), free)
+    found = _without(config.saved_tree(type(recipe), there), free)
     wanted = _without(config.parse_yaml(config.dump(recipe), "recipe"), free)
     if found != wanted:
         raise ConfigError(

@@ -51,7 +51,7 @@ def same_recipe(folder: Path, recipe: Recipe) -> bool:
     path = folder / "recipe.yaml"
     if not path.is_file():
         return False
-    found = config.parse_yaml(path.read_text(), str(path))
+    found = config.saved_tree(type(recipe), path)
     return bool(found == config.parse_yaml(config.dump(recipe), "recipe"))
 
 

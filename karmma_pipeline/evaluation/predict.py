@@ -14,8 +14,9 @@ import torch
 from safetensors.numpy import save
 
 from karmma_pipeline import files
+from karmma_pipeline.data.loading.clips import clips_of_split, predict_subsets
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
+from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
@@ -63,28 +64,26 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     """Run a saved model over the split, once per subset of its modalities.
 
     Raises:
-        StoreError: none of the stores is the one that the run was trained on.
+        StoreError: none of the stores is the one that the run was trained on, or a clip has tokens
+            that are NaN or infinite.
         ManifestError: the split is empty.
     """
     folder = run / recipe.checkpoint
     model, card = load_model(folder if folder.is_dir() else run)
     store = _matching(card, run, recipe.stores)
-    clips = _clips(store, recipe.split)
+    clips = clips_of_split(store, recipe.split, recipe.exclude)
     model = model.to(device)
     chosen = subsets(store.modalities)
     loader = FeatureLoader(store, clips, recipe.batch_size)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
-    for batch in progress_bar(loader.epoch(0), f"evaluate {name}", total=len(loader), unit="batch"):
-        stop.check("nothing of this evaluation is kept")
-        tokens = batch.tokens_on(device)
-        parts = []
-        for subset in chosen:
-            mask = batch.present & torch.tensor([m in subset for m in store.modalities])
-            with torch.inference_mode():
-                parts.append({h: v.float().cpu().numpy() for h, v in model(tokens, mask).items()})
+    batches = predict_subsets(
+        model, loader, chosen, device, lambda: stop.check("nothing of this evaluation is kept")
+    )
+    bar = progress_bar(batches, f"evaluate {name}", total=len(loader), unit="batch")
+    for _, answers in bar:
         for head, rows in outputs.items():
-            rows.append(np.stack([part[head] for part in parts]))
+            rows.append(np.stack([logits[head].numpy() for _, logits in answers]))
     return Predictions(
         name,
         card,
@@ -134,14 +133,6 @@ def _has_all(card: ModelCard, store: TokenSource) -> bool:
 
 def _within(some: Mapping[str, object], every: Mapping[str, object]) -> bool:
     return all(every.get(name) == value for name, value in some.items())
-
-
-def _clips(store: TokenSource, split: str) -> npt.NDArray[np.int64]:
-    chosen = store.split == split if split else np.ones(len(store), bool)
-    if not chosen.any():
-        known = ", ".join(sorted(set(store.split.tolist())))
-        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
-    return np.flatnonzero(chosen)
 
 
 def align(runs: list[Predictions]) -> list[Predictions]:

@@ -71,6 +71,9 @@ class EvaluateRecipe(Recipe):
         "", description="Name of the data in titles; default: the store's folder."
     )
     split: str = Field("val", description="Split to evaluate; empty: every clip.")
+    exclude: Path | None = Field(
+        None, description="Text file with one clip id per line: clips that are left out."
+    )
     official_clips: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Size of the official split (EPIC-KITCHENS-100 val: 9668), to print."
     )

@@ -73,8 +73,15 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> Data:
         heads=heads,
         class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
         constant=_majority_class(run, counts),
-        notes=() if any(c.any() for c in counts.values()) else (_NO_LABELS,),
+        notes=tuple(_notes(recipe, any(c.any() for c in counts.values()))),
     )
+
+
+def _notes(recipe: EvaluateRecipe, any_label: bool) -> Iterator[str]:
+    if not any_label:
+        yield _NO_LABELS
+    if recipe.exclude is not None:
+        yield f"The clips that {recipe.exclude} lists are left out."
 
 
 def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:

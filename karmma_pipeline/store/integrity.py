@@ -24,6 +24,13 @@ from karmma_pipeline.store.writer import lock_holder
 
 _PIECE = 4 << 20
 
+_EXPONENTS = {
+    "float16": ("<u2", 0x7C00),
+    "bfloat16": ("<u2", 0x7F80),
+    "float32": ("<u4", 0x7F800000),
+}
+"""Types on disk: as what unsigned number their bits are read, and the bits of the exponent."""
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -156,6 +163,9 @@ def _check_array(
         if crc == checksum:
             faults = shard_faults(path, array, paths.file_rows(array, size, len(present)))
             yield from (Damage(shard, m, fault, every) for fault in faults)
+            bad = [every[i] for i in _non_finite(file, catalog, m, array, len(every))]
+            if bad:
+                yield Damage(shard, m, "NaN or infinity in the tokens", tuple(bad))
             return
         file.seek(0)
         head = file.read(paths.PAYLOAD_OFFSET)
@@ -163,6 +173,25 @@ def _check_array(
         yield from _locate(catalog, shard, record, column, array, head)
     except FileNotFoundError:  # the array beside it, reported by itself
         yield Damage(shard, m, "bytes have changed", every)
+
+
+def _non_finite(
+    file: BufferedReader, catalog: Catalog, modality: str, array: StoredArray, clips: int
+) -> Iterator[int]:
+    """Yield which of the stored clips hold a number that is NaN or infinite.
+
+    Both have all bits of the exponent set, which is far quicker to look for than to make
+    numbers of what is stored. Our writer refuses them; other programs and copies need not.
+    """
+    dtype = "float16" if array.name == "scale" else catalog.spec.modalities[modality].dtype
+    if dtype not in _EXPONENTS:
+        return
+    word, exponent = _EXPONENTS[dtype]
+    file.seek(paths.PAYLOAD_OFFSET)
+    for number in range(clips):
+        bits = np.frombuffer(file.read(array.clip_bytes), word)
+        if int((bits & bits.dtype.type(exponent)).max(initial=0)) == exponent:
+            yield number
 
 
 def _locate(

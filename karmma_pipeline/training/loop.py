@@ -4,7 +4,7 @@ import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from karmma_pipeline import files
+from karmma_pipeline.data.loading.clips import ClipModality, non_finite, non_finite_error
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import draws
 from karmma_pipeline.errors import KarmmaError
@@ -32,7 +33,7 @@ from karmma_pipeline.training.progress import (
 )
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import TrainRecipe
-from karmma_pipeline.training.screen import Found, Screen
+from karmma_pipeline.training.standardization import NEW_FOLDER
 from karmma_pipeline.training.state import save_state
 from karmma_pipeline.training.tensorboard_writer import TensorboardWriter
 from karmma_pipeline.training.validate import validate
@@ -76,8 +77,6 @@ class Trainer:
         self.progress = TrainingProgress()
         if state:
             self._restore(state)
-        known = (state or {}).get("bad", [])
-        self.screen = Screen(setup.store, recipe.seed, recipe.modality_dropout, known)
         self.saved_at = time.monotonic()
 
     def fit(self, objective: Objective, stop: StopFlag) -> TrainReport:
@@ -85,7 +84,8 @@ class Trainer:
 
         Raises:
             StoppedError: a stop was asked for; the state is saved.
-            KarmmaError: the loss is not finite, or too many clips are bad; they are named.
+            StoreError: clips have tokens that are NaN or infinite; they are named.
+            KarmmaError: the loss is not finite though the tokens are.
         """
         setup, progress = self.setup, self.progress
         setup.run.write_metrics(progress.history)
@@ -110,8 +110,7 @@ class Trainer:
     ) -> None:
         progress = self.progress
         self.model.train()
-        for loaded in timer.timed(self.setup.train.epoch(progress.epoch, progress.batch)):
-            batch = self.screen.apply(loaded, progress.epoch)
+        for batch in timer.timed(self.setup.train.epoch(progress.epoch, progress.batch)):
             stopping, counts = self.setup.ranks.agree_to_stop(stop, objective.counts(batch))
             if stopping:
                 self._save()
@@ -128,10 +127,8 @@ class Trainer:
     def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
         """Move the weights by one batch; nothing that is not finite ever reaches them."""
         loss, norm = self._find_gradient(objective, batch, counts)
-        while not (math.isfinite(loss) and math.isfinite(norm)):
-            batch = self._without_bad(batch, loss, norm)
-            counts = self.setup.ranks.sum(objective.counts(batch))
-            loss, norm = self._find_gradient(objective, batch, counts)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._refuse(batch, loss, norm)
         self.optimiser.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
@@ -163,32 +160,18 @@ class Trainer:
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
         self.gradient.zero()
 
-    def _without_bad(self, batch: Batch, loss: float, norm: float) -> Batch:
-        """Return the batch without the features that are not finite, or say what is wrong."""
-        if not self._report_bad(self.screen.find(batch)):
-            raise KarmmaError(self._diverged(batch, loss, norm))
-        return self.screen.apply(batch, self.progress.epoch)
+    def _refuse(self, batch: Batch, loss: float, norm: float) -> NoReturn:
+        """Say which clips made a step that is not finite, or that the weights diverge.
 
-    def _report_bad(self, mine: Found) -> int:
-        """Report newly found bad features of any rank; return how many there are.
-
-        Raises:
-            KarmmaError: there are more bad clips than the recipe allows.
+        Loss and norm are sums over all ranks, so every rank is here, and all leave together.
         """
-        setup, allowed = self.setup, self.setup.recipe.bad_clips
-        found = {mark: place for of in setup.ranks.gather(mine) for mark, place in of.items()}
-        self.screen.add(found)
-        for clip, modality in found:
-            setup.run.note(f"{clip}: its {modality} features are NaN or infinite; taken as absent")
-        bad = sorted({clip for clip, _ in self.screen.marks})
-        if found and len(bad) > allowed:
-            raise KarmmaError(
-                f"{setup.store.path}: {len(bad)} clips have features that are NaN or infinite, "
-                f"bad_clips={allowed} allows fewer: {', '.join(bad[:20])}"
-                f"{', ... (all are in log.txt)' if len(bad) > 20 else ''}; extract them again or "
-                "raise bad_clips."
-            )
-        return len(found)
+        self._refuse_clips(non_finite(self.setup.store, batch))
+        raise KarmmaError(self._diverged(batch, loss, norm))
+
+    def _refuse_clips(self, mine: list[ClipModality]) -> None:
+        bad = [one for of_rank in self.setup.ranks.gather(mine) for one in of_rank]
+        if bad:
+            raise non_finite_error(self.setup.store, bad, NEW_FOLDER)
 
     def _diverged(self, batch: Batch, loss: float, norm: float) -> str:
         with torch.no_grad():
@@ -224,10 +207,8 @@ class Trainer:
 
     def _close_epoch(self, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, float]:
         setup, model = self.setup, self._eval_model.eval()
-        values, bad = validate(
-            lambda b: self._logits(model, b), setup.val, self.screen, setup.ranks
-        )
-        self._report_bad(bad)
+        values, bad = validate(lambda b: self._logits(model, b), setup.val, setup.ranks)
+        self._refuse_clips(bad)
         if not math.isfinite(values["loss"]):
             raise KarmmaError(
                 f"{setup.run.path}: the validation loss is {values['loss']} after epoch "
@@ -269,7 +250,6 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "progress": dict(vars(self.progress)),
             "sources": self.setup.sources,
-            "bad": [list(mark) for mark in self.screen.marks],
         }
         save_state(self.setup.run.path / "state", self._step_number(), state)
 

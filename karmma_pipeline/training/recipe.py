@@ -1,7 +1,7 @@
 """The recipes of training. What the paper does not publish is a default of ours, marked (ours)."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -34,12 +34,20 @@ def _out(example: str) -> Any:
 class TrainRecipe(Recipe):
     """What all trainings share."""
 
+    OLD_KEYS: ClassVar[dict[str, str]] = {
+        "bad_clips": "has no effect any more and can go: clips with NaN or infinite tokens stop a "
+        "training, which names them and says what to do",
+    }
+
     store: Path | tuple[Path, ...] = _store("features/student")
     loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
     out: Path = _out("runs/student")
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
     train_split: str = Field("train", description="Clips to learn from.")
     val_split: str = Field("val", description="Clips that choose the best epoch.")
+    exclude: Path | None = Field(
+        None, description="Text file with one clip id per line: clips of both splits left out."
+    )
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
@@ -82,12 +90,6 @@ class TrainRecipe(Recipe):
     )
     standardise: bool = Field(
         True, description="Scale features by mean and deviation over the training clips."
-    )
-    bad_clips: int = Field(
-        8,
-        ge=0,
-        description="How many clips may have features that are not finite; such a modality\n"
-        "counts as absent and is named in log.txt. One more stops the run.",
     )
     save_every_s: float = Field(
         300.0,

@@ -1,5 +1,6 @@
 """The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
+import hashlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from karmma_pipeline.data.loading.clips import clips_of_split, excluded_ids
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.loading.masks import clip_keys
 from karmma_pipeline.data.loading.open import open_source
@@ -121,21 +123,26 @@ def _train(
     stop: StopFlag,
 ) -> TrainReport:
     store = open_source(recipe.store, recipe.loader, device, stop)
-    train, val = (_clips(store, split) for split in (recipe.train_split, recipe.val_split))
+    train, val = (_clips(recipe, store, name) for name in (recipe.train_split, recipe.val_split))
     caches = _teacher_caches(recipe, store, train)
     sources = {"store": store.digest}
     sources |= {f"teacher {cache.teacher.parent}": cache.digest for cache in caches}
+    if recipe.exclude is not None:  # its content decides, as that of a store does
+        ids = excluded_ids(store, recipe.exclude)
+        sources[f"exclude {recipe.exclude}"] = hashlib.sha256(ids.tobytes()).hexdigest()
     if state is not None:
         _check_sources(recipe, state, sources)
+    if recipe.exclude is not None:
+        run.note(f"exclude: the clips that {recipe.exclude} lists are left out")
     run.note(f"{'resuming' if state else 'starting'}: {ranks.size} x {device}, {store.path}")
     for name, clips in ((recipe.train_split, train), (recipe.val_split, val)):
-        run.note(f"{name}: {describe(store, name, clips)}")
+        every = clips_of_split(store, name, recipe.exclude)
+        run.note(f"{name}: {describe(store, every, clips)}")
     card = _card(recipe, kind, store)
     torch.manual_seed(recipe.seed)
     model = card.build()
     if recipe.standardise and state is None:
-        for clip in standardise(model, store, train):
-            run.log(f"{clip}: NaN or infinite, does not count for the standardization")
+        standardise(model, store, train)
     loaders = _loaders(recipe, store, train, val, device, ranks)
     setup = TrainingSetup(recipe, run, store, model, card, *loaders, device, ranks, sources)
     labels = LabelObjective(tuple(store.heads), recipe.label_smoothing)
@@ -222,13 +229,10 @@ def _distillation(
     )
 
 
-def _clips(store: TokenSource, split: str) -> np.ndarray:
+def _clips(recipe: TrainRecipe, store: TokenSource, split: str) -> np.ndarray:
     """Return the clips of a split that have at least one modality."""
-    in_split = store.split == split
-    if not in_split.any():
-        known = ", ".join(sorted(set(store.split.tolist()))) or "none"
-        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
-    clips = np.flatnonzero(in_split & store.present.any(axis=1))
+    clips = clips_of_split(store, split, recipe.exclude)
+    clips = clips[store.present[clips].any(axis=1)]
     if not len(clips):
         raise ManifestError(
             f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
@@ -237,9 +241,9 @@ def _clips(store: TokenSource, split: str) -> np.ndarray:
     return clips
 
 
-def describe(store: TokenSource, split: str, clips: np.ndarray) -> str:
-    """Say how many clips of a split have what, and why the others do not."""
-    reasons = np.asarray(store.reasons)[store.split == split]
+def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
+    """Say how many clips have what, and why the others do not; ``clips`` have anything at all."""
+    reasons = np.asarray(store.reasons)[every]
     parts = []
     for column, modality in enumerate(store.modalities):
         counts = Counter(reasons[:, column].tolist())

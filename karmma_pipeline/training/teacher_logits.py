@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from karmma_pipeline import files
+from karmma_pipeline.data.loading.clips import predict_subsets
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, StoreError
 from karmma_pipeline.jobs import StopFlag
@@ -29,7 +30,6 @@ from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined
 from karmma_pipeline.training import state
 from karmma_pipeline.training.ranks import Ranks
-from karmma_pipeline.training.screen import finite
 
 CHUNK = 1024
 """Clips of a file."""
@@ -200,7 +200,6 @@ class TeacherLogitsCache:
             state.write_checksummed(_chunk(folder, chunk), save(tensors))
 
 
-@torch.inference_mode()
 def _ask(
     model: torch.nn.Module,
     store: TokenSource,
@@ -208,24 +207,23 @@ def _ask(
     modalities: tuple[str, ...],
     heads: dict[str, int],
 ) -> dict[str, Tensor]:
-    """Return logits [clips, 2^M, C] and valid [clips, 2^M]; features that are NaN are absent."""
+    """Return logits [clips, 2^M, C] and valid [clips, 2^M] for every mask of the modalities."""
+    masks = 2 ** len(modalities)
+    logits = torch.zeros(len(places), masks, sum(heads.values()), dtype=torch.float16)
+    valid = torch.zeros(len(places), masks, dtype=torch.bool)
+    chosen = subsets(modalities)
+    numbers = [sum(1 << i for i, m in enumerate(modalities) if m in subset) for subset in chosen]
     device = next(model.parameters()).device
-    logits = torch.zeros(
-        len(places), 2 ** len(modalities), sum(heads.values()), dtype=torch.float16
-    )
-    valid = torch.zeros(len(places), 2 ** len(modalities), dtype=torch.bool)
     done = 0
-    for batch in FeatureLoader(store, places, _BATCH).epoch(0):
-        tokens = batch.tokens_on(device)
-        present = batch.present & finite(tokens)
+    for batch, answers in predict_subsets(
+        model, FeatureLoader(store, places, _BATCH), chosen, device
+    ):
         rows = slice(done, done + len(batch.clip_index))
-        for subset in subsets(modalities):
-            number = sum(1 << i for i, m in enumerate(modalities) if m in subset)
-            mask = present & torch.tensor([m in subset for m in store.modalities])
-            out = torch.cat([scores.cpu() for scores in model(tokens, mask).values()], dim=1)
-            seen = mask.any(dim=1)
-            logits[rows, number] = torch.where(seen[:, None], out, 0).half()
-            valid[rows, number] = seen
+        for number, (mask, of) in zip(numbers, answers, strict=True):
+            here = mask.any(dim=1)
+            out = torch.cat([of[head] for head in heads], dim=1)
+            logits[rows, number] = torch.where(here[:, None], out, 0).half()
+            valid[rows, number] = here
         done = rows.stop
     if not bool(logits.isfinite().all()):
         raise CheckpointError(

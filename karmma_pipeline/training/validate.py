@@ -6,56 +6,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from karmma_pipeline.data.loading.clips import ClipModality, all_finite, non_finite
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.metrics import action_correct, topk_correct
 from karmma_pipeline.training.objective import UNKNOWN, cross_entropy
 from karmma_pipeline.training.ranks import Ranks
-from karmma_pipeline.training.screen import Found, Screen
 
 Predict = Callable[[Batch], dict[str, Tensor]]
 
 
 @torch.inference_mode()
 def validate(
-    predict: Predict, loader: FeatureLoader, screen: Screen, ranks: Ranks
-) -> tuple[dict[str, float], Found]:
-    """Return loss and top-1 in percent per head and of the action, and clips found bad.
+    predict: Predict, loader: FeatureLoader, ranks: Ranks
+) -> tuple[dict[str, float], list[ClipModality]]:
+    """Return loss and top-1 in percent per head and of the action, and this rank's bad clips.
 
     Ranks share the clips of the loader, and only counts are summed, so that no clip is
-    counted twice whatever the number of ranks. Infinite or NaN features count as absent.
+    counted twice whatever the number of ranks. With logits that are not finite the loss is NaN,
+    also where no label is known.
     """
     heads = tuple(loader.store.labels)
     totals = torch.zeros(3, len(heads) + 1, dtype=torch.float64)  # right, known, loss
-    found: Found = {}
-    for loaded in loader.epoch(0):
-        if not len(loaded.clip_index):
+    bad: list[ClipModality] = []
+    for batch in loader.epoch(0):
+        if not len(batch.clip_index):
             continue
-        batch = screen.apply(loaded, 0, training=False)
-        logits = predict(batch)
-        if not all(bool(scores.isfinite().all()) for scores in logits.values()):
-            bad = screen.find(batch)
-            screen.add(bad)
-            found |= bad
-            batch = screen.apply(loaded, 0, training=False)
-            logits = predict(batch)
+        logits = {head: of.float().cpu() for head, of in predict(batch).items()}
+        if not all_finite(logits):
+            # Not raised here: the other ranks would wait in vain for this one's counts.
+            bad += non_finite(loader.store, batch)
+            totals[2] = torch.nan
         totals += _count(logits, batch, heads)
     right, known, loss = ranks.sum(totals)
     shares = (100 * right / known.clamp(min=1)).tolist()
     mean_loss = float((loss[:-1] / known[:-1].clamp(min=1)).mean())
     names = [f"{head}_top1" for head in (*heads, "action")]
-    return {"loss": mean_loss, **dict(zip(names, shares, strict=True))}, found
+    return {"loss": mean_loss, **dict(zip(names, shares, strict=True))}, bad
 
 
 def _count(logits: dict[str, Tensor], batch: Batch, heads: tuple[str, ...]) -> Tensor:
-    outputs = {h: logits[h].float().cpu() for h in heads}
-    scores = {h: of.numpy() for h, of in outputs.items()}
+    scores = {h: logits[h].numpy() for h in heads}
     truth = {h: batch.labels[h].numpy() for h in heads}
     known = [truth[h] != UNKNOWN for h in heads]
     right = [topk_correct(scores[h], truth[h], 1) for h in heads]
     known.append(np.logical_and.reduce(known))
     right.append(action_correct(scores, truth, 1))
     one = torch.ones(1, dtype=torch.float64)
-    loss = [float(cross_entropy({h: outputs[h]}, batch.labels, counts=one)) for h in heads]
+    loss = [float(cross_entropy({h: logits[h]}, batch.labels, counts=one)) for h in heads]
     rows = [
         [float((r & k).sum()) for r, k in zip(right, known, strict=True)],
         [float(k.sum()) for k in known],

@@ -1,7 +1,8 @@
 """A store of synthetic tokens from which verb and noun can be learned, written in a moment."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,14 @@ def write_store(
     heads: dict[str, tuple[str, ...]] | None = None,
     label: int | None = None,
     absent: Collection[tuple[str, str]] = (),
+    non_finite: Mapping[tuple[str, str], float] | None = None,
     dtype: Dtype = "float16",
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
 
-    ``absent``: clips and modalities that the store calls BAD_VALUE. With ``heads`` and ``label``
-    every clip has that label of other heads, seen in nothing.
+    ``absent``: clips and modalities that the store calls BAD_VALUE. ``non_finite``: those whose
+    tokens are this value, with checksums that fit, as another program could write them.
+    With ``heads`` and ``label`` every clip has that label of other heads, seen in nothing.
     """
     spec = StoreSpec(
         modalities={
@@ -69,7 +72,7 @@ def write_store(
                 i = int(clip_id[1:])
                 verb, noun = codes[0, i % VERBS], codes[1, i // VERBS % NOUNS]
                 means = {"rgb": verb + noun, "flow": verb, "audio": noun}
-                tokens = {
+                tokens: dict[str, Any] = {
                     m: means[m] + noise * rng.normal(size=(s.tokens, width))
                     for m, s in spec.modalities.items()
                 }
@@ -81,6 +84,10 @@ def write_store(
                     if clip == clip_id:
                         del tokens[modality]
                         reasons[modality] = Reason.BAD_VALUE
+                for (clip, modality), value in (non_finite or {}).items():
+                    if clip == clip_id:  # what is encoded already is copied as it is
+                        spoilt = np.full_like(tokens[modality], value)
+                        tokens[modality] = spec.modalities[modality].encode(spoilt)
                 writer.append(clip_id, tokens, reasons, {})
             writer.commit()
     finalize(root)

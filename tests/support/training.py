@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from support import forks
 
@@ -20,7 +19,6 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
-from karmma_pipeline.training.screen import finite
 
 SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
 
@@ -54,7 +52,7 @@ def says(run: Path, root: Path) -> torch.Tensor:
     index = torch.arange(len(store))
     with torch.inference_mode():
         tokens = {m: store.gather(m, index) for m in store.modalities}
-        out = model(tokens, torch.from_numpy(store.present) & finite(tokens))
+        out = model(tokens, torch.from_numpy(store.present))
     return torch.cat(list(out.values()), dim=1)
 
 
@@ -97,20 +95,6 @@ class StopAt(StopFlag):
         if self.looks == 0:
             self.request()
         return super().requested
-
-
-def poison(root: Path, clip_id: str, modality: str, value: float = float("nan")) -> None:
-    """Overwrite a clip's features where they lie in the store's shard."""
-    store = FeatureStore.open(root)
-    place = store.clip_ids.tolist().index(clip_id.encode())
-    tokens = store.gather(modality, torch.tensor([place])).numpy()
-    store.close()
-    old, new = tokens.tobytes(), np.full_like(tokens, value).tobytes()
-    for path in root.rglob("*"):
-        if path.is_file() and old in (data := path.read_bytes()):
-            path.write_bytes(data.replace(old, new))
-            return
-    raise AssertionError(f"{clip_id} {modality} is in no file of {root}")
 
 
 def exit_code(train: Callable[[StopFlag], object]) -> int:

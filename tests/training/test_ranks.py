@@ -15,7 +15,6 @@ from support.training import (
     SignalAt,
     fork_ranks,
     karmma,
-    poison,
     results,
     says,
     student_recipe,
@@ -37,7 +36,6 @@ def losses(folder: Path) -> np.ndarray:
 
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s")
-    poison(store, "c001", "rgb")
     train_teacher(teacher_recipe(store, tmp_path / "teacher", epochs=1))
     recipes = {
         n: student_recipe(store, tmp_path / "teacher", tmp_path / n, epochs=2, **UNEVEN)
@@ -53,7 +51,6 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
     assert out.count("best epoch") == 1
     assert err.count("epoch 1/2") == 1
-    assert (tmp_path / "two/log.txt").read_text().count("c001: its rgb features") == 1
 
 
 def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(

@@ -1,0 +1,157 @@
+"""Which clips of a store are used, what a network answers for them, and what cannot be used.
+
+B clips in a batch, M modalities, N tokens, D width, C classes of a head.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.errors import CheckpointError, ConfigError, ManifestError, StoreError
+from karmma_pipeline.store.source import TokenSource
+
+ClipModality = tuple[str, str]
+"""Clip id and modality."""
+
+_MOST_NAMED = 20
+
+
+def clips_of_split(
+    store: TokenSource, split: str, exclude: Path | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the clips of a split, but those whose ids stand in a file.
+
+    Args:
+        store: where clips lie.
+        split: empty: every clip.
+        exclude: text file with one clip id per line.
+
+    Raises:
+        ManifestError: no clip is left.
+        ConfigError: the file cannot be read, or names a clip that the store does not have.
+    """
+    chosen = store.split == split if split else np.ones(len(store), bool)
+    if not chosen.any():
+        known = ", ".join(sorted(set(store.split.tolist()))) or "none"
+        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
+    if exclude is not None:
+        chosen &= ~np.isin(store.clip_ids, excluded_ids(store, exclude))
+        if not chosen.any():
+            raise ManifestError(f"{exclude}: leaves no clip of split={split!r} of {store.path}.")
+    return np.flatnonzero(chosen)
+
+
+def excluded_ids(store: TokenSource, path: Path) -> npt.NDArray[np.bytes_]:
+    """Read the ids of the clips that are left out, sorted.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a clip that the store does not have: a
+            misspelt id would leave nothing out, silently.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"exclude={str(path)!r}: cannot be read ({error}).") from None
+    ids = sorted({line.strip().encode() for line in lines if line.strip()})
+    known = set(store.clip_ids.tolist())
+    if unknown := [clip_id.decode() for clip_id in ids if clip_id not in known]:
+        raise ConfigError(
+            f"{path}: {store.path} has no clip {unknown[0]!r}; write one clip id per line."
+        )
+    return np.array(ids, store.clip_ids.dtype)
+
+
+def non_finite(store: TokenSource, batch: Batch) -> list[ClipModality]:
+    """Return the clips of a batch, and their modalities, whose tokens are NaN or infinite.
+
+    This reads every token, so it is asked only when a loss or logits are not finite.
+    """
+    # Tokens in int8 are always finite: what may not be is the scale beside them.
+    stored = [batch.scales.get(m, batch.tokens[m]) for m in store.modalities]
+    finite = torch.stack([t.isfinite().flatten(1).all(dim=1).cpu() for t in stored], dim=1)
+    return [
+        (store.clip_ids[int(batch.clip_index[row])].decode(), store.modalities[column])
+        for row, column in (~finite & batch.present).nonzero().tolist()
+    ]
+
+
+def non_finite_error(
+    store: TokenSource, bad: Sequence[ClipModality], advice: str = ""
+) -> StoreError:
+    """Return the error that names clips whose tokens are NaN or infinite, and what to do."""
+    folders = ", ".join(dict.fromkeys(str(_folder(store, modality)) for _, modality in bad))
+    named = ", ".join(f"{clip} ({modality})" for clip, modality in bad[:_MOST_NAMED])
+    more = ", ..." if len(bad) > _MOST_NAMED else ""
+    return StoreError(
+        f"{folders}: clips have tokens that are NaN or infinite: {named}{more}. `karmma store "
+        "verify --repair` lists all such clips and removes their shards, so that `karmma extract` "
+        "makes them anew; or leave the clips out with exclude: FILE in the recipe, a text file "
+        f"with one clip id per line.{advice and ' '}{advice}"
+    )
+
+
+def _folder(store: TokenSource, modality: str) -> Path:
+    """Return the folder that holds a modality: of several stores as one, the first that does."""
+    source: Any = getattr(store, "source", store)  # tokens may lie on a device
+    parts: Sequence[TokenSource] = getattr(source, "stores", [source])
+    return next((part.path for part in parts if modality in part.modalities), store.path)
+
+
+SubsetLogits = tuple[Tensor, dict[str, Tensor]]
+"""The mask of a subset, bool [B, M], and the logits under it, head to float32 [B, C]."""
+
+
+@torch.inference_mode()
+def predict_subsets(
+    model: nn.Module,
+    loader: FeatureLoader,
+    subsets: Sequence[Sequence[str]],
+    device: torch.device,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Batch, list[SubsetLogits]]]:
+    """Run a model over the clips of a loader, once per subset of modalities.
+
+    Args:
+        model: takes tokens and a mask, on the device already.
+        loader: of the clips, in order.
+        subsets: of modalities; one that the store does not have is absent.
+        device: where the model runs.
+        check: called before each batch, may raise.
+
+    Yields:
+        Each batch with the mask and the logits of each subset, on the CPU.
+
+    Raises:
+        StoreError: logits are not finite since tokens are not. Without this the class of such a
+            clip would be read off as 0, silently.
+        CheckpointError: logits are not finite and tokens are.
+    """
+    store = loader.store
+    columns = [torch.tensor([m in subset for m in store.modalities]) for subset in subsets]
+    for batch in loader.epoch(0):
+        check()
+        tokens = batch.tokens_on(device)
+        answers: list[SubsetLogits] = []
+        for column in columns:
+            mask = batch.present & column
+            logits = {h: of.float().cpu() for h, of in model(tokens, mask).items()}
+            answers.append((mask, logits))
+        if not all(all_finite(logits) for _, logits in answers):
+            if bad := non_finite(store, batch):
+                raise non_finite_error(store, bad)
+            raise CheckpointError(
+                "the model's logits are NaN or infinite for finite tokens; its training has "
+                "diverged: train it again with a lower optimiser.lr."
+            )
+        yield batch, answers
+
+
+def all_finite(logits: dict[str, Tensor]) -> bool:
+    """Tell whether the logits of all heads are finite numbers."""
+    return all(bool(of.isfinite().all()) for of in logits.values())
