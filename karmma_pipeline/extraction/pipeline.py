@@ -16,11 +16,16 @@ import numpy as np
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.extraction import parts
-from karmma_pipeline.extraction.background import BackgroundWriter, Prefetcher
 from karmma_pipeline.extraction.clips import read_clips, write_groups
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes
-from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
+from karmma_pipeline.extraction.inference.batching import (
+    BackgroundWriter,
+    Batch,
+    Prefetcher,
+    collate,
+    plan_batches,
+)
 from karmma_pipeline.extraction.inference.modes import decide
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
 from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
@@ -65,6 +70,8 @@ def extract(
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
+    # The networks are settled before the stores are made: a store records how they compute, and
+    # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
         decide(networks, report.stores, _logger.info)
         for name, path in report.stores.items():
@@ -206,6 +213,7 @@ def _pool(
     """Return a pool whose clips, decoded and not yet used, stay within the recipe's memory."""
     settings = DecodeSettings.of(recipe)
     size = clip_bytes(settings)
+    # At least one clip per process and one more, or a process would wait for the consumer.
     ahead = max(report.workers + 1, int(recipe.decode.queue_gb * 1e9 / size))
     ahead = min(ahead, 16 * report.workers + 4 * networks.batch_size)  # more does not help
     # A batch that is being collated still has its slots while others are decoded ahead of it.
@@ -248,6 +256,8 @@ def _stream(
             stop.check("all finished batches are kept")
             bar.skip(batch.plan.skipped)
             lanes.put(batch)
+        # One batch more than can be computed is handed over before the first is waited for, so
+        # that no lane is idle meanwhile; at the end of the stream they are only emptied.
         if lanes.full or batch is None:
             with report.timed(BACKBONES):
                 computed = lanes.take()

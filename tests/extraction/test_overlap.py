@@ -13,11 +13,15 @@ from support.media_files import write_video
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
-from karmma_pipeline.extraction.background import BackgroundWriter, Prefetcher
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
 from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes, decode_into
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import collate, plan_batches
+from karmma_pipeline.extraction.inference.batching import (
+    BackgroundWriter,
+    Prefetcher,
+    collate,
+    plan_batches,
+)
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport

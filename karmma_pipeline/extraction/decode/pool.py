@@ -156,6 +156,8 @@ class DecodePool:
             yield from self._result(waiting.popleft())
 
     def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
+        # More clips may be on their way than there are slots, as second tries have some of their
+        # own: the rest come through the pipe, which is slower and never waits.
         slots = [self._buffer.take() if self._buffer else None for _ in clips]
         try:
             future = self._schedule(clips, slots, decoder)
@@ -169,6 +171,7 @@ class DecodePool:
         args = [address, size, slots, decode_clips, clips, self.settings, decoder]
         future = self._pool.schedule(decode_into, args=args, timeout=self.timeout_s)
         self._open.add(future)
+        # Runs in pebble's thread, at once if the task has ended by now.
         future.add_done_callback(self._open.discard)
         return future
 
@@ -214,7 +217,9 @@ class DecodePool:
         """Return what a task decoded; if it failed, why, and its slots are free again."""
         outcome = self._outcome(task.future)
         if isinstance(outcome, Reason):
-            self._give_back(task.slots)  # its process is dead or done with them
+            # Its process is dead or done with them: pebble kills one that takes too long before
+            # it says so. One that still wrote would write into another clip.
+            self._give_back(task.slots)
             return outcome
         seconds, parts = outcome
         self.busy_s += seconds

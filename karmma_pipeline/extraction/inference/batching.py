@@ -1,12 +1,14 @@
-"""Batches of clips: planned from a shard's clips alone, and collated once they are decoded.
+"""Batches of clips on their way: planned, collated, prefetched, and written in the background.
 
 B clips in a batch. Where a clip lies in its shard decides with which others it is computed,
 so that a run that was killed and goes on writes the same bytes as one that was not.
 """
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,11 @@ from torch import Tensor
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.types import NATURAL, BatchPlan, DecodedClip, InputSpec
+
+T = TypeVar("T")
+
+_POLL_INTERVAL_S = 0.2
+"""How often a thread that cannot hand over an item looks whether anybody still wants it."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +91,98 @@ def _collated(arrays: Sequence[npt.NDArray[Any] | None], pin: bool) -> Tensor:
     for row, array in zip(together.numpy(), arrays, strict=True):
         row[...] = 0 if array is None else array
     return together
+
+
+class Prefetcher(Generic[T]):
+    """Runs an iterable in a thread, at most ``depth`` items ahead of whoever iterates over it.
+
+    A context manager; an error of the iterable is raised where it is iterated over.
+    """
+
+    def __init__(self, source: Iterable[T], depth: int = 1) -> None:
+        self._source = source
+        # None is the end, whether the source is exhausted or has failed.
+        self._queue: queue.Queue[T | None] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        # A daemon, as is the writer: after a second Ctrl-C the interpreter ends without waiting
+        # for a thread that waits for a decoder; what was appended until then counts.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The pool that the source reads from is closed next, and must not be in use then.
+        self._closed.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[T]:
+        while (item := self._queue.get()) is not None:
+            yield item
+        if self._error:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for item in self._source:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            self._error = error
+        self._put(None)
+
+    def _put(self, item: T | None) -> bool:
+        """Hand over an item; False if nobody will come for it.
+
+        A put without a timeout would wait for ever for a consumer that has left with an error,
+        and `__exit__` for this thread.
+        """
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_INTERVAL_S)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+class BackgroundWriter(Generic[T]):
+    """Hands items to a function that runs in a thread, in order, at most ``depth`` behind.
+
+    A context manager; leaving it without an error waits until all items are done. An error of
+    the function is raised from `put`, or on leaving.
+    """
+
+    def __init__(self, write: Callable[[T], None], depth: int = 2) -> None:
+        self._write = write
+        self._queue: queue.Queue[T | None] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # Also after an error: what the networks have computed is written, not lost.
+        self._queue.put(None)
+        self._thread.join()
+        if self._error and kind is None:
+            raise self._error
+
+    def put(self, item: T) -> None:
+        """Hand over one item; waits while the function is too far behind."""
+        if self._error:
+            raise self._error
+        self._queue.put(item)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            # After an error the queue is still emptied, or `put` would wait for ever for room.
+            if self._error is None:
+                try:
+                    self._write(item)
+                except BaseException as error:
+                    self._error = error

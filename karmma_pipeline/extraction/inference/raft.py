@@ -63,6 +63,7 @@ class Raft:
         """
         size = self.settings.pairs_at_once
         flows = [self.flow(*frames[:, i : i + size]) for i in range(0, len(scale), size)]
+        # Scaled and rounded on the CPU as DIS is: bytes must not depend on the device's rounding.
         motion = torch.cat(flows).cpu().numpy()
         return as_pictures(self.settings, motion * scale[:, None, None, None])
 
@@ -79,8 +80,10 @@ class Raft:
 
         def ready(frames: Tensor) -> Tensor:
             scaled = frames.to(self.device).float() / 127.5 - 1
+            # By its edge, as zeros would be a border that does not move and draws the flow.
             return nn.functional.pad(scaled, (left, right, top, bottom), mode="replicate")
 
+        # RAFT refines its flow step by step and returns each; the last one is the result.
         last = self.net(ready(first), ready(second), num_flow_updates=self.settings.updates)[-1]
         return last[..., top : top + h, left : left + w].float()
 
