@@ -9,7 +9,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``1e-4`` is a number and ``no``, ``1:30`` and dates are text."""
 
 
+# YAML 1.1 guesses too much: `no` would be False, 1:30 a number of seconds, 2024-01-01 a date, and
+# 1e-4, for want of a dot, text. Only null and merge keep its rules; the others follow below.
 _Loader.yaml_implicit_resolvers = {
     key: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
     for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -69,6 +71,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that YAML or `_Loader` would take for something else, such as 0E0."""
 
 
+# A text is quoted if either reading of YAML, its own or ours, would take it for something else.
 _Dumper.yaml_implicit_resolvers = {
     key: [
         *yaml.SafeDumper.yaml_implicit_resolvers.get(key, []),
@@ -150,6 +153,7 @@ def _sentence(model: type[Recipe], fault: Any) -> str:
         return f"{location}: unknown key, {known}"
     if fault["type"] == "missing":
         return f"{location}: required key is missing"
+    # Pydantic's own sentence, made to follow "key=value: ".
     message = fault["msg"].removeprefix("Value error, ").rstrip(".")
     if isinstance(fault["input"], dict):
         return f"{location}: {message}"
@@ -157,6 +161,7 @@ def _sentence(model: type[Recipe], fault: Any) -> str:
 
 
 def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
+    """Return the keys that are allowed at a place of a recipe, to suggest one that is near."""
     here: Any = model
     for part in location:
         if (tagged := _tagged(here, part)) is not None:
@@ -167,6 +172,7 @@ def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
             field = here.model_fields.get(str(part))
             here = field.annotation if field else None
         else:
+            # An index of a list or a key of a mapping: what lies there is the last type argument.
             arguments = typing.get_args(here)
             here = arguments[-1] if arguments else None
     here = _unwrap(here)
@@ -191,8 +197,8 @@ def _keys(model: type[Recipe], location: Sequence[int | str]) -> Iterator[int | 
 def _tagged(annotation: Any, tag: int | str) -> type[BaseModel] | None:
     """Return the member of a union of models that has the tag as its ``kind``."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        found = (_tagged(option, tag) for option in typing.get_args(annotation))
-        return next((model for model in found if model is not None), None)
+        members = (_tagged(option, tag) for option in typing.get_args(annotation))
+        return next((model for model in members if model is not None), None)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         kind = annotation.model_fields.get("kind")
         if kind is not None and tag in typing.get_args(kind.annotation):
@@ -227,6 +233,41 @@ def saved_tree(model: type[Recipe], path: Path) -> Any:
     with suppress(ValidationError):
         return parse_yaml(dump(model.model_validate(tree)), str(path))
     return tree
+
+
+def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """Yield where two trees of plain data differ, with the dotted path."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for key in {**there, **wanted}:
+            name = f"{path}.{key}" if path else str(key)
+            yield from differences(there.get(key), wanted.get(key), name)
+    elif there != wanted:
+        yield f"{path} is {there!r} there and {wanted!r} here"
+
+
+def saved_differences(path: Path, recipe: Recipe, free: Collection[str] = ()) -> list[str]:
+    """Return where the recipe that `save` left in a file differs from this one.
+
+    Args:
+        path: the file.
+        recipe: this one.
+        free: dotted keys that may differ.
+    """
+    # Both go through YAML: what the model holds as a path or a tuple is text or a list there.
+    there = saved_tree(type(recipe), path)
+    here = parse_yaml(dump(recipe), "recipe")
+    for key in free:
+        _remove(there, key)
+        _remove(here, key)
+    return list(differences(there, here))
+
+
+def _remove(tree: Any, key: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    if isinstance(tree, dict):
+        tree.pop(last, None)
 
 
 def save(recipe: Recipe, path: Path) -> None:

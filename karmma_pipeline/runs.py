@@ -59,8 +59,12 @@ class RunFolder:
             raise ConfigError(f"{self.path}: is a file; choose a folder with --set out=FOLDER.")
         with files.disk_errors(there):
             self.path.mkdir(parents=True, exist_ok=True)
+            # The lock comes before the sweep: only whoever holds it may take temporary files for
+            # those of a dead process.
             self._lock = _locked(self.path / _LOCK)
             files.sweep((self.path, *self.path.glob("*/")), alone=True)  # of a killed process
+        # The recipe is written last, for it is what makes a folder a run: one that was killed
+        # before has only files that `_check_ours` knows, and the next start takes it over.
         if not there.is_file():
             files.write_json(self.path / ENVIRONMENT, environment())
             config.save(recipe, there)
@@ -98,11 +102,9 @@ class RunFolder:
 
 
 def _check_same(path: Path, there: Path, recipe: Recipe, free: Collection[str]) -> None:
-    found = _without(config.saved_tree(type(recipe), there), free)
-    wanted = _without(config.parse_yaml(config.dump(recipe), "recipe"), free)
-    if found != wanted:
+    if differing := config.saved_differences(there, recipe, free):
         raise ConfigError(
-            f"{path}: holds a run of another recipe ({_difference(found, wanted)}); "
+            f"{path}: holds a run of another recipe ({differing[0]}); "
             "choose another folder with --set out=FOLDER, or remove this one."
         )
 
@@ -119,6 +121,11 @@ def _check_ours(path: Path) -> None:
 
 
 def _locked(path: Path) -> IO[str]:
+    """Return the open file whose lock this process holds; closing it lets others in.
+
+    The kernel drops the lock with the process, however that ends: none is ever left behind. The
+    file itself stays, for whoever removed it could let two processes lock two files of one name.
+    """
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +136,7 @@ def _locked(path: Path) -> IO[str]:
             "choose another folder with --set out=FOLDER."
         ) from None
     except OSError:
-        pass  # a file system without locks
+        pass  # a file system without locks: better no protection than no run
     return file
 
 
@@ -164,20 +171,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
-
-
-def _without(tree: Any, keys: Collection[str]) -> Any:
-    for key in keys:
-        part, *names = tree, *key.split(".")
-        for name in names[:-1]:
-            part = part.get(name) if isinstance(part, dict) else None
-        if isinstance(part, dict):
-            part.pop(names[-1], None)
-    return tree
-
-
-def _difference(there: Any, here: Any, path: str = "") -> str:
-    if isinstance(there, dict) and isinstance(here, dict):
-        key = next(k for k in {**there, **here} if there.get(k) != here.get(k))
-        return _difference(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
-    return f"{path} is {there!r} there and {here!r} here"

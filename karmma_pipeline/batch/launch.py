@@ -189,7 +189,9 @@ def _start(
     }
     everything = os.sched_getaffinity(0)
     with task.log.open("ab") as log:
-        os.sched_setaffinity(0, cpus)  # inherited by the child
+        # A child inherits the affinity of the thread that starts it; a `preexec_fn` would do it in
+        # the child, but must not be used in a process with threads.
+        os.sched_setaffinity(0, cpus)
         try:
             task.process = subprocess.Popen(
                 [sys.executable, "-m", "karmma_pipeline.cli", *task.words],
@@ -215,6 +217,8 @@ def _handle_exit(
     say: Callable[[str], None] | None,
 ) -> None:
     """Put a task that was killed back into the queue; complain of one that failed."""
+    # A negative code is the signal that killed it, out of memory perhaps: worth another try, as
+    # Slurm would requeue it. A command that saved and stopped is taken up again without counting.
     code = task.process.returncode if task.process else 0
     if code == ExitCode.STOPPED or (code < 0 and task.retries > 0):
         waiting.append(_LocalCommand(task.words, task.log, task.retries - (code < 0)))

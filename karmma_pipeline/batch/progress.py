@@ -15,6 +15,7 @@ from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.models.saved import WEIGHTS
 from karmma_pipeline.store import Catalog
+from karmma_pipeline.training.progress import TrainingProgress
 from karmma_pipeline.training.recipe import TrainRecipe
 
 
@@ -49,13 +50,11 @@ def stage_progress(stage: ChainStage) -> StageProgress:
 def same_recipe(folder: Path, recipe: Recipe) -> bool:
     """Tell whether a folder holds the work of this recipe."""
     path = folder / "recipe.yaml"
-    if not path.is_file():
-        return False
-    found = config.saved_tree(type(recipe), path)
-    return bool(found == config.parse_yaml(config.dump(recipe), "recipe"))
+    return path.is_file() and not config.saved_differences(path, recipe)
 
 
 def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> StageProgress:
+    # All sets of a recipe are written shard by shard: the first one's catalog counts for all.
     everything = tuple(Part(index, count) for index in range(count))
     try:
         shards = Catalog(stores[0]).shards
@@ -79,25 +78,18 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
 def _training(recipe: TrainRecipe) -> StageProgress:
     metrics = recipe.out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    rows = [row for row in map(_json, lines) if "epoch" in row]
-    epochs = max((int(row["epoch"]) for row in rows), default=0)
+    rows = [row for row in map(_json, lines) if {"epoch", "val_action_top1"} <= row.keys()]
+    run = TrainingProgress(max((int(row["epoch"]) for row in rows), default=0), history=rows)
     there = all((recipe.out / name / WEIGHTS).is_file() for name in ("best", "last"))
-    ended = epochs >= recipe.epochs or _out_of_patience(rows, getattr(recipe, "patience", 0))
-    return StageProgress(there and ended, f"epoch {epochs} of {recipe.epochs}")
-
-
-def _out_of_patience(rows: list[dict[str, Any]], patience: int) -> bool:
-    """Tell whether a training that may end early did: its best epoch lies that far back."""
-    best = max(rows, key=lambda row: row.get("val_action_top1", 0.0), default={"epoch": 0})
-    return bool(patience and rows and rows[-1]["epoch"] - best["epoch"] >= patience)
+    return StageProgress(there and run.finished(recipe), f"epoch {run.epoch} of {recipe.epochs}")
 
 
 def _json(line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        row = json.loads(line)
     except json.JSONDecodeError:
         return {}  # the last line of a killed run
-    return found if isinstance(found, dict) else {}
+    return row if isinstance(row, dict) else {}
 
 
 def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
@@ -105,6 +97,7 @@ def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
     results, page = recipe.out / "results.json", recipe.out / "index.html"
     if not (results.is_file() and page.is_file() and same_recipe(recipe.out, recipe)):
         return StageProgress(done=False, text="no report")
+    # The page is written last: an older one is that of an evaluation before.
     if page.stat().st_mtime_ns < results.stat().st_mtime_ns:
         return StageProgress(done=False, text="half a report")
     evaluated = [run["model_digest"] for run in json.loads(results.read_text())["runs"]]

@@ -25,6 +25,8 @@ from karmma_pipeline.store.format import paths
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 
+# Exit codes above 128 are 128 + the signal that ended the program: 138 is SIGUSR1 and 143 SIGTERM,
+# received before the handlers of `StopFlag` were set.
 _REQUEUE = """\
 case $rc in
   75 | 138 | 143) again=yes ;;  # stopped and saved, or told to stop before it could listen
@@ -155,6 +157,8 @@ def _options(job: BatchJob, site: Site) -> Iterator[str]:
     yield f"--output={job.log}"
     yield "--open-mode=append"
     yield "--requeue"
+    # B: warns the batch shell alone, whose trap tells the one program. Under torchrun `srun` must
+    # pass the signal on to the ranks of all nodes.
     batch_shell = "" if job.ranks else "B:"
     yield f"--signal={batch_shell}USR1@{site.warning_s}"
     if site.account:
@@ -221,6 +225,7 @@ def queue() -> list[QueuedJob]:
     Raises:
         KarmmaError: Slurm does not answer.
     """
+    # -r: one line for each array task. Names come last, for they alone could hold a bar.
     fields = _run(["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%j"])
     return [QueuedJob(*line.split("|", 3)) for line in fields.splitlines() if line.count("|") >= 3]
 
@@ -320,6 +325,7 @@ class Submission:
         path = self.chain.folder / "scripts" / f"{name}.sbatch"
         files.write_text(path, batch_script(job, self.site))
         (self.chain.folder / "logs").mkdir(parents=True, exist_ok=True)
+        # Without kill-on-invalid-dep a job whose predecessor failed would wait for ever.
         options = [f"--dependency={depends}", "--kill-on-invalid-dep=yes"] if depends else []
         job_id = _run(["sbatch", "--parsable", *options, str(path)]).strip().split(";")[0]
         after = f", {depends}" if depends else ""

@@ -25,17 +25,21 @@ class StopFlag:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
+        # Python lets only the main thread set handlers; a flag made elsewhere is set by `request`.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Whoever calls a command from Python gets the handlers back that were there before.
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A handler runs between any two instructions of the main thread, so it may do no more
+        # than set the flag: a lock that it took could be held by the code that it interrupted.
         if self._signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._signal = number
@@ -61,6 +65,8 @@ def become_worker() -> None:
 
     A parent killed with SIGKILL cannot notify its workers: they would wait for ever.
     """
+    # Ctrl-C and a batch system's warning reach every process of the job. A worker that died of one
+    # would take the clip in its hands with it, and the parent would blame the clip.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -69,5 +75,9 @@ def become_worker() -> None:
 
 
 def _end_with(sentinel: int) -> None:
+    # The sentinel becomes readable when the parent's end of a pipe closes, which the kernel does
+    # for a killed process too. PR_SET_PDEATHSIG would follow the *thread* that started the worker,
+    # and end workers whose parent is alive. os._exit: nothing of a worker is worth cleaning up,
+    # and the main thread may hang inside a decoder.
     wait([sentinel])
     os._exit(1)

@@ -1,7 +1,7 @@
 """The list of clips of a store: made once before any job writes, the same for all of them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     if path.is_file():
         there = paths.read_json(root, path)
         paths.check_version(path, there)
-        differing = list(differences(there, description))
+        differing = sorted(config.differences(there, description))
         if differing:
             raise StoreError(
                 f"{root}: was made differently: {'; '.join(differing[:5])}; "
@@ -110,16 +110,6 @@ def _describe(spec: StoreSpec, clips: Sequence[ClipRow]) -> dict[str, Any]:
         "splits": sorted({c.split for c in clips}),
         "groups": sorted({c.group for c in clips}),
     }
-
-
-def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    """Yield where two trees of plain data differ, with the dotted path."""
-    if isinstance(there, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted({*there, *wanted}, key=str):
-            name = f"{path}.{key}" if path else str(key)
-            yield from differences(there.get(key), wanted.get(key), name)
-    elif there != wanted:
-        yield f"{path} is {there!r} there and {wanted!r} here"
 
 
 def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:

@@ -85,9 +85,11 @@ def test_a_training_is_done_when_its_last_epoch_and_weights_are_there(here: Path
     for name in ("best", "last"):
         (run / name).mkdir(parents=True)
         (run / name / "model.safetensors").write_bytes(b"x")
-    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "val_action_top1": 5}\n{"ep')
     assert not stage_progress(teacher).done
-    (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"epoch": 1, "val_action_top1": 5}\n{"epoch": 2, "val_action_top1": 5}\n'
+    )
     assert stage_progress(teacher).done
     (run / "last/model.safetensors").unlink()
     assert not stage_progress(teacher).done

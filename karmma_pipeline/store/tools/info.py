@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from karmma_pipeline import config
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store.catalog import differences
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.tools.rewrite import read_encoded
 
@@ -55,7 +55,8 @@ def diff(one: Path, other: Path, stop: StopFlag | None = None) -> Iterator[str]:
     modality differ, its tokens are compared as numbers if the shapes allow.
     """
     a, b = FeatureStore.open(one), FeatureStore.open(other)
-    yield from differences(a.spec.model_dump(mode="json"), b.spec.model_dump(mode="json"), "spec")
+    left_spec, right_spec = (store.spec.model_dump(mode="json") for store in (a, b))
+    yield from sorted(config.differences(left_spec, right_spec, "spec"))
     places = [{i: n for n, i in enumerate(s.clip_ids.tolist())} for s in (a, b)]
     for mine, theirs, name in ((places[0], places[1], one), (places[1], places[0], other)):
         only = [i.decode() for i in mine if i not in theirs]
