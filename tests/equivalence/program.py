@@ -159,6 +159,8 @@ class Kill:
 
 
 _running: set[int] = set()
+_ending = threading.Event()
+"""What ends from now on was ended by us, and says nothing about the program."""
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, float]:
@@ -172,6 +174,8 @@ def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, float]:
         _running.discard(process.pid)
         hangs.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
+    if _ending.is_set():
+        raise FailedError("stopped")
     return process.returncode, used.ru_utime + used.ru_stime
 
 
@@ -248,6 +252,7 @@ class Schedule:
             for future in self._futures.values():
                 future.result()
         except BaseException:
+            _ending.set()
             self._pool.shutdown(wait=False, cancel_futures=True)
             for group in list(_running):
                 os.killpg(group, signal.SIGKILL)
