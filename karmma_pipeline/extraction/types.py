@@ -163,11 +163,15 @@ def covering(starts: Times, times: Times) -> Numbers:
         starts: ascending start of each frame's interval, seconds [frames].
         times: seconds [T]; moments before the first or after the last frame get that frame.
     """
+    # A frame that starts at this very moment is shown already. Of frames with one time stamp it is
+    # the last, as a player has drawn over the others.
     last_begun = np.searchsorted(starts, times, side="right") - 1
     return np.clip(last_begun, 0, len(starts) - 1).astype(np.int64)
 
 
 def end_of(starts: Times, last_s: float) -> float:
     """Return when the last frame ends: after its own duration, or the usual one if longer."""
+    # Many files state no duration for their last frame, or one of zero; without this rule a clip
+    # that ends with its video would be called too long.
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else _ALONE_S
     return float(starts[-1]) + max(last_s, usual)

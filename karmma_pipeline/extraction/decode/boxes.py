@@ -87,6 +87,8 @@ def _slotted(frame: Iterable[_Box], slots: dict[str, int], size: tuple[float, fl
     for box in sorted(frame, key=lambda box: (box.is_hand, box.corners[0])):
         if not free:
             break
+        # A slot may be taken where a track has more boxes in a frame than one, or where there are
+        # more tracks than slots: the box then gets the first that is free.
         wanted = max(free) if box.is_hand else slots[box.track]
         slot = wanted if wanted in free else min(free)
         free.remove(slot)
@@ -118,13 +120,13 @@ def _frames(source: BoxSource) -> tuple[Times, list[list[_Box]]]:
 
 def _numbered(entries: Any) -> list[tuple[int, list[_Box]]]:
     """Return frame number and boxes of each entry; the number is that of the frame's name."""
-    found = {}
+    numbered = {}
     for place, entry in enumerate(entries, 1):
         stem = Path(str(entry.get("name", ""))).stem
         number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 8 else place
         boxes = (_box(label) for label in entry["labels"])
-        found[max(1, number)] = [box for box in boxes if box is not None]
-    return sorted(found.items())
+        numbered[max(1, number)] = [box for box in boxes if box is not None]
+    return sorted(numbered.items())
 
 
 def _box(label: Any) -> _Box | None:

@@ -50,6 +50,8 @@ def resized(flow: Motion, transform: FrameTransform) -> Motion:
         interpolation=InterpolationMode(transform.interpolation),
         antialias=False,
     )
+    # The resized side may be rounded: motion is scaled by what it has become, not by what was
+    # asked for.
     after = field.shape[-2:]
     ratio = [after[1] / before[1], after[0] / before[0]]
     field = vision.center_crop(field * torch.tensor(ratio)[:, None, None], list(transform.crop))
@@ -60,5 +62,6 @@ def as_pictures(settings: Flow, flow: Motion) -> Pictures:
     """Scale flow [T, 2, h, w] to bytes (u, v, 128), uint8 [T, 3, h, w], with 128 = no motion."""
     scaled = np.clip(flow / settings.bound_px, -1, 1) * 127 + 128
     pictures = np.full((len(flow), 3, *flow.shape[2:]), 128, np.uint8)
+    # Rounded to nearest, for truncation would turn the noise around rest into a drift.
     pictures[:, :2] = np.rint(scaled)
     return pictures

@@ -60,12 +60,15 @@ class FrameSelection:
 
 def sample_times(settings: Sampling, start_s: float, stop_s: float, count: int) -> Times:
     """Return ``count`` moments of a clip in seconds [T], within its borders."""
+    # The middle of each of ``count`` equal parts: no moment lies on a border, where rounding would
+    # decide whether the neighbouring clip's frame is taken.
     if settings.mode == "uniform":
         return start_s + (stop_s - start_s) * (np.arange(count) + 0.5) / count
     first = (start_s + stop_s) / 2 - (count - 1) / 2 / settings.fps
     if settings.short == "repeat_last":
         first = max(first, start_s)
     times = first + np.arange(count) / settings.fps
+    # A span ends before its stop, which is the first moment of the clip after it.
     return np.clip(times, start_s, np.nextafter(stop_s, start_s))
 
 
@@ -78,6 +81,8 @@ def partners(starts: Times, first: Numbers, gap_s: float) -> tuple[Numbers, Numb
     wanted = starts[first] + gap_s
     after = np.clip(np.searchsorted(starts, wanted), 1, len(starts) - 1)
     nearest = np.where(wanted - starts[after - 1] < starts[after] - wanted, after - 1, after)
+    # Where frames are further apart than the gap, the nearest one is the frame itself, and that
+    # pair would show no motion.
     second = np.minimum(np.maximum(nearest, first + 1), len(starts) - 1)
     return np.minimum(first, second - 1), second
 
@@ -224,6 +229,7 @@ class DecodedFrames:
         motion = dis_flow(flow, first, second)
         return as_pictures(flow, motion * one.flow_scale[:, None, None, None])
 
+    # Numbers may repeat: a clip shorter than T frame intervals shows some frames more than once.
     def _stack(self, one: FrameSelection, numbers: Numbers) -> Pictures:
         return np.stack([self._frames[one.video, one.transform, n] for n in numbers.tolist()])
 

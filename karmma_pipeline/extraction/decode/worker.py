@@ -125,6 +125,8 @@ def _audio(
         centres = np.array([(start + stop) / 2])
         length = min(audio.window_s or stop - start, longest_s(audio))
     first, last = centres - length / 2, centres + length / 2
+    # A window that reaches past the track is padded with silence and counted. Where every window
+    # lies outside, there is nothing to hear, and silence would be made up.
     heard = (last > track_start) & (first < track_stop)
     if not heard.any():
         raise MediaFaultError(Reason.OUT_OF_RANGE, f"{sound.path}: no sound at {start:.2f} s")
