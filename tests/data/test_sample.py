@@ -37,27 +37,27 @@ def decode(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array([t for t, _ in frames]), np.stack([f for _, f in frames])
 
 
-def test_equal_seeds_give_equal_files_and_other_seeds_others(root: Path, tmp_path: Path) -> None:
-    write_sample(tmp_path / "again", clips=64)
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            assert (tmp_path / "again" / path.relative_to(root)).read_bytes() == path.read_bytes()
-    write_sample(tmp_path / "other", clips=8, seed=1)
-    video = "videos/v0000.mp4"
-    assert (tmp_path / "other" / video).read_bytes() != (root / video).read_bytes()
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_a_missing_video_is_made_again_and_other_settings_are_refused(
-    root: Path, tmp_path: Path
+def test_equal_seeds_give_equal_files_and_other_seeds_others_and_what_is_missing_is_made_again(
+    tmp_path: Path,
 ) -> None:
-    write_sample(tmp_path, clips=8)
-    video = tmp_path / "videos/v0000.mp4"
-    before = video.read_bytes()
-    video.unlink()
-    write_sample(tmp_path, clips=8)
-    assert video.read_bytes() == before
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        write_sample(tmp_path / name, clips=8, seed=seed)
+    one, other = tree(tmp_path / "one"), tree(tmp_path / "other")
+    assert tree(tmp_path / "again") == one
+    video = "videos/v0000.mp4"
+    assert one[video] != other[video]
+    (tmp_path / "one" / video).unlink()
+    write_sample(tmp_path / "one", clips=8)
+    assert tree(tmp_path / "one") == one
+
+
+def test_other_settings_are_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match="holds a sample made with"):
-        write_sample(tmp_path, clips=9)
+        write_sample(root, clips=9)
 
 
 def test_classes_are_balanced_and_both_splits_are_there(manifest: Manifest) -> None:

@@ -24,6 +24,9 @@ SETS = {
         "audio": {"name": "resnet18", "weights": "random:0", "image": [32, 32]},
     }
 }
+QUICK = {"decode": {"workers": 1}, "precision": "float32", "layout": "contiguous"}
+"""An extraction that tries no other way of computing."""
+
 HEADER = "clip_id,video,start,stop,verb,split\n"
 
 
@@ -89,9 +92,7 @@ def test_the_disk_that_is_planned_is_what_an_extraction_takes(
     make_video("v.mp4")
     make_video("mute.mp4", sound=False)
     rows = "".join(f"c{i},{'v' if i % 2 else 'mute'}.mp4,0,1,x,\n" for i in range(5))
-    recipe = recipe_of(
-        tmp_path, rows, store={"clips_per_shard": 2}, decode={"workers": 1}, batch_size=2
-    )
+    recipe = recipe_of(tmp_path, rows, store={"clips_per_shard": 2}, batch_size=2, **QUICK)
     plan = make_plan(recipe, calibrate=False)
     assert not recipe.out.exists()
     extract(recipe)
@@ -157,7 +158,7 @@ def test_a_clip_that_stops_too_far_after_its_file_is_counted_as_extraction_will(
     assert found.present["audio"].tolist() == [True, True]
     assert "stop more than 0.5 s after their file's end, 1: b" in plan.text(Path("r.yaml"))
     assert plan.too_many_lost
-    recipe = recipe_of(tmp_path, rows, max_failures=1.0)
+    recipe = recipe_of(tmp_path, rows, max_failures=1.0, batch_size=2, **QUICK)
     extract(recipe)
     store = FeatureStore.open(tmp_path / "out/one")
     assert (np.asarray(store.reasons) == Reason.PRESENT).tolist() == [[True, True], [False, True]]

@@ -1,16 +1,26 @@
 """Work in a fork of the test's process: it costs no imports, and may be killed."""
 
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 def fork() -> int:
-    """Fork, also where this process has threads, which newer Pythons warn of."""
+    """Fork, also where this process has threads, which newer Pythons warn of.
+
+    The lock of tqdm is one for all forks: whoever is killed while he holds it would leave every
+    later one waiting, so that each gets a lock of its own.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())
+    return child
 
 
 def ended(child: int) -> int:

@@ -1,7 +1,7 @@
 """Stands in for decoders that hang, die, raise or take all memory on some clips.
 
 Those whose ids begin with ``first_`` do so with the first decoder only; every attempt leaves a
-file in the folder that the clip's video would be in.
+file in the folder that the clip's video would be in, and so does a process that hangs.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ def misbehave(
 ) -> list[DecodedClip]:
     """Run in a worker process; what happens depends on the clip's id."""
     for clip in clips:
-        trouble = clip.clip_id
+        trouble, folder = clip.clip_id, clip.media["rgb"].path.parent
         if trouble.startswith("first_"):
             trouble = trouble.removeprefix("first_") if decoder == "decord" else ""
-            folder = clip.media["rgb"].path.parent
             (folder / f"{clip.clip_id}.{os.getpid()}.{decoder}").touch()
         if trouble == "hang":  # inside C, with the interpreter's lock, as decord does
+            (folder / f"hangs.{os.getpid()}").touch()
             ctypes.PyDLL(None).pause()
         if trouble == "die":
             os.kill(os.getpid(), signal.SIGKILL)

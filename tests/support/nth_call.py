@@ -8,6 +8,8 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def at_call(root: Path, act: Callable[[int, str], object]) -> None:
     """
     folder, process, made = os.fspath(root.resolve()), os.getpid(), 0
 
-    def count(call: str, path: str) -> None:
+    def seen(call: str, path: str) -> None:
         nonlocal made
         if os.getpid() == process and (path == folder or path.startswith(folder + "/")):
             made += 1
@@ -38,21 +40,22 @@ def at_call(root: Path, act: Callable[[int, str], object]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            count("open", _path(arguments[0]))
+            seen("open", _path(arguments[0]))
         elif event in _CHANGES:
             folder_of = arguments[-1] if event != "os.truncate" else -1
-            count(event.removeprefix("os."), _path(arguments[_CHANGES[event]], folder_of))
+            seen(event.removeprefix("os."), _path(arguments[_CHANGES[event]], folder_of))
 
     sys.addaudithook(hook)
-    _count_syncs(count)
-    _count_writes(count)
+    _count_syncs(seen)
+    _count_writes(seen)
 
 
-def kill_at_call(root: Path, number: int) -> None:
-    """Kill the process group at the n-th call; half of what that call was to write is written."""
+def kill_at_call(root: Path, number: int, pattern: str = "*") -> None:
+    """Kill the process group at the n-th call that a pattern fits, such as "write */journal"."""
+    fitting = count(1)
 
-    def act(made: int, _: str) -> None:
-        if made == number:
+    def act(_: int, call: str) -> None:
+        if fnmatch(call, pattern) and next(fitting) == number:
             os.killpg(0, 9)
 
     at_call(root, act)
@@ -68,18 +71,18 @@ def _open_as(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
-def _count_syncs(count: Callable[[str, str], None]) -> None:
+def _count_syncs(seen: Callable[[str, str], None]) -> None:
     """Count fsync, which raises no audit event."""
     original = os.fsync
 
     def fsync(descriptor: int) -> None:
-        count("fsync", _path(descriptor))
+        seen("fsync", _path(descriptor))
         original(descriptor)
 
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def _count_writes(count: Callable[[str, str], None]) -> None:
+def _count_writes(seen: Callable[[str, str], None]) -> None:
     """Count each write to a file without a buffer; of one that is hit only half is written."""
     original = io.open
 
@@ -88,7 +91,7 @@ def _count_writes(count: Callable[[str, str], None]) -> None:
             half = len(memoryview(data)) // 2
             place = self.tell()
             super().write(memoryview(data)[:half])
-            count("write", _path(self.fileno()))
+            seen("write", _path(self.fileno()))
             self.seek(place)
             return super().write(data)
 
