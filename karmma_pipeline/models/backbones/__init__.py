@@ -3,9 +3,13 @@
 from karmma_pipeline.models.backbones.backbone import Backbone
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.describe import describe, list_backbones, top_classes
-from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
+from karmma_pipeline.models.backbones.registry import (
+    ARCHITECTURES,
+    ENTRY_POINTS,
+    Architecture,
+    FrameTransform,
+)
 from karmma_pipeline.models.backbones.state_dicts import fetch
-from karmma_pipeline.models.backbones.transform import FrameTransform
 
 __all__ = [
     "ARCHITECTURES",

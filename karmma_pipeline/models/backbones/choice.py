@@ -9,9 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.registry import Architecture
+from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, of_weights
 from karmma_pipeline.models.backbones.state_dicts import parse_seed
-from karmma_pipeline.models.backbones.transform import FrameTransform, of_weights
 
 WeightSource = Literal["none", "random", "file", "published"]
 
