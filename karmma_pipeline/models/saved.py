@@ -61,6 +61,8 @@ def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
     """Write a model; killed anywhere, the old or the new one can be loaded."""
     data = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
+    # Two files cannot be replaced at one moment. In this order a card always has its weights: the
+    # old card those under their second name, until the new card is there.
     _keep_old(folder)
     files.write_bytes(folder / WEIGHTS, data)
     files.write_json(folder / CARD, card.model_dump(mode="json"))

@@ -21,9 +21,14 @@ from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
-from karmma_pipeline.training.ema import moving_average
-from karmma_pipeline.training.gradient import Gradient, adamw, learning_rate
+from karmma_pipeline.training.clips import NEW_FOLDER
 from karmma_pipeline.training.objective import Objective
+from karmma_pipeline.training.optimization import (
+    Gradient,
+    adamw,
+    learning_rate,
+    moving_average,
+)
 from karmma_pipeline.training.progress import (
     EpochTimer,
     TrainingProgress,
@@ -33,9 +38,7 @@ from karmma_pipeline.training.progress import (
 )
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import TrainRecipe
-from karmma_pipeline.training.standardization import NEW_FOLDER
-from karmma_pipeline.training.state import save_state
-from karmma_pipeline.training.tensorboard_writer import TensorboardWriter
+from karmma_pipeline.training.state import TensorboardWriter, save_state
 from karmma_pipeline.training.validate import validate
 
 _DROPOUT = 2**32 + 4
@@ -111,6 +114,8 @@ class Trainer:
         progress = self.progress
         self.model.train()
         for batch in timer.timed(self.setup.train.epoch(progress.epoch, progress.batch)):
+            # Stops are looked at between steps only, and all ranks leave after the same one: the
+            # state saved here is that of a whole number of steps, from which the rest follows.
             stopping, counts = self.setup.ranks.agree_to_stop(stop, objective.counts(batch))
             if stopping:
                 self._save()
@@ -142,6 +147,8 @@ class Trainer:
         clips = len(batch.clip_index)
         size = max(1, -(-clips // self.setup.recipe.accumulate))
         for start in range(0, clips, size):
+            # ``counts`` are of the whole batch of all ranks, not of this piece: each piece adds its
+            # share, so that pieces and ranks of unequal size sum to the loss of the batch.
             piece = batch.rows(slice(start, start + size)) if size < clips else batch
             loss = objective.loss(self._logits(self.model, piece), piece, counts)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -156,6 +163,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         if recipe.size.dropout:
+            # Seeded anew in every step, so that no generator's state has to be saved to resume.
             rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
         self.gradient.zero()
@@ -215,22 +223,33 @@ class Trainer:
                 f"{self.progress.epoch + 1}; the weights have diverged. Lower optimiser.lr."
             )
         row = self.progress.close_epoch(values)
-        is_best = self.progress.best is row
+        self._save_epoch(model, is_best=self.progress.best is row)
+        bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
+        tell = setup.run.log if on_screen() else setup.run.note
+        tell(self._describe(row, timer))
+        return row
+
+    def _save_epoch(self, model: FusionModel, is_best: bool) -> None:
+        """Write models, metrics and, last, the state.
+
+        Killed in between, the state before is resumed from: it trains to this place again and
+        writes the same bytes over what is there.
+        """
+        setup = self.setup
         if setup.ranks.main:
             save_model(setup.run.path / "last", model, setup.card)
             if is_best:
                 save_model(setup.run.path / "best", model, setup.card)
         setup.run.write_metrics(self.progress.history)
         self._save()
-        bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
-        tell = setup.run.log if on_screen() else setup.run.note
-        tell(
-            f"epoch {self.progress.epoch}/{setup.recipe.epochs}: "
+
+    def _describe(self, row: dict[str, float], timer: EpochTimer) -> str:
+        return (
+            f"epoch {self.progress.epoch}/{self.setup.recipe.epochs}: "
             f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}, "
             f"val action {row['val_action_top1']:.1f} %"
-            f"{' (best)' if is_best else ''}; {timer.describe()}"
+            f"{' (best)' if self.progress.best is row else ''}; {timer.describe()}"
         )
-        return row
 
     def _tensorboard(self) -> AbstractContextManager[TensorboardWriter | None]:
         if not self.setup.ranks.main:

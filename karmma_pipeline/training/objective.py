@@ -48,6 +48,7 @@ def cross_entropy(
 
 def known_labels(labels: Mapping[str, Tensor], heads: Sequence[str] | Logits) -> Tensor:
     """Count the clips with a label of each head, float64 [heads]."""
+    # On the CPU, where labels lie: counting costs no wait for the device, and gloo sums them.
     return torch.stack([(labels[h] != UNKNOWN).sum() for h in heads]).double().cpu()
 
 
@@ -83,6 +84,7 @@ def teacher_log_probabilities(
     if average == "logits":
         mixed = torch.where(share > 0, share * softened, 0).sum(dim=0)
         return F.log_softmax(mixed, dim=1)
+    # In logarithms: a probability that float32 rounds to 0 would be -inf in the KL.
     parts = torch.where(share > 0, share.log() + F.log_softmax(softened, dim=2), -torch.inf)
     return torch.where(valid.any(dim=0)[:, None], parts.logsumexp(dim=0), 0)
 
@@ -164,7 +166,7 @@ class DistillationObjective:
 
     def __init__(
         self,
-        labels: LabelObjective,
+        labels: Objective,
         teachers: Sequence[MaskedLogits],
         alpha: float,
         temperature: float,

@@ -86,6 +86,7 @@ class Ranks:
         by its own flag: a signal that comes after the call is heard at the next one.
         """
         counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts
+        # Signals reach ranks at different moments; what counts is what all were told in one sum.
         asked = counts.new_tensor([float(stop.requested)])
         both = self.sum(torch.cat([counts, asked]))
         agreed = bool(both[-1] > 0)
@@ -106,6 +107,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+    # Both backends: losses and gradients lie on GPUs, counts and flags on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     try:
         yield ranks

@@ -1,7 +1,6 @@
 """The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
 import hashlib
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +9,14 @@ import numpy as np
 import torch
 
 from karmma_pipeline.data.loading.clips import clips_of_split, excluded_ids
-from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.data.loading.masks import clip_keys
 from karmma_pipeline.data.loading.open import open_source
-from karmma_pipeline.errors import CheckpointError, KarmmaError, ManifestError, StoreError
+from karmma_pipeline.errors import CheckpointError, KarmmaError, StoreError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
-from karmma_pipeline.training.balance import balanced_order
+from karmma_pipeline.training.clips import describe, make_loaders, standardise, usable_clips
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
 from karmma_pipeline.training.progress import TrainingProgress, TrainReport
@@ -31,7 +27,6 @@ from karmma_pipeline.training.recipe import (
     TeacherRecipe,
     TrainRecipe,
 )
-from karmma_pipeline.training.standardization import standardise
 from karmma_pipeline.training.state import load_state
 from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
@@ -123,33 +118,40 @@ def _train(
     stop: StopFlag,
 ) -> TrainReport:
     store = open_source(recipe.store, recipe.loader, device, stop)
-    train, val = (_clips(recipe, store, name) for name in (recipe.train_split, recipe.val_split))
+    splits = (recipe.train_split, recipe.val_split)
+    train, val = (usable_clips(recipe, store, name) for name in splits)
     caches = _teacher_caches(recipe, store, train)
-    sources = {"store": store.digest}
-    sources |= {f"teacher {cache.teacher.parent}": cache.digest for cache in caches}
-    if recipe.exclude is not None:  # its content decides, as that of a store does
-        ids = excluded_ids(store, recipe.exclude)
-        sources[f"exclude {recipe.exclude}"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    sources = _sources(recipe, store, caches)
     if state is not None:
         _check_sources(recipe, state, sources)
     if recipe.exclude is not None:
         run.note(f"exclude: the clips that {recipe.exclude} lists are left out")
     run.note(f"{'resuming' if state else 'starting'}: {ranks.size} x {device}, {store.path}")
-    for name, clips in ((recipe.train_split, train), (recipe.val_split, val)):
-        every = clips_of_split(store, name, recipe.exclude)
-        run.note(f"{name}: {describe(store, every, clips)}")
+    for name, clips in zip(splits, (train, val), strict=True):
+        run.note(f"{name}: {describe(store, clips_of_split(store, name, recipe.exclude), clips)}")
     card = _card(recipe, kind, store)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)  # of the initial weights; steps seed themselves
     model = card.build()
     if recipe.standardise and state is None:
         standardise(model, store, train)
-    loaders = _loaders(recipe, store, train, val, device, ranks)
+    loaders = make_loaders(recipe, store, train, val, device, ranks)
     setup = TrainingSetup(recipe, run, store, model, card, *loaders, device, ranks, sources)
-    labels = LabelObjective(tuple(store.heads), recipe.label_smoothing)
-    objective: Objective = labels
+    objective: Objective = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     if isinstance(recipe, DistillRecipe):
-        objective = _distillation(recipe, labels, caches, device, ranks, stop)
+        objective = _distillation(recipe, objective, caches, device, ranks, stop)
     return Trainer(setup, state).fit(objective, stop)
+
+
+def _sources(
+    recipe: TrainRecipe, store: TokenSource, caches: list[TeacherLogitsCache]
+) -> dict[str, str]:
+    """Return the digests of all that a run learns from, by name: it keeps to them."""
+    sources = {"store": store.digest}
+    sources |= {f"teacher {cache.teacher.parent}": cache.digest for cache in caches}
+    if recipe.exclude is not None:  # its content decides, as that of a store does
+        ids = excluded_ids(store, recipe.exclude)
+        sources[f"exclude {recipe.exclude}"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    return sources
 
 
 def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
@@ -165,41 +167,6 @@ def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
     )
 
 
-def _loaders(
-    recipe: TrainRecipe,
-    store: TokenSource,
-    train: np.ndarray,
-    val: np.ndarray,
-    device: torch.device,
-    ranks: Ranks,
-) -> tuple[FeatureLoader, FeatureLoader]:
-    order = None
-    if recipe.class_balance:
-        keys = clip_keys(store.clip_ids[train])
-        labels = {head: of[train] for head, of in store.labels.items()}
-        order = balanced_order(keys, labels, recipe.class_balance, recipe.seed)
-    shared: dict[str, Any] = {
-        "rank": ranks.rank,
-        "world_size": ranks.size,
-        "pin": device.type == "cuda",
-        "threads": recipe.loader.threads,
-        "ahead": recipe.loader.ahead,
-    }
-    return (
-        FeatureLoader(
-            store,
-            train,
-            recipe.batch_size,
-            seed=recipe.seed,
-            p=recipe.modality_dropout,
-            shuffle=True,
-            order=order,
-            **shared,
-        ),
-        FeatureLoader(store, val, recipe.batch_size, **shared),
-    )
-
-
 def _teacher_caches(
     recipe: TrainRecipe, store: TokenSource, clips: np.ndarray
 ) -> list[TeacherLogitsCache]:
@@ -212,7 +179,7 @@ def _teacher_caches(
 
 def _distillation(
     recipe: DistillRecipe,
-    labels: LabelObjective,
+    labels: Objective,
     caches: list[TeacherLogitsCache],
     device: torch.device,
     ranks: Ranks,
@@ -227,29 +194,3 @@ def _distillation(
         recipe.teacher_weights,
         recipe.teacher_average,
     )
-
-
-def _clips(recipe: TrainRecipe, store: TokenSource, split: str) -> np.ndarray:
-    """Return the clips of a split that have at least one modality."""
-    clips = clips_of_split(store, split, recipe.exclude)
-    clips = clips[store.present[clips].any(axis=1)]
-    if not len(clips):
-        raise ManifestError(
-            f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
-            "failures.csv say why."
-        )
-    return clips
-
-
-def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
-    """Say how many clips have what, and why the others do not; ``clips`` have anything at all."""
-    reasons = np.asarray(store.reasons)[every]
-    parts = []
-    for column, modality in enumerate(store.modalities):
-        counts = Counter(reasons[:, column].tolist())
-        here = counts.pop(Reason.PRESENT, 0)
-        why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
-        parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
-    without = len(reasons) - len(clips)
-    left_out = f"; {without} with nothing are left out" if without else ""
-    return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"

@@ -1,14 +1,24 @@
-"""The training state on disk: two newest kept, written whole, the newest that verifies is used."""
+"""What a training keeps in its folder beside models: its states, and curves for TensorBoard.
+
+Two newest states are kept, each written as a whole, and the newest that verifies is used.
+"""
 
 import hashlib
 import io
+import os
 import pickle
+import socket
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError
@@ -48,6 +58,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({"version": VERSION, **state}, buffer)
     write_checksummed(folder / f"{step:09d}.pt", buffer.getvalue())
+    # Only now: a kill before this line leaves one state too many, never one too few.
     for old in _newest_first(folder)[KEEP:]:
         old.unlink()
 
@@ -91,3 +102,47 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.pt"), reverse=True)
+
+
+class TensorboardWriter:
+    """Curves for TensorBoard, an event file of one start of a training; a context manager.
+
+    TensorBoard's own writer has a thread, which on a full disk prints a traceback of its own and
+    tells the training only later. This one writes from the thread that trains.
+
+    Args:
+        folder: of the events of all runs of a training.
+        first: step from which on this run's values replace those of runs before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        host = socket.gethostname()
+        name = f"events.out.tfevents.{time.time():.0f}.{host}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._add(Event(step=first, file_version="brain.Event:2"))
+        self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Add a point to the curve of each value."""
+        points = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._add(Event(step=step, summary=Summary(value=points)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())

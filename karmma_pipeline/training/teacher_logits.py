@@ -143,10 +143,13 @@ class TeacherLogitsCache:
         self._claim(folder, ranks)
         chunks = range(-(-len(self.clips) // CHUNK))
         missing = [c for c in chunks if c % ranks.size == ranks.rank and not _whole(folder, c)]
+        # Ranks may also be runs that share the folder: a chunk that two compute is the same bytes,
+        # and each replaces it as a whole.
         if missing:
             self._compute(folder, missing, device, ranks, stop)
         if ranks.main:
             files.sweep([folder])
+        # Also a barrier: chunks of other ranks are there once all have come here.
         stopping, _ = ranks.agree_to_stop(stop)
         if stopping:
             stop.check(f"the chunks of {folder} that are done are kept")

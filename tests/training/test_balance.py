@@ -11,8 +11,8 @@ from support.training import baseline_recipe
 from karmma_pipeline.data.loading.loader import Batch
 from karmma_pipeline.data.loading.masks import clip_keys
 from karmma_pipeline.store import FeatureStore
-from karmma_pipeline.training import loop, stages
-from karmma_pipeline.training.balance import balanced_order
+from karmma_pipeline.training import clips, loop
+from karmma_pipeline.training.clips import balanced_order
 from karmma_pipeline.training.stages import train_baseline
 
 IDS = np.array([f"c{i}" for i in range(200)], "S8")
@@ -67,7 +67,7 @@ def test_a_balanced_training_learns_from_the_clips_that_are_drawn(
         return lambda epoch: np.full(len(keys), 2 + epoch)
 
     monkeypatch.setattr(loop.Trainer, "_step", spy)
-    monkeypatch.setattr(stages, "balanced_order", only_the_third)
+    monkeypatch.setattr(clips, "balanced_order", only_the_third)
     train_baseline(baseline_recipe(store, tmp_path / "r", epochs=2, class_balance=0.5, seed=7))
     train = np.flatnonzero(FeatureStore.open(store).split == "train")
     assert seen == [train[2]] * 72 + [train[3]] * 72

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karmma_pipeline.training.tensorboard_writer import TensorboardWriter
+from karmma_pipeline.training.state import TensorboardWriter
 
 
 def test_a_run_that_goes_on_replaces_the_points_that_it_makes_again(tmp_path: Path) -> None:

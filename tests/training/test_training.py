@@ -28,7 +28,7 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training import loop
-from karmma_pipeline.training.gradient import learning_rate
+from karmma_pipeline.training.optimization import learning_rate
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import Optimiser
 from karmma_pipeline.training.stages import distill, train_baseline, train_teacher

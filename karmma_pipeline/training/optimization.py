@@ -1,12 +1,14 @@
-"""The gradient in one piece, the optimiser and its learning rate."""
+"""How the weights move: gradient in one piece, optimiser, learning rate, moving average (EMA)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.training.recipe import Optimiser
 
 
@@ -21,9 +23,13 @@ class Gradient:
     def __init__(self, model: nn.Module) -> None:
         parameters = list(model.parameters())
         total = sum(p.numel() for p in parameters)
+        # The last number is the loss: one sum over ranks, and one wait, serve both.
         self.buffer = torch.zeros(total + 1, device=parameters[0].device)
         start = 0
         for p in parameters:
+            # A view, which backward adds to in place. Nobody may set grad to None after this
+            # (no `zero_grad`): backward would put a tensor of its own there, and the buffer
+            # that is summed and clipped would no longer be what the optimiser reads.
             p.grad = self.buffer[start : start + p.numel()].view_as(p)
             start += p.numel()
 
@@ -66,3 +72,21 @@ def learning_rate(settings: Optimiser, step: int, total: int) -> float:
         return settings.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def moving_average(model: FusionModel, decay: float) -> AveragedModel:
+    """Return a copy of the model that follows it: ``update_parameters`` after each step.
+
+    ema = d * ema + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n
+    updates, so that the first weights, which are random, are soon forgotten.
+    """
+
+    def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], updates: Any) -> None:
+        # A pure function of the number of updates, which the training state keeps: a resumed
+        # run weighs as one that was never stopped.
+        n = float(updates)
+        step = 1 - min(decay, (1 + n) / (10 + n))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averages), list(weights), step)
+
+    return AveragedModel(model, multi_avg_fn=follow)

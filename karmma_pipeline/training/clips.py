@@ -1,0 +1,202 @@
+"""The clips of a training: which, in what order, and the mean and deviation of their tokens.
+
+N clips in an epoch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non_finite_error
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws
+from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.training.ranks import Ranks
+from karmma_pipeline.training.recipe import TrainRecipe
+
+NEW_FOLDER = "Then train into a new folder, --set out=FOLDER: a run keeps to its clips."
+
+_OFFSET, _LINE = 2**32 + 2, 2**32 + 3
+"""Streams of `draws` that are ours."""
+
+_CLIPS, _AT_ONCE = 2048, 64
+"""Clips over which mean and deviation are measured, and how many of them are in memory at once."""
+
+
+def usable_clips(recipe: TrainRecipe, store: TokenSource, split: str) -> np.ndarray:
+    """Return the clips of a split that are not excluded and have at least one modality.
+
+    Raises:
+        ManifestError: there are none.
+        ConfigError: the list of excluded clips is wrong.
+    """
+    clips = clips_of_split(store, split, recipe.exclude)
+    clips = clips[store.present[clips].any(axis=1)]
+    if not len(clips):
+        raise ManifestError(
+            f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
+            "failures.csv say why."
+        )
+    return clips
+
+
+def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
+    """Say how many clips have what, and why the others do not; ``clips`` have anything at all."""
+    reasons = np.asarray(store.reasons)[every]
+    parts = []
+    for column, modality in enumerate(store.modalities):
+        counts = Counter(reasons[:, column].tolist())
+        here = counts.pop(Reason.PRESENT, 0)
+        why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
+        parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
+    without = len(reasons) - len(clips)
+    left_out = f"; {without} with nothing are left out" if without else ""
+    return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"
+
+
+def make_loaders(
+    recipe: TrainRecipe,
+    store: TokenSource,
+    train: np.ndarray,
+    val: np.ndarray,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[FeatureLoader, FeatureLoader]:
+    """Return the loaders of training clips, shuffled and masked, and of validation clips."""
+    order = None
+    if recipe.class_balance:
+        keys = clip_keys(store.clip_ids[train])
+        labels = {head: of[train] for head, of in store.labels.items()}
+        order = balanced_order(keys, labels, recipe.class_balance, recipe.seed)
+    shared: dict[str, Any] = {
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+        "pin": device.type == "cuda",
+        "threads": recipe.loader.threads,
+        "ahead": recipe.loader.ahead,
+    }
+    return (
+        FeatureLoader(
+            store,
+            train,
+            recipe.batch_size,
+            seed=recipe.seed,
+            p=recipe.modality_dropout,
+            shuffle=True,
+            order=order,
+            **shared,
+        ),
+        FeatureLoader(store, val, recipe.batch_size, **shared),
+    )
+
+
+def balanced_order(
+    keys: npt.NDArray[np.uint64],
+    labels: Mapping[str, npt.NDArray[np.integer]],
+    power: float,
+    seed: int,
+) -> Callable[[int], npt.NDArray[np.int64]]:
+    """Return the function that draws an epoch: its number to the N places of clips.
+
+    A clip weighs w = mean over heads of n(y)^-power, n(y) being how many of the N clips have its
+    label y (heads without a label are left out). It comes N * w / sum(w) times on average: in
+    each epoch that number rounded down or up (systematic sampling), so that chance adds as
+    little as it can. A pure function of (seed, epoch, clips), as masks are.
+
+    Args:
+        keys: uint64 [N] from `clip_keys`.
+        labels: head to int [N], -1 where unknown.
+        power: 0 (each clip once) to 1 (classes equally frequent).
+        seed: of the run.
+    """
+    share = _weights(labels, power, len(keys))
+    share *= len(keys) / share.sum()
+
+    def order(epoch: int) -> npt.NDArray[np.int64]:
+        # Clips lie on a line in an order drawn for this epoch, each as long as its share, and
+        # every whole number from a drawn offset on takes the clip that it falls into.
+        line = np.argsort(draws(seed, epoch, keys, _LINE), kind="stable")
+        offset = float(draws(seed, epoch, keys[:1], _OFFSET)[0] >> np.uint64(11)) * 2.0**-53
+        ends = np.cumsum(share[line])
+        points = np.arange(len(keys)) + offset
+        hits = np.searchsorted(ends, points, side="right").clip(max=len(keys) - 1)
+        places = np.sort(line[hits])
+        # Copies of one clip get draws of their own, or they would stand side by side.
+        copy = np.arange(len(places)) - np.searchsorted(places, places)
+        words = draws(seed, epoch, keys[places] + copy.astype(np.uint64), ORDER)
+        return places[np.argsort(words, kind="stable")]
+
+    return order
+
+
+def _weights(
+    labels: Mapping[str, npt.NDArray[np.integer]], power: float, count: int
+) -> npt.NDArray[np.float64]:
+    total, heads = np.zeros(count), np.zeros(count)
+    for of in labels.values():
+        known = of >= 0
+        n = np.bincount(of[known], minlength=1)
+        total[known] += n[of[known]].astype(np.float64) ** -power
+        heads += known
+    weights = np.divide(total, heads, out=np.zeros(count), where=heads > 0)
+    labelled = heads > 0
+    weights[~labelled] = weights[labelled].mean() if labelled.any() else 1.0
+    return weights
+
+
+def standardise(model: FusionModel, store: TokenSource, clips: npt.NDArray[np.int64]) -> None:
+    """Set the model's standardization from (up to 2048, evenly spread) clips of the store.
+
+    Raises:
+        StoreError: clips have tokens that are NaN or infinite; they are named.
+    """
+    for column, m in enumerate(store.modalities):
+        present = clips[store.present[clips, column]]
+        chosen = present[:: max(1, len(present) // _CLIPS)]
+        if (moments := _moments(store, m, chosen)) is not None:
+            mean, std = moments
+            floor = 1e-3 * std.mean().clamp(min=1e-6)  # channels that hardly move stay small
+            model.standardise(m, mean.float(), torch.maximum(std, floor).float())
+
+
+def _moments(
+    store: TokenSource, modality: str, clips: npt.NDArray[np.int64]
+) -> tuple[Tensor, Tensor] | None:
+    """Return mean and deviation over tokens, [width], in two passes that need little memory."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for index in _pieces(clips):
+        tokens = store.gather(modality, index).double().flatten(0, 1)
+        total, count = total + tokens.sum(dim=0), count + len(tokens)
+    if count < 2:
+        return None
+    if not bool(total.isfinite().all()):  # a sum of finite tokens in float64 cannot overflow
+        raise non_finite_error(store, _bad_clips(store, modality, clips), NEW_FOLDER)
+    # The second pass: sums of squares of what lies far from zero would lose their last digits.
+    mean, squares = total / count, torch.zeros((), dtype=torch.float64)
+    for index in _pieces(clips):
+        tokens = store.gather(modality, index).double().flatten(0, 1)
+        squares = squares + (tokens - mean).square().sum(dim=0)
+    return mean, (squares / (count - 1)).sqrt()
+
+
+def _pieces(clips: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+    for start in range(0, len(clips), _AT_ONCE):
+        yield torch.from_numpy(clips[start : start + _AT_ONCE])
+
+
+def _bad_clips(
+    store: TokenSource, modality: str, clips: npt.NDArray[np.int64]
+) -> list[ClipModality]:
+    bad: list[ClipModality] = []
+    for index in _pieces(clips):
+        finite = store.gather(modality, index).isfinite().flatten(1).all(dim=1)
+        bad += [(store.clip_ids[i].decode(), modality) for i in index[~finite].tolist()]
+    return bad
