@@ -60,6 +60,7 @@ def state(data: bytes) -> bytes:
     The bytes of a pickle depend on which equal strings are one object.
     """
     tree = torch.load(BytesIO(data[32:]), map_location="cpu", weights_only=True)
+    tree.pop("bad", None)  # clips that are not finite, which older programs took as absent
     return "\n".join(_plain(tree)).encode()
 
 
@@ -110,6 +111,12 @@ RULES = (
     ),
     Rule("*/extract.json", ignored, "tells of the last run only", killed=True),
     Rule("*/media_notes/*", ignored, "clips that are read again are noted again", killed=True),
+    Rule(
+        "*/recipe.yaml",
+        without("exclude", "bad_clips"),
+        "clips whose tokens are not finite stop a training and may be excluded",
+    ),
+    Rule("*/model.json", without("training.exclude", "training.bad_clips"), "the same"),
     Rule("*/state/*.pt", state, "a pickle of the same has no fixed bytes"),
     Rule("*/tensorboard/*", ignored, "a file for each start, the first one torn", killed=True),
     Rule("*/tensorboard/*", events, "the time of day"),
