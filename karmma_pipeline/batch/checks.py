@@ -8,8 +8,7 @@ from karmma_pipeline.batch.chain import ChainStage
 from karmma_pipeline.batch.progress import StageProgress, same_recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
-from karmma_pipeline.extraction.clips import read_clips
-from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.backbones.state_dicts import cached_file, enum_member
 from karmma_pipeline.training.recipe import TrainRecipe

@@ -21,7 +21,7 @@ from karmma_pipeline.batch.recipe import Chain, Resources, Site
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs.allocation import PARTS
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 
@@ -348,7 +348,7 @@ def release_locks(stores: Sequence[Path], alive: set[str]) -> None:
     A writer looks for its predecessor on its own node only; the queue knows of all nodes.
     """
     for store in stores:
-        for lock in sorted(paths.spool_folder(store, 0).parent.glob("*/lock")):
+        for lock in sorted(layout.spool_folder(store, 0).parent.glob("*/lock")):
             words = lock.read_text().split()
             if len(words) == 3 and words[2].isdigit() and words[2] not in alive:
                 lock.unlink(missing_ok=True)

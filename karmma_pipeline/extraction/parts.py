@@ -16,7 +16,7 @@ from karmma_pipeline.extraction.types import NATURAL, DecodedClip
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, FeatureStore, finalize
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 
 TABLE = "failures.csv"
 RECIPE = "recipe.yaml"
@@ -101,7 +101,7 @@ def join(recipe: ExtractRecipe, stores: Mapping[str, Path]) -> int:
 
 def is_joined(store: Path) -> bool:
     """Tell whether a store was completed; see `finalize`."""
-    return (store / paths.MANIFEST).is_file()
+    return (store / layout.MANIFEST).is_file()
 
 
 def count_failed(recipe: ExtractRecipe) -> int:

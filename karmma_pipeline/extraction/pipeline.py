@@ -16,7 +16,6 @@ import numpy as np
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.extraction import parts
-from karmma_pipeline.extraction.clips import read_clips, write_groups
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes
 from karmma_pipeline.extraction.inference.batching import (
@@ -29,7 +28,7 @@ from karmma_pipeline.extraction.inference.batching import (
 from karmma_pipeline.extraction.inference.modes import decide
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
 from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
-from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, write_groups
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag

@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from karmma_pipeline import config, files
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.store.format import clip_table, paths
-from karmma_pipeline.store.format.clip_table import write_column
-from karmma_pipeline.store.format.record import Record, parse_record
-from karmma_pipeline.store.format.shard import zarr_group, zarr_shards
+from karmma_pipeline.store.format import clip_table, layout
+from karmma_pipeline.store.format.clip_table import Record, parse_record, write_column
+from karmma_pipeline.store.format.layout import zarr_group, zarr_shards
 from karmma_pipeline.store.spec import ClipRow, StoreSpec
 
 
@@ -27,10 +26,10 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     # All parts of an array job come here at once and write equal bytes, each file by a rename; the
     # description is written last and says that the rest is there.
     description = _describe(spec, clips)
-    path = root / paths.SPEC
+    path = root / layout.SPEC
     if path.is_file():
-        there = paths.read_json(root, path)
-        paths.check_version(path, there)
+        there = layout.read_json(root, path)
+        layout.check_version(path, there)
         differing = sorted(config.differences(there, description))
         if differing:
             raise StoreError(
@@ -41,13 +40,13 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
             return
     # zarr.json alone was left by a run that was stopped right here
     elif (
-        not (root / paths.ROOT).is_file()
+        not (root / layout.ROOT).is_file()
         and root.is_dir()
         and any(not files.is_temporary(p) for p in root.iterdir())
     ):
         raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
     files.write_json(
-        root / paths.ROOT, zarr_group({"format": paths.FORMAT, "version": paths.VERSION})
+        root / layout.ROOT, zarr_group({"format": layout.FORMAT, "version": layout.VERSION})
     )
     _write_table(root, clips, spec)
     shards = shard_total(spec, len(clips))
@@ -66,7 +65,7 @@ def described_files(spec: StoreSpec) -> dict[str, int]:
     Names are relative to the store; the value is the number of dimensions of a column of the
     clip table, 0 for other files.
     """
-    names = {paths.ROOT: 0, f"{clip_table.FOLDER}/zarr.json": 0}
+    names = {layout.ROOT: 0, f"{clip_table.FOLDER}/zarr.json": 0}
     for m, array in spec.arrays:
         names |= {f"{m}/zarr.json": 0, f"{m}/{array.name}/zarr.json": 0}
     for name in ("clip_id", *(f"label_{h}" for h in spec.heads), *PLAIN):
@@ -101,8 +100,8 @@ def _describe(spec: StoreSpec, clips: Sequence[ClipRow]) -> dict[str, Any]:
         sha.update(repr((clip.clip_id, labels, clip.split, clip.group)).encode())
         sha.update(np.array([clip.start_s, clip.stop_s], "<f8").tobytes())
     return {
-        "format": paths.FORMAT,
-        "version": paths.VERSION,
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
         "spec": spec.model_dump(mode="json"),
         "clips": len(clips),
         "clips_sha256": sha.hexdigest(),
@@ -151,12 +150,12 @@ class Catalog:
     """
 
     def __init__(self, root: Path) -> None:
-        path = root / paths.SPEC
+        path = root / layout.SPEC
         if not path.is_file():
             raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
         try:
-            description = paths.read_json(root, path)
-            paths.check_version(path, description)
+            description = layout.read_json(root, path)
+            layout.check_version(path, description)
             self.root = root
             self.spec = config.build(StoreSpec, description["spec"], str(path))
             for name in (*self.spec.modalities, *self.spec.heads):
@@ -223,9 +222,9 @@ class Catalog:
         Raises:
             StoreError: it is missing, damaged, or does not fit the store.
         """
-        path = paths.record_file(self.root, shard)
+        path = layout.record_file(self.root, shard)
         try:
-            return self.parse_record(shard, paths.read_bytes(self.root, path))
+            return self.parse_record(shard, layout.read_bytes(self.root, path))
         except FileNotFoundError:
             raise StoreError(
                 f"{path}: shard {shard} is missing; run `karmma extract` with the same recipe "
@@ -236,16 +235,16 @@ class Catalog:
 
     def parse_record(self, shard: int, data: bytes) -> Record:
         """Check the bytes of a shard's commit record; see `read_record`."""
-        path = paths.record_file(self.root, shard)
+        path = layout.record_file(self.root, shard)
         return parse_record(path, data, self.spec, len(self.shard_range(shard)))
 
     def committed(self) -> set[int]:
         """Return the shards that are whole."""
         try:
-            names = {path.name for path in paths.record_file(self.root, 0).parent.iterdir()}
+            names = {path.name for path in layout.record_file(self.root, 0).parent.iterdir()}
         except FileNotFoundError:
             return set()
-        return {s for s in range(self.shards) if paths.record_file(self.root, s).name in names}
+        return {s for s in range(self.shards) if layout.record_file(self.root, s).name in names}
 
 
 def _check_range(what: str, values: npt.NDArray[np.int32], low: int, high: int) -> None:

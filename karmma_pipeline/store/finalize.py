@@ -15,10 +15,9 @@ from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, described_files
-from karmma_pipeline.store.format import clip_table, paths
-from karmma_pipeline.store.format.clip_table import column_writer
-from karmma_pipeline.store.format.record import Record
-from karmma_pipeline.store.format.shard import crc32c
+from karmma_pipeline.store.format import clip_table, layout
+from karmma_pipeline.store.format.clip_table import Record, column_writer
+from karmma_pipeline.store.format.layout import crc32c
 from karmma_pipeline.store.spec import StoreSpec
 
 
@@ -41,28 +40,28 @@ def finalize(root: Path) -> None:
     # these records all is done. Others write equal bytes, each file by a rename.
     digest, checksums = _digest(catalog)
     with suppress(StoreError):
-        manifest = paths.read_manifest(root)
+        manifest = layout.read_manifest(root)
         if manifest["digest"] == digest and manifest["records"] == checksums:
             return
     present = _write_presence(catalog)
     _write_index(catalog, present)
     content = {
-        "format": paths.FORMAT,
-        "version": paths.VERSION,
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
         "digest": digest,
         "shards": catalog.shards,
         "clips": catalog.count,
         "records": checksums,
         "files": {name: files.sha256(root / name) for name in digested_files(catalog.spec)},
     }
-    shutil.rmtree(root / paths.SPOOL, ignore_errors=True)  # of a writer killed after its commit
+    shutil.rmtree(root / layout.SPOOL, ignore_errors=True)  # of a writer killed after its commit
     files.sweep(files.folders_of(root))
-    paths.write_manifest(root, content)  # last: its being there means a complete store
+    layout.write_manifest(root, content)  # last: its being there means a complete store
 
 
 def digested_files(spec: StoreSpec) -> list[str]:
     """Return the files, relative to the store, whose digests the manifest keeps."""
-    names = [paths.SPEC, paths.INDEX, *described_files(spec)]
+    names = [layout.SPEC, layout.INDEX, *described_files(spec)]
     for name, (_, shape) in _presence_columns(spec, 0).items():
         names.append(f"{clip_table.FOLDER}/{name}/zarr.json")
         names.append(str(clip_table.column_file(Path(), name, len(shape))))
@@ -71,11 +70,11 @@ def digested_files(spec: StoreSpec) -> list[str]:
 
 def _digest(catalog: Catalog) -> tuple[str, list[int]]:
     """Return the store's digest, and the checksum of each commit record."""
-    sha = hashlib.sha256((catalog.root / paths.SPEC).read_bytes())
+    sha = hashlib.sha256((catalog.root / layout.SPEC).read_bytes())
     checksums = []
     for shard in range(catalog.shards):
-        path = paths.record_file(catalog.root, shard)
-        data = paths.read_bytes(catalog.root, path)
+        path = layout.record_file(catalog.root, shard)
+        data = layout.read_bytes(catalog.root, path)
         sha.update(catalog.parse_record(shard, data).content(with_files=False))
         checksums.append(crc32c(data))
     return sha.hexdigest(), checksums
@@ -124,7 +123,7 @@ def _shard_columns(
     yield "crc32c", record.crc32c
     for column, m in enumerate(spec.order):
         one, here = spec.modalities[m], record.present(column)
-        first = shard * paths.capacity_rows(one.arrays[0], spec.clips_per_shard)
+        first = shard * layout.capacity_rows(one.arrays[0], spec.clips_per_shard)
         starts = first + one.tokens * (np.cumsum(here, dtype=np.int64) - here)
         yield f"start_{m}", np.where(here, starts, -1).astype(np.int64)
         yield f"tokens_{m}", np.where(here, one.tokens, 0).astype(np.int32)
@@ -137,27 +136,27 @@ def _write_index(catalog: Catalog, present: npt.NDArray[np.int64]) -> None:
     Made in memory: the HDF5 library ends the process where a write of its own fails.
     """
     settings: dict[str, Any] = {"driver": "core", "backing_store": False, "locking": False}
-    with h5py.File(paths.INDEX, "w", libver=("v110", "v110"), **settings) as index:
+    with h5py.File(layout.INDEX, "w", libver=("v110", "v110"), **settings) as index:
         _fill_index(index, catalog, present)
         index.flush()
         image = index.id.get_file_image()
-    files.write_bytes(catalog.root / paths.INDEX, image)
+    files.write_bytes(catalog.root / layout.INDEX, image)
 
 
 def _fill_index(index: h5py.File, catalog: Catalog, present: npt.NDArray[np.int64]) -> None:
     spec = catalog.spec
     for m, array in spec.arrays:
         clips = present[:, spec.order.index(m)]
-        capacity = paths.capacity_rows(array, spec.clips_per_shard)
+        capacity = layout.capacity_rows(array, spec.clips_per_shard)
         shape = (catalog.shards * capacity, array.width)
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_obj_track_times(False)
         for shard in range(catalog.shards):
-            rows = paths.file_rows(array, spec.clips_per_shard, int(clips[shard]))
+            rows = layout.file_rows(array, spec.clips_per_shard, int(clips[shard]))
             source = h5py.h5s.create_simple((rows, array.width))
             target = h5py.h5s.create_simple(shape)
             target.select_hyperslab((shard * capacity, 0), (rows, array.width))
-            name = str(paths.shard_file(Path(), m, shard, array.name)).encode()
+            name = str(layout.shard_file(Path(), m, shard, array.name)).encode()
             plan.set_virtual(target, name, array.name.encode(), source)
         kind = h5py.h5t.py_create(array.dtype)
         space = h5py.h5s.create_simple(shape)
@@ -168,7 +167,7 @@ def _fill_index(index: h5py.File, catalog: Catalog, present: npt.NDArray[np.int6
     table = _group(index, clip_table.FOLDER)
     names = [Path(n).parts for n in digested_files(spec) if n.startswith(clip_table.FOLDER)]
     for column in sorted({parts[1] for parts in names if len(parts) > 2}):
-        meta = paths.read_json(
+        meta = layout.read_json(
             catalog.root, catalog.root / clip_table.FOLDER / column / "zarr.json"
         )
         shape = tuple(meta["shape"])

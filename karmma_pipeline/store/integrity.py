@@ -15,10 +15,10 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.finalize import digested_files
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
+from karmma_pipeline.store.format.clip_table import Record
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
-from karmma_pipeline.store.format.record import Record
-from karmma_pipeline.store.format.shard import crc32c, shard_index
+from karmma_pipeline.store.format.layout import crc32c, shard_index
 from karmma_pipeline.store.spec import StoredArray
 from karmma_pipeline.store.writer import lock_holder
 
@@ -62,11 +62,11 @@ def verify(root: Path, stop: StopFlag | None = None) -> list[Damage]:
     records: list[int] = []
     damages: list[Damage] = []
     try:
-        manifest = paths.read_manifest(root)
+        manifest = layout.read_manifest(root)
         records = manifest["records"]
         damages += _check_files(catalog, manifest["files"])
     except StoreError as error:
-        damages.append(Damage(-1, "all", str(error), path=paths.MANIFEST))
+        damages.append(Damage(-1, "all", str(error), path=layout.MANIFEST))
     for shard in progress_bar(range(catalog.shards), "verify", unit="shard"):
         (stop or StopFlag()).check("nothing was changed")
         damages += _check_shard(catalog, shard, records[shard] if shard < len(records) else None)
@@ -80,18 +80,18 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
     """
     catalog = Catalog(root)
     shards = sorted({d.shard for d in damages if d.shard >= 0})
-    ours = {*described_files(catalog.spec), *digested_files(catalog.spec), paths.MANIFEST}
+    ours = {*described_files(catalog.spec), *digested_files(catalog.spec), layout.MANIFEST}
     mine = [d.path for d in damages if d.shard < 0 and d.path in ours]
     lines = []
     if shards or mine:
-        (root / paths.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
+        (root / layout.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
     for shard in shards:
-        paths.record_file(root, shard).unlink(missing_ok=True)
+        layout.record_file(root, shard).unlink(missing_ok=True)
         for m, array in catalog.spec.arrays:
-            paths.shard_file(root, m, shard, array.name).unlink(missing_ok=True)
+            layout.shard_file(root, m, shard, array.name).unlink(missing_ok=True)
         lines.append(f"shard {shard}: taken away")
     for name in mine:
-        if name == paths.SPEC:
+        if name == layout.SPEC:
             lines.append(f"{name}: cannot be made anew; take it from a copy of the store")
         else:
             (root / name).unlink(missing_ok=True)
@@ -101,14 +101,14 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
 
 def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
     if set(digests) != set(digested_files(catalog.spec)):
-        yield Damage(-1, "all", "lists other files than a store has", path=paths.MANIFEST)
+        yield Damage(-1, "all", "lists other files than a store has", path=layout.MANIFEST)
         return
     for name, digest in digests.items():
         try:
-            os.close(paths.open_inside(catalog.root, catalog.root / name))
+            os.close(layout.open_inside(catalog.root, catalog.root / name))
             if files.sha256(catalog.root / name) != digest:
                 yield Damage(-1, "all", "bytes have changed", path=name)
-            elif name == paths.INDEX:
+            elif name == layout.INDEX:
                 for fault in index_faults(catalog.root / name, catalog.spec, catalog.shards):
                     yield Damage(-1, "all", fault, path=name)
         except FileNotFoundError:
@@ -118,9 +118,9 @@ def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
 
 
 def _check_shard(catalog: Catalog, shard: int, checksum: int | None) -> Iterator[Damage]:
-    path, clips = paths.record_file(catalog.root, shard), tuple(catalog.clips_in(shard))
+    path, clips = layout.record_file(catalog.root, shard), tuple(catalog.clips_in(shard))
     try:
-        data = paths.read_bytes(catalog.root, path)
+        data = layout.read_bytes(catalog.root, path)
         record = catalog.parse_record(shard, data)
     except (OSError, StoreError) as error:
         missing = isinstance(error, FileNotFoundError)
@@ -142,9 +142,9 @@ def _check_array(
     present = np.flatnonzero(record.present(column))
     clips = catalog.clips_in(shard)
     every = tuple(clips[i] for i in present)
-    path = paths.shard_file(catalog.root, m, shard, array.name)
+    path = layout.shard_file(catalog.root, m, shard, array.name)
     try:
-        descriptor = paths.open_inside(catalog.root, path)
+        descriptor = layout.open_inside(catalog.root, path)
     except FileNotFoundError:
         yield Damage(shard, m, "the file is missing", every)
         return
@@ -152,7 +152,7 @@ def _check_array(
         yield Damage(shard, m, "the file is a link or no regular file", every)
         return
     with os.fdopen(descriptor, "rb") as file:
-        if os.fstat(file.fileno()).st_size != paths.file_bytes(array, size, len(present)):
+        if os.fstat(file.fileno()).st_size != layout.file_bytes(array, size, len(present)):
             yield Damage(shard, m, "the file has the wrong size", every)
             return
         crc = 0
@@ -161,14 +161,14 @@ def _check_array(
         # The bytes are as they were written, but whoever wrote them may mean harm: the HDF5 headers
         # are looked at too, with h5py, and only now.
         if crc == checksum:
-            faults = shard_faults(path, array, paths.file_rows(array, size, len(present)))
+            faults = shard_faults(path, array, layout.file_rows(array, size, len(present)))
             yield from (Damage(shard, m, fault, every) for fault in faults)
             bad = [every[i] for i in _non_finite(file, catalog, m, array, len(every))]
             if bad:
                 yield Damage(shard, m, "NaN or infinity in the tokens", tuple(bad))
             return
         file.seek(0)
-        head = file.read(paths.PAYLOAD_OFFSET)
+        head = file.read(layout.PAYLOAD_OFFSET)
     try:
         yield from _locate(catalog, shard, record, column, array, head)
     except FileNotFoundError:  # the array beside it, reported by itself
@@ -187,7 +187,7 @@ def _non_finite(
     if dtype not in _EXPONENTS:
         return
     word, exponent = _EXPONENTS[dtype]
-    file.seek(paths.PAYLOAD_OFFSET)
+    file.seek(layout.PAYLOAD_OFFSET)
     for number in range(clips):
         bits = np.frombuffer(file.read(array.clip_bytes), word)
         if int((bits & bits.dtype.type(exponent)).max(initial=0)) == exponent:
@@ -221,14 +221,14 @@ class _Files:
 
     def __init__(self, catalog: Catalog, shard: int, modality: str) -> None:
         self._paths = {
-            array.name: paths.shard_file(catalog.root, modality, shard, array.name)
+            array.name: layout.shard_file(catalog.root, modality, shard, array.name)
             for array in catalog.spec.modalities[modality].arrays
         }
 
     def __enter__(self) -> dict[str, BufferedReader]:
         self._open = {name: path.open("rb") for name, path in self._paths.items()}
         for file in self._open.values():
-            file.seek(paths.PAYLOAD_OFFSET)
+            file.seek(layout.PAYLOAD_OFFSET)
         return self._open
 
     def __exit__(self, *_: object) -> None:
@@ -244,7 +244,7 @@ def _foreign(catalog: Catalog) -> Iterator[Damage]:
 
 def foreign_files(catalog: Catalog) -> Iterator[tuple[Path, str]]:
     """Yield the files that a store does not have, with their names relative to it."""
-    spec, known = catalog.spec, {*digested_files(catalog.spec), paths.MANIFEST}
+    spec, known = catalog.spec, {*digested_files(catalog.spec), layout.MANIFEST}
     prefixes = {f"{m}/{array.name}/c/" for m, array in spec.arrays}
     spools = {str(s.relative_to(catalog.root)) for s in _live_spools(catalog)}
     for folder, folders, names in os.walk(catalog.root):
@@ -265,7 +265,7 @@ def _is_shard(name: str, prefixes: set[str], shards: int) -> bool:
         number = path.name.removesuffix(".safetensors")
         return (
             number.isdecimal()
-            and name == str(paths.record_file(Path(), int(number)))
+            and name == str(layout.record_file(Path(), int(number)))
             and (int(number) < shards)
         )
     number = path.parent.name
@@ -279,7 +279,7 @@ def _live_spools(catalog: Catalog) -> Iterator[Path]:
     committed = catalog.committed()
     for shard in range(catalog.shards):
         if shard not in committed:
-            yield paths.spool_folder(catalog.root, shard)
+            yield layout.spool_folder(catalog.root, shard)
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
     Spools that an extraction will go on with, and whatever a living process writes, stay.
     """
     catalog = Catalog(root)
-    spools = root / paths.SPOOL
+    spools = root / layout.SPOOL
     committed = catalog.committed()
     listed: set[Path] = set()
     for folder in sorted(spools.glob("*")) if spools.is_dir() else []:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, open_name
+from karmma_pipeline.store.format.layout import PAYLOAD_OFFSET, open_name
 from karmma_pipeline.store.spec import StoredArray
 
 # Python's `mmap` cannot map at a chosen address (MAP_FIXED), and one address range for all files is

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.mapping import ClipLocations, Payload
 from karmma_pipeline.store.source import MappedStore
 
@@ -37,10 +37,10 @@ class FeatureStore(MappedStore):
         self.spec, self.clip_ids = self._catalog.spec, self._catalog.clip_ids
         self.modalities, self.specs = self.spec.order, self.spec.modalities
         self.heads = dict(self.spec.heads)
-        manifest = paths.read_manifest(self.path)
+        manifest = layout.read_manifest(self.path)
         self.digest: str = manifest["digest"]
         if manifest["clips"] != len(self):
-            raise StoreError(f"{self.path}: the manifest and {paths.SPEC} count other clips.")
+            raise StoreError(f"{self.path}: the manifest and {layout.SPEC} count other clips.")
         self.reasons: npt.NDArray[np.uint8] = self._catalog.column(
             "reason", np.uint8, len(self.modalities)
         )
@@ -101,9 +101,9 @@ class FeatureStore(MappedStore):
             array.name: [
                 Payload(
                     root,
-                    paths.shard_name(modality, s, array.name),
+                    layout.shard_name(modality, s, array.name),
                     clips * array.clip_bytes,
-                    paths.file_bytes(array, size, clips),
+                    layout.file_bytes(array, size, clips),
                 )
                 for s, clips in enumerate(counts.tolist())
             ]

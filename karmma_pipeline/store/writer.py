@@ -25,9 +25,9 @@ from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
-from karmma_pipeline.store.format import paths
-from karmma_pipeline.store.format.record import Record, write_record
-from karmma_pipeline.store.format.shard import crc32c, create_shard_file
+from karmma_pipeline.store.format import layout
+from karmma_pipeline.store.format.clip_table import Record, write_record
+from karmma_pipeline.store.format.layout import crc32c, create_shard_file
 from karmma_pipeline.store.spec import StoredArray
 
 _COPY_BYTES = 4 << 20
@@ -52,7 +52,7 @@ class ShardWriter:
         self.clip_ids = self.catalog.clips_in(shard)
         self._order = self.spec.order
         self._arrays = {m: self.spec.modalities[m].arrays for m in self._order}
-        self._journal_path = paths.spool_folder(root, shard) / "journal"
+        self._journal_path = layout.spool_folder(root, shard) / "journal"
         M = len(self._order)
         self._reason = np.zeros((len(self.clip_ids), M), np.uint8)
         self._crc = np.zeros((len(self.clip_ids), M), np.uint32)
@@ -65,7 +65,7 @@ class ShardWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        folder = paths.spool_folder(self.root, self.shard)
+        folder = layout.spool_folder(self.root, self.shard)
         with files.disk_errors(self._journal_path):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock", self.shard)
@@ -201,20 +201,20 @@ class ShardWriter:
         record = Record(self._reason, self._crc, self._times, np.array(crcs, np.uint32))
         write_record(self.root, self.shard, record)
         self._stack.close()
-        shutil.rmtree(paths.spool_folder(self.root, self.shard), ignore_errors=True)
+        shutil.rmtree(layout.spool_folder(self.root, self.shard), ignore_errors=True)
 
     def _finish(self, modality: str, array: StoredArray, clips: int) -> int:
         """Write a shard file and return the CRC-32C of all of it."""
         size = self.spec.clips_per_shard
-        total = paths.file_bytes(array, size, clips)
+        total = layout.file_bytes(array, size, clips)
         spool = self._payload[modality, array.name]
         spool.seek(0)
-        path = paths.shard_file(self.root, modality, self.shard, array.name)
+        path = layout.shard_file(self.root, modality, self.shard, array.name)
         with files.replacing(path) as temporary:
             create_shard_file(temporary, array, size, clips)
             with temporary.open("r+b") as target:
-                crc = crc32c(target.read(paths.PAYLOAD_OFFSET))
-                target.seek(paths.PAYLOAD_OFFSET)
+                crc = crc32c(target.read(layout.PAYLOAD_OFFSET))
+                target.seek(layout.PAYLOAD_OFFSET)
                 while data := spool.read(_COPY_BYTES) or bytes(
                     min(_COPY_BYTES, total - target.tell())
                 ):

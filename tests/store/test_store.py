@@ -34,7 +34,12 @@ from karmma_pipeline.store import (
     info,
     verify,
 )
-from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, record_file, shard_file, spool_folder
+from karmma_pipeline.store.format.layout import (
+    PAYLOAD_OFFSET,
+    record_file,
+    shard_file,
+    spool_folder,
+)
 
 Tokens = dict[str, np.ndarray]
 

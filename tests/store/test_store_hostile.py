@@ -18,7 +18,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store import FeatureStore, StoreSpec, create_store, finalize, verify
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
-from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, shard_file
+from karmma_pipeline.store.format.layout import PAYLOAD_OFFSET, shard_file
 
 SECRET = b"the user's private key, long enough to be tokens of a clip or two of this store"
 

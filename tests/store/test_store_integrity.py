@@ -13,7 +13,7 @@ from support.any_store import fill_store
 from karmma_pipeline.cli import main
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store import FeatureStore, finalize, repair, verify
-from karmma_pipeline.store.format.paths import PAYLOAD_OFFSET, record_file, shard_file
+from karmma_pipeline.store.format.layout import PAYLOAD_OFFSET, record_file, shard_file
 
 
 @pytest.fixture(scope="module")

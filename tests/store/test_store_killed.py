@@ -10,7 +10,7 @@ from support.leftovers import leave
 
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.store import Catalog, ShardWriter, finalize
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 
 
 def names(root: Path) -> set[str]:
@@ -19,11 +19,11 @@ def names(root: Path) -> set[str]:
 
 def test_completing_a_store_takes_away_what_killed_writers_left(tmp_path: Path) -> None:
     whole, root = fill_store(tmp_path / "whole"), fill_store(tmp_path / "hurt")
-    (root / paths.MANIFEST).unlink()
-    spool = paths.spool_folder(root, 0)  # killed between its commit and its last step
+    (root / layout.MANIFEST).unlink()
+    spool = layout.spool_folder(root, 0)  # killed between its commit and its last step
     spool.mkdir(parents=True)
     (spool / "journal").write_bytes(b"x")
-    for name in (paths.SPEC, "commit/000000.safetensors", "rgb/tokens/c/0/0", "clips/group/c/0"):
+    for name in (layout.SPEC, "commit/000000.safetensors", "rgb/tokens/c/0/0", "clips/group/c/0"):
         leave(root / name)
     finalize(root)
     assert names(root) == names(whole)
@@ -33,7 +33,7 @@ def test_a_disk_that_fails_twice_is_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = fill_store(tmp_path / "s")
-    paths.record_file(root, 0).unlink()
+    layout.record_file(root, 0).unlink()
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

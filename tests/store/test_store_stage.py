@@ -18,7 +18,7 @@ from karmma_pipeline.data.loading.open import open_source
 from karmma_pipeline.errors import KarmmaError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store import FeatureStore, stage
-from karmma_pipeline.store.format.paths import shard_file
+from karmma_pipeline.store.format.layout import shard_file
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 
 _RUN = 8
 """Clips that follow one another in the list, as extraction meets them."""
@@ -67,7 +67,7 @@ def disk(
             spec = ModalitySpec(tokens=count, width=width, dtype=recipe.store.dtype)
             there = present[modality]
             tokens[name][modality] = sum(
-                paths.file_bytes(array, size, int(there[first : first + size].sum()))
+                layout.file_bytes(array, size, int(there[first : first + size].sum()))
                 for array in spec.arrays
                 for first in range(0, clips, size)
             )

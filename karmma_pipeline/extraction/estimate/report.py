@@ -7,11 +7,10 @@ from typing import Any
 
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.errors import KarmmaError
-from karmma_pipeline.extraction.clips import read_clips
 from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.cost import Disk, Time
 from karmma_pipeline.extraction.estimate.survey import EXAMPLES, Survey, survey
-from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 
 TASK_HOURS = 4.0
 """Length of an array task that is suggested."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import h5py
 
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.spec import StoredArray, StoreSpec
 
 
@@ -25,7 +25,7 @@ def shard_faults(path: Path, array: StoredArray, rows: int) -> Iterator[str]:
             if isinstance(dataset, h5py.Dataset):
                 if dataset.shape != (rows, array.width) or dataset.dtype != array.dtype:
                     yield f"the HDF5 dataset is {dataset.dtype} {dataset.shape}"
-                elif dataset.id.get_offset() != paths.PAYLOAD_OFFSET:
+                elif dataset.id.get_offset() != layout.PAYLOAD_OFFSET:
                     yield f"the HDF5 dataset lies at {dataset.id.get_offset()}"
     except (OSError, KeyError, RuntimeError) as error:
         yield f"truncated or not an HDF5 file ({error})"
@@ -35,7 +35,7 @@ def index_faults(path: Path, spec: StoreSpec, shards: int) -> Iterator[str]:
     """Yield what is wrong with the HDF5 view: virtual datasets may name the shards alone."""
     allowed = {
         f"{m}/{array.name}": {
-            str(paths.shard_file(Path(), m, s, array.name)) for s in range(shards)
+            str(layout.shard_file(Path(), m, s, array.name)) for s in range(shards)
         }
         for m, array in spec.arrays
     }

@@ -23,7 +23,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog
-from karmma_pipeline.store.format import paths
+from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.integrity import foreign_files, verify
 from karmma_pipeline.store.reader import FeatureStore
 
@@ -93,7 +93,7 @@ def _make(store: Path, place: Path, stop: StopFlag) -> None:
             "away. Check the store with `karmma store verify`."
         )
     files.write_json(
-        _done(place), {"manifest": files.sha256(store / paths.MANIFEST), "files": states}
+        _done(place), {"manifest": files.sha256(store / layout.MANIFEST), "files": states}
     )
 
 
@@ -113,7 +113,7 @@ def _is_unchanged(place: Path, store: Path) -> bool:
     try:
         done = json.loads(_done(place).read_text())
         return bool(
-            done["manifest"] == files.sha256(store / paths.MANIFEST)
+            done["manifest"] == files.sha256(store / layout.MANIFEST)
             and done["files"] == _states(place)
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -141,7 +141,7 @@ def _sizes(store: Path) -> dict[str, int]:
             if relative not in foreign:
                 sizes[relative] = path.stat().st_size
     # The manifest last: a copy without it is no store, wherever the copying was killed.
-    sizes[paths.MANIFEST] = sizes.pop(paths.MANIFEST)
+    sizes[layout.MANIFEST] = sizes.pop(layout.MANIFEST)
     return sizes
 
 
@@ -156,7 +156,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
         bar.update(sum(sizes.values()) - sum(missing.values()))
         for name in missing:
             with (
-                os.fdopen(paths.open_inside(store, store / name), "rb") as source,
+                os.fdopen(layout.open_inside(store, store / name), "rb") as source,
                 files.replacing(place / name) as temporary,
                 temporary.open("wb") as target,
             ):
@@ -217,7 +217,7 @@ def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
     """
     stop = stop or StopFlag()
     try:
-        listed = paths.read_json(archive, archive / LIST)["files"]
+        listed = layout.read_json(archive, archive / LIST)["files"]
         sizes = {name: int(one["bytes"]) for name, one in listed.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{archive / LIST}: no archive, or damaged ({error}).") from None
@@ -241,7 +241,7 @@ def is_archive(folder: Path) -> bool:
 def _decompress_file(archive: Path, source: Path, target: Path, size: int, sha: str) -> None:
     digest, left = hashlib.sha256(), size
     with (
-        os.fdopen(paths.open_inside(archive, source), "rb") as file,
+        os.fdopen(layout.open_inside(archive, source), "rb") as file,
         files.replacing(target) as temporary,
         temporary.open("wb") as out,
     ):
