@@ -29,8 +29,8 @@ class Reason(enum.IntEnum):
     OUT_OF_RANGE = 8
     BAD_VALUE = 9
     NOT_IN_DATASET = 10
-    TIME_OFF = 11
-    REFUSED = 12
+    TIMESTAMP_MISMATCH = 11
+    UNSAFE_FILE = 12
 
     @property
     def hint(self) -> str:
@@ -50,10 +50,10 @@ _HINTS = {
     Reason.OUT_OF_RANGE: "The clip lies outside its file; check start, stop and the file's length.",
     Reason.BAD_VALUE: "The backbone gave NaN or infinity; try precision float32.",
     Reason.NOT_IN_DATASET: "The manifest names no file for this modality.",
-    Reason.TIME_OFF: "The file has nothing near a wanted moment; raise sampling.tolerance_s if "
-    "its frame rate is that low, or look for missing frames.",
-    Reason.REFUSED: "The file would make us read other files (a playlist, an HDF5 link) or claims "
-    "an implausible size; use a file that holds the media itself.",
+    Reason.TIMESTAMP_MISMATCH: "The file has nothing near a wanted moment; raise "
+    "sampling.tolerance_s if its frame rate is that low, or look for missing frames.",
+    Reason.UNSAFE_FILE: "The file would make us read other files (a playlist, an HDF5 link) or "
+    "claims an implausible size; use a file that holds the media itself.",
 }
 
 

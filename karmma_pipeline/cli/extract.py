@@ -129,9 +129,9 @@ def plan(
     resolved = load_recipe(ExtractRecipe, recipe, overrides, check=False)
     from karmma_pipeline import files
     from karmma_pipeline.errors import TooManyFailuresError
-    from karmma_pipeline.extraction.estimate.report import make_plan
+    from karmma_pipeline.extraction.estimate.report import estimate
 
-    made = make_plan(resolved, probe=not no_probe, calibrate=not no_calibrate)
+    made = estimate(resolved, probe=not no_probe, calibrate=not no_calibrate)
     click.echo(made.text(recipe))
     if target is not None:
         files.write_json(target, made.facts())

@@ -34,7 +34,8 @@ class Sampling(Recipe):
         0.5,
         ge=0,
         description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
-        "reach out of its file; beyond, the modality is absent: time_off or out_of_range.",
+        "reach out of its file; beyond, the modality is absent, as timestamp_mismatch or\n"
+        "out_of_range.",
     )
 
 

@@ -14,7 +14,7 @@ from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource
 from karmma_pipeline.extraction.decode.boxes import read_boxes
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, Sampling
 from karmma_pipeline.modalities import Reason

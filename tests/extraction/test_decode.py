@@ -130,10 +130,10 @@ def test_a_clip_shorter_than_the_window_repeats_what_the_recipe_says() -> None:
     np.testing.assert_allclose(sample_times(both, 5, 5.3, 6), [5, 5, 5.1, 5.2, 5.3, 5.3])
 
 
-def test_a_file_that_holds_nothing_near_a_moment_is_time_off(make_video: Maker) -> None:
+def test_a_file_that_holds_nothing_near_a_moment_is_a_timestamp_mismatch(make_video: Maker) -> None:
     path = make_video(times=[0, 0.04, 0.08, 2.0, 2.04], sound=False)
     (strict,) = decode([clip(path, 0, 2)], RGB)
-    assert strict.reasons == {RGB: Reason.TIME_OFF}
+    assert strict.reasons == {RGB: Reason.TIMESTAMP_MISMATCH}
     (lenient,) = decode([clip(path, 0, 2)], RGB, sampling=Sampling(tolerance_s=2))
     np.testing.assert_allclose(lenient.times[RGB][0], [0.25, 0.75, 1.25, 1.75])
     np.testing.assert_allclose(lenient.times[RGB][1], 0.08, atol=1e-3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.media_files import Maker
 
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
 from karmma_pipeline.modalities import Reason
 
@@ -73,7 +73,7 @@ def test_a_playlist_does_not_open_other_files(
     for read in (lambda: file.frames(np.array([0.5])), lambda: file.sound(0, 1, 16_000)):
         with pytest.raises(MediaFaultError) as caught:
             read()
-        assert caught.value.reason in {Reason.REFUSED, Reason.DECODE_ERROR}
+        assert caught.value.reason in {Reason.UNSAFE_FILE, Reason.DECODE_ERROR}
     assert not was_opened(watch)
 
 

@@ -10,7 +10,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.decord_video import DecordVideo
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodeSettings, input_spec

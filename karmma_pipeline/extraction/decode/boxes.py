@@ -24,7 +24,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.media.container import open_container
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import Sampling
 from karmma_pipeline.extraction.types import ROUNDING_S, Times, covering
 from karmma_pipeline.modalities import Reason

@@ -12,9 +12,7 @@ import numpy.typing as npt
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FrameSource
 from karmma_pipeline.extraction.decode.flow import as_pictures, dis_flow, resized
-from karmma_pipeline.extraction.media.errors import MediaFaultError
-from karmma_pipeline.extraction.media.image_frames import FrameFiles
-from karmma_pipeline.extraction.media.open import Video
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.recipe import Flow, Sampling
 from karmma_pipeline.extraction.types import InputSpec, Numbers, Pictures, Times
 from karmma_pipeline.modalities import Reason
@@ -36,7 +34,7 @@ class FrameSelection:
         stored: they are flow already.
     """
 
-    video: Video
+    video: MediaReader
     spec: InputSpec
     times: Times
     first: Numbers
@@ -87,7 +85,9 @@ def partners(starts: Times, first: Numbers, gap_s: float) -> tuple[Numbers, Numb
     return np.minimum(first, second - 1), second
 
 
-def clip_span(clip: Clip, modality: str, video: Video, tolerance_s: float) -> tuple[float, float]:
+def clip_span(
+    clip: Clip, modality: str, video: MediaReader, tolerance_s: float
+) -> tuple[float, float]:
     """Return the clip's span in its video, clamped to the video's end.
 
     Pictures are addressed by the numbers that their data set states, if it does.
@@ -98,7 +98,7 @@ def clip_span(clip: Clip, modality: str, video: Video, tolerance_s: float) -> tu
     """
     start, stop = clip.start_s, clip.stop_s
     source = clip.media[modality]
-    if isinstance(source, FrameSource) and source.span and isinstance(video, FrameFiles):
+    if isinstance(source, FrameSource) and source.span:
         start, stop = video.span(*source.span)
     return clamped(start, stop, video.stop_s, tolerance_s)
 
@@ -113,16 +113,20 @@ def clamped(
     """
     stop = end_s if stop_s is None else min(stop_s, end_s)
     if start_s >= end_s:
-        raise MediaFaultError(Reason.OUT_OF_RANGE, f"starts at {start_s}, the file ends at {end_s}")
+        raise MediaFaultError(
+            Reason.OUT_OF_RANGE, f"starts at {start_s:.2f} s, its file ends at {end_s:.2f} s"
+        )
     if stop_s is not None and stop_s > end_s + tolerance_s:
-        raise MediaFaultError(Reason.OUT_OF_RANGE, f"stops at {stop_s}, the file ends at {end_s}")
+        raise MediaFaultError(
+            Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, its file ends at {end_s:.2f} s"
+        )
     if stop <= start_s:
-        raise MediaFaultError(Reason.TOO_SHORT, f"{start_s} to {stop}")
+        raise MediaFaultError(Reason.TOO_SHORT, f"nothing from {start_s} to {stop} s")
     return start_s, stop
 
 
 def select_frames(
-    clip: Clip, spec: InputSpec, video: Video, sampling: Sampling, flow: Flow
+    clip: Clip, spec: InputSpec, video: MediaReader, sampling: Sampling, flow: Flow
 ) -> FrameSelection:
     """Choose the frames of a clip, or the pairs or pictures of its flow.
 
@@ -132,11 +136,10 @@ def select_frames(
     start, stop = clip_span(clip, spec.modality, video, sampling.tolerance_s)
     times = sample_times(sampling, start, stop, spec.frames)
     is_flow, second, scale = spec.modality == "flow", None, None
-    stored = is_flow and isinstance(video, FrameFiles) and len(video.source.names) == 2
+    stored = is_flow and video.stores_flow
     if not is_flow:
         first = video.numbers(times)
     elif stored:
-        assert isinstance(video, FrameFiles)  # noqa: S101  (mypy)
         first = video.numbers(_with_room(times, start, stop, video.gap_s))
     else:
         if len(video.frame_starts) < 2:
@@ -147,7 +150,9 @@ def select_frames(
     real = video.frame_starts[first]
     off = float(np.abs(times - real).max())
     if off > sampling.tolerance_s + (flow.gap_s if is_flow else 0.0):
-        raise MediaFaultError(Reason.TIME_OFF, f"{video.path}: nothing within {off:.2f} s")
+        raise MediaFaultError(
+            Reason.TIMESTAMP_MISMATCH, f"{video.path}: nothing within {off:.2f} s"
+        )
     return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored)
 
 
@@ -175,9 +180,9 @@ class DecodedFrames:
 
     def __init__(self, selections: Iterable[FrameSelection], several: bool = False) -> None:
         self._several = several
-        self._frames: dict[tuple[Video, FrameTransform, int], Pictures] = {}
-        self._faults: dict[Video, MediaFaultError] = {}
-        by_video: dict[Video, list[FrameSelection]] = {}
+        self._frames: dict[tuple[MediaReader, FrameTransform, int], Pictures] = {}
+        self._faults: dict[MediaReader, MediaFaultError] = {}
+        by_video: dict[MediaReader, list[FrameSelection]] = {}
         for one in selections:
             by_video.setdefault(one.video, []).append(one)
         for video, some in by_video.items():
@@ -188,7 +193,7 @@ class DecodedFrames:
             except MemoryError:
                 self._faults[video] = MediaFaultError(Reason.OUT_OF_MEMORY, str(video.path))
 
-    def _decode(self, video: Video, selections: list[FrameSelection]) -> None:
+    def _decode(self, video: MediaReader, selections: list[FrameSelection]) -> None:
         """Go through a video once, forward, for all networks and clips that want frames of it.
 
         A full-size frame is dropped as soon as it is resized for each of them: a second of 4K
@@ -235,6 +240,5 @@ class DecodedFrames:
 
 
 def _stored_flow(one: FrameSelection, flow: Flow) -> Pictures:
-    assert isinstance(one.video, FrameFiles)  # noqa: S101  (only they hold flow)
     motion = resized(one.video.motion(one.first), one.transform)
     return as_pictures(flow, motion * np.float32(flow.gap_s / one.video.gap_s))

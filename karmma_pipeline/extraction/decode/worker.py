@@ -20,9 +20,9 @@ from karmma_pipeline.extraction.decode.frame_selection import (
     select_frames,
 )
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import Decoder
-from karmma_pipeline.extraction.media.open import Readers, sound_reader, video_reader
+from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 
@@ -42,8 +42,8 @@ def decode_clips(
         settings: what to decode.
         decoder: the one that is tried first.
     """
-    with Readers(decoder, settings.index_folder) as readers:
-        begun = [_begin(clip, settings, readers) for clip in clips]
+    with OpenMedia(decoder, settings.index_folder) as media:
+        begun = [_begin(clip, settings, media) for clip in clips]
         several = len(begun) > 1
         frames = DecodedFrames([s for _, chosen in begun for s in chosen.values()], several)
         for decoded, chosen in begun:
@@ -54,7 +54,7 @@ def decode_clips(
 
 
 def _begin(
-    clip: Clip, settings: DecodeSettings, readers: Readers
+    clip: Clip, settings: DecodeSettings, media: OpenMedia
 ) -> tuple[DecodedClip, dict[InputSpec, FrameSelection]]:
     """Read boxes and sound, and choose the frames of the rest."""
     decoded = DecodedClip(clip.clip_id)
@@ -68,9 +68,9 @@ def _begin(
                 boxes, times = read_boxes(clip, source, settings.sampling, spec.frames)
                 decoded.arrays[spec], decoded.times[spec] = boxes, times
             elif spec.modality == "audio":
-                _audio(decoded, clip, spec, settings, readers)
+                _audio(decoded, clip, spec, settings, media)
             else:
-                video = video_reader(readers.of(source))
+                video = media.of(source)
                 chosen[spec] = select_frames(clip, spec, video, settings.sampling, settings.flow)
     return decoded, chosen
 
@@ -100,24 +100,24 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
         decoded.reasons[spec] = Reason.OUT_OF_MEMORY
 
 
-def _sound_span(clip: Clip, settings: DecodeSettings, readers: Readers) -> tuple[float, float]:
+def _sound_span(clip: Clip, settings: DecodeSettings, media: OpenMedia) -> tuple[float, float]:
     """Return the span that the clip's pictures have, or, without pictures, its sound's."""
     tolerance = settings.sampling.tolerance_s
     with suppress(MediaFaultError, KeyError):
-        return clip_span(clip, "rgb", video_reader(readers.of(clip.media["rgb"])), tolerance)
+        return clip_span(clip, "rgb", media.of(clip.media["rgb"]), tolerance)
     if clip.stop_s is not None:
         return clip.start_s, clip.stop_s
-    sound = sound_reader(readers.of(clip.media["audio"]))
+    sound = media.of(clip.media["audio"])
     return clamped(clip.start_s, None, sound.sound_span(settings.audio.sample_rate)[1], tolerance)
 
 
 def _audio(
-    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, readers: Readers
+    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, media: OpenMedia
 ) -> None:
-    audio, sound = settings.audio, sound_reader(readers.of(clip.media["audio"]))
+    audio, sound = settings.audio, media.of(clip.media["audio"])
     rate = audio.sample_rate
     track_start, track_stop = sound.sound_span(rate)
-    start, stop = _sound_span(clip, settings, readers)
+    start, stop = _sound_span(clip, settings, media)
     if spec.per_frame:
         centres = sample_times(settings.sampling, start, stop, spec.frames)
         length = audio.frame_s

@@ -1,4 +1,4 @@
-"""``karmma plan``: what an extraction will meet and cost, before any GPU hour is spent."""
+"""``karmma plan``: checks the inputs and estimates time and disk, before any GPU hour is spent."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TASK_HOURS = 4.0
 
 
 @dataclass(frozen=True)
-class ExtractPlan:
+class Estimate:
     """Everything the command says; see `Survey`, `Disk` and `Time`."""
 
     recipe: ExtractRecipe
@@ -56,7 +56,7 @@ class ExtractPlan:
         yield from _topic("files", _files(self.survey))
         yield from _topic("present", _presence(self.survey, self.recipe))
         yield from _topic("short", _short(self.survey, self.recipe))
-        yield from _topic("doubles", _doubles(self.survey))
+        yield from _topic("duplicates", _duplicates(self.survey))
         yield from _topic("splits", _splits(self.survey))
         yield from _topic("disk", _disk(self))
         yield from _topic("time", _time(self, recipe_path))
@@ -81,9 +81,9 @@ class ExtractPlan:
             "present": {m: int(there.sum()) for m, there in one.present.items()},
             "no_stream": dict(sorted(one.no_stream.items())),
             "clips_lost_to_faults": one.lost,
-            "start_after_end": one.after_end,
-            "stop_after_end": one.past_end,
-            "stop_too_far_after_end": one.too_far,
+            "start_after_end": one.starts_after_video_end,
+            "stop_after_end": one.ends_after_video_end,
+            "stop_too_far_after_end": one.beyond_tolerance,
             "shorter_than_window": [
                 {
                     "modality": w.modality,
@@ -94,9 +94,9 @@ class ExtractPlan:
                 }
                 for w in one.windows
             ],
-            "same_video_and_span": [list(pair) for pair in one.doubles],
-            "videos_in_several_splits": one.shared,
-            "overlaps_between_splits": [list(pair) for pair in one.leaks],
+            "same_video_and_span": [list(pair) for pair in one.duplicates],
+            "videos_in_several_splits": one.shared_videos,
+            "overlaps_between_splits": [list(pair) for pair in one.split_leaks],
             "disk": {
                 "token_bytes": {s: dict(of) for s, of in self.disk.tokens.items()},
                 "table_bytes_about": self.disk.tables,
@@ -118,7 +118,7 @@ class ExtractPlan:
         }
 
 
-def make_plan(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = True) -> ExtractPlan:
+def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = True) -> Estimate:
     """Look at everything that an extraction will need; nothing is written.
 
     Args:
@@ -134,7 +134,7 @@ def make_plan(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tr
     space = cost.disk(recipe, manifest, found.present)
     whole = cost.disk(recipe, manifest, found.wanted)
     time = _measure(recipe, manifest, found) if calibrate else Time(problem="not measured")
-    return ExtractPlan(recipe, manifest.notes, found, space, whole, time)
+    return Estimate(recipe, manifest.notes, found, space, whole, time)
 
 
 def _measure(recipe: ExtractRecipe, manifest: Manifest, found: Survey) -> Time:
@@ -189,17 +189,17 @@ def _presence(one: Survey, recipe: ExtractRecipe) -> list[str]:
         if one.no_stream[modality]:
             line += f"; {one.no_stream[modality]:,} were recorded without"
         lines.append(line)
-    if one.after_end:
-        lines.append(f"start after their file's end: {_examples(one.after_end)}")
-    if one.past_end:
+    if one.starts_after_video_end:
+        lines.append(f"start after their file's end: {_examples(one.starts_after_video_end)}")
+    if one.ends_after_video_end:
         lines.append(
-            f"stop after their file's end and are cut there, {len(one.past_end):,}: "
-            f"{_examples(one.past_end)}"
+            f"stop after their file's end and are cut there, {len(one.ends_after_video_end):,}: "
+            f"{_examples(one.ends_after_video_end)}"
         )
-    if one.too_far:
+    if one.beyond_tolerance:
         lines.append(
             f"stop more than {recipe.sampling.tolerance_s:g} s after their file's end, "
-            f"{len(one.too_far):,}: {_examples(one.too_far)}"
+            f"{len(one.beyond_tolerance):,}: {_examples(one.beyond_tolerance)}"
         )
     if one.lost:
         verdict = "more" if one.lost > recipe.max_failures * one.clips else "no more"
@@ -223,20 +223,21 @@ def _short(one: Survey, recipe: ExtractRecipe) -> list[str]:
     ]
 
 
-def _doubles(one: Survey) -> list[str]:
-    if not one.doubles:
+def _duplicates(one: Survey) -> list[str]:
+    if not one.duplicates:
         return ["no two clips have the same video and span"]
-    pairs = [f"{a} = {b}" for a, b in one.doubles]
+    pairs = [f"{a} = {b}" for a, b in one.duplicates]
     return [f"{len(pairs):,} clips have the video and span of another: {_examples(pairs)}"]
 
 
 def _splits(one: Survey) -> list[str]:
     if len(one.splits) < 2:
         return ["one split"]
-    if not one.shared:
+    if not one.shared_videos:
         return ["no video is in two splits"]
-    lines = [f"{len(one.shared):,} videos have clips in several splits: {_examples(one.shared)}"]
-    pairs = [f"{a} with {b}" for a, b in one.leaks]
+    shared = one.shared_videos
+    lines = [f"{len(shared):,} videos have clips in several splits: {_examples(shared)}"]
+    pairs = [f"{a} with {b}" for a, b in one.split_leaks]
     if pairs:
         lines.append(
             f"{len(pairs):,} clips overlap in time with a clip of another split: {_examples(pairs)}"
@@ -244,7 +245,7 @@ def _splits(one: Survey) -> list[str]:
     return lines
 
 
-def _disk(plan: ExtractPlan) -> list[str]:
+def _disk(plan: Estimate) -> list[str]:
     space, whole = plan.disk, plan.disk_if_whole.total
     lines = [
         f"{name}: {_bytes(sum(of.values()))} ("
@@ -271,7 +272,7 @@ def _bytes(size: float) -> str:
     return f"{size:,.3g} TB"
 
 
-def _time(plan: ExtractPlan, recipe_path: Path) -> list[str]:
+def _time(plan: Estimate, recipe_path: Path) -> list[str]:
     if plan.hours is None or plan.time.clip_s is None:
         return [f"unknown: {plan.time.problem}"]
     hours = plan.hours

@@ -1,7 +1,7 @@
 """What is known of an extraction's clips and files before any of them is decoded."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
-from karmma_pipeline.extraction.media.integrity import Probe, probe_all
+from karmma_pipeline.extraction.decode.frame_selection import clamped
+from karmma_pipeline.extraction.media.integrity import FileCheck, check_files
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
 
@@ -50,14 +52,14 @@ class Survey:
         lost: clips that will lose a modality to a fault that is known by now.
         faulty: their places in the list of clips.
         no_stream: modality to clips whose file was recorded without it.
-        after_end: clips that start after their file's end.
-        past_end: clips that stop after their file's end, and are cut there.
-        too_far: clips that stop farther after it than the recipe tolerates: their pictures are
-            out of range.
+        starts_after_video_end: clips that start after their file's end.
+        ends_after_video_end: clips that stop after their file's end, and are cut there.
+        beyond_tolerance: clips that stop farther after it than the recipe tolerates: their
+            pictures are out of range.
         windows: see `Window`.
-        doubles: pairs of clip ids with the same video and span.
-        shared: videos with clips in more than one split.
-        leaks: pairs of clip ids of different splits that overlap in time.
+        duplicates: pairs of clip ids with the same video and span.
+        shared_videos: videos with clips in more than one split.
+        split_leaks: pairs of clip ids of different splits that overlap in time.
     """
 
     clips: int
@@ -75,13 +77,13 @@ class Survey:
     lost: int = 0
     faulty: set[int] = field(default_factory=set)
     no_stream: Counter[str] = field(default_factory=Counter)
-    after_end: list[str] = field(default_factory=list)
-    past_end: list[str] = field(default_factory=list)
-    too_far: list[str] = field(default_factory=list)
+    starts_after_video_end: list[str] = field(default_factory=list)
+    ends_after_video_end: list[str] = field(default_factory=list)
+    beyond_tolerance: list[str] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
-    doubles: list[tuple[str, str]] = field(default_factory=list)
-    shared: list[str] = field(default_factory=list)
-    leaks: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    shared_videos: list[str] = field(default_factory=list)
+    split_leaks: list[tuple[str, str]] = field(default_factory=list)
 
 
 def survey(recipe: ExtractRecipe, manifest: Manifest, *, probe: bool = True) -> Survey:
@@ -99,25 +101,25 @@ def survey(recipe: ExtractRecipe, manifest: Manifest, *, probe: bool = True) -> 
             source = clip.media.get(modality)
             if source is not None:
                 paths.setdefault(source.path, _kind(source))
-    probes = probe_all(list(paths)) if probe else {p: _there(p) for p in paths}
-    found = Survey(len(manifest.clips), probed=probe)
-    found.kinds.update(paths.values())
-    for path, one in probes.items():
-        if one.state != "fine":
-            found.states[one.state].append(path)
-            found.details[path] = one.detail
-    spans = [_span(clip, probes) for clip in manifest.clips]
-    _count_clips(found, manifest.clips, spans)
-    _count_presence(found, manifest.clips, modalities, probes)
-    _count_ends(found, manifest.clips, recipe.sampling.tolerance_s, probes)
-    found.lost = len(found.faulty)
-    found.windows = list(_windows(recipe, manifest.clips, spans, probes))
-    _find_overlaps(found, manifest.clips, spans)
-    return found
+    checks = check_files(list(paths)) if probe else {p: _there(p) for p in paths}
+    result = Survey(len(manifest.clips), probed=probe)
+    result.kinds.update(paths.values())
+    for path, check in checks.items():
+        if check.state != "fine":
+            result.states[check.state].append(path)
+            result.details[path] = check.detail
+    spans = [_span(clip, checks) for clip in manifest.clips]
+    _count_clips(result, manifest.clips, spans)
+    _count_presence(result, manifest.clips, modalities, checks)
+    _count_ends(result, manifest.clips, recipe.sampling.tolerance_s, checks)
+    result.lost = len(result.faulty)
+    result.windows = list(_windows(recipe, manifest.clips, spans, checks))
+    _find_overlaps(result, manifest.clips, spans)
+    return result
 
 
-def _there(path: Path) -> Probe:
-    return Probe("fine") if path.exists() else Probe("missing")
+def _there(path: Path) -> FileCheck:
+    return FileCheck("fine") if path.exists() else FileCheck("missing")
 
 
 def _kind(source: Source) -> str:
@@ -133,86 +135,92 @@ def _main(clip: Clip) -> Source | None:
     return clip.media.get("rgb") or next(iter(clip.media.values()), None)
 
 
-def _span(clip: Clip, probes: Mapping[Path, Probe]) -> tuple[float, float | None]:
-    """Return a clip's start and stop; the stop is its file's end where it states none."""
+def _end(clip: Clip, checks: Mapping[Path, FileCheck]) -> float | None:
     source = _main(clip)
-    known = probes.get(source.path) if isinstance(source, FileSource) else None
-    end = known.duration_s if known is not None else None
-    if clip.stop_s is None:
-        return clip.start_s, end
-    return clip.start_s, clip.stop_s if end is None else max(clip.start_s, min(clip.stop_s, end))
+    check = checks.get(source.path) if isinstance(source, FileSource) else None
+    return None if check is None else check.duration_s
+
+
+def _span(clip: Clip, checks: Mapping[Path, FileCheck]) -> tuple[float, float | None]:
+    """Return a clip's start and stop, cut at its file's end; the stop is None if unknown."""
+    end = _end(clip, checks)
+    if end is None:
+        return clip.start_s, clip.stop_s
+    if clip.start_s >= end:
+        return clip.start_s, end if clip.stop_s is None else clip.start_s
+    return clamped(clip.start_s, clip.stop_s, end, tolerance_s=float("inf"))
 
 
 def _count_clips(
-    found: Survey, clips: Sequence[Clip], spans: Sequence[tuple[float, float | None]]
+    result: Survey, clips: Sequence[Clip], spans: Sequence[tuple[float, float | None]]
 ) -> None:
     lengths = [stop - start for start, stop in spans if stop is not None]
-    found.hours = sum(lengths) / 3600
-    found.median_s = float(np.median(lengths)) if lengths else 0.0
-    found.unknown = len(spans) - len(lengths)
-    found.splits.update(clip.split for clip in clips)
-    found.videos = len({source.path for clip in clips if (source := _main(clip)) is not None})
+    result.hours = sum(lengths) / 3600
+    result.median_s = float(np.median(lengths)) if lengths else 0.0
+    result.unknown = len(spans) - len(lengths)
+    result.splits.update(clip.split for clip in clips)
+    result.videos = len({source.path for clip in clips if (source := _main(clip)) is not None})
 
 
 def _count_presence(
-    found: Survey,
+    result: Survey,
     clips: Sequence[Clip],
     modalities: Sequence[str],
-    probes: Mapping[Path, Probe],
+    checks: Mapping[Path, FileCheck],
 ) -> None:
     for modality in modalities:
-        present = found.present[modality] = np.zeros(len(clips), np.bool_)
-        wanted = found.wanted[modality] = np.zeros(len(clips), np.bool_)
+        present = result.present[modality] = np.zeros(len(clips), np.bool_)
+        wanted = result.wanted[modality] = np.zeros(len(clips), np.bool_)
         for number, clip in enumerate(clips):
             source = clip.media.get(modality)
             if source is None:
                 continue
-            known = probes[source.path]
+            check = checks[source.path]
             wanted[number] = True
-            if known.state != "fine":
-                found.faulty.add(number)
-            elif (known.has_audio if modality == "audio" else known.has_video) is False:
-                found.no_stream[modality] += 1
+            if check.state != "fine":
+                result.faulty.add(number)
+            elif check.lacks("audio" if modality == "audio" else "video"):
+                result.no_stream[modality] += 1
                 wanted[number] = False
             else:
                 present[number] = True
 
 
 def _count_ends(
-    found: Survey, clips: Sequence[Clip], tolerance_s: float, probes: Mapping[Path, Probe]
+    result: Survey, clips: Sequence[Clip], tolerance_s: float, checks: Mapping[Path, FileCheck]
 ) -> None:
     """Tell the clips that reach out of their file: what plays on is cut, or nothing is left."""
     for number, clip in enumerate(clips):
-        end = _end(clip, probes)
+        end = _end(clip, checks)
         if end is None:
             continue
-        past_s = (end if clip.stop_s is None else clip.stop_s) - end
-        if clip.start_s >= end:
-            found.after_end.append(clip.clip_id)
-            gone = set(found.present)
-        elif past_s > max(tolerance_s, _NEAR_S):
-            found.too_far.append(clip.clip_id)
-            gone = found.present.keys() & {"rgb", "flow"}  # sound is padded
+        try:
+            clamped(clip.start_s, clip.stop_s, end, max(tolerance_s, _NEAR_S))
+        except MediaFaultError:
+            if clip.start_s >= end:
+                result.starts_after_video_end.append(clip.clip_id)
+                gone = set(result.present)
+            else:
+                result.beyond_tolerance.append(clip.clip_id)
+                gone = result.present.keys() & {"rgb", "flow"}  # sound is padded
+            _lose(result, number, gone)
         else:
-            found.past_end += [clip.clip_id] if past_s > _NEAR_S else []
-            continue
-        if gone:
-            found.faulty.add(number)
-        for modality in gone:
-            found.present[modality][number] = False
+            if clip.stop_s is not None and clip.stop_s - end > _NEAR_S:
+                result.ends_after_video_end.append(clip.clip_id)
 
 
-def _end(clip: Clip, probes: Mapping[Path, Probe]) -> float | None:
-    source = _main(clip)
-    known = probes.get(source.path) if isinstance(source, FileSource) else None
-    return None if known is None else known.duration_s
+def _lose(result: Survey, number: int, modalities: Collection[str]) -> None:
+    if modalities:
+        result.faulty.add(number)
+    for modality in modalities:
+        result.present[modality][number] = False
 
 
 def _windows(
     recipe: ExtractRecipe,
     clips: Sequence[Clip],
     spans: Sequence[tuple[float, float | None]],
-    probes: Mapping[Path, Probe],
+    checks: Mapping[Path, FileCheck],
 ) -> Iterator[Window]:
     """Yield a window per distinct (modality, T) that looks at several moments."""
     wanted = dict.fromkeys(
@@ -227,7 +235,7 @@ def _windows(
         seconds = frames / recipe.sampling.fps if fixed else None
         window = Window(modality, frames, seconds)
         for clip, (start, stop) in zip(clips, spans, strict=True):
-            rate = None if fixed else _rate(clip.media.get(modality), probes)
+            rate = None if fixed else _rate(clip.media.get(modality), checks)
             least = seconds if seconds is not None else frames / rate if rate else None
             if modality in clip.media and stop is not None and least is not None:
                 window.of += 1
@@ -236,14 +244,14 @@ def _windows(
             yield window
 
 
-def _rate(source: Source | None, probes: Mapping[Path, Probe]) -> float | None:
+def _rate(source: Source | None, checks: Mapping[Path, FileCheck]) -> float | None:
     if isinstance(source, FrameSource):
         return source.fps / source.stride
-    return probes[source.path].fps if isinstance(source, FileSource) else None
+    return checks[source.path].fps if isinstance(source, FileSource) else None
 
 
 def _find_overlaps(
-    found: Survey, clips: Sequence[Clip], spans: Sequence[tuple[float, float | None]]
+    result: Survey, clips: Sequence[Clip], spans: Sequence[tuple[float, float | None]]
 ) -> None:
     """Find clips with the same video and span, and clips of two splits that overlap in time."""
     by_video: dict[Path, list[tuple[float, float, Clip]]] = defaultdict(list)
@@ -254,12 +262,12 @@ def _find_overlaps(
             by_video[source.path].append((start, end, clip))
     for path, some in by_video.items():
         some.sort(key=lambda item: item[:2])
-        found.doubles += [
+        result.duplicates += [
             (one[2].clip_id, two[2].clip_id) for one, two in pairwise(some) if one[:2] == two[:2]
         ]
         if len({clip.split for _, _, clip in some}) > 1:
-            found.shared.append(str(path))
-            found.leaks += _leaks(some)
+            result.shared_videos.append(str(path))
+            result.split_leaks += _leaks(some)
 
 
 def _leaks(some: Sequence[tuple[float, float, Clip]]) -> Iterator[tuple[str, str]]:

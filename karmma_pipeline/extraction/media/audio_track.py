@@ -17,12 +17,16 @@ import numpy.typing as npt
 import soxr
 
 from karmma_pipeline.data.sources import SoundArray
-from karmma_pipeline.extraction.media.container import StreamFacts, open_container
-from karmma_pipeline.extraction.media.errors import MediaFaultError, first_line
+from karmma_pipeline.extraction.media.container import StreamInfo, open_container
+from karmma_pipeline.extraction.media.interface import (
+    MediaFaultError,
+    MediaReader,
+    Sound,
+    first_line,
+)
 from karmma_pipeline.extraction.media.pyav_video import until_end
 from karmma_pipeline.modalities import Reason
 
-Sound = npt.NDArray[np.float32]
 Span = tuple[float, float]
 
 QUALITY = "HQ"
@@ -30,7 +34,7 @@ RESAMPLING = f"channels averaged, soxr {QUALITY}"
 """How tracks are brought to the rate of the recipe, as stores record it."""
 
 LONGEST_S = 48 * 3600
-"""Seconds of sound beyond which a track is absurd."""
+"""Seconds of sound beyond which a track is implausible."""
 
 _GAP_S = 0.05
 """A hole in a track that is longer is silence; a shorter one is rounding of time stamps."""
@@ -39,19 +43,21 @@ _CHUNK_S = 4
 """Seconds that are resampled at a time."""
 
 
-def read_track(path: Path, facts: StreamFacts, rate: int) -> tuple[Sound, tuple[Span, ...]]:
+def read_track(path: Path, info: StreamInfo, rate: int) -> tuple[Sound, tuple[Span, ...]]:
     """Return a sound track, mono [S] at ``rate`` Hz, and its damaged spans.
 
     Spans are seconds from the track's start; there the track is silent.
 
     Raises:
-        MediaFaultError: no sound in it can be read, or it claims an absurd length.
+        MediaFaultError: no sound in it can be read, or it claims an implausible length.
     """
     damaged: list[Span] = []
-    native = facts.rate or rate
+    native = info.rate or rate
     stream = soxr.ResampleStream(native, rate, 1, dtype="float32", quality=QUALITY)
+    # One stream resamples all pieces, which is the same as resampling the whole; pieces bound the
+    # memory of a long track's native samples.
     pieces, waiting, length = [], [], 0
-    for piece in _pieces(path, facts, native, damaged):
+    for piece in _pieces(path, info, native, damaged):
         waiting.append(piece)
         length += len(piece)
         if length >= _CHUNK_S * native:
@@ -64,11 +70,12 @@ def read_track(path: Path, facts: StreamFacts, rate: int) -> tuple[Sound, tuple[
     return np.concatenate(pieces), tuple(damaged)
 
 
-def _pieces(path: Path, facts: StreamFacts, native: int, damaged: list[Span]) -> Iterator[Sound]:
+def _pieces(path: Path, info: StreamInfo, native: int, damaged: list[Span]) -> Iterator[Sound]:
     """Yield the track bit by bit at its own rate, with silence where it has holes."""
-    zero_s, length = max(0.0, facts.first_s), 0
+    # What comes before zero is the encoder's run-in (priming), which the decoder drops itself.
+    zero_s, length = max(0.0, info.first_s), 0
     with open_container(path) as container:
-        stream = container.streams[facts.index]
+        stream = container.streams[info.index]
         if stream.codec_context is None:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: sound in an unknown codec")
         for packet in until_end(container.demux(stream)):
@@ -82,6 +89,7 @@ def _pieces(path: Path, facts: StreamFacts, native: int, damaged: list[Span]) ->
                 start_s = length / native if frame.time is None else frame.time - zero_s
                 if start_s > LONGEST_S or frame.sample_rate != native:
                     raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: damaged sound")
+                # A packet that is lost, or left out by a recorder, must not move what follows it.
                 hole = round(start_s * native) - length
                 if hole > _GAP_S * native:
                     yield np.zeros(hole, np.float32)
@@ -117,7 +125,7 @@ def cut(track: Sound, start_s: float, length_s: float, rate: int) -> Sound:
     return window
 
 
-class SoundFile:
+class SoundArrayReader(MediaReader):
     """One track; read by windows, or as a whole where it must be resampled."""
 
     audio_decoder = "h5py"
@@ -147,8 +155,8 @@ class SoundFile:
         first, count = round(start_s * rate), max(1, round((stop_s - start_s) * rate))
         window = np.zeros(count, np.float32)
         low, high = max(first, 0), max(first + count, 0)
-        found = self._read(low, high)
-        window[low - first : low - first + len(found)] = found
+        samples = self._read(low, high)
+        window[low - first : low - first + len(samples)] = samples
         return window
 
     def _read(self, low: int | None, high: int | None) -> Any:
@@ -167,40 +175,38 @@ class SoundFile:
                 Reason.DECODE_ERROR, f"{source.path}: {first_line(error)}"
             ) from None
 
-    def close(self) -> None:
-        """Nothing is kept open."""
-
 
 def _dataset(file: h5py.File, source: SoundArray) -> h5py.Dataset:
+    # Step by step, as each may be a link into another file, which h5py would follow silently.
     where, at = f"{source.path}: {source.key!r}", file
     for part in source.key.strip("/").split("/"):
         link = at.get(part, getlink=True) if isinstance(at, h5py.Group) else None
         if link is None:
             raise MediaFaultError(Reason.NO_STREAM, f"{where}: not in the file")
         if not isinstance(link, h5py.HardLink):
-            raise MediaFaultError(Reason.REFUSED, f"{where}: a link")
+            raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: a link")
         at = at[part]
     if not isinstance(at, h5py.Dataset):
         raise MediaFaultError(Reason.NO_STREAM, f"{where}: a group")
     if at.external or at.is_virtual:
-        raise MediaFaultError(Reason.REFUSED, f"{where}: kept in another file")
+        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: kept in another file")
     if at.ndim != 1 or at.dtype.kind not in "iuf" or at.dtype.itemsize > 8:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {at.shape} {at.dtype}, not samples")
     if len(at) > LONGEST_S * source.rate:
-        raise MediaFaultError(Reason.REFUSED, f"{where}: {len(at)} samples")
+        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: {len(at)} samples")
     if at.chunks and at.chunks[0] * at.dtype.itemsize > 1 << 30:
-        raise MediaFaultError(Reason.REFUSED, f"{where}: chunks of {at.chunks[0]} samples")
+        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: chunks of {at.chunks[0]} samples")
     return at
 
 
-def _samples(samples: Any) -> Sound:
-    found = as_float(samples)
-    if not np.isfinite(found).all():
+def _samples(stored: Any) -> Sound:
+    samples = as_float(stored)
+    if not np.isfinite(samples).all():
         raise ValueError("NaN or infinity in the samples")
-    return found
+    return samples
 
 
 @lru_cache(maxsize=1)
 def _resampled(source: SoundArray, rate: int, _key: tuple[int, int] | None) -> Sound:
-    track = SoundFile(source)._read(0, LONGEST_S * source.rate)
+    track = SoundArrayReader(source)._read(0, LONGEST_S * source.rate)
     return np.asarray(soxr.resample(track, source.rate, rate, quality=QUALITY), np.float32)

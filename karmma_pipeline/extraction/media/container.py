@@ -11,7 +11,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg,aac"
@@ -24,8 +24,16 @@ _PLAYLIST = re.compile(
 
 
 @dataclass(frozen=True)
-class StreamFacts:
-    """One stream: its number, its first time stamp in seconds, its start on the file's clock."""
+class StreamInfo:
+    """One stream.
+
+    Attributes:
+        index: its number in the file.
+        first_s: its first time stamp, seconds.
+        delay_s: where it starts on the file's clock, seconds.
+        rate: of sound, Hz.
+        default: it is the one that a player would take.
+    """
 
     index: int
     first_s: float
@@ -35,12 +43,22 @@ class StreamFacts:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What a file holds; None where it has no such stream. ``indexed``: seeks are exact."""
+class MediaInfo:
+    """What a file holds and says of itself; None where it has no such stream or does not say.
 
-    video: StreamFacts | None
-    audio: StreamFacts | None
+    Attributes:
+        video: its pictures; the cover of a sound file is none.
+        audio: its sound.
+        indexed: its container has an index, so that seeks are exact.
+        duration_s: its length as its header states it.
+        fps: mean frames per second of its default video stream.
+    """
+
+    video: StreamInfo | None
+    audio: StreamInfo | None
     indexed: bool
+    duration_s: float | None = None
+    fps: float | None = None
 
 
 def open_container(path: Path) -> "av.container.InputContainer":
@@ -51,23 +69,27 @@ def open_container(path: Path) -> "av.container.InputContainer":
     """
     if not path.is_file():
         raise MediaFaultError(Reason.FILE_MISSING, str(path))
+    # FFmpeg tells formats by content and not by name: a playlist called clip.mp4 would be opened
+    # as one, and could name any file or address. Both lists are closed; `file:` keeps a name with
+    # a colon in it from being taken for a protocol.
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
         with path.open("rb") as file:
             if _PLAYLIST.match(file.read(4096)):
-                raise MediaFaultError(Reason.REFUSED, f"{path}: a list of files, not a video")
+                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: a list of files, not a video")
         return av.open(f"file:{path.absolute()}", options=options)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {error}") from None
 
 
-def probe(path: Path, stream: int | None = None) -> Probe:
+def read_info(path: Path, stream: int | None = None) -> MediaInfo:
     """Look at the default streams of a file, or at the named one alone; the clock is the file's.
 
     Raises:
         MediaFaultError: see `open_container`.
     """
     with open_container(path) as container:
+        # A video stream without a codec context has a header that no decoder understands.
         if any(s.codec_context is None for s in container.streams.video):
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: damaged header")
         best = {kind: container.streams.best(kind) for kind in ("video", "audio")}
@@ -77,21 +99,31 @@ def probe(path: Path, stream: int | None = None) -> Probe:
                 raise MediaFaultError(Reason.NO_STREAM, f"{path}: no stream {stream}")
             named = container.streams[stream]
             chosen = {named.type: named}
-        zero = _zero_s(container)
+        zero_s = _zero_s(container)
+        video, audio = (
+            _stream_info(chosen.get(kind), zero_s, best[kind]) for kind in ("video", "audio")
+        )
+        duration, rate = container.duration, getattr(best["video"], "average_rate", None)
+        return MediaInfo(
+            video,
+            audio,
+            # Only these state of every frame where it lies and when it is shown.
+            indexed=bool(set(container.format.name.split(",")) & {"mp4", "matroska"}),
+            duration_s=None if duration is None else duration / av.time_base,
+            fps=float(rate) if rate else None,
+        )
 
-        def facts(kind: str) -> StreamFacts | None:
-            found = chosen.get(kind)
-            if found is None or _is_cover(found):
-                return None
-            first = _first_s(found)
-            # Sound before zero is the encoder's run-in, which decoders leave out.
-            delay = max(0.0, first) - zero
-            known = kind == "audio" and found.codec_context is not None
-            rate = found.sample_rate if known else None
-            return StreamFacts(found.index, first, delay, rate, found is best[kind])
 
-        names = set(container.format.name.split(","))
-        return Probe(facts("video"), facts("audio"), bool(names & {"mp4", "matroska"}))
+def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
+    if stream is None or _is_cover(stream):
+        return None
+    first_s = _first_s(stream)
+    # An encoder puts some samples of run-in before zero (priming); decoders leave them out, so
+    # that a stream with a negative first time stamp starts at zero.
+    delay_s = max(0.0, first_s) - zero_s
+    known = stream.type == "audio" and stream.codec_context is not None
+    rate = stream.sample_rate if known else None
+    return StreamInfo(stream.index, first_s, delay_s, rate, stream is default)
 
 
 def _is_cover(stream: Any) -> bool:
@@ -100,7 +132,11 @@ def _is_cover(stream: Any) -> bool:
 
 
 def _zero_s(container: Any) -> float:
-    """Return when the first picture or sound of a file starts, on its own time stamps."""
+    """Return when the first picture or sound of a file starts, on its own time stamps.
+
+    Transport streams and edit lists let time stamps begin anywhere; annotations count from what
+    a player shows first. A cover has no time of its own and says nothing.
+    """
     streams = [*container.streams.video, *container.streams.audio]
     firsts = [_first_s(s) for s in streams if s.start_time is not None and not _is_cover(s)]
     return min((max(0.0, first) for first in firsts), default=0.0)

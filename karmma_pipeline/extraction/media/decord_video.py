@@ -12,16 +12,16 @@ import torch  # noqa: F401  (before decord, which crashes some CUDA builds other
 
 import decord  # isort: skip
 
-from karmma_pipeline.extraction.media.container import StreamFacts
-from karmma_pipeline.extraction.media.errors import MediaFaultError, first_line
+from karmma_pipeline.extraction.media.container import StreamInfo
+from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
-_AT_ONCE = 16
-"""Full-size frames in memory at a time."""
+_MAX_BATCH = 16
+"""Full-size frames in memory at a time: a 4K frame takes 25 MB."""
 
 _NO_REPEATS = 1e-9
-"""Share of frames that decord may replace by their neighbours without a word: none."""
+"""Share of frames that decord may replace silently by their neighbours: none."""
 
 _LONGEST_S = 1e6
 _ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError)
@@ -34,7 +34,7 @@ class DecordVideo:
 
     Args:
         path: the file.
-        facts: of the stream.
+        info: of the stream.
         left_half: of each picture, give the left half.
 
     Attributes:
@@ -47,8 +47,10 @@ class DecordVideo:
 
     decoder = "decord"
 
-    def __init__(self, path: Path, facts: StreamFacts, left_half: bool = False) -> None:
+    def __init__(self, path: Path, info: StreamInfo, left_half: bool = False) -> None:
         self._parts = 2 if left_half else 1
+        # One thread: the pool has a process per CPU, and decord's threads would not stop on a
+        # fault. `fault_tol` counts frames that it replaces by a neighbour, by default silently.
         try:
             self._reader = decord.VideoReader(
                 str(path.absolute()), ctx=decord.cpu(), num_threads=1, fault_tol=_NO_REPEATS
@@ -58,7 +60,9 @@ class DecordVideo:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {first_line(error)}") from None
         if not len(spans) or not (np.abs(spans) < _LONGEST_S).all():
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame, or no time stamps")
-        self.starts: Times = np.maximum.accumulate(spans[:, 0]) + facts.delay_s
+        # decord gives an interval per frame, in float32 and from the stream's own start. Rounding
+        # may turn two neighbours around, which a search by time must not meet.
+        self.starts: Times = np.maximum.accumulate(spans[:, 0]) + info.delay_s
         self.stop_s = end_of(self.starts, float(spans[-1, 1] - spans[-1, 0]))
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
@@ -70,13 +74,16 @@ class DecordVideo:
             MediaFaultError: they cannot be decoded; the reader is of no more use.
         """
         try:
+            # From the start each time: a reader left in the middle of a video gives other pictures
+            # after some seeks than a fresh one.
             self._reader.seek(0)
-            for first in range(0, len(numbers), _AT_ONCE):
-                some = numbers[first : first + _AT_ONCE]
-                pictures = self._reader.get_batch(some).asnumpy()
+            for first in range(0, len(numbers), _MAX_BATCH):
+                batch = numbers[first : first + _MAX_BATCH]
+                pictures = self._reader.get_batch(batch).asnumpy()
                 pictures = pictures[:, :, : pictures.shape[2] // self._parts]
-                yield from zip(some.tolist(), pictures, strict=True)
-            self._reader.seek(0)  # an idle reader would go on to fill its queue
+                yield from zip(batch.tolist(), pictures, strict=True)
+            # A reader that idles in the middle would go on to fill its queue of decoded frames.
+            self._reader.seek(0)
         except _ERRORS as error:
             raise MediaFaultError(Reason.DECODE_ERROR, first_line(error)) from None
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from karmma_pipeline import files
 from karmma_pipeline.data.sources import FrameSource
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times
 from karmma_pipeline.modalities import Reason
 
@@ -33,18 +33,12 @@ Table = npt.NDArray[np.int64]
 """Number, and per plane offset and size in the tar (zeros in a folder) [K, 1 + 2 * planes]."""
 
 
-class FrameFiles:
+class ImageFrames(MediaReader):
     """The pictures of one video; planes are those of `FrameSource.names`.
-
-    Attributes:
-        frame_starts: when each picture's interval starts, seconds on the grid [K].
-        stop_s: end of the last one.
 
     Raises:
         MediaFaultError: no such folder or tar, or none of the pictures is in it.
     """
-
-    video_decoder = "cv2"
 
     def __init__(self, source: FrameSource, index_folder: Path | None = None) -> None:
         self.source, self.path = source, source.path
@@ -56,12 +50,27 @@ class FrameFiles:
             raise MediaFaultError(Reason.FILE_MISSING, str(source.path))
         if not len(self._table):
             raise MediaFaultError(Reason.FILE_MISSING, f"{source.path}: no {source.names[0]}")
-        self.frame_starts: Times = self._start(self._table[:, 0])
-        self.stop_s = float(self._start(self._table[-1, 0] + 1))
+        self.stores_flow = len(source.names) == 2  # one picture for u, one for v
+        self._starts: Times = self._start(self._table[:, 0])
 
     def _start(self, number: "Numbers | np.int64 | int") -> npt.NDArray[np.float64]:
         source = self.source
         return np.asarray((number - source.base) * source.stride / source.fps, np.float64)
+
+    @property
+    def video_decoder(self) -> str:
+        """What reads its pictures."""
+        return "cv2"
+
+    @property
+    def frame_starts(self) -> Times:
+        """When each picture's interval starts, seconds on the grid [K]."""
+        return self._starts
+
+    @property
+    def stop_s(self) -> float:
+        """End of the last picture, seconds."""
+        return float(self._start(self._table[-1, 0] + 1))
 
     def span(self, first: int, last: int) -> tuple[float, float]:
         """Return the seconds that pictures ``first`` to ``last``, both included, take."""
@@ -87,22 +96,20 @@ class FrameFiles:
             for n in np.unique(numbers).tolist():
                 yield n, reader.picture(self._table[n], 0, cv2.IMREAD_COLOR)[..., ::-1].copy()
 
-    decode_for_several = decode
-
     def motion(self, numbers: Numbers) -> npt.NDArray[np.float32]:
         """Return flow that is stored as bytes, float32 [T, 2, H, W]: px of the pictures per pair.
 
         Raises:
             MediaFaultError: a picture is damaged.
         """
-        found: dict[int, npt.NDArray[np.uint8]] = {}
+        fields: dict[int, npt.NDArray[np.uint8]] = {}
         with _Reader(self.source) as reader:
             for n in np.unique(numbers).tolist():
                 planes = [reader.picture(self._table[n], p, cv2.IMREAD_GRAYSCALE) for p in (0, 1)]
                 if planes[0].shape != planes[1].shape:
                     raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: u and v differ")
-                found[n] = np.stack(planes)
-        data = np.stack([found[n] for n in numbers.tolist()]).astype(np.float32)
+                fields[n] = np.stack(planes)
+        data = np.stack([fields[n] for n in numbers.tolist()]).astype(np.float32)
         bound = self.source.bound_px
         return data * np.float32(2 * bound / 255) - np.float32(bound)
 
@@ -110,9 +117,6 @@ class FrameFiles:
     def gap_s(self) -> float:
         """Seconds between the two frames of a flow picture."""
         return self.source.dilation / self.source.fps
-
-    def close(self) -> None:
-        """Nothing is kept open."""
 
 
 class _Reader:
@@ -150,7 +154,7 @@ class _Reader:
         if self._tar is None:
             path = self._source.path / name
             if path.stat().st_size > _LARGEST:
-                raise MediaFaultError(Reason.REFUSED, f"{path}: larger than any picture")
+                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: larger than any picture")
             return path.read_bytes()
         offset, size = row[1 + 2 * plane : 3 + 2 * plane].tolist()
         self._tar.seek(offset)
@@ -178,7 +182,7 @@ def _listed_folder(path: Path, names: tuple[str, ...], _key: tuple[int, ...]) ->
     for name in names:
         folder, pattern = (path / name).parent, _pattern(Path(name).name)
         listed = os.listdir(folder) if folder.is_dir() else ()  # noqa: PTH208  (a million names)
-        matches = [pattern.fullmatch(found) for found in listed]
+        matches = [pattern.fullmatch(entry) for entry in listed]
         numbers = [int(match[1]) for match in matches if match]
         there = set(listed)
         planes.append({n: (0, 0) for n in numbers if Path(name).name.format(n) in there})

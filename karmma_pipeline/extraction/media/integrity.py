@@ -13,63 +13,77 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+import av
+import h5py
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.container import MediaInfo, StreamInfo, read_info
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.logs import progress_bar
 
 State = Literal["fine", "missing", "empty", "truncated", "damaged"]
 
-_AT_ONCE = 64
-"""Files of one task."""
+_FILES_PER_TASK = 64
 
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 """Seconds for a task, and for a file of its own after a task has failed."""
 
-_MOST_PROCESSES = 8
+_MAX_PROCESSES = 8
 _BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx"}
 _SEGMENT = 0x18538067
 _ARRAYS = {".hdf5", ".h5"}
+_SOUND_ONLY = MediaInfo(None, StreamInfo(0, 0.0, 0.0, None, default=True), indexed=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What a file says of itself; seconds, Hz; None where it does not say."""
+class FileCheck:
+    """Whether a file is whole, and what it says of itself; None for tars and folders."""
 
     state: State
     detail: str = ""
-    duration_s: float | None = None
-    fps: float | None = None
-    has_video: bool | None = None
-    has_audio: bool | None = None
+    info: MediaInfo | None = None
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds; None where it does not say."""
+        return None if self.info is None else self.info.duration_s
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second; None where it does not say."""
+        return None if self.info is None else self.info.fps
+
+    def lacks(self, kind: Literal["video", "audio"]) -> bool:
+        """Tell whether it is known to hold no such stream."""
+        return self.info is not None and getattr(self.info, kind) is None
 
 
-def probe_all(paths: Sequence[Path]) -> dict[Path, Probe]:
-    """Probe every path, in at most eight processes, with a bar on stderr."""
-    tasks = [list(paths[i : i + _AT_ONCE]) for i in range(0, len(paths), _AT_ONCE)]
-    workers = max(1, min(_MOST_PROCESSES, jobs.cpu_count(), len(tasks)))
-    found: dict[Path, Probe] = {}
+def check_files(paths: Sequence[Path]) -> dict[Path, FileCheck]:
+    """Check every path, in at most eight processes, with a bar on stderr."""
+    tasks = [list(paths[i : i + _FILES_PER_TASK]) for i in range(0, len(paths), _FILES_PER_TASK)]
+    workers = max(1, min(_MAX_PROCESSES, jobs.cpu_count(), len(tasks)))
+    checks: dict[Path, FileCheck] = {}
     with (
         ProcessPool(workers, initializer=jobs.become_worker, context=get_context("spawn")) as pool,
         progress_bar(total=len(paths), desc="probe", unit="file") as bar,
     ):
         futures = [(task, _submit(pool, task)) for task in tasks]
         for task, future in futures:
-            for path, probe in zip(task, _results(pool, task, future), strict=True):
-                found[path] = probe
+            for path, check in zip(task, _results(pool, task, future), strict=True):
+                checks[path] = check
                 bar.update()
-    return found
+    return checks
 
 
-def _submit(pool: ProcessPool, task: list[Path]) -> "ProcessFuture[list[Probe]]":
-    return pool.schedule(probe_each, args=[task], timeout=_PATIENCE_S)
+def _submit(pool: ProcessPool, task: list[Path]) -> "ProcessFuture[list[FileCheck]]":
+    return pool.schedule(_check_each, args=[task], timeout=_TIMEOUT_S)
 
 
 def _results(
-    pool: ProcessPool, task: list[Path], future: "ProcessFuture[list[Probe]]"
-) -> Iterator[Probe]:
-    """Yield a task's probes; if it failed, each of its files is tried alone."""
+    pool: ProcessPool, task: list[Path], future: "ProcessFuture[list[FileCheck]]"
+) -> Iterator[FileCheck]:
+    """Yield a task's checks; if it failed, each of its files is tried alone."""
     try:
         yield from future.result()
         return
@@ -79,78 +93,61 @@ def _results(
         try:
             yield from one.result()
         except (FutureTimeoutError, TimeoutError):
-            yield Probe("damaged", f"opening it took more than {_PATIENCE_S:.0f} s")
+            yield FileCheck("damaged", f"opening it took more than {_TIMEOUT_S:.0f} s")
         except ProcessExpired:
-            yield Probe("damaged", "it kills the library that opens it")
+            yield FileCheck("damaged", "it kills the library that opens it")
 
 
-def probe_each(paths: Iterable[Path]) -> list[Probe]:
-    """Probe paths one after another, in this process."""
-    return [probe(path) for path in paths]
+def _check_each(paths: Iterable[Path]) -> list[FileCheck]:
+    return [check_file(path) for path in paths]
 
 
-def probe(path: Path) -> Probe:
+def check_file(path: Path) -> FileCheck:
     """Look at one file or folder; whatever is wrong with it is said, not raised."""
     try:
         if path.is_dir():
-            return Probe("fine")
+            return FileCheck("fine")
         size = path.stat().st_size
         if size == 0:
-            return Probe("empty", "0 bytes")
+            return FileCheck("empty", "0 bytes")
         if path.suffix == ".tar":
             return _tar(path, size)
         if path.suffix in _ARRAYS:
             return _array(path)
         stated = _stated_size(path, size)
     except FileNotFoundError:
-        return Probe("missing")
+        return FileCheck("missing")
     except (OSError, ValueError) as error:
-        return Probe("damaged", str(error))
+        return FileCheck("damaged", str(error))
     if stated > size:
-        return Probe("truncated", f"{size:,} of {stated:,} bytes")
+        return FileCheck("truncated", f"{size:,} of {stated:,} bytes")
     return _container(path)
 
 
-def _container(path: Path) -> Probe:
-    import av
-
-    from karmma_pipeline.extraction.media.container import open_container
-
+def _container(path: Path) -> FileCheck:
     try:
-        with open_container(path) as container:
-            video, audio = (container.streams.best(kind) for kind in ("video", "audio"))
-            duration = container.duration
-            rate = video.average_rate if isinstance(video, av.VideoStream) else None
-            return Probe(
-                "fine",
-                duration_s=None if duration is None else duration / av.time_base,
-                fps=float(rate) if rate else None,
-                has_video=video is not None,
-                has_audio=audio is not None,
-            )
+        return FileCheck("fine", info=read_info(path))
     except MediaFaultError as fault:
-        return Probe("damaged", f"no media file ({fault.reason.name.lower()})")
+        return FileCheck("damaged", f"no media file ({fault.reason.name.lower()})")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        return Probe("damaged", f"no media file ({error})")
+        return FileCheck("damaged", f"no media file ({error})")
 
 
-def _tar(path: Path, size: int) -> Probe:
+def _tar(path: Path, size: int) -> FileCheck:
     """A whole tar ends with 1024 zero bytes; one whose download was cut does not."""
     with path.open("rb") as file:
         file.seek(max(0, size - 1024))
         whole = size % 512 == 0 and size >= 1024 and not any(file.read())
-    return Probe("fine") if whole else Probe("truncated", f"{size:,} bytes, no end mark")
+    return FileCheck("fine") if whole else FileCheck("truncated", f"{size:,} bytes, no end mark")
 
 
-def _array(path: Path) -> Probe:
-    import h5py
-
+def _array(path: Path) -> FileCheck:
     try:
         with h5py.File(path, "r", locking=False):
-            return Probe("fine", has_video=False, has_audio=True)
+            return FileCheck("fine", info=_SOUND_ONLY)
     except (OSError, RuntimeError) as error:
         state: State = "truncated" if "truncated" in str(error) else "damaged"
-        return Probe(state, "no whole HDF5 file")
+        return FileCheck(state, "truncated or not an HDF5 file")
 
 
 def _stated_size(path: Path, size: int) -> int:

@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from karmma_pipeline.extraction.media import container
-from karmma_pipeline.extraction.media.audio_track import Sound, Span, cut, read_track
-from karmma_pipeline.extraction.media.container import Probe, StreamFacts
+from karmma_pipeline.extraction.media.audio_track import Span, cut, read_track
+from karmma_pipeline.extraction.media.container import MediaInfo, StreamInfo, read_info
 from karmma_pipeline.extraction.media.decord_video import DecordVideo
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, Sound
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
-from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times, covering
+from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Pictures, Times, covering
 from karmma_pipeline.modalities import Reason
 
 Decoder = Literal["decord", "pyav"]
-Frames = npt.NDArray[np.uint8]
 
 
-class MediaFile:
+class MediaFile(MediaReader):
     """One file, opened lazily, decoded forward.
 
     Args:
@@ -50,29 +47,30 @@ class MediaFile:
         self._left_half = left_half
 
     @cached_property
-    def _probe(self) -> Probe:
-        return container.probe(self.path, self._stream)
+    def _info(self) -> MediaInfo:
+        return read_info(self.path, self._stream)
 
-    def _facts(self, kind: Literal["video", "audio"]) -> StreamFacts:
-        facts: StreamFacts | None = getattr(self._probe, kind)
-        if facts is None:
+    def _stream_info(self, kind: Literal["video", "audio"]) -> StreamInfo:
+        info: StreamInfo | None = getattr(self._info, kind)
+        if info is None:
             raise MediaFaultError(Reason.NO_STREAM, f"{self.path}: no {kind} stream")
-        return facts
+        return info
 
     @cached_property
     def _video(self) -> DecordVideo | PyavVideo:
-        facts = self._facts("video")
-        # Without an index decord's seeks land elsewhere: it gives other frames than asked for.
-        if self._decoder == "decord" and facts.default and self._probe.indexed:
+        info = self._stream_info("video")
+        # Without an index decord's seeks land elsewhere: it gives other frames than asked for. It
+        # also knows the default stream alone.
+        if self._decoder == "decord" and info.default and self._info.indexed:
             try:
-                return DecordVideo(self.path, facts, self._left_half)
+                return DecordVideo(self.path, info, self._left_half)
             except MediaFaultError:
                 pass
         return self._second
 
     @cached_property
     def _second(self) -> PyavVideo:
-        return PyavVideo(self.path, self._facts("video"), self._left_half)
+        return PyavVideo(self.path, self._stream_info("video"), self._left_half)
 
     @property
     def video_decoder(self) -> str:
@@ -94,13 +92,15 @@ class MediaFile:
     @property
     def audio_rate(self) -> int | None:
         """The track's own rate, Hz; None if the file does not say."""
-        return None if self._probe.audio is None else self._probe.audio.rate
+        return None if self._info.audio is None else self._info.audio.rate
 
     def numbers(self, times: Times) -> Numbers:
         """Return which frame is shown at each moment, [T]."""
+        # An annotation that names a frame's own start must get that frame, and not the one before
+        # it for a rounding error.
         return covering(self.frame_starts, times + ROUNDING_S)
 
-    def decode(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+    def decode(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
         """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
 
         What decord cannot decode is left to PyAV, frame by frame at the same time.
@@ -116,7 +116,9 @@ class MediaFile:
         except MediaFaultError:
             if isinstance(video, PyavVideo):
                 raise
-            del self._video  # after an error it is of no more use to other clips
+            # After an error decord's reader is of no more use, to other clips either. The decoders
+            # may count differently where a file is damaged, so frames are matched by their time.
+            del self._video
             rest = unique[done:]
             there = covering(self._second.starts, video.starts[rest] + ROUNDING_S)
             pictures = dict(self._second.decode(np.unique(there)))
@@ -124,7 +126,7 @@ class MediaFile:
                 (n, pictures[t]) for n, t in zip(rest.tolist(), there.tolist(), strict=True)
             )
 
-    def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Frames]]:
+    def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
         """Yield frames as `decode` does, in one go through the file for several clips.
 
         They are the same, for each is decoded from its key frame on; but a fault, which may be
@@ -139,7 +141,7 @@ class MediaFile:
             self.close()
             raise
 
-    def frames(self, times: Times) -> tuple[Frames, Times]:
+    def frames(self, times: Times) -> tuple[Pictures, Times]:
         """Return the frames shown at the given moments and the moments at which they start.
 
         Args:
@@ -157,7 +159,7 @@ class MediaFile:
 
     def sound_span(self, rate: int) -> tuple[float, float]:
         """Return where the audio track starts and ends, seconds."""
-        start = self._facts("audio").delay_s
+        start = self._stream_info("audio").delay_s
         return start, start + len(self._track(rate)[0]) / rate
 
     def sound(self, start_s: float, stop_s: float, rate: int) -> Sound:
@@ -167,15 +169,15 @@ class MediaFile:
             MediaFaultError: no such stream, or it cannot be decoded there.
         """
         track, damaged = self._track(rate)
-        delay = self._facts("audio").delay_s
+        delay = self._stream_info("audio").delay_s
         if any(start_s < b + delay and stop_s > a + delay for a, b in damaged):
             raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: damaged at {start_s:.2f} s")
         return cut(track, start_s - delay, stop_s - start_s, rate)
 
     def _track(self, rate: int) -> tuple[Sound, tuple[Span, ...]]:
-        facts, status = self._facts("audio"), self.path.stat()
+        info, status = self._stream_info("audio"), self.path.stat()
         key = (status.st_size, status.st_mtime_ns)
-        return _whole_track(self.path, facts, rate, key)
+        return _whole_track(self.path, info, rate, key)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -185,8 +187,10 @@ class MediaFile:
                 video.close()
 
 
-@lru_cache(maxsize=1)  # tasks of one video follow one another, each with some of its clips
+# One track is kept, for tasks of one video follow one another, each with some of its clips; an
+# hour of sound at 24 kHz is 350 MB. Size and time are part of the key: a file may be replaced.
+@lru_cache(maxsize=1)
 def _whole_track(
-    path: Path, facts: StreamFacts, rate: int, _key: tuple[int, int]
+    path: Path, info: StreamInfo, rate: int, _key: tuple[int, int]
 ) -> tuple[Sound, tuple[Span, ...]]:
-    return read_track(path, facts, rate)
+    return read_track(path, info, rate)

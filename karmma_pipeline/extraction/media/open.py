@@ -2,37 +2,16 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
-from karmma_pipeline.extraction.media.audio_track import Sound, SoundFile
-from karmma_pipeline.extraction.media.errors import MediaFaultError
-from karmma_pipeline.extraction.media.image_frames import FrameFiles
+from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
+from karmma_pipeline.extraction.media.image_frames import ImageFrames
+from karmma_pipeline.extraction.media.interface import MediaReader
 from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
-from karmma_pipeline.modalities import Reason
-
-Reader = MediaFile | FrameFiles | SoundFile
-Video = MediaFile | FrameFiles
 
 
-class SoundReader(Protocol):
-    """What has sound: a `MediaFile` or a `SoundFile`."""
-
-    path: Path
-    audio_decoder: str
-
-    @property
-    def audio_rate(self) -> int | None:
-        """The track's own rate, Hz."""
-
-    def sound_span(self, rate: int) -> tuple[float, float]:
-        """Return where it starts and ends, seconds."""
-
-    def sound(self, start_s: float, stop_s: float, rate: int) -> Sound:
-        """Return a window, float32 [S]."""
-
-
-class Readers:
+class OpenMedia:
     """The open sources of one task; a context manager that closes them.
 
     Args:
@@ -42,7 +21,7 @@ class Readers:
 
     def __init__(self, decoder: Decoder = "decord", index_folder: Path | None = None) -> None:
         self._decoder, self._index_folder = decoder, index_folder
-        self._open: dict[object, Reader] = {}
+        self._open: dict[object, MediaReader] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +35,7 @@ class Readers:
         for reader in self._open.values():
             reader.close()
 
-    def of(self, source: Source) -> Reader:
+    def of(self, source: Source) -> MediaReader:
         """Return the reader of a source.
 
         Raises:
@@ -67,16 +46,16 @@ class Readers:
             self._open[key] = self._opened(source)
         return self._open[key]
 
-    def _opened(self, source: Source) -> Reader:
+    def _opened(self, source: Source) -> MediaReader:
         match source:
             case FileSource():
                 return MediaFile(
                     source.path, source.stream, self._decoder, left_half=source.left_half
                 )
             case FrameSource():
-                return FrameFiles(source, self._index_folder)
+                return ImageFrames(source, self._index_folder)
             case SoundArray():
-                return SoundFile(source)
+                return SoundArrayReader(source)
         raise NotImplementedError(f"{type(source).__name__} cannot be read yet")
 
 
@@ -85,25 +64,3 @@ def _key(source: Source) -> object:
     if isinstance(source, FrameSource):
         return (source.path, source.names, source.fps, source.base, source.stride, source.dilation)
     return source
-
-
-def video_reader(reader: Reader) -> Video:
-    """Return a reader that has pictures.
-
-    Raises:
-        MediaFaultError: it has none.
-    """
-    if isinstance(reader, SoundFile):
-        raise MediaFaultError(Reason.NO_STREAM, f"{reader.path}: holds sound only")
-    return reader
-
-
-def sound_reader(reader: Reader) -> SoundReader:
-    """Return a reader that has sound.
-
-    Raises:
-        MediaFaultError: it has none.
-    """
-    if isinstance(reader, FrameFiles):
-        raise MediaFaultError(Reason.NO_STREAM, f"{reader.path}: holds pictures only")
-    return reader

@@ -15,8 +15,8 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.extraction.media.container import StreamFacts, open_container
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.container import StreamInfo, open_container
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
@@ -30,7 +30,7 @@ class PyavVideo:
 
     Args:
         path: the file.
-        facts: of the stream.
+        info: of the stream.
         left_half: of each picture, give the left half.
 
     Attributes:
@@ -43,8 +43,8 @@ class PyavVideo:
 
     decoder = "pyav"
 
-    def __init__(self, path: Path, facts: StreamFacts, left_half: bool = False) -> None:
-        self.path, self._index, self._parts = path, facts.index, 2 if left_half else 1
+    def __init__(self, path: Path, info: StreamInfo, left_half: bool = False) -> None:
+        self.path, self._index, self._parts = path, info.index, 2 if left_half else 1
         self._container = open_container(path)
         rows = list(_packets(self._container.streams[self._index], self._container))
         if not rows:
@@ -56,7 +56,7 @@ class PyavVideo:
         self._keys = np.flatnonzero([key for _, _, key in rows])
         base = float(self._container.streams[self._index].time_base or 0)
         times = np.asarray(self._pts * base, np.float64)
-        self.starts: Times = times - facts.first_s + facts.delay_s
+        self.starts: Times = times - info.first_s + info.delay_s
         self.stop_s = end_of(self.starts, rows[-1][1] * base)
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Picture]]:

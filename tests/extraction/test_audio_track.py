@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from karmma_pipeline.data.sources import SoundArray
-from karmma_pipeline.extraction.media.audio_track import SoundFile
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
 RATE = 24_000
@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("key", ["P01_01", "whole", "group/inner"])
 def test_windows_are_the_samples_of_their_time(path: Path, key: str) -> None:
-    file = SoundFile(SoundArray(path, key, RATE))
+    file = SoundArrayReader(SoundArray(path, key, RATE))
     assert file.sound_span(RATE) == (0, 2)
     wanted = 0.5 * np.sin(2 * np.pi * 440 * (np.arange(RATE // 10) / RATE + 1.5))
     np.testing.assert_allclose(file.sound(1.5, 1.6, RATE), wanted, atol=1e-3)
@@ -51,7 +51,7 @@ def test_windows_are_the_samples_of_their_time(path: Path, key: str) -> None:
 
 
 def test_another_rate_is_resampled(path: Path) -> None:
-    window = SoundFile(SoundArray(path, "P01_01", RATE)).sound(0.5, 1.5, 16_000)
+    window = SoundArrayReader(SoundArray(path, "P01_01", RATE)).sound(0.5, 1.5, 16_000)
     wanted = 0.5 * np.sin(2 * np.pi * 440 * (np.arange(16_000) / 16_000 + 0.5))
     np.testing.assert_allclose(window, wanted, atol=2e-3)
 
@@ -61,12 +61,12 @@ def test_another_rate_is_resampled(path: Path) -> None:
     [
         ("gone", Reason.NO_STREAM),
         ("group", Reason.NO_STREAM),
-        ("soft", Reason.REFUSED),
-        ("outside", Reason.REFUSED),
-        ("outside/data", Reason.REFUSED),
-        ("external", Reason.REFUSED),
-        ("virtual", Reason.REFUSED),
-        ("absurd", Reason.REFUSED),
+        ("soft", Reason.UNSAFE_FILE),
+        ("outside", Reason.UNSAFE_FILE),
+        ("outside/data", Reason.UNSAFE_FILE),
+        ("external", Reason.UNSAFE_FILE),
+        ("virtual", Reason.UNSAFE_FILE),
+        ("absurd", Reason.UNSAFE_FILE),
         ("table", Reason.DECODE_ERROR),
         ("nan", Reason.DECODE_ERROR),
     ],
@@ -74,7 +74,7 @@ def test_another_rate_is_resampled(path: Path) -> None:
 @pytest.mark.parametrize("rate", [RATE, 16_000])
 def test_each_fault_has_its_reason(path: Path, key: str, reason: Reason, rate: int) -> None:
     with pytest.raises(MediaFaultError) as caught:
-        SoundFile(SoundArray(path, key, RATE)).sound(0, 1, rate)
+        SoundArrayReader(SoundArray(path, key, RATE)).sound(0, 1, rate)
     assert caught.value.reason is reason
 
 
@@ -82,5 +82,5 @@ def test_a_file_that_is_none_has_its_reason(tmp_path: Path) -> None:
     (tmp_path / "page.hdf5").write_text("<html>")
     for name, reason in (("gone", Reason.FILE_MISSING), ("page", Reason.DECODE_ERROR)):
         with pytest.raises(MediaFaultError) as caught:
-            SoundFile(SoundArray(tmp_path / f"{name}.hdf5", "x", RATE)).sound_span(RATE)
+            SoundArrayReader(SoundArray(tmp_path / f"{name}.hdf5", "x", RATE)).sound_span(RATE)
         assert caught.value.reason is reason

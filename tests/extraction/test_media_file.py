@@ -17,7 +17,7 @@ from support.media_files import (
     read_long_counter,
 )
 
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
 from karmma_pipeline.modalities import Reason
 

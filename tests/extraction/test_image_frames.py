@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from support.media_files import counter_picture, pack, read_counter, write_flow, write_frames
 
 from karmma_pipeline.data.sources import FrameSource
-from karmma_pipeline.extraction.media.errors import MediaFaultError
-from karmma_pipeline.extraction.media.image_frames import FrameFiles
+from karmma_pipeline.extraction.media.image_frames import ImageFrames
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
 NAME = "frame_{:010d}.jpg"
 RGB, UV = (NAME,), (f"u/{NAME}", f"v/{NAME}")
 
 
-def shown(files: FrameFiles, *times: float) -> list[int]:
+def shown(files: ImageFrames, *times: float) -> list[int]:
     wanted = files.numbers(np.array(times))
     found = dict(files.decode(wanted))
     return [read_counter(found[n]) for n in wanted.tolist()]
@@ -35,7 +35,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> FrameSource:
 
 
 def test_a_moment_gets_the_picture_of_its_interval(source: FrameSource) -> None:
-    files = FrameFiles(source)
+    files = ImageFrames(source)
     assert shown(files, 0, 0.016, 0.0168, 0.25) == [1, 1, 2, 16]
     assert files.span(1, 60) == (0, 1)
     assert files.stop_s == 1
@@ -44,7 +44,7 @@ def test_a_moment_gets_the_picture_of_its_interval(source: FrameSource) -> None:
 def test_a_missing_number_is_replaced_by_the_nearest_with_its_own_time(
     source: FrameSource,
 ) -> None:
-    files = FrameFiles(source)
+    files = ImageFrames(source)
     times = (np.array([31, 32, 33, 34]) - 1) / 60
     assert shown(files, *times) == [30, 30, 35, 35]
     np.testing.assert_allclose(
@@ -57,30 +57,30 @@ def test_a_missing_number_is_replaced_by_the_nearest_with_its_own_time(
 def test_any_moment_inside_an_interval_gets_that_picture(
     source: FrameSource, number: int, inside: float
 ) -> None:
-    assert shown(FrameFiles(source), (number - 1 + inside) / 60) == [number]
+    assert shown(ImageFrames(source), (number - 1 + inside) / 60) == [number]
 
 
 def test_colours_are_red_green_blue(tmp_path: Path) -> None:
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 2] = 255  # OpenCV writes blue first
     cv2.imwrite(str(tmp_path / NAME.format(1)), red)
-    (_, picture), *_ = FrameFiles(FrameSource(tmp_path, RGB, fps=60)).decode(np.array([0]))
+    (_, picture), *_ = ImageFrames(FrameSource(tmp_path, RGB, fps=60)).decode(np.array([0]))
     assert (picture.mean(axis=(0, 1)) > 200).tolist() == [True, False, False]
 
 
 def test_a_tar_is_listed_once_for_all_processes(tmp_path: Path) -> None:
     tar = pack(write_frames(tmp_path / "frames", range(1, 5)), tmp_path / "a.tar")
-    first = FrameFiles(FrameSource(tar, RGB, fps=60), tmp_path / "index")
+    first = ImageFrames(FrameSource(tar, RGB, fps=60), tmp_path / "index")
     assert len(list((tmp_path / "index").iterdir())) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"frames", "a.tar", "index"}
-    again = FrameFiles(FrameSource(tar, RGB, fps=50), tmp_path / "index")
+    again = ImageFrames(FrameSource(tar, RGB, fps=50), tmp_path / "index")
     assert shown(first, 0.02) == shown(again, 0.025) == [2]
 
 
 def test_flow_pictures_are_px_of_their_own_size(tmp_path: Path) -> None:
     folder = write_flow(tmp_path / "flow", range(1, 4), (3.0, -1.5), bound_px=8)
     source = FrameSource(folder, UV, fps=60, stride=2, dilation=3, bound_px=8)
-    files = FrameFiles(source)
+    files = ImageFrames(source)
     np.testing.assert_allclose(files.frame_starts, [0, 2 / 60, 4 / 60])
     assert files.gap_s == pytest.approx(3 / 60)
     motion = files.motion(np.array([0, 2]))
@@ -91,7 +91,7 @@ def test_flow_pictures_are_px_of_their_own_size(tmp_path: Path) -> None:
 
 def reason(source: FrameSource) -> Reason:
     with pytest.raises(MediaFaultError) as caught:
-        shown(FrameFiles(source), 0.0)
+        shown(ImageFrames(source), 0.0)
     return caught.value.reason
 
 
@@ -111,7 +111,7 @@ def test_each_fault_has_its_reason(tmp_path: Path) -> None:
 def test_a_tar_that_was_cut_still_has_what_came_before(tmp_path: Path) -> None:
     tar = pack(write_frames(tmp_path / "frames", range(1, 21)), tmp_path / "a.tar")
     tar.write_bytes(tar.read_bytes()[: int(tar.stat().st_size * 0.6)])
-    files = FrameFiles(FrameSource(tar, RGB, fps=60))
+    files = ImageFrames(FrameSource(tar, RGB, fps=60))
     assert 5 < len(files.frame_starts) < 20
     assert files.stop_s < 20 / 60
 

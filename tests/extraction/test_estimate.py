@@ -12,7 +12,7 @@ from support.media_files import Maker
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
 from karmma_pipeline.extraction.estimate import cost
-from karmma_pipeline.extraction.estimate.report import ExtractPlan, make_plan
+from karmma_pipeline.extraction.estimate.report import Estimate, estimate
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.modalities import Reason
@@ -36,8 +36,8 @@ def recipe_of(folder: Path, rows: str, **changes: Any) -> ExtractRecipe:
     return config.build(ExtractRecipe, tree, "test")
 
 
-def plan_of(folder: Path, rows: str, *, probe: bool = True, **changes: Any) -> ExtractPlan:
-    return make_plan(recipe_of(folder, rows, **changes), probe=probe, calibrate=False)
+def plan_of(folder: Path, rows: str, *, probe: bool = True, **changes: Any) -> Estimate:
+    return estimate(recipe_of(folder, rows, **changes), probe=probe, calibrate=False)
 
 
 def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -> None:
@@ -55,7 +55,11 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
         "missing": ["gone.mp4"],
         "empty": ["empty.mp4"],
     }
-    assert (found.after_end, found.past_end, found.lost) == (["c"], ["b"], 3)
+    assert (found.starts_after_video_end, found.ends_after_video_end, found.lost) == (
+        ["c"],
+        ["b"],
+        3,
+    )
     assert found.present["rgb"].tolist() == [True, True, False, True, False, False]
     assert found.present["audio"].tolist() == [True, True, False, False, False, False]
     assert found.no_stream == {"audio": 1}
@@ -75,15 +79,15 @@ def test_clips_shorter_than_the_window_are_counted(make_video: Maker, tmp_path: 
     assert (window.seconds, window.short, window.of) == (0.8, 2, 3)
 
 
-def test_doubles_and_overlaps_between_splits_are_found(tmp_path: Path) -> None:
+def test_duplicates_and_overlaps_between_splits_are_found(tmp_path: Path) -> None:
     rows = (
         "a,v.mp4,0,2,x,train\nb,v.mp4,0,2,y,train\nc,v.mp4,1.9,3,x,val\nd,v.mp4,3,4,x,train\n"
         "e,w.mp4,0,9,x,train\nf,w.mp4,2,3,x,train\ng,w.mp4,8,9,x,val\nh,u.mp4,0,9,x,val\n"
     )
     found = plan_of(tmp_path, rows, probe=False).survey
-    assert found.doubles == [("a", "b")]
-    assert [Path(video).name for video in found.shared] == ["v.mp4", "w.mp4"]
-    assert found.leaks == [("a", "c"), ("e", "g")]  # e reaches over f to g
+    assert found.duplicates == [("a", "b")]
+    assert [Path(video).name for video in found.shared_videos] == ["v.mp4", "w.mp4"]
+    assert found.split_leaks == [("a", "c"), ("e", "g")]  # e reaches over f to g
 
 
 def test_the_disk_that_is_planned_is_what_an_extraction_takes(
@@ -93,7 +97,7 @@ def test_the_disk_that_is_planned_is_what_an_extraction_takes(
     make_video("mute.mp4", sound=False)
     rows = "".join(f"c{i},{'v' if i % 2 else 'mute'}.mp4,0,1,x,\n" for i in range(5))
     recipe = recipe_of(tmp_path, rows, store={"clips_per_shard": 2}, batch_size=2, **QUICK)
-    plan = make_plan(recipe, calibrate=False)
+    plan = estimate(recipe, calibrate=False)
     assert not recipe.out.exists()
     extract(recipe)
     for modality, size in plan.disk.tokens["one"].items():
@@ -107,7 +111,7 @@ def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Pat
     rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3))
     recipe = recipe_of(tmp_path, rows, decode={"workers": 1}, device="cpu")
     before = set(tmp_path.rglob("*"))
-    plan = make_plan(recipe, probe=False)
+    plan = estimate(recipe, probe=False)
     assert plan.time.clip_s is not None
     assert plan.time.clip_s > 0
     assert plan.time.clips == 3
@@ -153,7 +157,7 @@ def test_a_clip_that_stops_too_far_after_its_file_is_counted_as_extraction_will(
     rows = "a,v.mp4,1,2.4,x,train\nb,v.mp4,1,2.9,x,train\n"
     plan = plan_of(tmp_path, rows, max_failures=0.4)
     found = plan.survey
-    assert (found.past_end, found.too_far, found.lost) == (["a"], ["b"], 1)
+    assert (found.ends_after_video_end, found.beyond_tolerance, found.lost) == (["a"], ["b"], 1)
     assert found.present["rgb"].tolist() == [True, False]
     assert found.present["audio"].tolist() == [True, True]
     assert "stop more than 0.5 s after their file's end, 1: b" in plan.text(Path("r.yaml"))

@@ -7,7 +7,7 @@ import h5py
 import pytest
 from support.media_files import Maker
 
-from karmma_pipeline.extraction.media.integrity import probe, probe_all
+from karmma_pipeline.extraction.media.integrity import check_file, check_files
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.webm", "v.avi"])
@@ -16,8 +16,8 @@ def test_a_cut_file_is_told_from_a_whole_one(make_video: Maker, tmp_path: Path, 
         path = make_video("v.mkv", sound=False).rename(tmp_path / name)
     else:
         path = make_video(name, sound=name != "v.avi")
-    whole = probe(path)
-    assert (whole.state, whole.has_video, whole.has_audio) == (
+    whole = check_file(path)
+    assert (whole.state, not whole.lacks("video"), not whole.lacks("audio")) == (
         "fine",
         True,
         name in {"v.mp4", "v.mkv"},
@@ -26,7 +26,7 @@ def test_a_cut_file_is_told_from_a_whole_one(make_video: Maker, tmp_path: Path, 
     if name != "v.avi":  # whose header has the rate of our writer's clock
         assert whole.fps == pytest.approx(25, abs=0.5)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    assert probe(path).state in {"truncated", "damaged"}
+    assert check_file(path).state in {"truncated", "damaged"}
 
 
 def test_an_mp4_with_its_index_in_front_is_told_to_be_cut(
@@ -44,10 +44,10 @@ def test_an_mp4_with_its_index_in_front_is_told_to_be_cut(
             if packet.dts is not None:
                 packet.stream = stream
                 target.mux(packet)
-    assert probe(path).state == "fine"
+    assert check_file(path).state == "fine"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size - 100])
-    cut = probe(path)  # FFmpeg opens it without a word
+    cut = check_file(path)  # FFmpeg opens it without a word
     assert (cut.state, cut.detail) == ("truncated", f"{size - 100:,} of {size:,} bytes")
 
 
@@ -65,7 +65,7 @@ def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(data[:1000])
     names = ["gone.mp4", "empty.mp4", "page.mp4", "list.mp4", "bad.hdf5"]
     names += ["folder", "fine.hdf5", "fine.tar", "cut.tar"]
-    found = probe_all([tmp_path / name for name in names])
+    found = check_files([tmp_path / name for name in names])
     assert [found[tmp_path / name].state for name in names] == [
         *("missing", "empty", "damaged", "damaged", "damaged"),
         *("fine", "fine", "fine", "truncated"),

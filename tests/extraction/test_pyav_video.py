@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import Maker, read_counter, turn, write_video
 
-from karmma_pipeline.extraction.media.errors import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.modalities import Reason
 
