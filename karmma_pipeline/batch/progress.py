@@ -12,6 +12,7 @@ from karmma_pipeline.errors import StoreError, TooManyFailuresError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.models.saved import WEIGHTS
 from karmma_pipeline.store import Catalog
@@ -68,7 +69,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
     if not all(parts.is_joined(store) for store in stores):
         return StageProgress(done=False, text=f"{text}, not joined")
     try:
-        failed = parts.count_failed(recipe)
+        failed = count_failed(recipe.out)
         parts.check_failures(recipe, failed, Catalog(stores[0]).count)
     except TooManyFailuresError as error:
         return StageProgress(done=True, text=text, fault=str(error))

@@ -30,6 +30,7 @@ from karmma_pipeline.extraction.inference.networks import Computed, Job, Network
 from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, write_groups
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
+from karmma_pipeline.extraction.tables import note_media
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
@@ -266,7 +267,7 @@ def _stream(
             report.count(computed.batch.clips)
             bar.show(len(computed.batch.clips))
         if batch is not None:
-            with report.waiting(lanes):
+            with report.waiting(lambda: lanes.idle):
                 batch = next(source, None)
         report.cpu_s = time.process_time() - started
 
@@ -281,7 +282,7 @@ def _write(
     """Append a batch to the stores that lack it, in a thread of its own."""
     started = time.perf_counter()
     plan = computed.batch.plan
-    parts.note_media(recipe.out, plan.shard, computed.batch.clips)
+    note_media(recipe.out, plan.shard, computed.batch.clips)
     for name in plan.stores:
         _append(networks.jobs(name), computed, writers[plan.shard, name])
     if plan.last:

@@ -3,14 +3,13 @@
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from karmma_pipeline.extraction.inference import memory
-from karmma_pipeline.extraction.inference.workers import Lanes
 from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.logs import progress_bar
 
@@ -74,13 +73,17 @@ class ExtractReport:
             self.seconds[what] += time.perf_counter() - started
 
     @contextmanager
-    def waiting(self, lanes: Lanes) -> Iterator[None]:
-        """Share out the time until a batch comes: idle lanes wait, the others work."""
-        before, started = lanes.idle, time.perf_counter()
+    def waiting(self, idle_share: Callable[[], float]) -> Iterator[None]:
+        """Share out the time until a batch comes: idle workers wait for it, the others compute.
+
+        Args:
+            idle_share: tells which share of them is idle, 0..1, at the moment.
+        """
+        before, started = idle_share(), time.perf_counter()
         try:
             yield
         finally:
-            passed, idle = time.perf_counter() - started, (before + lanes.idle) / 2
+            passed, idle = time.perf_counter() - started, (before + idle_share()) / 2
             self.seconds[DECODING] += idle * passed
             self.seconds[BACKBONES] += (1 - idle) * passed
 
@@ -113,7 +116,7 @@ class ExtractReport:
         lines = [f"store {name}: {path}" for name, path in self.stores.items()]
         if self.clips:
             lines.append(
-                f"{self.clips} clips in {self.total_s:.0f} s, {_per_second(self.rate)}: "
+                f"{self.clips} clips in {self.total_s:.0f} s, {per_second(self.rate)}: "
                 f"{self.bound} ({self.shares()})"
             )
         if self.halved:
@@ -175,10 +178,11 @@ class Bar:
     def show(self, clips: int) -> None:
         """Count clips that are done now."""
         report = self._report
-        text = f"{_per_second(report.rate)}, {report.bound}: {report.shares()}"
+        text = f"{per_second(report.rate)}, {report.bound}: {report.shares()}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(clips)
 
 
-def _per_second(rate: float) -> str:
+def per_second(rate: float) -> str:
+    """Return a rate for people: clips per second, or of a slow one seconds per clip."""
     return f"{rate:.1f} clips/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s/clip"

@@ -131,6 +131,7 @@ class DecodedClip:
     arrays: dict[InputSpec, npt.NDArray[Any]] = field(default_factory=dict)
     times: dict[InputSpec, Times] = field(default_factory=dict)
     reasons: dict[InputSpec, Reason] = field(default_factory=dict)
+    details: dict[InputSpec, str] = field(default_factory=dict)
     flow_scales: dict[InputSpec, npt.NDArray[np.float32]] = field(default_factory=dict)
     padded: int = 0
     audio_rate: int | None = None

@@ -27,6 +27,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, SlotRefs, decode_into
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import decode_clips, lost
+from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
@@ -196,7 +197,7 @@ class DecodePool:
     def _result(self, task: _Task) -> Iterator[tuple[DecodedClip, int | None]]:
         """Wait for a task; if it fails, decode each of its clips by itself."""
         outcome = self._wait(task)
-        if not isinstance(outcome, Reason):
+        if not isinstance(outcome, MediaFaultError):
             yield from zip(outcome, task.slots, strict=True)
             return
         for clip in task.clips:
@@ -206,17 +207,17 @@ class DecodePool:
         """Try a clip once more in another process, then with the second decoder."""
         task = self._submit([clip])
         outcome = self._wait(task)
-        if isinstance(outcome, Reason):
+        if isinstance(outcome, MediaFaultError):
             task = self._submit([clip], "pyav")
             outcome = self._wait(task)
-        if isinstance(outcome, Reason):
+        if isinstance(outcome, MediaFaultError):
             return lost(clip.clip_id, self.settings, outcome), None
         return outcome[0], task.slots[0]
 
-    def _wait(self, task: _Task) -> list[DecodedClip] | Reason:
+    def _wait(self, task: _Task) -> list[DecodedClip] | MediaFaultError:
         """Return what a task decoded; if it failed, why, and its slots are free again."""
         outcome = self._outcome(task.future)
-        if isinstance(outcome, Reason):
+        if isinstance(outcome, MediaFaultError):
             # Its process is dead or done with them: pebble kills one that takes too long before
             # it says so. One that still wrote would write into another clip.
             self._give_back(task.slots)
@@ -230,25 +231,35 @@ class DecodePool:
 
     def _outcome(
         self, future: _Future
-    ) -> tuple[float, list[tuple[DecodedClip, SlotRefs]]] | Reason:
+    ) -> tuple[float, list[tuple[DecodedClip, SlotRefs]]] | MediaFaultError:
         if not self._is_done(future):
-            return Reason.CRASHED
+            return MediaFaultError(Reason.CRASHED, "its decode process ended without a result")
         try:
             return future.result(0)
         except TimeoutError:
-            return Reason.TIMEOUT
+            return MediaFaultError(Reason.TIMEOUT, f"took more than {self.timeout_s:g} s")
         except MemoryError:
-            return Reason.OUT_OF_MEMORY
+            return MediaFaultError(Reason.OUT_OF_MEMORY, "could not get the memory it asked for")
         except (ProcessExpired, BrokenProcessPool) as death:
             # A batch system that ends the job signals its processes in any order. If ours is
             # among them, this is no fault of the clip, which must not be marked as lost.
             time.sleep(_GRACE_S)
             self.stop.check(_SAVED)
-            too_big = getattr(death, "pid", None) in self._watch.killed
-            return Reason.OUT_OF_MEMORY if too_big else Reason.CRASHED
+            return self._blame(death)
         except Exception as error:  # whatever a decoder may raise
             _logger.warning("decoding failed: %s: %s", type(error).__name__, error)
-            return Reason.DECODE_ERROR
+            return MediaFaultError(
+                Reason.DECODE_ERROR, f"{type(error).__name__}: {first_line(error)}"
+            )
+
+    def _blame(self, death: BaseException) -> MediaFaultError:
+        """Say why a decode process died, as far as is known."""
+        if getattr(death, "pid", None) in self._watch.killed:
+            detail = f"its decode process took more than {self._watch.limit_gb:g} GB"
+            return MediaFaultError(Reason.OUT_OF_MEMORY, detail)
+        code = getattr(death, "exitcode", None)
+        how = f"by signal {-code}" if code and code < 0 else f"with exit code {code}"
+        return MediaFaultError(Reason.CRASHED, f"its decode process ended {how}")
 
     def _is_done(self, future: _Future) -> bool:
         """Wait for a task; False if it was lost with its pool.
@@ -280,7 +291,7 @@ class _MemoryWatch(threading.Thread):
 
     def __init__(self, limit_gb: float) -> None:
         super().__init__(daemon=True)
-        self._limit = limit_gb * _GIGABYTE
+        self.limit_gb = limit_gb
         self.killed: set[int] = set()
         self.finished = threading.Event()
 
@@ -290,7 +301,7 @@ class _MemoryWatch(threading.Thread):
         while not self.finished.wait(_POLL_INTERVAL_S):
             for child in me.children():
                 try:
-                    if child.memory_info().rss > self._limit and _is_spawned(child):
+                    if child.memory_info().rss > self.limit_gb * _GIGABYTE and _is_spawned(child):
                         # Noted first: `_outcome` may learn of the death before kill returns.
                         self.killed.add(child.pid)
                         child.kill()

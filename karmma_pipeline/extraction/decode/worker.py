@@ -27,9 +27,13 @@ from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputS
 from karmma_pipeline.modalities import Reason
 
 
-def lost(clip_id: str, settings: DecodeSettings, reason: Reason) -> DecodedClip:
+def lost(clip_id: str, settings: DecodeSettings, fault: MediaFaultError) -> DecodedClip:
     """Return a clip of which nothing could be decoded."""
-    return DecodedClip(clip_id, reasons=dict.fromkeys(settings.inputs, reason))
+    return DecodedClip(
+        clip_id,
+        reasons=dict.fromkeys(settings.inputs, fault.reason),
+        details=dict.fromkeys(settings.inputs, fault.detail),
+    )
 
 
 def decode_clips(
@@ -95,9 +99,10 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
     try:
         yield
     except MediaFaultError as fault:
-        decoded.reasons[spec] = fault.reason
+        decoded.reasons[spec], decoded.details[spec] = fault.reason, fault.detail
     except MemoryError:
         decoded.reasons[spec] = Reason.OUT_OF_MEMORY
+        decoded.details[spec] = "could not get the memory it asked for"
 
 
 def _sound_span(clip: Clip, settings: DecodeSettings, media: OpenMedia) -> tuple[float, float]:

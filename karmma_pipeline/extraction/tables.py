@@ -1,0 +1,162 @@
+"""The tables beside the stores of an extraction: what failed and why, and what media were read.
+
+Stores keep a reason per clip and modality and no more. The rest is noted in a file per shard
+before the shard's clips are stored, and becomes a table when all shards are there.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from karmma_pipeline import files
+from karmma_pipeline.extraction.types import NATURAL, DecodedClip
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import FeatureStore
+
+FAILURES, MEDIA = "failures.csv", "media.csv"
+NOTES = "media_notes"
+"""The folder of the notes, a file per shard, which one part alone writes."""
+
+_FAILURE_COLUMNS = ("clip_id", "modality", "stage", "reason", "hint", "detail")
+_MEDIA_COLUMNS = ("clip_id", "audio_rate_hz", "audio_windows_padded")
+_FAULTS = "faults"
+"""In a note: modality to reason code to detail."""
+
+_MAX_DETAIL = 300
+"""Characters of a detail: of a longer one, its beginning and its end are kept."""
+
+_STAGE = {
+    Reason.FILE_MISSING: "open",
+    Reason.NO_STREAM: "open",
+    Reason.NOT_IN_DATASET: "manifest",
+    Reason.TOO_SHORT: "sample",
+    Reason.OUT_OF_RANGE: "sample",
+    Reason.BAD_VALUE: "backbone",
+}
+
+
+@dataclass
+class _Notes:
+    """What was noted: a row per clip, and the detail of each clip, modality and reason code."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[tuple[str, str, int], str] = field(default_factory=dict)
+
+
+def note_media(out: Path, shard: int, clips: Iterable[DecodedClip]) -> None:
+    """Note clips that are about to be stored.
+
+    Raises:
+        StoreError: the disk is full, or fails.
+    """
+    lines = [json.dumps(_note(clip)) for clip in clips]
+    path = out / NOTES / f"{shard}.jsonl"
+    with files.disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            # A line break first: what a killed run left half-written ends there.
+            file.write("".join(f"\n{line}" for line in lines).encode())
+
+
+def _note(clip: DecodedClip) -> dict[str, Any]:
+    faults: dict[str, dict[int, str]] = {}
+    for spec, detail in clip.details.items():
+        reason = clip.reasons[spec]
+        if reason is not Reason.NOT_IN_DATASET:  # the manifest says it already
+            faults.setdefault(spec.modality, {}).setdefault(int(reason), one_line(detail))
+    return {
+        "clip_id": clip.clip_id,
+        "audio_rate_hz": clip.audio_rate or "",
+        "audio_windows_padded": clip.padded,
+        **{f"{modality}_decoder": decoder for modality, decoder in clip.decoders.items()},
+        **({_FAULTS: faults} if faults else {}),
+    }
+
+
+def one_line(detail: str) -> str:
+    """Return a detail as one line of bounded length."""
+    line = " ".join(detail.split())
+    if len(line) <= _MAX_DETAIL:
+        return line
+    # A long path comes first and what was wrong last: neither may push the other out.
+    half = _MAX_DETAIL // 2 - 2
+    return f"{line[:half]} .. {line[-half:]}"
+
+
+def write_tables(out: Path, stores: Sequence[FeatureStore]) -> int:
+    """Write both tables of an extraction; return how many clips lost something to an error."""
+    notes = _read_notes(out / NOTES)
+    # Several sets may have lost the same clip's modality in the same way.
+    lost = sorted({row for store in stores for row in _lost(store)})
+    rows = (_failure_row(*one, detail=notes.details.get(one, "")) for one in lost)
+    _write_csv(out / FAILURES, _FAILURE_COLUMNS, rows)
+    ids = [clip_id.decode() for clip_id in stores[0].clip_ids]
+    noted = [notes.rows[clip_id] for clip_id in ids if clip_id in notes.rows]
+    decoders = sorted({name for row in noted for name in row} - {*_MEDIA_COLUMNS, _FAULTS})
+    _write_csv(out / MEDIA, (*_MEDIA_COLUMNS, *decoders), noted)
+    return len({clip_id for clip_id, _, code in lost if Reason(code) not in NATURAL})
+
+
+def _lost(store: FeatureStore) -> Iterator[tuple[str, str, int]]:
+    """Yield clip, modality and reason code of everything that a store lacks."""
+    for clip, column in np.argwhere(np.asarray(store.reasons) != Reason.PRESENT):
+        clip_id = store.clip_ids[clip].decode()
+        yield clip_id, store.modalities[column], int(store.reasons[clip, column])
+
+
+def _failure_row(clip_id: str, modality: str, code: int, detail: str) -> dict[str, str]:
+    reason = Reason(code)
+    stage = _STAGE.get(reason, "decode")
+    values = (clip_id, modality, stage, reason.name.lower(), reason.hint, detail)
+    return dict(zip(_FAILURE_COLUMNS, values, strict=True))
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def count_failed(out: Path) -> int:
+    """Return how many clips lost a modality to an error, as the table says; 0 without one.
+
+    Tables of older versions have other names for two reasons (`time_off`, `refused`) and no
+    detail; all that counts is which reasons are no errors.
+    """
+    table = out / FAILURES
+    if not table.is_file():
+        return 0
+    natural = {reason.name.lower() for reason in NATURAL}
+    with table.open(newline="") as file:
+        return len({r["clip_id"] for r in csv.DictReader(file) if r["reason"] not in natural})
+
+
+def _read_notes(folder: Path) -> _Notes:
+    """Read all notes; of several about a clip, the last one counts.
+
+    Details are kept from all of them: each reason that stores hold was noted once, and a clip may
+    be read again for one set when another has it already.
+    """
+    notes = _Notes()
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                clip_id = str(row["clip_id"])
+                faults = [(m, int(c), str(d)) for m, of in _faults(row) for c, d in of.items()]
+            except (ValueError, KeyError, TypeError, AttributeError):  # half a line
+                continue
+            notes.rows[clip_id] = row
+            notes.details |= {(clip_id, m, code): detail for m, code, detail in faults}
+    return notes
+
+
+def _faults(row: dict[str, Any]) -> Iterable[tuple[str, dict[str, str]]]:
+    faults: dict[str, dict[str, str]] = row.get(_FAULTS, {})
+    return faults.items()
