@@ -17,6 +17,7 @@ from karmma_pipeline.batch.progress import stage_progress
 from karmma_pipeline.batch.recipe import Chain, Site
 from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
 from karmma_pipeline.extraction import parts
+from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ShardWriter
 from karmma_pipeline.training.recipe import TeacherRecipe
@@ -134,7 +135,7 @@ def test_finalize_is_idempotent_and_judges_the_failures(here: Path) -> None:
         assert path.stat().st_mtime_ns == when
     table = here / "features/failures.csv"
     table.write_text(table.read_text() + f"c1,rgb,decode,{Reason.CRASHED.name.lower()},\n")
-    assert parts.count_failed(strict) == 1
+    assert count_failed(strict.out) == 1
     with pytest.raises(TooManyFailuresError, match="1 of 96"):
         parts.check_failures(strict, 1, 96)
 

@@ -4,6 +4,7 @@ A program that is changed on purpose gets a line here, and the line names the ch
 that no rule names is compared byte by byte.
 """
 
+import csv
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -52,6 +53,20 @@ def renamed(names: Mapping[str, str]) -> Normalise:
 def replaced(pattern: str, by: str = "") -> Normalise:
     """Compare text after every match of a pattern was replaced."""
     return lambda data: re.sub(pattern, by, data.decode()).encode()
+
+
+def failures(data: bytes) -> bytes:
+    """Compare what failed and why: the older program has no detail, and other names and hints."""
+    names = {"time_off": "timestamp_mismatch", "refused": "unsafe_file"}
+    rows = csv.DictReader(data.decode().splitlines())
+    kept = [(r["clip_id"], r["modality"], r["stage"], r["reason"]) for r in rows]
+    return repr([(*row, names.get(reason, reason)) for *row, reason in kept]).encode()
+
+
+def notes(data: bytes) -> bytes:
+    """Compare notes of media; the older program does not note what was wrong with them."""
+    rows = [json.loads(line) for line in data.decode().splitlines() if line]
+    return repr([{k: v for k, v in row.items() if k != "faults"} for row in rows]).encode()
 
 
 def state(data: bytes) -> bytes:
@@ -117,6 +132,8 @@ RULES = (
         "clips whose tokens are not finite stop a training and may be excluded",
     ),
     Rule("*/model.json", without("training.exclude", "training.bad_clips"), "the same"),
+    Rule("*/media_notes/*", notes, "details of faults are noted"),
+    Rule("*/failures.csv", failures, "a column for details, two reasons' names, hints"),
     Rule("*/state/*.pt", state, "a pickle of the same has no fixed bytes"),
     Rule("*/tensorboard/*", ignored, "a file for each start, the first one torn", killed=True),
     Rule("*/tensorboard/*", events, "the time of day"),
