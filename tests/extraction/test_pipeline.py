@@ -245,10 +245,10 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(
     assert found["raise"] == {Reason.DECODE_ERROR}
     assert found["grow"] == {Reason.OUT_OF_MEMORY}
     details = {d.clip_id: set(d.details.values()) for _, batch in batches for d in batch}
-    assert details["hang"] == {"took more than 8 s"}
+    assert details["hang"] == {"took more than 0.1 s"}
     assert details["grow"] == {"its decode process took more than 1.5 GB"}
     (died,), (raised,) = details["die"], details["raise"]
-    assert died.startswith("its decode process ended ")
+    assert died.startswith("its decode process ended")
     assert "Error: " in raised
     assert not any(found[name] for name in "abcdef")
 

@@ -258,8 +258,8 @@ class DecodePool:
             detail = f"its decode process took more than {self._watch.limit_gb:g} GB"
             return MediaFaultError(Reason.OUT_OF_MEMORY, detail)
         code = getattr(death, "exitcode", None)
-        how = f"by signal {-code}" if code and code < 0 else f"with exit code {code}"
-        return MediaFaultError(Reason.CRASHED, f"its decode process ended {how}")
+        how = "" if code is None else f" by signal {-code}" if code < 0 else f" with code {code}"
+        return MediaFaultError(Reason.CRASHED, f"its decode process ended{how}")
 
     def _is_done(self, future: _Future) -> bool:
         """Wait for a task; False if it was lost with its pool.
