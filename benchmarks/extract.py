@@ -4,16 +4,19 @@ In one run, interleaved, on generated H.264 clips with sound (or --video FILE ..
 
     extract   the whole pipeline, from files to a committed store, after its start-up (to be
               compared in seconds; in CPU seconds where other work shares the machine)
-    bare      the forward passes alone, on tensors that are there: same mode, same batches
+    bare      the forward passes alone, on tensors that are there, in the same batches
     loop      what a script does: open the file, read, one clip at a time, float32, save an .npy
 
-Then what each way of computing gains and how far it strays from plain float32, and the peak
-memory over a small and a ten times larger data set. Random weights: speed does not depend on
-them, deviations do a little (--weights DEFAULT after `karmma backbones fetch`).
+Then what the rule for computing loses against the fastest memory format and batch size, of every
+network; what each way of computing gains and how far it strays from plain float32; and the peak
+memory over a small and a ten times larger data set. --loss prints the losses alone. Random
+weights: speed does not depend on them, deviations do a little (--weights DEFAULT after
+`karmma backbones fetch`).
 """
 
 import argparse
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -35,11 +38,10 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
-from karmma_pipeline.extraction.inference.calibrate import device_name, measure
-from karmma_pipeline.extraction.inference.modes import FOLDER, decide
+from karmma_pipeline.extraction.inference.defaults import by_rule, configure, example
 from karmma_pipeline.extraction.inference.networks import Networks
-from karmma_pipeline.extraction.inference.runner import Mode, Network
-from karmma_pipeline.extraction.inference.workers import Lanes, one_thread
+from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
+from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -56,6 +58,10 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     arguments = parse()
     device = pick_device(arguments.device)
+    torch.set_num_threads(1)
+    if arguments.loss:
+        print_losses(device, arguments)
+        return
     print(f"{device_name(device)}, {jobs.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory(prefix="karmma-benchmark-") as name:
         folder = Path(name)
@@ -67,6 +73,7 @@ def main() -> None:
         print("|---|---:|---:|---:|---:|---:|---|---:|")
         for case, sets in cases(arguments).items():
             print(compare(folder, manifest, case, sets, arguments), flush=True)
+        print_losses(device, arguments)
         print("\n| backbone | way | time : float32 | least cosine of a token | largest error |")
         print("|---|---|---:|---:|---:|")
         for choice in singles(arguments).values():
@@ -88,6 +95,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--video", nargs="*", type=Path, default=[], help="files of your own")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
     parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
+    parser.add_argument("--precisions", action="store_true", help="try bfloat16 and tf32, too")
+    parser.add_argument("--loss", action="store_true", help="what the rule loses, nothing else")
     arguments = parser.parse_args()
     arguments.clips = arguments.clips or (8 if arguments.quick else 24)
     arguments.repeat = arguments.repeat or (2 if arguments.quick else 3)
@@ -188,17 +197,15 @@ def compare(
     recipe = make_recipe(manifest, out, sets, arguments.device)
     networks = Networks(recipe)
     with one_thread(networks.device):
-        decide(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
+        configure(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
     clips = read_manifest(manifest).clips
     batches = list(preload(networks, recipe, clips))
     bares, work, loops, seconds, shares, starts = ([] for _ in range(6))
     for _ in range(arguments.repeat):
-        for path in out.iterdir():  # what was found out stays
-            if path.name != FOLDER:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(out, ignore_errors=True)
         report = extract(recipe)
         one, cpu = report.total_s / report.clips, report.cpu_s + report.decode_s
-        bare, bare_cpu = time_bare(networks, batches, report.lanes)
+        bare, bare_cpu = time_bare(networks, batches, report.forward_workers)
         loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
         bares.append(one / bare * len(clips))
         work.append(cpu / bare_cpu)
@@ -221,7 +228,7 @@ def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) ->
         yield collate(plan, decode_clips(list(plan.clips), settings), pin)
 
 
-def time_bare(networks: Networks, batches: Sequence[Batch], lanes: int) -> tuple[float, float]:
+def time_bare(networks: Networks, batches: Sequence[Batch], workers: int) -> tuple[float, float]:
     """Return seconds and CPU seconds of the forward passes alone, in the fastest of three ways.
 
     One pass at a time on one thread, on all CPUs, or as many passes at once as the pipeline
@@ -238,7 +245,7 @@ def time_bare(networks: Networks, batches: Sequence[Batch], lanes: int) -> tuple
         seconds.append(time.perf_counter() - started)
         cpu = time.process_time() - cpu
     started = time.perf_counter()
-    with Lanes(networks, lanes) as several:
+    with ForwardWorkers(networks, workers) as several:
         for batch in batches:
             several.put(batch)
         while len(several):
@@ -291,27 +298,93 @@ def deviations(
     decoded = decode_clips(list(read_manifest(manifest).clips[:2]), DecodeSettings.of(recipe))
     clips = torch.from_numpy(np.stack([clip.arrays[input_spec("rgb", choice)] for clip in decoded]))
     seconds, tokens = plain_pass(Backbone(choice).to(device), clips.to(device))
-    network = Network(Backbone(choice), device, Mode())
+    network = Network(Backbone(choice), device, ComputeConfig())
     network.tokens(clips[:1])
-    ways = {
-        "norms folded in, oneDNN" if device.type == "cpu" else "norms folded in": Mode(),
-        "channels_last": Mode(layout="channels_last"),
-        "bfloat16": Mode(precision="bfloat16"),
-        "bfloat16, channels_last": Mode(precision="bfloat16", layout="channels_last"),
-    }
-    if device.type == "cuda":
-        ways["tf32"] = Mode(precision="tf32")
+    folded = "norms folded in, oneDNN" if device.type == "cpu" else "norms folded in"
+    ways = {folded: ComputeConfig(), "channels_last": ComputeConfig(memory_format="channels_last")}
+    if arguments.precisions:  # bfloat16 is 22 to 33 times slower on a CPU that lacks it
+        ways["bfloat16"] = ComputeConfig(precision="bfloat16")
+        ways["bfloat16, channels_last"] = ComputeConfig(
+            precision="bfloat16", memory_format="channels_last"
+        )
+        if device.type == "cuda":
+            ways["tf32"] = ComputeConfig(precision="tf32")
     if arguments.compile:
-        ways["compile"] = Mode(compile=True)
-    for way, mode in ways.items():
-        trial = measure(network, mode, clips, tokens)
-        ratio = trial.seconds / seconds
-        yield (f"| {choice.name} | {way} | {ratio:.2f} | {trial.cosine:.6f} | {trial.error:.2e} |")
+        ways["compile"] = ComputeConfig(compile=True)
+    for way, one in ways.items():
+        network.use(one.model_copy(update={"batch_size": len(clips)}))
+        passes = [timed_pass(network, clips) for _ in range(4)]
+        found, ratio = passes[0][0], min(s for _, s in passes) / len(clips) / seconds
+        error = (found - tokens).abs().max().item()
+        yield f"| {choice.name} | {way} | {ratio:.2f} | {cosine(found, tokens):.6f} | {error:.2e} |"
+
+
+def cosine(tokens: torch.Tensor, plain: torch.Tensor) -> float:
+    """Return the smallest cosine of a token to its float32 self; those near zero have none."""
+    norms = plain.double().norm(dim=-1)
+    cosines = torch.cosine_similarity(tokens.double(), plain.double(), dim=-1)
+    return cosines[norms > 0.01 * norms.mean()].min().item()
+
+
+def timed_pass(network: Network, clips: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Run a pass; on a CPU, where it has one thread, the work of others is not counted."""
+    clock = time.thread_time if network.device.type == "cpu" else time.perf_counter
+    started = clock()
+    tokens = network.tokens(clips).cpu()  # the copy waits for a GPU
+    return tokens, clock() - started
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+
+
+def print_losses(device: torch.device, arguments: argparse.Namespace) -> None:
+    """Print what the rule loses, of every network that is shipped."""
+    print("\n| backbone | clip | by the rule | fastest | time : fastest |\n|---|---|---|---|---:|")
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.weights is None or (arguments.case and name not in arguments.case):
+            continue
+        tree: dict[str, Any] = {"name": name, "weights": arguments.weights}
+        if architecture.kind == "image":
+            tree["image"] = [64, 96] if arguments.quick else [128, 256]
+        elif not name.startswith("mvit"):  # those have one size
+            tree |= {"frames": 8, "size": 64} if arguments.quick else {"frames": 16}
+        print(loss(config.build(BackboneChoice, tree, "benchmark"), device, arguments), flush=True)
+
+
+def loss(choice: BackboneChoice, device: torch.device, arguments: argparse.Namespace) -> str:
+    """Return a row: a clip's time as the rule computes against the fastest way in float32."""
+    spec = input_spec("audio" if choice.architecture.kind == "image" else "rgb", choice)
+    network = Network(Backbone(choice), device, ComputeConfig())
+    tree: Sets = {"one": {"rgb": choice.model_dump(mode="json")}}
+    chosen = by_rule(network, spec, make_recipe(Path("none"), Path("none"), tree, str(device)))
+    network.use(chosen)
+    slow = timed_pass(network, example(spec, 1))[1] > 0.25  # then larger batches gain nothing
+    sizes = {1, 2, chosen.batch_size} | (set() if slow else {4, 8, 16})
+    ways = [
+        ComputeConfig(memory_format=form, batch_size=size)
+        for form in ("contiguous", "channels_last")
+        for size in sorted(sizes)
+    ]
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(arguments.repeat + 1):  # in turn, so that a busy machine slows all alike
+        for way in ways:
+            network.use(way)
+            passed = timed_pass(network, example(spec, way.batch_size))[1] / way.batch_size
+            seconds[way] = min(seconds[way], passed)
+    fastest = min(ways, key=lambda way: seconds[way])
+    mine = seconds[chosen.model_copy(update={"chosen": fastest.chosen})] / seconds[fastest]
+    said = [f"{way.memory_format}, batch {way.batch_size}" for way in (chosen, fastest)]
+    shape = "x".join(str(n) for n in example(spec, 1).shape[1:])
+    return f"| {choice.name} | {shape} | {said[0]} | {said[1]} | {mine:.2f} |"
 
 
 def plain_pass(backbone: Backbone, clips: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Return the shortest seconds per clip of PyTorch as it is, and the tokens."""
-    clock = time.thread_time if clips.device.type == "cpu" else time.perf_counter  # as `measure`
+    clock = time.thread_time if clips.device.type == "cpu" else time.perf_counter  # as `timed_pass`
     seconds = []
     for _ in range(4):
         started = clock()

@@ -25,9 +25,9 @@ from karmma_pipeline.extraction.inference.batching import (
     collate,
     plan_batches,
 )
-from karmma_pipeline.extraction.inference.modes import decide
+from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
-from karmma_pipeline.extraction.inference.workers import Lanes, lane_count, one_thread
+from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, write_groups
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
 from karmma_pipeline.extraction.tables import note_media
@@ -73,7 +73,7 @@ def extract(
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
-        decide(networks, report.stores, _logger.info)
+        configure(networks, report.stores, _logger.info)
         for name, path in report.stores.items():
             create_store(path, networks.store_spec(name, manifest), rows)
         config.save(recipe, recipe.out / "recipe.yaml")
@@ -122,8 +122,8 @@ def _run(
         pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
         plans = _plans(manifest.clips, missing, networks.batch_size, writers)
         batches = stack.enter_context(Prefetcher(_batches(plans, pool, networks)))
-        report.lanes = lane_count(networks)  # while decoders start
-        lanes = stack.enter_context(Lanes(networks, report.lanes))
+        report.forward_workers = worker_count(networks)  # while decoders start
+        workers = stack.enter_context(ForwardWorkers(networks, report.forward_workers))
 
         def write(computed: Computed) -> None:
             _write(recipe, networks, computed, writers, report)
@@ -131,7 +131,7 @@ def _run(
         writer = stack.enter_context(BackgroundWriter(write))
         bar = stack.enter_context(Bar(clips, report))
         try:
-            _stream(batches, lanes, writer, stop, report, bar)
+            _stream(batches, workers, writer, stop, report, bar)
         except BaseException:
             stop.request()  # or the threads would go on waiting for decoders
             raise
@@ -240,34 +240,34 @@ def _batches(plans: Iterator[BatchPlan], pool: DecodePool, networks: Networks) -
 
 def _stream(
     batches: Prefetcher[Batch],
-    lanes: Lanes,
+    workers: ForwardWorkers,
     writer: BackgroundWriter[Computed],
     stop: StopFlag,
     report: ExtractReport,
     bar: Bar,
 ) -> None:
-    """Hand decoded batches to the lanes, and what they have computed to the writer, in order."""
+    """Hand decoded batches to the workers, and what they have computed to the writer, in order."""
     source = iter(batches)
     with report.timed(STARTING):
         batch = next(source, None)
     started = time.process_time()
-    while batch is not None or len(lanes):
+    while batch is not None or len(workers):
         if batch is not None:
             stop.check("all finished batches are kept")
             bar.skip(batch.plan.skipped)
-            lanes.put(batch)
+            workers.put(batch)
         # One batch more than can be computed is handed over before the first is waited for, so
-        # that no lane is idle meanwhile; at the end of the stream they are only emptied.
-        if lanes.full or batch is None:
+        # that no worker is idle meanwhile; at the end of the stream they are only emptied.
+        if workers.full or batch is None:
             with report.timed(BACKBONES):
-                computed = lanes.take()
+                computed = workers.take()
                 report.device_s += computed.wait()
             with report.timed(WRITING):
                 writer.put(computed)
             report.count(computed.batch.clips)
             bar.show(len(computed.batch.clips))
         if batch is not None:
-            with report.waiting(lambda: lanes.idle):
+            with report.waiting(lambda: workers.idle):
                 batch = next(source, None)
         report.cpu_s = time.process_time() - started
 

@@ -1,6 +1,7 @@
 """The recipe of an extraction: clips, moments of them, networks, store; and reading its clips."""
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +15,8 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.modalities import KNOWN
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.store.spec import Dtype
+
+_logger = logging.getLogger(__name__)
 
 
 class Sampling(Recipe):
@@ -211,17 +214,19 @@ class ExtractRecipe(Recipe):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Clips that go through a network at once. auto, here and in the next two:\n"
-        "what a short calibration on this device finds fastest. The first run of a store\n"
-        "calibrates, the store records it, every later run of it computes in the same way.",
+        description="Clips that go through a network at once. auto: as many as fit, a power of\n"
+        "two. The store records this key and the next three; every later run of it computes in\n"
+        "the same way.",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        description="Of convolutions and products. auto tries what the device is fast at and\n"
-        "keeps it only if every token stays within cosine 0.999 of float32.",
+        description="Of convolutions and products. auto: float32. tf32 (GPU) and bfloat16 are\n"
+        "faster where the device has them, much slower where not; tokens stray a little.",
     )
-    layout: Literal["auto", "contiguous", "channels_last"] = Field(
-        "auto", description="Order of the numbers of a picture or video in memory."
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto",
+        description="How pictures and videos lie in memory. auto: channels_last for networks of\n"
+        "convolutions, contiguous for transformers.",
     )
     compile: bool = Field(
         False, description="torch.compile: minutes at the start, faster forward passes after."
@@ -229,12 +234,21 @@ class ExtractRecipe(Recipe):
     memory_gb: float | None = Field(
         None,
         gt=0,
-        description="Device memory that batch_size auto may use for a forward pass; null: 80 % of\n"
-        "what is free, on a CPU half.",
+        description="Memory for forward passes. On a GPU: what batch_size auto may fill; null: 8.\n"
+        "On a CPU: of all passes at once, fewer run if not all fit; null: half of what is free.",
     )
     max_failures: float = Field(
         0.05, ge=0, le=1, description="Share of clips that may lose a modality to an error."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, given: Any) -> Any:
+        """Read ``memory_format`` by its earlier name, too."""
+        if isinstance(given, dict) and "layout" in given and "memory_format" not in given:
+            _logger.warning("layout is called memory_format now; rename the key in the recipe")
+            return {("memory_format" if k == "layout" else k): v for k, v in given.items()}
+        return given
 
     @field_validator("sets")
     @classmethod

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from karmma_pipeline.extraction.inference import memory
 from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.logs import progress_bar
 
@@ -31,7 +30,7 @@ class ExtractReport:
         write_s: seconds that the writer worked, beside the networks.
         device_s: seconds that a GPU worked; a CPU's are those of the backbones.
         workers: decode processes.
-        lanes: batches that are computed at the same time, each on one CPU.
+        forward_workers: batches that are computed at the same time, each on one CPU.
         halved: batches that did not fit into memory and were halved.
         padded: audio windows that reach past their track.
         audio_rates: clips by the rate, in Hz, at which their sound was recorded.
@@ -48,7 +47,7 @@ class ExtractReport:
     write_s: float = 0.0
     device_s: float = 0.0
     workers: int = 0
-    lanes: int = 0
+    forward_workers: int = 0
     halved: int = 0
     padded: int = 0
     audio_rates: Counter[int] = field(default_factory=Counter)
@@ -139,13 +138,13 @@ class ExtractReport:
             "bound": self.bound,
             "seconds": {what: round(s, 3) for what, s in self.seconds.items()},
             "decode_processes": self.workers,
-            "lanes": self.lanes,
+            "lanes": self.forward_workers,
             "cpu_seconds": round(self.cpu_s, 3),
             "cpu_seconds_decoding": round(self.decode_s, 3),
             "seconds_writing_beside": round(self.write_s, 3),
             "seconds_gpu_busy": round(self.device_s, 3),
             "batches_halved": self.halved,
-            "peak_memory_bytes": memory.peak(),
+            "peak_memory_bytes": _peak_memory(),
             "audio_windows_padded": self.padded,
             "decoders": {modality: dict(counts) for modality, counts in self.decoders.items()},
             "audio_native_rates": {str(hz): n for hz, n in sorted(self.audio_rates.items())},
@@ -181,6 +180,15 @@ class Bar:
         text = f"{per_second(report.rate)}, {report.bound}: {report.shares()}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(clips)
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process has had in memory.
+
+    Not `resource.getrusage`: its peak is that of the program before `exec`, too.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def per_second(rate: float) -> str:

@@ -1,10 +1,6 @@
-"""How networks compute: what a calibration may choose, and that a store keeps to it."""
+"""How networks compute: what the rule chooses, and that a store keeps to it."""
 
 import copy
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +10,23 @@ import torch
 from support.media_files import write_video
 from torch import nn
 
-from karmma_pipeline import config, files, jobs
+from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
-from karmma_pipeline.extraction.inference import calibrate as calibration
-from karmma_pipeline.extraction.inference import memory, modes
+from karmma_pipeline.extraction.inference import defaults
 from karmma_pipeline.extraction.inference.batching import collate
-from karmma_pipeline.extraction.inference.calibrate import calibrate, example, measure
-from karmma_pipeline.extraction.inference.memory import Growth
-from karmma_pipeline.extraction.inference.modes import decide
-from karmma_pipeline.extraction.inference.networks import Networks, network_key
-from karmma_pipeline.extraction.inference.runner import Mode, Network, fold_norms, speed_up
+from karmma_pipeline.extraction.inference.defaults import (
+    by_rule,
+    configure,
+    example,
+    memory_format,
+)
+from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.runner import (
+    ComputeConfig,
+    Network,
+    fold_norms,
+    use_onednn,
+)
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, input_spec
@@ -48,8 +51,8 @@ def make_recipe(folder: Path, **changes: Any) -> ExtractRecipe:
     return config.build(ExtractRecipe, tree, "test")
 
 
-def network(choice: dict[str, Any], mode: Mode | None = None) -> Network:
-    return Network(Backbone(BackboneChoice(**choice)), CPU, mode or Mode())
+def network(choice: dict[str, Any], config: ComputeConfig | None = None) -> Network:
+    return Network(Backbone(BackboneChoice(**choice)), CPU, config or ComputeConfig())
 
 
 @pytest.fixture
@@ -64,29 +67,28 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("choice", [S3D, RESNET], ids=["video", "image"])
-def test_every_mode_gives_the_tokens_of_plain_float32(choice: dict[str, Any]) -> None:
+def test_every_configuration_gives_the_tokens_of_plain_float32(choice: dict[str, Any]) -> None:
     modality = "rgb" if choice is S3D else "audio"
     batch = example(input_spec(modality, BackboneChoice(**choice)), 3)
-    one = network(choice)
-    plain = measure(one, Mode(), batch, None)
+    one = network(choice, ComputeConfig(batch_size=3))
+    plain = one.tokens(batch)
     with torch.inference_mode():
         backbone = Backbone(BackboneChoice(**choice))
         wanted = backbone(backbone.prepare(batch))
-    torch.testing.assert_close(plain.tokens, wanted, rtol=1e-3, atol=1e-3)
-    last = measure(one, Mode(layout="channels_last"), batch, plain.tokens)
-    assert last.cosine > 0.9999
-    torch.testing.assert_close(last.tokens, wanted, rtol=1e-3, atol=1e-3)
-    half = measure(one, Mode(precision="bfloat16"), batch, plain.tokens)
-    assert 0.5 < half.cosine < 1
-    assert half.error > 0
-    again = measure(one, Mode(), batch, plain.tokens)
-    assert torch.equal(again.tokens, plain.tokens)
+    torch.testing.assert_close(plain, wanted, rtol=1e-3, atol=1e-3)
+    one.use(ComputeConfig(memory_format="channels_last", batch_size=3))
+    torch.testing.assert_close(one.tokens(batch), wanted, rtol=1e-3, atol=1e-3)
+    one.use(ComputeConfig(precision="bfloat16", batch_size=3))
+    half = one.tokens(batch)
+    assert 0.5 < torch.cosine_similarity(half, plain, dim=-1).min() < 1
+    one.use(ComputeConfig(batch_size=3))
+    assert torch.equal(one.tokens(batch), plain)
 
 
-def test_a_large_batch_is_cut_to_the_size_of_the_mode() -> None:
+def test_a_large_batch_is_cut_to_the_configured_size() -> None:
     batch = example(input_spec("rgb", BackboneChoice(**S3D)), 5)
     seen: list[int] = []
-    one = network(S3D, Mode(batch_size=2))
+    one = network(S3D, ComputeConfig(batch_size=2))
     one.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     assert len(one.tokens(batch)) == 5
     assert seen == [2, 2, 1]
@@ -113,7 +115,7 @@ class Small:
 )
 def test_a_batch_that_does_not_fit_is_halved_and_not_lost(error: Exception) -> None:
     batch = example(input_spec("rgb", BackboneChoice(**S3D)), 7)
-    one = network(S3D, Mode(batch_size=8))
+    one = network(S3D, ComputeConfig(batch_size=8))
     wanted = one.tokens(batch)
     one.backbone.register_forward_pre_hook(Small(2, error))
     torch.testing.assert_close(one.tokens(batch), wanted, rtol=1e-3, atol=1e-3)
@@ -137,81 +139,77 @@ def test_other_errors_of_a_network_are_not_taken_for_full_memory() -> None:
         one.tokens(torch.zeros(1, 8, 4, 32, 32))
 
 
-def stopwatch(costs: dict[tuple[str, str], float]) -> Any:
-    """Return a clock for `calibrate`: seconds of a pass by (precision, layout)."""
-
-    def timed(one: Network, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        seconds = costs[one.mode.precision, one.mode.layout]
-        return one.tokens(batch), seconds * (0.8 * len(batch) + 0.2)
-
-    return timed
-
-
-PLAIN, LAST = ("float32", "contiguous"), ("float32", "channels_last")
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        (S3D, "channels_last"),
+        (RESNET, "channels_last"),
+        ({**S3D, "name": "r2plus1d_18"}, "channels_last"),
+        ({**S3D, "name": "swin3d_t", "size": 64}, "contiguous"),
+        ({"name": "mvit_v2_s", "weights": "random:0"}, "contiguous"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else value,
+)
+def test_networks_of_convolutions_keep_their_channels_together(
+    choice: dict[str, Any], wanted: str
+) -> None:
+    assert memory_format(BackboneChoice(**choice).architecture.build(weights=None)) == wanted
 
 
 @pytest.mark.parametrize(
-    ("costs", "wanted"),
-    [
-        ({PLAIN: 0.1, LAST: 0.05}, LAST),
-        ({PLAIN: 0.1, LAST: 0.2}, PLAIN),
-        ({PLAIN: 0.1, LAST: 0.099}, PLAIN),  # within what clocks err
-    ],
+    ("clip_mb", "memory_gb", "wanted"),
+    [(1, None, 16), (50, None, 4), (60, None, 2), (300, None, 1), (16, 0.04, 2), (50, 100, 4)],
 )
-def test_the_faster_layout_is_kept(
+def test_a_batch_is_as_large_as_fits(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    costs: dict[tuple[str, str], float],
-    wanted: tuple[str, str],
+    clip_mb: int,
+    memory_gb: float | None,
+    wanted: int,
 ) -> None:
-    monkeypatch.setattr(calibration, "_timed", stopwatch(costs))
-    spec = input_spec("rgb", BackboneChoice(**S3D))
-    mode = calibrate(network(S3D), spec, make_recipe(tmp_path, precision="float32"))
-    assert (mode.precision, mode.layout) == wanted
-    assert mode.batch_size == 4  # a clip in a batch of 1, 2, 4, 8 costs 1, .9, .85, .825
-    assert mode.chosen.startswith("by calibration on ")
+    one, spec = network(S3D), input_spec("rgb", BackboneChoice(**S3D))
+    monkeypatch.setattr(one, "clip_bytes", lambda _: clip_mb * 1_000_000)
+    config = by_rule(one, spec, make_recipe(tmp_path, memory_gb=memory_gb))
+    assert config == ComputeConfig(
+        memory_format="channels_last", batch_size=wanted, chosen="by the rule for cpu"
+    )
 
 
-@pytest.mark.parametrize(("bound", "wanted"), [(0.5, "bfloat16"), (0.999999, "float32")])
-def test_a_faster_precision_is_kept_only_if_it_is_accurate(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: float, wanted: str
-) -> None:
-    costs = {PLAIN: 0.1, ("bfloat16", "contiguous"): 0.01}
-    monkeypatch.setattr(calibration, "_timed", stopwatch(costs))
-    monkeypatch.setattr(calibration, "precisions", lambda _: ("bfloat16",))
-    monkeypatch.setattr(calibration, "COSINE", bound)
-    recipe = make_recipe(tmp_path, layout="contiguous", batch_size=2)
-    spec = input_spec("rgb", BackboneChoice(**S3D))
-    assert calibrate(network(S3D), spec, recipe).precision == wanted
+def test_memory_is_worked_out_from_sizes_and_is_the_same_every_time() -> None:
+    found = set()
+    for way in (ComputeConfig(), ComputeConfig(memory_format="channels_last", batch_size=8)):
+        one = network(S3D, way)
+        found.add(one.clip_bytes(example(input_spec("rgb", BackboneChoice(**S3D)), 1)))
+        assert one.config == way
+    (size,) = found
+    # The largest operation: the first norm or activation, 64 channels at half the size and rate.
+    assert 2 * 64 * 4 * 16 * 16 * 4 <= size <= 10 * 64 * 4 * 16 * 16 * 4
 
 
-def test_what_the_recipe_fixes_is_not_measured(
+def test_what_the_recipe_states_is_not_left_to_the_rule(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(modes, "calibrate", None)
+    monkeypatch.setattr(Network, "clip_bytes", None)
     recipe = make_recipe(tmp_path, layout="channels_last", precision="bfloat16", batch_size=3)
     networks = Networks(recipe)
-    decide(networks, {}, print)
+    configure(networks, {}, print)
     (one,) = networks.all.values()
-    assert one.mode == Mode(precision="bfloat16", layout="channels_last", batch_size=3)
+    assert one.config == ComputeConfig(
+        precision="bfloat16", memory_format="channels_last", batch_size=3
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_that_would_not_fit_twice_is_the_last_that_is_tried(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_earlier_name_of_a_key_is_read_with_advice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = iter([0.5e9, 1e9, 2e9, 4e9])
-
-    @contextmanager
-    def told(_: object) -> Iterator[Growth]:
-        yield Growth(int(next(sizes)))
-
-    monkeypatch.setattr(memory, "measured", told)
-    monkeypatch.setattr(jobs, "cpu_count", lambda: 1)
-    monkeypatch.setattr(calibration, "_timed", lambda one, x: (one.tokens(x), 0.1))
-    recipe = make_recipe(tmp_path, layout="contiguous", precision="float32", memory_gb=3)
-    spec = input_spec("rgb", BackboneChoice(**S3D))
-    assert calibrate(network(S3D), spec, recipe).batch_size == 4
+    recipe = make_recipe(tmp_path, layout="contiguous")
+    assert recipe.memory_format == "contiguous"
+    assert [r.message for r in caplog.records] == [
+        "layout is called memory_format now; rename the key in the recipe"
+    ]
+    with pytest.raises(ConfigError, match="layout: unknown key"):
+        make_recipe(tmp_path, layout="contiguous", memory_format="contiguous")
 
 
 def forward_facts(store: Path) -> dict[str, Any]:
@@ -221,69 +219,28 @@ def forward_facts(store: Path) -> dict[str, Any]:
 def test_a_store_keeps_to_the_choice_that_its_first_run_made(
     clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resumed run takes over what is recorded, though it would measure something else."""
-    first = Mode(layout="channels_last", batch_size=2, chosen="by calibration on a first machine")
-    monkeypatch.setattr(modes, "calibrate", lambda *_: first)
-    extract(make_recipe(clips))
-    assert forward_facts(clips / "out/student") == first.model_dump()
+    """A store that an earlier version began keeps to what was measured then."""
+    first = ComputeConfig(batch_size=2, chosen="by calibration on a first machine")
+    with monkeypatch.context() as patch:
+        patch.setattr(defaults, "by_rule", lambda *_: first)
+        extract(make_recipe(clips))
+    assert forward_facts(clips / "out/student") == first.model_dump(by_alias=True)
     before = {p: p.read_bytes() for p in clips.glob("out/student/rgb/tokens/c/*/*")}
     assert len(before) == 2
     (clips / "out/student/commit/000001.safetensors").unlink()  # shard 1 is to be done again
     (clips / "out/student/manifest.json").unlink()
-    monkeypatch.setattr(modes, "calibrate", None)
-    shutil.rmtree(clips / "out/forward")
-    extract(make_recipe(clips))
+    extract(make_recipe(clips))  # the rule would have said channels_last
     assert {p: p.read_bytes() for p in before} == before
-    assert forward_facts(clips / "out/student") == first.model_dump()
+    assert forward_facts(clips / "out/student") == first.model_dump(by_alias=True)
     with pytest.raises(StoreError, match=r"computed\.precision is 'float32' there and 'bfloat16'"):
         extract(make_recipe(clips, precision="bfloat16"))
-
-
-HERE = f"by calibration on {calibration.device_name(CPU)}"
-
-
-def decided(folder: Path) -> Mode:
-    networks = Networks(make_recipe(folder))
-    decide(networks, {"student": folder / "out/student"}, print)
-    (network,) = networks.all.values()
-    (file,) = (folder / "out/forward").iterdir()
-    assert json.loads(file.read_text()) == network.mode.model_dump()
-    return network.mode
-
-
-def write_choice(folder: Path, mode: Mode) -> None:
-    name = f"{network_key(BackboneChoice(**S3D))[:16]}.json"
-    files.write_json(folder / "out/forward" / name, mode.model_dump())
-
-
-def test_jobs_that_begin_together_agree_on_one_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = Mode(batch_size=2, chosen=HERE)
-
-    def slower(*_: object) -> Mode:
-        """While this job measures, another one is done."""
-        write_choice(tmp_path, theirs)
-        return Mode(batch_size=4, chosen=HERE)
-
-    monkeypatch.setattr(modes, "calibrate", slower)
-    assert decided(tmp_path) == theirs
-
-
-def test_a_later_job_takes_over_what_the_first_has_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = Mode(batch_size=64, chosen="by calibration on a GPU")
-    write_choice(tmp_path, theirs)
-    monkeypatch.setattr(modes, "calibrate", None)
-    assert decided(tmp_path) == theirs
 
 
 def test_a_clip_lost_to_an_error_leaves_the_batches_of_the_others_alone(tmp_path: Path) -> None:
     """A decoder's bad day must not change the bytes of other clips; what was never there may."""
     recipe = make_recipe(tmp_path, precision="float32", layout="contiguous", batch_size=4)
     networks = Networks(recipe)
-    decide(networks, {}, print)
+    configure(networks, {}, print)
     (job,) = networks.jobs("student").values()
     frames = example(job.spec, 6).numpy()
     decoded = [DecodedClip(str(i), {job.spec: array}) for i, array in enumerate(frames)]
@@ -310,7 +267,7 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    one = network(S3D, Mode(compile=True))
+    one = network(S3D, ComputeConfig(compile=True))
     with pytest.raises(
         ConfigError, match=r"compile=true: .* s3d here \(no C\+\+ compiler\); leave"
     ):
@@ -335,7 +292,7 @@ def test_convolutions_stay_what_they_are(
     ours = nn.Conv3d(8, 12, **options).to(memory_format=layout)
     plain = copy.deepcopy(ours)
     x = torch.randn(1, 8, 9, 5, 7).contiguous(memory_format=layout)
-    assert speed_up(ours) == 1
+    assert use_onednn(ours) == 1
     with torch.inference_mode():
         found, wanted = ours(x), plain(x)
         unbatched = ours(x[0])
@@ -352,7 +309,7 @@ def test_other_convolutions_are_left_alone() -> None:
         nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0), padding_mode="replicate"),
         nn.Conv2d(3, 3, 3),
     )
-    assert speed_up(nets) == 0
+    assert use_onednn(nets) == 0
 
 
 @pytest.mark.parametrize("name", ["s3d", "r2plus1d_18", "efficientnet_b0"])

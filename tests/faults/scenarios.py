@@ -116,7 +116,7 @@ def _extract(folder: Path) -> list[str]:
         "decode": {"workers": 1},
         "batch_size": 2,
         "precision": "float32",
-        "layout": "contiguous",  # calibrated twice, two extractions may differ in their last bits
+        "layout": "contiguous",
         "max_failures": 1.0,
     }
     return ["extract", recipe(folder, tree)]

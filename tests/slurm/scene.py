@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decode": {"workers": 1, "timeout_s": 30},
         "batch_size": 2,
         "precision": "float32",
-        "layout": "contiguous",  # calibrated twice, two extractions may differ in their last bits
+        "layout": "contiguous",
     },
     "teacher": {**TRAINING, "store": "features/teacher", "out": "runs/teacher"},
     "baseline": {**TRAINING, "store": "features/student", "out": "runs/baseline"},

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, Manifest
-from karmma_pipeline.extraction.inference.modes import FOLDER
-from karmma_pipeline.extraction.inference.workers import most_lanes
+from karmma_pipeline.extraction.inference.workers import max_workers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
@@ -96,8 +95,8 @@ def time_per_clip(
         KarmmaError: weights are missing, or another fault of the recipe.
     """
     device = pick_device(recipe.device)
-    lanes = most_lanes(device)  # all are full from the first clip on
-    counts = (lanes, 4 * lanes) if device.type == "cpu" else (_RUN, 6 * _RUN)
+    workers = max_workers(device)  # all are busy from the first clip on
+    counts = (workers, 4 * workers) if device.type == "cpu" else (_RUN, 6 * _RUN)
     usable = np.flatnonzero(np.stack(list(present.values())).all(axis=0))
     if not len(usable):
         usable = np.flatnonzero(np.stack(list(present.values())).any(axis=0))
@@ -127,8 +126,6 @@ def _chosen(clips: list[Clip], count: int) -> list[Clip]:
 
 def _seconds(recipe: ExtractRecipe, manifest: Manifest, clips: list[Clip], out: Path) -> float:
     """Return how long the loop over these clips takes, start and end of the command left out."""
-    for found in out.parent.glob(f"*/{FOLDER}"):  # measured once is enough
-        shutil.copytree(found, out / FOLDER)
     few = Manifest(tuple(clips), manifest.heads)
     return extract(
         recipe.model_copy(update={"out": out, "max_failures": 1.0}), manifest=few

@@ -17,7 +17,7 @@ from karmma_pipeline.extraction.decode import boxes
 from karmma_pipeline.extraction.decode.frame_selection import PAIRS
 from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
-from karmma_pipeline.extraction.inference.runner import Mode, Network
+from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec
@@ -85,13 +85,13 @@ class Networks:
             for modality, choice in choices.items():
                 key = network_key(choice)
                 if key not in self.all:
-                    self.all[key] = Network(Backbone(choice), self.device, Mode())
+                    self.all[key] = Network(Backbone(choice), self.device, ComputeConfig())
                     self.inputs[key] = input_spec(modality, choice, recipe.flow)
 
     @property
     def batch_size(self) -> int:
-        """Clips of a batch: what the networks compute at once goes into it without rest."""
-        return lcm(*(network.mode.batch_size for network in self.all.values()))
+        """Clips of a batch: a multiple of what each network computes at once."""
+        return lcm(*(network.config.batch_size for network in self.all.values()))
 
     @property
     def halved(self) -> int:
@@ -117,7 +117,9 @@ class Networks:
                 dtype=self.recipe.store.dtype,
                 frames=input_spec(modality, choice).times,
                 provenance=self._provenance(modality, choice),
-                computed=self.all[network_key(choice)].mode.model_dump(mode="json"),
+                computed=self.all[network_key(choice)].config.model_dump(
+                    mode="json", by_alias=True
+                ),
             )
         return StoreSpec(
             modalities=specs,
@@ -157,6 +159,7 @@ class Networks:
         }
         if self._copies is None:
             return Computed(batch, self._tokens(jobs, batch, inputs))
+        # The copy has a stream of its own, so that it runs beside the passes of the batch before.
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
             inputs = {
@@ -164,7 +167,10 @@ class Networks:
             }
         stream.wait_stream(self._copies)
         for clips in inputs.values():
+            # Allocated on the stream of the copies: without this the allocator would hand the
+            # memory to the next copy as soon as Python drops the tensor, still being read.
             clips.record_stream(stream)
+        # The events tell the writer when the tokens are there, and how long the GPU worked.
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(stream)
         tokens = self._tokens(jobs, batch, inputs)
@@ -178,15 +184,15 @@ class Networks:
 
     def _run(self, job: Job, batch: Batch, inputs: Mapping[InputSpec, Tensor]) -> dict[int, Tensor]:
         network, clips = self.all[job.network], inputs[job.spec]
-        size = network.mode.batch_size
-        found: dict[int, Tensor] = {}
+        size = network.config.batch_size
+        tokens: dict[int, Tensor] = {}
         for first in range(0, len(clips), size):
             rows = batch.rows(job.spec, first, size)
             if rows:
-                whole = len(rows) == len(clips[first : first + size])
+                whole = len(rows) == len(clips[first : first + size])  # then no copy is made
                 some = clips[first : first + size] if whole else clips[rows]
-                found.update(zip(rows, _to_host(network.tokens(some)), strict=True))
-        return found
+                tokens.update(zip(rows, _to_host(network.tokens(some)), strict=True))
+        return tokens
 
 
 def _to_host(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One frozen network on one device, computing in the way that was chosen for it."""
+"""One frozen network on one device, computing in the way that was settled for it."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,62 +8,93 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import AliasChoices, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.models.backbones import Backbone
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-Layout = Literal["contiguous", "channels_last"]
+MemoryFormat = Literal["contiguous", "channels_last"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PLAIN = torch.contiguous_format
-_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-class Mode(Recipe):
-    """How a network computes: part of a store's provenance, for it decides the last bits."""
+class ComputeConfig(Recipe):
+    """How a network computes; results differ in the last bits between configurations.
+
+    Stores record it; the memory format is called ``layout`` there.
+    """
 
     precision: Precision = Field("float32", description="Of convolutions and products.")
-    layout: Layout = Field("contiguous", description="Order of the numbers in memory.")
+    memory_format: MemoryFormat = Field(
+        "contiguous",
+        validation_alias=AliasChoices("memory_format", "layout"),
+        serialization_alias="layout",
+        description="Of weights and activations.",
+    )
     compile: bool = Field(False, description="Whether torch.compile made the code.")
     batch_size: PositiveInt = Field(1, description="Clips at once.")
     chosen: str = Field("by the recipe", description="By whom, and on which device.")
 
     def __str__(self) -> str:
         compiled = ", compiled" if self.compile else ""
-        return f"{self.precision}, {self.layout}{compiled}, batch {self.batch_size} ({self.chosen})"
+        form = f"{self.precision}, {self.memory_format}{compiled}"
+        return f"{form}, batch {self.batch_size} ({self.chosen})"
+
+
+class _LargestOperation(TorchDispatchMode):
+    """Sees every operation of a pass, attention's own too, which no hook of a module sees.
+
+    bytes: most that one of them reads and writes, parameters not counted.
+    """
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        sizes = (x.nbytes for x in tensors if not isinstance(x, nn.Parameter))
+        self.bytes = max(self.bytes, sum(sizes))
+        return out
 
 
 class Network:
-    """A backbone in one mode; B clips in a batch, N tokens, D width.
+    """A backbone in one configuration; B clips in a batch, N tokens, D width.
 
     Attributes:
         halved: how often a batch was too big for the memory and was halved.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device, mode: Mode) -> None:
+    def __init__(self, backbone: Backbone, device: torch.device, config: ComputeConfig) -> None:
         self.backbone, self.device = backbone.to(device), device
         self.halved = 0
         if type(self.backbone.net).__module__.startswith("torchvision."):
-            fold_norms(self.backbone.net)  # nets of others may look at what lies between
+            fold_norms(self.backbone.net)  # custom networks may look at what lies between
         if device.type == "cpu":
-            speed_up(self.backbone)
-        self.use(mode)
+            use_onednn(self.backbone)
+        self._clip_bytes = 0
+        self.use(config)
 
-    def use(self, mode: Mode) -> None:
-        """Change the mode."""
-        self.mode, self._most = mode, mode.batch_size
+    def use(self, config: ComputeConfig) -> None:
+        """Change how it computes."""
+        self.config, self._max_batch = config, config.batch_size
+        # Weights and input in one format: where they differ, oneDNN and cuDNN reorder one of them
+        # in every layer. The parameters stay the same objects, since modules, and the bound
+        # methods of `use_onednn`, hold them.
         for parameter in self.backbone.parameters():
             wanted = self._format(parameter.dim())
             parameter.data = parameter.data.contiguous(memory_format=wanted)
-        self._call = torch.compile(self.backbone) if mode.compile else self.backbone
+        self._call = torch.compile(self.backbone) if config.compile else self.backbone
 
     def _format(self, dimensions: int) -> torch.memory_format:
-        last = self.mode.layout == "channels_last"
+        last = self.config.memory_format == "channels_last"
         return _CHANNELS_LAST.get(dimensions, _PLAIN) if last else _PLAIN
 
     def tokens(self, clips: Tensor) -> Tensor:
@@ -75,7 +106,23 @@ class Network:
             KarmmaError: not even one clip fits.
             ConfigError: torch.compile does not work here.
         """
-        return torch.cat([self._fitting(some) for some in torch.split(clips, self._most)])
+        return torch.cat([self._fitting(some) for some in torch.split(clips, self._max_batch)])
+
+    def clip_bytes(self, clip: Tensor) -> int:
+        """Return about the memory that one clip [1, ...] takes in a pass, weights not counted.
+
+        Worked out from the sizes of what the operations read and write, not measured: what a
+        process takes depends on its allocator and on what ran before, and this number decides
+        which clips are computed together.
+        """
+        if not self._clip_bytes:
+            config = self.config
+            self.use(config.model_copy(update={"compile": False}))  # compiled code hides its steps
+            with _LargestOperation() as largest:
+                self.tokens(clip)
+            self.use(config)
+            self._clip_bytes = 2 * largest.bytes  # a residual beside it, and a library's scratch
+        return self._clip_bytes
 
     def _fitting(self, clips: Tensor) -> Tensor:
         try:
@@ -92,13 +139,13 @@ class Network:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.halved += 1
-        self._most = min(self._most, (len(clips) + 1) // 2)
+        self._max_batch = min(self._max_batch, (len(clips) + 1) // 2)
         return torch.cat(
             [self._fitting(half) for half in torch.split(clips, (len(clips) + 1) // 2)]
         )
 
     def _forward(self, clips: Tensor) -> Tensor:
-        with torch.inference_mode(), _products(self.device, self.mode.precision):
+        with torch.inference_mode(), _products(self.device, self.config.precision):
             x = self.backbone.prepare(clips.to(self.device, non_blocking=True))
             x = x.contiguous(memory_format=self._format(x.dim()))
             try:
@@ -115,7 +162,7 @@ class Network:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of torch means that memory is full, on a GPU or a CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in _FULL
+        words in str(error) for words in _OUT_OF_MEMORY
     )
 
 
@@ -141,16 +188,21 @@ def _products(device: torch.device, precision: Precision) -> Iterator[None]:
 _PAIRS = {(nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d)}
 
 
-def speed_up(net: nn.Module) -> int:
-    """Let oneDNN compute all 3D convolutions that it can; return how many."""
+def use_onednn(net: nn.Module) -> int:
+    """Let oneDNN compute all 3D convolutions that it can; return how many.
+
+    PyTorch itself asks oneDNN only if there is more than one thread, and passes here have one
+    each: without this a 3D convolution goes to slower code of PyTorch's own.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
-    found = 0
+    count = 0
     for m in net.modules():
+        # Padding by name or by copies of the edge is done outside of the convolution proper.
         if type(m) is nn.Conv3d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
             m.forward = partial(_by_onednn, m, m.padding)  # type: ignore[method-assign]
-            found += 1
-    return found
+            count += 1
+    return count
 
 
 def _by_onednn(m: nn.Conv3d, padding: tuple[int, ...], x: Tensor) -> Tensor:
@@ -164,11 +216,14 @@ def _by_onednn(m: nn.Conv3d, padding: tuple[int, ...], x: Tensor) -> Tensor:
 def fold_norms(net: nn.Module) -> int:
     """Multiply the batch norms of a frozen network into its convolutions; return how many.
 
+    A norm that no longer learns is a scale and a shift per channel, as the weights and the bias
+    of the convolution before it are: one pass over the activations less.
+
     Only where a norm follows its convolution in an `nn.Sequential`, and only if nothing else
-    has a hold of the two. To be called before `speed_up`: convolutions are replaced.
+    has a hold of the two. To be called before `use_onednn`: convolutions are replaced.
     """
     uses = Counter(child for m in net.modules() for child in m._modules.values() if child)
-    found = 0
+    count = 0
     for block in net.modules():
         if not isinstance(block, nn.Sequential) or type(block).forward is not nn.Sequential.forward:
             continue
@@ -176,8 +231,8 @@ def fold_norms(net: nn.Module) -> int:
             if one and norm and _folds(one, norm) and uses[one] == uses[norm] == 1:
                 block._modules[place] = fuse_conv_bn_eval(one, norm)  # type: ignore[type-var, arg-type]
                 block._modules[behind] = nn.Identity()
-                found += 1
-    return found
+                count += 1
+    return count
 
 
 def _folds(one: nn.Module, norm: nn.Module) -> bool:

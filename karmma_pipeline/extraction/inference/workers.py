@@ -1,4 +1,4 @@
-"""Batches that are computed at the same time, each on one CPU; on a GPU one lane feeds it.
+"""Batches that are computed at the same time, each on one CPU; on a GPU one worker feeds it.
 
 Threads inside of a pass wait for one another after every layer, longest where other work shares
 the CPUs, as decoding does. Passes beside one another do not: they take whatever the decoders
@@ -12,16 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self
 
+import psutil
 import torch
 
 from karmma_pipeline import jobs
-from karmma_pipeline.extraction.inference import memory
 from karmma_pipeline.extraction.inference.batching import Batch
-from karmma_pipeline.extraction.inference.calibrate import example
+from karmma_pipeline.extraction.inference.defaults import example
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 
 
-class Lanes:
+class ForwardWorkers:
     """Computes batches and gives them back in order; a context manager.
 
     Args:
@@ -32,7 +32,8 @@ class Lanes:
     def __init__(self, networks: Networks, count: int) -> None:
         self._networks, self.count = networks, count
         self._running: deque[Future[Computed]] = deque()
-        self._pool = ThreadPoolExecutor(count, "lane", initializer=_on_one_cpu)
+        # The number of threads of a pass is a setting of the thread that starts it.
+        self._pool = ThreadPoolExecutor(count, "forward", lambda: torch.set_num_threads(1))
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +51,7 @@ class Lanes:
 
     @property
     def idle(self) -> float:
-        """Share of the lanes that have nothing to do."""
+        """Share of the workers that have nothing to do."""
         working = sum(not (f.done() and f.result().is_done) for f in self._running)
         return max(0, self.count - working) / self.count
 
@@ -75,33 +76,30 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def lane_count(networks: Networks) -> int:
-    """Return how many passes may run at once: one per CPU, as memory allows; beside a GPU one."""
-    most = most_lanes(networks.device)
+def worker_count(networks: Networks) -> int:
+    """Return how many passes may run at once: one per CPU, as memory allows; beside a GPU one.
+
+    Free memory may be looked at here: how many passes run at once changes no token.
+    """
+    most = max_workers(networks.device)
     if most == 1:
         return 1
-    room = memory.budget(networks.device, networks.recipe) / _pass_bytes(networks)
-    return max(1, min(most, int(room)))
+    stated = networks.recipe.memory_gb
+    room = stated * 1e9 if stated else 0.5 * psutil.virtual_memory().available
+    return max(1, min(most, int(room / _pass_bytes(networks))))
 
 
-def most_lanes(device: torch.device) -> int:
-    """Return how many lanes there are where memory is no concern."""
+def max_workers(device: torch.device) -> int:
+    """Return how many workers there are where memory is no concern."""
     if device.type != "cpu":
         return 1
     cpus, asked = jobs.cpu_count(), os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
 
 
-def _on_one_cpu() -> None:
-    torch.set_num_threads(1)
-
-
 def _pass_bytes(networks: Networks) -> int:
-    """Return the memory of a pass of the hungriest network, by one pass of each."""
-    most = 1
-    for key, network in networks.all.items():
-        clips = example(networks.inputs[key], network.mode.batch_size)
-        with memory.measured(networks.device) as growth:
-            network.tokens(clips)
-        most = max(most, growth.size)
-    return most
+    """Return the memory of a pass of the network with the largest memory use."""
+    return max(
+        network.config.batch_size * network.clip_bytes(example(networks.inputs[key], 1))
+        for key, network in networks.all.items()
+    )

@@ -1,7 +1,5 @@
 """Batches that are computed at once: their order, their number, and that neither shows."""
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,9 @@ from support.media_files import write_video
 
 from karmma_pipeline import config, jobs
 from karmma_pipeline.extraction import pipeline
-from karmma_pipeline.extraction.inference import memory
-from karmma_pipeline.extraction.inference.memory import Growth
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
-from karmma_pipeline.extraction.inference.workers import Lanes, lane_count
+from karmma_pipeline.extraction.inference.runner import ComputeConfig
+from karmma_pipeline.extraction.inference.workers import ForwardWorkers, worker_count
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 
@@ -32,7 +29,7 @@ def make_recipe(folder: Path, **changes: Any) -> ExtractRecipe:
         "decode": {"workers": 1},
         "batch_size": 2,
         "precision": "float32",
-        "layout": "channels_last",
+        "memory_format": "channels_last",
         **changes,
     }
     return config.build(ExtractRecipe, tree, "test")
@@ -59,77 +56,65 @@ class Slow:
         self.begun[number].set()
         assert self.go[number].wait(60)
         if number == 3:
-            raise OSError("a lane broke")
+            raise OSError("a worker broke")
         return Computed(number)  # type: ignore[arg-type]
 
 
 def test_batches_run_beside_one_another_on_one_thread_each_and_come_back_in_order() -> None:
     slow = Slow(3)
-    with Lanes(slow, 2) as lanes:  # type: ignore[arg-type]
-        assert lanes.idle == 1
+    with ForwardWorkers(slow, 2) as workers:  # type: ignore[arg-type]
+        assert workers.idle == 1
         for number in range(3):
-            assert not lanes.full
-            lanes.put(number)  # type: ignore[arg-type]
-        assert lanes.full
+            assert not workers.full
+            workers.put(number)  # type: ignore[arg-type]
+        assert workers.full
         assert all(slow.begun[n].wait(60) for n in (0, 1))
         slow.go[1].set()  # the second is done first
         assert slow.begun[2].wait(60)
-        assert lanes.idle == 0
+        assert workers.idle == 0
         slow.go[0].set()
         slow.go[2].set()
-        numbers: list[Any] = [lanes.take().batch for _ in range(3)]
+        numbers: list[Any] = [workers.take().batch for _ in range(3)]
         assert numbers == [0, 1, 2]
     assert slow.threads == [1, 1, 1]
 
 
-def test_an_error_in_a_lane_arrives_and_what_was_not_begun_is_dropped() -> None:
+def test_an_error_in_a_worker_arrives_and_what_was_not_begun_is_dropped() -> None:
     slow = Slow(5)
-    with Lanes(slow, 1) as lanes:  # type: ignore[arg-type]
+    with ForwardWorkers(slow, 1) as workers:  # type: ignore[arg-type]
         for number in (3, 4):
-            lanes.put(number)  # type: ignore[arg-type]
+            workers.put(number)  # type: ignore[arg-type]
             slow.go[number].set()
-        with pytest.raises(OSError, match="a lane broke"):
-            lanes.take()
+        with pytest.raises(OSError, match="a worker broke"):
+            workers.take()
     assert len(slow.threads) <= 2
 
 
-def test_memory_that_comes_and_goes_is_measured() -> None:
-    code = """
-import torch
-from karmma_pipeline.extraction.inference.memory import measured, peak
-before = peak()
-with measured(torch.device("cpu")) as growth:
-    hoard = torch.ones(20 << 20)
-    del hoard
-print(growth.size, peak() - before)
-"""  # in a process of its own: what earlier tests left behind may be freed or used again meanwhile
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    growth, peak = map(int, out.stdout.split())
-    assert 70e6 < growth < 200e6
-    assert 70e6 < peak < 200e6
-
-
-@pytest.mark.parametrize(("pass_gb", "wanted"), [(0.1, 4), (1.0, 2), (9.0, 1)])
-def test_there_are_as_many_lanes_as_cpus_and_memory_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_gb: float, wanted: int
+@pytest.mark.parametrize(("clip_gb", "wanted"), [(0.1, 4), (0.5, 2), (9.0, 1)])
+def test_there_are_as_many_workers_as_cpus_and_memory_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_gb: float, wanted: int
 ) -> None:
+    """Batches of two clips; the network with the largest memory use counts."""
     networks = Networks(make_recipe(tmp_path, memory_gb=2.5, sets=WITH_BOXES))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
-    sizes = iter([Growth(int(pass_gb * 1e9)), Growth(1)])
-
-    class Told:
-        def __enter__(self) -> Growth:
-            return next(sizes)
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(memory, "measured", lambda _: Told())
-    assert lane_count(networks) == wanted
+    for network, gb in zip(networks.all.values(), (clip_gb, 1e-9), strict=True):
+        network.use(ComputeConfig(batch_size=2))
+        monkeypatch.setattr(network, "clip_bytes", lambda _, gb=gb: int(gb * 1e9))
+    assert worker_count(networks) == wanted
 
 
-def test_the_number_of_lanes_does_not_change_a_byte(
+def test_memory_is_that_of_a_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Networks(make_recipe(tmp_path, memory_gb=0.02, sets=WITH_BOXES))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
+    assert worker_count(networks) == 4
+    for network in networks.all.values():
+        network.use(ComputeConfig(batch_size=64))
+    assert worker_count(networks) == 1
+
+
+def test_the_number_of_workers_does_not_change_a_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = ["clip_id,video,start,stop,verb,split"]
@@ -139,7 +124,7 @@ def test_the_number_of_lanes_does_not_change_a_byte(
     (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
     found = []
     for count in (1, 3):
-        monkeypatch.setattr(pipeline, "lane_count", lambda _, count=count: count)
+        monkeypatch.setattr(pipeline, "worker_count", lambda _, count=count: count)
         out = tmp_path / f"out{count}"
         report = extract(make_recipe(tmp_path, out=str(out)))
         assert report.facts()["lanes"] == count
