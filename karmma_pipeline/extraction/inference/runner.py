@@ -49,7 +49,7 @@ class ComputeConfig(Recipe):
         return f"{form}, batch {self.batch_size} ({self.chosen})"
 
 
-class _LargestOperation(TorchDispatchMode):
+class _LargestOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of a pass, attention's own too, which no hook of a module sees.
 
     bytes: most that one of them reads and writes, parameters not counted.
@@ -118,7 +118,7 @@ class Network:
         if not self._clip_bytes:
             config = self.config
             self.use(config.model_copy(update={"compile": False}))  # compiled code hides its steps
-            with _LargestOperation() as largest:
+            with _LargestOperation() as largest:  # type: ignore[no-untyped-call]
                 self.tokens(clip)
             self.use(config)
             self._clip_bytes = 2 * largest.bytes  # a residual beside it, and a library's scratch
