@@ -1,4 +1,4 @@
-"""Clips, lists of them, and the CSV in which anybody can write such a list.
+"""Clips, where their media lie, lists of them, and the CSV in which anybody can write such a list.
 
 Every data set is turned into a `Manifest` before anything is decoded. Columns of the CSV:
 ``clip_id, video, start, stop``, one per label set, ``split``, ``group`` (such as the
@@ -7,6 +7,9 @@ pictures, instead of or beside ``video``) with ``fps``, ``flow`` (a file, or a f
 numbered u and v pictures), ``video_stream`` and ``audio_stream`` (numbers of streams). An empty
 ``audio`` or ``flow`` cell means that the clip has none. Times are seconds or ``HH:MM:SS.ff`` on
 the file's clock, an empty ``stop`` is the whole file, relative paths start at the CSV's folder.
+
+A clip has one source per modality it natively has. Sources say where, never how: reading is the
+extraction's. All are hashable and picklable, so that clips travel to decode processes.
 """
 
 import csv
@@ -22,17 +25,21 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row, parse_time
-from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError
 
 __all__ = [
     "SIDECAR",
     "UNKNOWN",
+    "BoxSource",
     "Clip",
+    "FileSource",
     "FrameName",
+    "FrameSource",
     "Groups",
     "Manifest",
     "PictureNames",
+    "SoundArray",
+    "Source",
     "parse_time",
     "read_manifest",
     "unique",
@@ -59,6 +66,71 @@ SIDECAR = "groups.json"
 
 UNKNOWN = -1
 """Label of a clip whose class is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A video or sound file, addressed by time.
+
+    stream: number of the stream in the file; None is the default one of its kind.
+    left_half: its pictures show two views side by side; the left one is taken.
+    """
+
+    path: Path
+    stream: int | None = None
+    left_half: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSource:
+    """Numbered pictures in a folder or inside a tar, addressed by number on a constant grid.
+
+    Picture k is shown from ``(k - base) * stride / fps`` seconds on.
+
+    names: one per plane, with the number to fill in: ``("frame_{:010d}.jpg",)`` for rgb,
+        ``("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg")`` for flow.
+    fps: rate of the grid, Hz.
+    base: number of the first picture.
+    span: first and last picture of the clip, both included, as the data set's annotation
+        states them; None: from the clip's times.
+    stride: grid steps from one picture to the next.
+    dilation: grid steps between the two frames of a flow pair.
+    bound_px: flow in px that bytes 0 and 255 stand for, at the pictures' own size.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    fps: float
+    base: int = 1
+    span: tuple[int, int] | None = None
+    stride: int = 1
+    dilation: int = 1
+    bound_px: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class SoundArray:
+    """A track in an HDF5 file: mono samples of a video, dataset ``key``, at ``rate`` Hz."""
+
+    path: Path
+    key: str
+    rate: int
+
+
+@dataclass(frozen=True, slots=True)
+class BoxSource:
+    """Object boxes per frame in a Something-Else annotation file (JSON), entry ``key``.
+
+    span: first byte of the entry's list in the file, and a byte after its end but before the
+        next entry's list, so that nobody has to read gigabytes for one clip.
+    """
+
+    path: Path
+    key: str
+    span: tuple[int, int] = (0, 0)
+
+
+Source = FileSource | FrameSource | SoundArray | BoxSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.decode.pool import DecodePool
-from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes
+from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
     Batch,

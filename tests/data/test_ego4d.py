@@ -10,8 +10,7 @@ from support.epic import touch
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.ego4d import Ego4dLta
 from karmma_pipeline.data.datasets.ego_exo4d import EgoExo4dKeysteps
-from karmma_pipeline.data.manifest import Manifest
-from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.data.manifest import FileSource, Manifest
 from karmma_pipeline.errors import ManifestError
 
 ACTION = {

@@ -4,8 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_pipeline.data.manifest import Clip, PictureNames, parse_time, read_manifest
-from karmma_pipeline.data.sources import FileSource, FrameSource
+from karmma_pipeline.data.manifest import (
+    Clip,
+    FileSource,
+    FrameSource,
+    PictureNames,
+    parse_time,
+    read_manifest,
+)
 from karmma_pipeline.errors import ManifestError
 
 HEADER = "clip_id,video,start,stop,verb,noun,split\n"

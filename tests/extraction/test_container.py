@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import over_report, read_counter, turn, write_video
 
-from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling

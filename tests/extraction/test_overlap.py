@@ -11,11 +11,14 @@ import pytest
 import torch
 from support.media_files import write_video
 
-from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.data.sources import FileSource
+from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
-from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, clip_bytes, decode_into
-from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.decode.worker import (
+    SharedBuffer,
+    clip_bytes,
+    decode_clips,
+    decode_into,
+)
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
     Prefetcher,

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
-from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.errors import ManifestError
 
 AUDIO_ARRAY = "EPIC-KITCHENS-100_audio.hdf5"

@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.manifest import Clip, Manifest, unique
-from karmma_pipeline.data.sources import FileSource, Source
+from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, unique
 from karmma_pipeline.errors import ManifestError
 
 SUFFIXES = frozenset(

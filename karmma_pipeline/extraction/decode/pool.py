@@ -24,9 +24,14 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.decode.shared_memory import SharedBuffer, SlotRefs, decode_into
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
-from karmma_pipeline.extraction.decode.worker import decode_clips, lost
+from karmma_pipeline.extraction.decode.worker import (
+    SharedBuffer,
+    SlotRefs,
+    decode_clips,
+    decode_into,
+    lost,
+)
 from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
 from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip, Manifest
-from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
+from karmma_pipeline.data.manifest import BoxSource, Clip, FileSource, FrameSource, Manifest, Source
 from karmma_pipeline.extraction.decode.frame_selection import clamped
 from karmma_pipeline.extraction.media.integrity import FileCheck, check_files
 from karmma_pipeline.extraction.media.interface import MediaFaultError

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaReader
