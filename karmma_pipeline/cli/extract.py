@@ -71,7 +71,9 @@ def backbones_list() -> None:
 )
 @set_option
 def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> None:
-    """Print input, tokens and cost of a network, such as --set frames=32 --set size=224.
+    """Print input, tokens and cost of a network.
+
+    --set changes it, such as --set frames=32 --set size=224.
 
     With --clip its weights are needed (--set weights=...): the tokens of that clip are
     described, and the five likeliest classes named where the weights have a head.
@@ -99,7 +101,7 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 @click.argument("weights", default="DEFAULT")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder; default: torch's cache.")
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
-    """Download published weights where there is network, for nodes where there is none."""
+    """Download published weights, for nodes without network."""
     from karmma_pipeline.models.backbones import fetch
 
     click.echo(f"weights: {fetch(name, weights, to)}")
@@ -120,9 +122,10 @@ def plan(
     no_probe: bool,
     no_calibrate: bool,
 ) -> None:
-    """Say what an extraction will meet and cost: files, clips, splits, disk, time.
+    """Check the inputs and estimate time and disk.
 
-    Writes nothing. Ends with code 3 if more clips will fail than the recipe allows.
+    Looks at files, clips and splits, and writes nothing. Ends with code 3 if more clips will fail
+    than the recipe allows.
     """
     from karmma_pipeline.extraction.recipe import ExtractRecipe
 
@@ -139,5 +142,5 @@ def plan(
     if made.too_many_lost:
         raise TooManyFailuresError(
             f"{recipe}: {made.survey.lost:,} of {made.survey.clips:,} clips will lose a modality "
-            "to the faults above; mend them, or raise max_failures."
+            "to the faults above; fix them, or raise max_failures."
         )

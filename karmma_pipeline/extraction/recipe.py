@@ -118,7 +118,9 @@ class Audio(Recipe):
     window_s: float | None = Field(
         None, gt=0, description="Seconds around the clip's centre for an image; null: the clip."
     )
-    frame_s: float = Field(1.116, gt=0, description="Seconds around each frame, for video nets.")
+    frame_s: float = Field(
+        1.116, gt=0, description="Seconds around each frame, for video networks."
+    )
     mean: float = Field(-28.1125, description="Subtracted from the log-mel values ...")
     std: float = Field(16.5627, gt=0, description="... which are then divided by this.")
 

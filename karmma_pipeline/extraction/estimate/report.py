@@ -11,6 +11,7 @@ from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.cost import Disk, Time
 from karmma_pipeline.extraction.estimate.survey import EXAMPLES, Survey, survey
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
+from karmma_pipeline.extraction.report import per_second
 
 TASK_HOURS = 4.0
 """Length of an array task that is suggested."""
@@ -21,7 +22,7 @@ class Estimate:
     """Everything the command says; see `Survey`, `Disk` and `Time`."""
 
     recipe: ExtractRecipe
-    found: Sequence[str]
+    notes: Sequence[str]
     survey: Survey
     disk: Disk
     disk_if_whole: Disk
@@ -51,7 +52,7 @@ class Estimate:
         return "\n".join(f"{topic:11}{line}".rstrip() for topic, line in self._lines(recipe_path))
 
     def _lines(self, recipe_path: Path) -> Iterator[tuple[str, str]]:
-        yield from _topic("found", self.found)
+        yield from _topic("found", self.notes)
         yield from _topic("clips", _clips(self.survey))
         yield from _topic("files", _files(self.survey))
         yield from _topic("present", _presence(self.survey, self.recipe))
@@ -65,7 +66,7 @@ class Estimate:
         """Return the plan for programs, JSON-plain."""
         one = self.survey
         return {
-            "found": list(self.found),
+            "found": list(self.notes),
             "clips": one.clips,
             "hours": round(one.hours, 4),
             "clips_of_unknown_length": one.unknown,
@@ -130,17 +131,17 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         KarmmaError: the annotations or the recipe are faulty.
     """
     manifest = read_clips(recipe)
-    found = survey(recipe, manifest, probe=probe)
-    space = cost.disk(recipe, manifest, found.present)
-    whole = cost.disk(recipe, manifest, found.wanted)
-    time = _measure(recipe, manifest, found) if calibrate else Time(problem="not measured")
-    return Estimate(recipe, manifest.notes, found, space, whole, time)
+    inputs = survey(recipe, manifest, probe=probe)
+    space = cost.disk(recipe, manifest, inputs.present)
+    whole = cost.disk(recipe, manifest, inputs.wanted)
+    time = _measure(recipe, manifest, inputs) if calibrate else Time(problem="not measured")
+    return Estimate(recipe, manifest.notes, inputs, space, whole, time)
 
 
-def _measure(recipe: ExtractRecipe, manifest: Manifest, found: Survey) -> Time:
+def _measure(recipe: ExtractRecipe, manifest: Manifest, inputs: Survey) -> Time:
     """A plan without a time is worth printing: what stands in the way is said in its place."""
     try:
-        return cost.time_per_clip(recipe, manifest, found.present)
+        return cost.time_per_clip(recipe, manifest, inputs.present)
     except KarmmaError as error:
         return Time(problem=str(error))
 
@@ -276,12 +277,10 @@ def _time(plan: Estimate, recipe_path: Path) -> list[str]:
     if plan.hours is None or plan.time.clip_s is None:
         return [f"unknown: {plan.time.problem}"]
     hours = plan.hours
-    rate = 1 / plan.time.clip_s
-    speed = f"{rate:.1f} clips/s" if rate >= 1 else f"{plan.time.clip_s:.1f} s a clip"
     about = "about" if plan.time.steady else "at most"
     lines = [
         f"{about} {_duration(hours)} on one {plan.time.device} like this "
-        f"({speed}, measured on {plan.time.clips} clips)"
+        f"({per_second(1 / plan.time.clip_s)}, measured on {plan.time.clips} clips)"
     ]
     tasks = plan.tasks or 1
     if tasks > 1:

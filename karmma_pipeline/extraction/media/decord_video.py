@@ -1,4 +1,4 @@
-"""decord, the first decoder: fast, but it hangs, crashes and gives up on some files.
+"""decord, the decoder that is tried first: it hangs, crashes and gives up on some files.
 
 It counts frames in the order of their times, each stream from its own start.
 """

@@ -78,6 +78,7 @@ class ImageFrames(MediaReader):
 
     def numbers(self, times: Times) -> Numbers:
         """Return which picture is shown at each moment, or the nearest that is there: [T]."""
+        # Rounding must not move a moment that is a picture's own start to the picture before.
         rate = self.source.fps / self.source.stride
         wanted = np.floor((times + ROUNDING_S) * rate).astype(np.int64) + self.source.base
         there = self._table[:, 0]
@@ -171,6 +172,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _folder_table(path: Path, names: tuple[str, ...]) -> Table:
+    # A folder's time changes with its entries, so that a listing is never older than the folder.
     key = tuple((path / name).parent.stat().st_mtime_ns if (path / name).parent.is_dir() else 0
                 for name in names)  # fmt: skip
     return _listed_folder(path, names, key)
@@ -217,6 +219,9 @@ def _listed_tar(path: Path, names: tuple[str, ...], key: str, index_folder: Path
 
 
 def _read_tar(path: Path, names: tuple[str, ...]) -> Table:
+    # "r:" and not "r": a compressed tar has no places to read from. Names are matched and never
+    # used as paths, so a member called ../../x or /etc/x is nothing but a name that does not match;
+    # links and devices are skipped, and what reaches past the end was cut off.
     patterns = [_pattern(name) for name in names]
     planes: list[dict[int, tuple[int, int]]] = [{} for _ in names]
     length = path.stat().st_size
@@ -245,5 +250,6 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return
         if member is None:
             return
+        # tarfile remembers every member that it has read.
         tar.members = []  # type: ignore[attr-defined]
         yield member

@@ -119,6 +119,7 @@ def check_file(path: Path) -> FileCheck:
         return FileCheck("missing")
     except (OSError, ValueError) as error:
         return FileCheck("damaged", str(error))
+    # FFmpeg opens a file whose index lies in front and whose end is missing as if it were whole.
     if stated > size:
         return FileCheck("truncated", f"{size:,} of {stated:,} bytes")
     return _container(path)
@@ -167,6 +168,9 @@ def _stated_size(path: Path, size: int) -> int:
 
 def _boxes_end(descriptor: int, size: int) -> int:
     """Return where the last top-level box of an MP4 or MOV file ends."""
+    # A box is its length (4 bytes, big end first), its name (4), and its content. Length 1: the
+    # real one follows in 8 bytes. Length 0: to the end of the file. Boxes are jumped over, and
+    # their number is bounded, as a hostile file may hold a million of nothing.
     end = 0
     for _ in range(10_000):
         head = os.pread(descriptor, 16, end)
@@ -189,6 +193,8 @@ def _boxes_end(descriptor: int, size: int) -> int:
 
 def _segment_end(head: bytes) -> int:
     """Return where the segment of a Matroska or WebM file ends, 0 where that is left open."""
+    # EBML: name, length, content; the one segment holds all media. Live recordings leave its
+    # length open, and void elements may stand before it.
     at = 0
     for _ in range(8):
         name, at = _number(head, at, keep_mark=True)
@@ -205,6 +211,8 @@ def _number(data: bytes, at: int, *, keep_mark: bool) -> tuple[int, int]:
     """Read an EBML number; -1 where it is unknown or not there."""
     if at >= len(data) or data[at] == 0:
         return -1, at + 1
+    # The zero bits before the first one bit tell how many bytes belong to the number. That bit
+    # stays in names and is taken off lengths; a length of nothing but ones is unknown.
     width = 9 - data[at].bit_length()
     raw = int.from_bytes(data[at : at + width], "big")
     if not keep_mark:

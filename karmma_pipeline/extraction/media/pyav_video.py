@@ -1,4 +1,4 @@
-"""PyAV, the second decoder: for what decord cannot read, addresses wrongly or dies of.
+"""PyAV, the decoder that is exact: for what decord cannot read, addresses wrongly or dies of.
 
 It counts frames as decord does and is exact for every container: a frame is known by its time
 stamp, and where seeking lands too late, it goes back. Frames that a damaged place may have
@@ -50,11 +50,15 @@ class PyavVideo:
         if not rows:
             self._container.close()
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
+        # Packets come in the order of decoding; pictures are shown in the order of time stamps,
+        # which differs where there are B-frames. A frame's number is its place in that order.
         rows.sort()
         self._pts = np.array([pts for pts, _, _ in rows], np.int64)
         self._number = {pts: number for number, pts in enumerate(self._pts.tolist())}
         self._keys = np.flatnonzero([key for _, _, key in rows])
         base = float(self._container.streams[self._index].time_base or 0)
+        # Time stamps have the container's unit and may start anywhere. The stream's first one is
+        # taken off, and the place where the stream starts on the file's clock put in its stead.
         times = np.asarray(self._pts * base, np.float64)
         self.starts: Times = times - info.first_s + info.delay_s
         self.stop_s = end_of(self.starts, rows[-1][1] * base)
@@ -74,10 +78,14 @@ class PyavVideo:
         before: _Shown | None = None
         goal = wanted[0]
         for shown in self._from(wanted[0]):
-            while wanted and shown[0] > wanted[0]:  # it left no picture of its own
+            # A packet may leave no picture of its own (a repeated or dropped frame): a player then
+            # goes on to show the one before.
+            while wanted and shown[0] > wanted[0]:
                 yield self._take(wanted, before)
             if wanted and shown[0] == wanted[0]:
                 yield self._take(wanted, shown)
+            # A key frame between here and the next wanted frame is a shorter way to it than to
+            # decode all that lies before. The first one is given first, or this would never end.
             if not wanted or (wanted[0] > goal and self._run_up(wanted[0]) > shown[0]):
                 return
             before = shown
@@ -85,6 +93,7 @@ class PyavVideo:
 
     def _take(self, wanted: deque[int], shown: _Shown | None) -> tuple[int, Picture]:
         goal = wanted.popleft()
+        # The picture before stands in for one missing picture, and not for a hole.
         if shown is None or shown[0] < goal - 1 or not shown[2]:
             raise self._fault(goal)
         picture = _turned(shown[1])
@@ -101,6 +110,9 @@ class PyavVideo:
     def _from(self, number: int) -> Iterator[_Shown]:
         """Decode forward from a place that is surely not after a frame."""
         place = int(np.searchsorted(self._keys, number, side="right")) - 1
+        # `seek` lands where the container's index says, which may be after the wanted frame: with
+        # open GOPs, and where time stamps of packets are rounded or missing. What the decoder gives
+        # first tells; if it is too late, go back by 1, 3, 7, ... key frames.
         step = 0
         while place - step > 0:
             shown = self._forward(int(self._keys[place - step]))
@@ -122,6 +134,8 @@ class PyavVideo:
                 frames = []
                 damage.starts(packet)
             for frame in frames:
+                # Only time stamps that the first look at the packets has seen are frames; others
+                # come from a damaged stretch, or from what an edit list leaves out.
                 frame.pts = frame.pts if frame.pts is not None else frame.dts
                 number = self._number.get(frame.pts)
                 if number is not None:
@@ -133,7 +147,9 @@ class PyavVideo:
             container.seek(int(self._pts[key]), stream=stream, backward=True)
         except (av.error.FFmpegError, OSError):
             key = 0
-        if key == 0:  # from the very start, which not every format finds by seeking
+        # The very start is not found by seeking in every format, so the file is opened anew; and
+        # opening leaves no state of a failed seek behind.
+        if key == 0:
             container.close()
             self._container = container = open_container(self.path)
             stream = container.streams[self._index]
