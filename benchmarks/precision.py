@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+from karmma_pipeline.store.tools.archive import compress
 
 from karmma_pipeline import config
 from karmma_pipeline.metrics import wilson_interval
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.store.spec import Dtype
-from karmma_pipeline.store.tools.archive import compress
 from karmma_pipeline.store.tools.rewrite import convert
 from karmma_pipeline.training.recipe import BaselineRecipe
 from karmma_pipeline.training.stages import train_baseline

@@ -47,7 +47,7 @@ def fill_in(path: Path, manifest: Path) -> set[tuple[str, str]]:
     if "sets" in recipe:
         recipe["manifest"] = str(manifest)
         # Stated, because to find the way of computing takes longer than to compute it all.
-        recipe |= {"batch_size": 4, "precision": "float32", "layout": "contiguous"}
+        recipe |= {"batch_size": 4, "precision": "float32", "memory_format": "contiguous"}
         for seed, networks in enumerate(recipe["sets"].values()):
             named |= {(network["name"], network["weights"]) for network in networks.values()}
             networks |= {m: small(network, seed) for m, network in networks.items()}
