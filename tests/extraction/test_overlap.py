@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.media_files import write_video
+from support.patience import PATIENCE_S
 
 from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
@@ -105,7 +106,7 @@ def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path
     wanted = decode_clips(clips, settings())
     buffer = SharedBuffer(clip_bytes(settings()), slots=4)
     found: list[DecodedClip] = []
-    with DecodePool(settings(), 1, 60, StopFlag(), ahead=6, buffer=buffer) as pool:
+    with DecodePool(settings(), 1, PATIENCE_S, StopFlag(), ahead=6, buffer=buffer) as pool:
         plans = list(plan_batches(0, clips, ["teacher"], size=3, done=0))
         for plan, batch in pool.batches(plans):
             assert plan is plans.pop(0)
@@ -217,7 +218,7 @@ def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Pa
         pairs = torch.from_numpy(clip.arrays[spec])
         alone.append(raft.pictures(pairs, clip.flow_scales[spec]))
     buffer = SharedBuffer(clip_bytes(wanted), slots=3)
-    with DecodePool(wanted, 1, 60, StopFlag(), ahead=3, buffer=buffer) as pool:
+    with DecodePool(wanted, 1, PATIENCE_S, StopFlag(), ahead=3, buffer=buffer) as pool:
         ((plan, decoded),) = pool.batches(plan_batches(0, clips, ["teacher"], size=2, done=0))
         batch = collate(plan, decoded, pin=False)
     buffer.close()  # the batch needs it no longer
