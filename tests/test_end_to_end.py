@@ -5,11 +5,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from karmma_pipeline.cli import main
 
 
+@pytest.mark.slow
 def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> None:
     first = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick"], catch_exceptions=False)
     assert first.exit_code == 0, first.output

@@ -17,7 +17,7 @@ EXTRACT: dict[str, Any] = {
         "teacher": {"audio": {"name": "resnet18", "weights": "random:0", "image": [32, 32]}},
         "student": {"audio": {"name": "resnet18", "weights": "random:1", "image": [32, 32]}},
     },
-    "audio": {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "mels": 32},
+    "audio": {"front_end": "vggish", "n_fft": 512, "win_length": 400, "mels": 32},
     "store": {"clips_per_shard": 1},
     "decode": {"workers": 1},
     "batch_size": 1,

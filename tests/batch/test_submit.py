@@ -109,6 +109,7 @@ def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: Fak
     assert "teacher.5.log ends with: Error: the disk is full." in result.output
 
 
+@pytest.mark.slow
 def test_without_slurm_the_chain_runs_here_and_then_does_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

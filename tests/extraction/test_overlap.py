@@ -38,7 +38,7 @@ def settings(flow: Flow = Flow()) -> DecodeSettings:  # noqa: B008  (frozen)
     rgb = BackboneChoice(name="s3d", weights="random:0", frames=8, size=32)
     audio = BackboneChoice(name="resnet18", weights="random:0", image=(32, 48))
     specs = (input_spec("rgb", rgb), input_spec("flow", rgb, flow), input_spec("audio", audio))
-    return DecodeSettings(Sampling(), flow, Audio(mels=32), specs)
+    return DecodeSettings(Sampling(), flow, Audio(front_end="vggish", mels=32), specs)
 
 
 def clips_of(path: Path, count: int) -> list[Clip]:

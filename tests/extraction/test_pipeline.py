@@ -150,7 +150,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_name(
         extract(make_recipe(tmp_path, sets=ONLY_RGB, sampling={"mode": "fps"}))
 
 
-def many_clips(folder: Path, count: int = 12) -> None:
+def many_clips(folder: Path, count: int = 8) -> None:
     for number in range(count // 2):
         write_video(folder / f"v{number}.mp4", sound=number != 1)
     rows = [f"c{i},v{i // 2}.mp4,{i % 2},{i % 2 + 1},x,train" for i in range(count)]
@@ -173,37 +173,23 @@ def check_same_stores(found: Path, undisturbed: Path) -> None:
     assert (found / "media.csv").read_text() == (undisturbed / "out/media.csv").read_text()
 
 
-def recipe_for(undisturbed: Path, out: Path) -> ExtractRecipe:
-    return make_recipe(undisturbed, out=str(out))
-
-
-def test_stopped_parts_in_any_order_make_the_same_store(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_and_stopped_parts_in_any_order_make_the_same_store(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(undisturbed, out=str(tmp_path))
     stop = StopFlag()
     stop.request()
     with pytest.raises(StoppedError, match="run the same command again"):
-        extract(recipe_for(undisturbed, tmp_path), Part(1, 2), stop)
+        extract(recipe, Part(1, 2), stop)
+
+    def killed() -> None:
+        kill_at_call(tmp_path, 6, "write */journal")  # the sixth clip of two stores
+        extract(recipe, Part(0, 2))
+
+    assert in_fork(killed) == -signal.SIGKILL
     for index in (1, 0):
-        report = extract(recipe_for(undisturbed, tmp_path), Part(index, 2))
-        assert report.complete == (index == 0)
+        assert extract(recipe, Part(index, 2)).complete == (index == 0)
     check_same_stores(tmp_path, undisturbed)
-
-
-def test_killed_at_some_calls_it_ends_with_the_same_store(
-    undisturbed: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_for(undisturbed, tmp_path / "killed")
-
-    def run(number: int, pattern: str) -> int:
-        def work() -> None:
-            kill_at_call(recipe.out, number, pattern)
-            extract(recipe)
-
-        return in_fork(work)
-
-    assert run(11, "write */journal") == -signal.SIGKILL  # the 11th clip of the two stores
-    assert run(2, "rename */rgb/tokens/*") == -signal.SIGKILL
-    extract(recipe)
-    check_same_stores(tmp_path / "killed", undisturbed)
 
 
 def plans_of(*batches: Sequence[Clip]) -> list[BatchPlan]:

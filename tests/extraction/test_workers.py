@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.media_files import write_video
+from support.patience import PATIENCE_S
 
 from karmma_pipeline import config, jobs
 from karmma_pipeline.extraction import pipeline
@@ -54,7 +55,7 @@ class Slow:
     def compute(self, number: int) -> Computed:
         self.threads.append(torch.get_num_threads())
         self.begun[number].set()
-        assert self.go[number].wait(60)
+        assert self.go[number].wait(PATIENCE_S)
         if number == 3:
             raise OSError("a worker broke")
         return Computed(number)  # type: ignore[arg-type]
@@ -68,9 +69,9 @@ def test_batches_run_beside_one_another_on_one_thread_each_and_come_back_in_orde
             assert not workers.full
             workers.put(number)  # type: ignore[arg-type]
         assert workers.full
-        assert all(slow.begun[n].wait(60) for n in (0, 1))
+        assert all(slow.begun[n].wait(PATIENCE_S) for n in (0, 1))
         slow.go[1].set()  # the second is done first
-        assert slow.begun[2].wait(60)
+        assert slow.begun[2].wait(PATIENCE_S)
         assert workers.idle == 0
         slow.go[0].set()
         slow.go[2].set()
