@@ -2,15 +2,17 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.media_files import write_video
 from torch import nn
 
-from karmma_pipeline import config
+from karmma_pipeline import config, jobs
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
 from karmma_pipeline.extraction.inference import defaults
 from karmma_pipeline.extraction.inference.batching import collate
@@ -184,6 +186,24 @@ def test_memory_is_worked_out_from_sizes_and_is_the_same_every_time() -> None:
     (size,) = found
     # The largest operation: the first norm or activation, 64 channels at half the size and rate.
     assert 2 * 64 * 4 * 16 * 16 * 4 <= size <= 10 * 64 * 4 * 16 * 16 * 4
+
+
+def test_parts_that_begin_together_on_different_machines_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is asked of the machine but what kind of device it has."""
+    chosen = []
+    for gigabytes, cpus in ((1, 2), (512, 64)):
+        memory = SimpleNamespace(available=gigabytes << 30, total=gigabytes << 30)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(jobs, "cpu_count", lambda cpus=cpus: cpus)
+        networks = Networks(make_recipe(tmp_path))
+        configure(networks, {"student": tmp_path / "out/student"}, print)
+        (one,) = networks.all.values()
+        chosen.append(one.config)
+    assert chosen[0] == chosen[1]
+    assert chosen[0].batch_size > 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_recipe_states_is_not_left_to_the_rule(
