@@ -59,9 +59,7 @@ NAMELESS = {"utils", "helpers", "misc", "common"}
 MOST_CODE_LINES, LONG_FUNCTION, MOST_LONG = 13_495, 20, 1 / 10
 
 NOT_YET = {
-    "median file": "143 lines",
-    "small files": "merged by their owners",
-    "code lines": "14,115, without duplicates and what the review lets go",
+    "code lines": "14,062; what was cut was largely eaten by what was added",
 }
 """Faults that are known, and what is missing; whoever mends one takes it out."""
 
