@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from karmma_pipeline.store.tools.archive import compress
 
 from karmma_pipeline import config
 from karmma_pipeline.metrics import wilson_interval
@@ -93,8 +92,6 @@ def table(demo: Path, name: str, recipe: str, seeds: int, last: int, folder: Pat
             f"{fmean(pairs):+.1f} ± {error:.1f} |",
             flush=True,
         )
-    before, after = compress(store, folder / f"{name}_archive")
-    print(f"| {name} | zstd archive, exact | {after / before:.3f} | | | | |", flush=True)
 
 
 def main() -> None:
