@@ -291,7 +291,7 @@ def test_a_damaged_lock_holds_nobody_off(tmp_path: Path, damage: bytes) -> None:
 def test_killed_at_any_calls_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     spec, clips, absent = make_spec(), make_clips(10), {2: "audio", 5: "rgb"}
 
-    def write(root: Path, hook: Callable[[Path], None]) -> int:
+    def write(root: Path, hook: Callable[[Path], object]) -> int:
         def work() -> None:
             hook(root)
             fill(root, spec, clips, absent)
@@ -304,12 +304,13 @@ def test_killed_at_any_calls_it_ends_with_the_same_bytes(tmp_path: Path) -> None
 
     assert write(tmp_path / "whole", count) == 0
     calls = int((tmp_path / "calls").read_text())
-    assert calls > 100
     rng = random.Random(0)
-    for trial in range(6):
-        killed = tmp_path / f"killed{trial}"
-        for number in (rng.randint(1, calls), rng.randint(1, calls // 4)):
-            assert write(killed, partial(kill_at_call, number=number)) in {-signal.SIGKILL, 0}
+    moments = [(number, "write */journal") for number in range(1, len(clips) + 1)]
+    moments += [(rng.randint(1, calls), "*") for _ in range(8)]
+    for number, pattern in moments:
+        killed = tmp_path / f"killed{number}{pattern[0]}"
+        kill = partial(kill_at_call, number=number, pattern=pattern)
+        assert write(killed, kill) == -signal.SIGKILL
         assert write(killed, lambda _: None) == 0
         found = {k: v for k, v in tree(killed).items() if not k.endswith(".tmp")}
         assert found == tree(tmp_path / "whole")

@@ -116,10 +116,21 @@ def divergence(
     return recipe.temperature**2 * torch.stack(heads).mean()
 
 
+def drawn() -> list[float]:
+    """A few of the numbers that torch draws from a seed: weights and dropout."""
+    torch.manual_seed(0)
+    weights = torch.nn.Linear(3, 2).weight.flatten().tolist()
+    start = torch.nn.init.trunc_normal_(torch.empty(4)).tolist()
+    return [*weights, *start, *torch.dropout(torch.ones(8), 0.5, train=True).tolist()]
+
+
 def test_the_first_losses_are_the_stored_ones_and_those_of_a_plain_implementation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float32 of torch 2.11 to 2.14 differs in the last bits, which ten steps make 1e-4."""
+    """float32 differs in the last bits between releases of torch, which ten steps make 1e-4.
+
+    A torch that draws other numbers from a seed, as 2.11 does, is held to the plain one alone.
+    """
     root = write_store(tmp_path / "s")
     store = FeatureStore.open(root)
     teacher = teacher_recipe(root, tmp_path / "teacher", **SETTINGS)
@@ -135,4 +146,5 @@ def test_the_first_losses_are_the_stored_ones_and_those_of_a_plain_implementatio
         assert len(found[name]) == 10
         # The cached logits are float16, the live teacher float32.
         assert found[name] == pytest.approx(plain(recipe, store), rel=2e-4)
-        assert found[name] == pytest.approx(stored[name], rel=5e-4)
+        if drawn() == pytest.approx(stored["drawn"]):
+            assert found[name] == pytest.approx(stored[name], rel=5e-4)
