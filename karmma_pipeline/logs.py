@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 _PACKAGE = "karmma_pipeline"
+# Whether `progress_bar` draws; a list, for it is the process's state and not a constant.
 _bars_enabled = [False]
-"""Whether `progress_bar` draws; a list, for it is the process's state and not a constant."""
 
 
 class _ConsoleHandler(logging.Handler):

@@ -14,8 +14,8 @@ Bools = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.integer]
 
+# Classes of each head that may form an action, and action pairs that are ranked.
 _CANDIDATES = 100
-"""Classes of each head that may form an action, and action pairs that are ranked."""
 _ROWS = 256
 
 

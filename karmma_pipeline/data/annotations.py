@@ -18,8 +18,8 @@ from karmma_pipeline.errors import ManifestError
 T = TypeVar("T")
 S = TypeVar("S")
 
+# Faults that one message names.
 _SHOWN = 10
-"""Faults that one message names."""
 
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
 _WHOLE = re.compile(r"\d{1,9}", re.ASCII)

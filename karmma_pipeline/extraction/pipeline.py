@@ -38,8 +38,8 @@ from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, create_store
 
 _logger = logging.getLogger(__name__)
 
+# Memory that the job must have for each decode process.
 _WORKER_BYTES = 2 << 30
-"""Memory that the job must have for each decode process."""
 
 
 def extract(

@@ -24,11 +24,11 @@ NOTES = "media_notes"
 
 _FAILURE_COLUMNS = ("clip_id", "modality", "stage", "reason", "hint", "detail")
 _MEDIA_COLUMNS = ("clip_id", "audio_rate_hz", "audio_windows_padded")
+# In a note: modality to reason code to detail.
 _FAULTS = "faults"
-"""In a note: modality to reason code to detail."""
 
+# Characters of a detail: of a longer one, its beginning and its end are kept.
 _MAX_DETAIL = 300
-"""Characters of a detail: of a longer one, its beginning and its end are kept."""
 
 _STAGE = {
     Reason.FILE_MISSING: "open",

@@ -33,8 +33,8 @@ annotation that names a frame's own start must get that frame."""
 NATURAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET}
 """Absences that are how the clip was recorded, not errors."""
 
+# How long the only frame of a video counts as shown if the file does not say.
 _ALONE_S = 0.04
-"""How long the only frame of a video counts as shown if the file does not say."""
 
 
 @dataclass(frozen=True)

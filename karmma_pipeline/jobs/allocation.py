@@ -20,8 +20,8 @@ from karmma_pipeline.errors import ConfigError
 PARTS = "KARMMA_PARTS"
 """Environment variable: the number of parts, where an array does not tell it or has gaps."""
 
+# PBS Pro and Torque tell a task its number, but not how many there are.
 _NUMBERS_ALONE = ("PBS_ARRAY_INDEX", "PBS_ARRAYID")
-"""PBS Pro and Torque tell a task its number, but not how many there are."""
 
 
 def balance(costs: Sequence[float], count: int) -> list[list[int]]:
@@ -153,12 +153,12 @@ def _integer(environment: Mapping[str, str], name: str, default: int | None = No
         raise ConfigError(f"{name}={text!r}: must be a number; or give --part i/n.") from None
 
 
+# CPUs of a task as Slurm, Torque, LSF and Grid Engine tell them.
 _CPUS = ("SLURM_CPUS_PER_TASK", "PBS_NUM_PPN", "LSB_DJOB_NUMPROC", "NSLOTS")
-"""CPUs of a task as Slurm, Torque, LSF and Grid Engine tell them."""
 
 _ROOT = Path("/")
+# Version 1 writes "no limit" as a number near 2^63.
 _UNLIMITED = 1 << 60
-"""Version 1 writes "no limit" as a number near 2^63."""
 
 
 def cpu_count(root: Path = _ROOT, environment: Mapping[str, str] = os.environ) -> int:

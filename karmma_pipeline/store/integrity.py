@@ -24,12 +24,12 @@ from karmma_pipeline.store.writer import lock_holder
 
 _PIECE = 4 << 20
 
+# Types on disk: as what unsigned number their bits are read, and the bits of the exponent.
 _EXPONENTS = {
     "float16": ("<u2", 0x7C00),
     "bfloat16": ("<u2", 0x7F80),
     "float32": ("<u4", 0x7F800000),
 }
-"""Types on disk: as what unsigned number their bits are read, and the bits of the exponent."""
 
 
 @dataclass(frozen=True)

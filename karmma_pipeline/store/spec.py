@@ -48,8 +48,8 @@ _LARGEST = {
     "float32": float(np.finfo(np.float32).max),
     "int8": LARGEST,
 }
+# Values of one clip and modality; more is a mistake or an attack, not a feature.
 _MAX_VALUES = 1 << 28
-"""Values of one clip and modality; more is a mistake or an attack, not a feature."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,8 @@ from karmma_pipeline.training.recipe import TrainRecipe
 from karmma_pipeline.training.state import TensorboardWriter, save_state
 from karmma_pipeline.training.validate import validate
 
+# Stream of `draws` that seeds dropout.
 _DROPOUT = 2**32 + 4
-"""Stream of `draws` that seeds dropout."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.jobs import StopFlag
 
+# How long a rank waits for the others before it gives up.
 _TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for the others before it gives up."""
 
 
 @dataclass(frozen=True)

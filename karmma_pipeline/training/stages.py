@@ -32,8 +32,8 @@ from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
 RunKind = Literal["teacher", "student", "baseline"]
 
+# Keys that a run may resume with other values of: a job's own disk has another name each time.
 _WHERE_TOKENS_LIE = ("loader.cache", "loader.stage", "loader.threads", "loader.ahead")
-"""Keys that a run may resume with other values of: a job's own disk has another name each time."""
 
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:

@@ -20,8 +20,8 @@ from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, un
 from karmma_pipeline.errors import ManifestError
 
 HEAD = "keystep"
+# How the RGB video of the wearer's Aria glasses ends; other streams and cameras do not.
 _EGO = "_214-1.mp4"
-"""How the RGB video of the wearer's Aria glasses ends; other streams and cameras do not."""
 
 _FOLDERS = {
     "448": "frame_aligned_videos/downscaled/448",

@@ -165,8 +165,8 @@ class _VideoReader:
         return [*self.counts.lines(), "audio: the data set has none"]
 
 
+# How a video's entry begins: inside of one no key is a number. Quotes in texts are escaped.
 _ENTRY = re.compile(rb'"([0-9]{1,9})"\s*:\s*(?=\[)')
-"""How a video's entry begins: inside of one no key is a number. Quotes in texts are escaped."""
 
 
 def index_boxes(paths: Sequence[Path]) -> dict[str, BoxSource]:

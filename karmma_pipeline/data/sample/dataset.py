@@ -27,8 +27,8 @@ _GAP_S = 0.2
 _SIZES = ((96, 128), (96, 96), (120, 160), (108, 144))
 _RATES = (Fraction(15), Fraction(24), Fraction(25), Fraction(30_000, 1001), Fraction(30))
 _FAST = Fraction(60_000, 1001)
+# Number of the video with a variable frame rate.
 _VARIABLE = 1
-"""Number of the video with a variable frame rate."""
 
 
 @dataclass(frozen=True)

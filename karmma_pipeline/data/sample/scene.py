@@ -24,8 +24,8 @@ VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "u
 SAMPLE_RATE = 16_000
 
 _VALIDATION_EVERY = 4
+# Deviation of a digit's way from its direction in rad: 7 of 100 are nearer to the next one.
 _SWERVE = 0.22
-"""Deviation of a digit's way from its direction in rad: 7 of 100 are nearer to the next one."""
 _ROWS, _COLUMNS = (697.0, 770.0, 852.0, 941.0), (1209.0, 1336.0, 1477.0)
 _KEYPAD = "123456789*0#"
 

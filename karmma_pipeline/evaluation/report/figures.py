@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from karmma_pipeline.evaluation.results import Results, RunResult
 from karmma_pipeline.modalities import label, subsets
 
+# Okabe and Ito's palette, told apart by colour-blind readers.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, told apart by colour-blind readers."""
 _MARKERS = "osD^vP*"
 _STYLE: Any = {
     "svg.hashsalt": "karmma",

@@ -38,20 +38,20 @@ from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSetti
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
+# A process is replaced after that many tasks: decord keeps memory of files it has closed.
 _TASKS_PER_PROCESS = 200
-"""A process is replaced after that many tasks: decord keeps memory of files it has closed."""
 
+# A batch system signals workers and us together; wait that long to learn of it.
 _GRACE_S = 0.3
-"""A batch system signals workers and us together; wait that long to learn of it."""
 
+# How often memory and the stop flag are looked at.
 _POLL_INTERVAL_S = 0.2
-"""How often memory and the stop flag are looked at."""
 
+# How long a process may take to start.
 _START_S = 60.0
-"""How long a process may take to start."""
 
+# Clips of a video that one task decodes at most: a fault costs all of them a second try.
 _MAX_CLIPS_PER_TASK = 16
-"""Clips of a video that one task decodes at most: a fault costs all of them a second try."""
 
 _GIGABYTE = 1e9
 _logger = logging.getLogger(__name__)

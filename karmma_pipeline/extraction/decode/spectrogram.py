@@ -17,17 +17,17 @@ from karmma_pipeline.extraction.recipe import Audio
 Sound = npt.NDArray[np.float32]
 Image = npt.NDArray[np.float32]
 
+# radevski: power below which sound counts as silence, -100 dB.
 _FLOOR = 1e-10
-"""radevski: power below which sound counts as silence, -100 dB."""
 
+# tensorflow/models, research/audioset/vggish/vggish_params.py.
 _VGGISH_OFFSET, _VGGISH_HZ = 0.01, (125.0, 7500.0)
-"""tensorflow/models, research/audioset/vggish/vggish_params.py."""
 
+# Kaldi's defaults, which AST (YuanGongND/ast) keeps, with a Hann window and without dither.
 _PREEMPHASIS, _KALDI_LOW_HZ, _KALDI_FLOOR = 0.97, 20.0, float(np.finfo(np.float32).eps)
-"""Kaldi's defaults, which AST (YuanGongND/ast) keeps, with a Hann window and without dither."""
 
+# ekazakos/auditory-slow-fast, slowfast/datasets/audio_loader_epic.py.
 _SLOWFAST_OFFSET = 1e-6
-"""ekazakos/auditory-slow-fast, slowfast/datasets/audio_loader_epic.py."""
 
 
 def log_mel(settings: Audio, sound: Sound) -> Image:

@@ -19,8 +19,8 @@ from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec
 from karmma_pipeline.store.format import layout
 
+# Clips that follow one another in the list, as extraction meets them.
 _RUN = 8
-"""Clips that follow one another in the list, as extraction meets them."""
 
 
 @dataclass(frozen=True)

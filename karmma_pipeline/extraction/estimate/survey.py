@@ -16,8 +16,8 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
 
+# How much a clip may reach past its file's stated end before it is told.
 _NEAR_S = 0.1
-"""How much a clip may reach past its file's stated end before it is told."""
 
 EXAMPLES = 3
 """How many of a kind are named; the JSON has them all."""

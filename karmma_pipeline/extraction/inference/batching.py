@@ -20,8 +20,8 @@ from karmma_pipeline.extraction.types import NATURAL, BatchPlan, DecodedClip, In
 
 T = TypeVar("T")
 
+# How often a thread that cannot hand over an item looks whether anybody still wants it.
 _POLL_INTERVAL_S = 0.2
-"""How often a thread that cannot hand over an item looks whether anybody still wants it."""
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ RESAMPLING = f"channels averaged, soxr {QUALITY}"
 LONGEST_S = 48 * 3600
 """Seconds of sound beyond which a track is implausible."""
 
+# A hole in a track that is longer is silence; a shorter one is rounding of time stamps.
 _GAP_S = 0.05
-"""A hole in a track that is longer is silence; a shorter one is rounding of time stamps."""
 
+# Seconds that are resampled at a time.
 _CHUNK_S = 4
-"""Seconds that are resampled at a time."""
 
 
 def read_track(path: Path, info: StreamInfo, rate: int) -> tuple[Sound, tuple[Span, ...]]:

@@ -14,13 +14,13 @@ from av.stream import Disposition
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
+# Formats that hold media themselves; playlists, which open other files, are not among them.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg,aac"
-"""Formats that hold media themselves; playlists, which open other files, are not among them."""
 
+# How playlists begin: decord brings an older FFmpeg, which may know one where PyAV's does not.
 _PLAYLIST = re.compile(
     rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|<\?xml|<MPD|<smil|\[playlist\]|v=0\s)", re.IGNORECASE
 )
-"""How playlists begin: decord brings an older FFmpeg, which may know one where PyAV's does not."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError, first_li
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
+# Full-size frames in memory at a time: a 4K frame takes 25 MB.
 _MAX_BATCH = 16
-"""Full-size frames in memory at a time: a 4K frame takes 25 MB."""
 
+# Share of frames that decord may replace silently by their neighbours: none.
 _NO_REPEATS = 1e-9
-"""Share of frames that decord may replace silently by their neighbours: none."""
 
 _LONGEST_S = 1e6
 _ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError)

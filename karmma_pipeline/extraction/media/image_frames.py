@@ -23,8 +23,8 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaRea
 from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times
 from karmma_pipeline.modalities import Reason
 
+# Bytes of a picture file beyond which it is none.
 _LARGEST = 256 << 20
-"""Bytes of a picture file beyond which it is none."""
 
 _END_OF_JPEG = b"\xff\xd9"
 _CUT = re.compile(rb"\xff\xd8\xff")

@@ -26,8 +26,8 @@ State = Literal["fine", "missing", "empty", "truncated", "damaged"]
 
 _FILES_PER_TASK = 64
 
+# Seconds for a task, and for a file of its own after a task has failed.
 _TIMEOUT_S = 60.0
-"""Seconds for a task, and for a file of its own after a task has failed."""
 
 _MAX_PROCESSES = 8
 _BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx"}

@@ -21,8 +21,8 @@ from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 Picture = npt.NDArray[np.uint8]
+# Number, frame, and whether no damage can have touched it.
 _Shown = tuple[int, Any, bool]
-"""Number, frame, and whether no damage can have touched it."""
 
 
 class PyavVideo:

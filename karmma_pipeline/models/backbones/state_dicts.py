@@ -33,9 +33,9 @@ ENOUGH = 0.95
 """Share of a backbone's tensors that a file must hold; heads do not count."""
 
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
+# Classes beside tensors and containers that a file may hold: training scripts save their arguments,
+# and a Namespace only keeps values.
 _PLAIN: list[Any] = [argparse.Namespace]
-"""Classes beside tensors and containers that a file may hold: training scripts save their
-arguments, and a Namespace only keeps values."""
 
 
 @dataclass(frozen=True)
@@ -297,9 +297,9 @@ def _download(url: str, path: Path, command: str) -> None:
 CALIBRATION = 2
 """Version of the calibrating pass below; part of the digest, since it decides the features."""
 
+# Pixels (over all frames) of noise to calibrate with: small inputs give few positions in the last
+# maps, and need more clips for sound statistics.
 _POSITIONS = 2**21
-"""Pixels (over all frames) of noise to calibrate with: small inputs give few positions in the
-last maps, and need more clips for sound statistics."""
 
 
 def parse_seed(weights: str) -> int | None:

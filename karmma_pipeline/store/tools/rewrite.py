@@ -25,8 +25,8 @@ from karmma_pipeline.store.source import empty_parts
 from karmma_pipeline.store.spec import ClipRow, Dtype, ModalitySpec, StoreSpec
 from karmma_pipeline.store.writer import Encoded, ShardWriter
 
+# Clips in memory at once.
 _CLIPS = 32
-"""Clips in memory at once."""
 
 Store = FeatureStore | JoinedStore
 Change = Callable[[Encoded], "npt.NDArray[Any] | Encoded"]

@@ -28,8 +28,8 @@ from karmma_pipeline.store.integrity import foreign_files, verify
 from karmma_pipeline.store.reader import FeatureStore
 
 _PIECE = 16 << 20
+# Free space that is asked for, times the store's size: folders take some too.
 _ROOM = 1.02
-"""Free space that is asked for, times the store's size: folders take some too."""
 
 
 def stage(
@@ -204,8 +204,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 LIST = "archive.json"
 _FRAME = 4 << 20
+# A skippable zstd frame of four bytes, which hold the length of the next frame.
 _SKIP = b"\x50\x2a\x4d\x18\x04\x00\x00\x00"
-"""A skippable zstd frame of four bytes, which hold the length of the next frame."""
 
 
 def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
