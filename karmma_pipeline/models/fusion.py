@@ -85,10 +85,7 @@ class FusionModel(nn.Module):
     """
 
     def __init__(
-        self,
-        size: FusionSize,
-        modalities: Mapping[str, tuple[int, int]],
-        heads: Mapping[str, int],
+        self, size: FusionSize, modalities: Mapping[str, tuple[int, int]], heads: Mapping[str, int]
     ) -> None:
         super().__init__()
         self.size = size
@@ -120,11 +117,7 @@ class FusionModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        for token in (
-            self.cls,
-            *self.modality_token.values(),
-            *self.position_tokens.values(),
-        ):
+        for token in (self.cls, *self.modality_token.values(), *self.position_tokens.values()):
             nn.init.trunc_normal_(token, std=0.02)
 
     def standardise(self, modality: str, mean: Tensor, std: Tensor) -> None:

@@ -125,9 +125,7 @@ class JoinedStore(MappedStore):
             seconds[clips] = theirs
         return seconds
 
-    def _presence(
-        self,
-    ) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]:
+    def _presence(self) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]:
         """Return which store has each clip (-1 none) per modality, and reasons [clips, M]."""
         owner = {m: np.full(len(self), -1, np.int64) for m in self.modalities}
         reasons = np.full((len(self), len(self.modalities)), Reason.NOT_IN_DATASET, np.uint8)

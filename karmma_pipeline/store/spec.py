@@ -17,9 +17,7 @@ LARGEST = _STEPS * float(np.finfo(np.float16).max)
 """The largest magnitude that can be held."""
 
 
-def quantise(
-    tokens: npt.NDArray[Any],
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+def quantise(tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
     """Return int8 [..., N, D] and scale float16 [..., N, 1] of finite tokens up to `LARGEST`.
 
     A token that is smaller than float16 can scale becomes zero.

@@ -141,11 +141,7 @@ class ShardWriter:
         self.next += 1
 
     def _given(
-        self,
-        clip_id: str,
-        modality: str,
-        tokens: Mapping[str, Any],
-        reasons: Mapping[str, Reason],
+        self, clip_id: str, modality: str, tokens: Mapping[str, Any], reasons: Mapping[str, Reason]
     ) -> bool:
         if modality not in tokens and not reasons.get(modality):
             raise StoreError(

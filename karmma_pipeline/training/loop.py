@@ -23,12 +23,7 @@ from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.clips import NEW_FOLDER
 from karmma_pipeline.training.objective import Objective
-from karmma_pipeline.training.optimization import (
-    Gradient,
-    adamw,
-    learning_rate,
-    moving_average,
-)
+from karmma_pipeline.training.optimization import Gradient, adamw, learning_rate, moving_average
 from karmma_pipeline.training.progress import (
     EpochTimer,
     TrainingProgress,

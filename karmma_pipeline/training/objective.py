@@ -90,11 +90,7 @@ def teacher_log_probabilities(
 
 
 def distillation(
-    student: Logits,
-    teacher: Logits,
-    valid: Tensor,
-    temperature: float,
-    count: Tensor | None = None,
+    student: Logits, teacher: Logits, valid: Tensor, temperature: float, count: Tensor | None = None
 ) -> Tensor:
     """Return T^2 * KL(teacher || student) of the softened distributions, mean over heads.
 

@@ -75,11 +75,7 @@ def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def modality_mask(
-    seed: int,
-    epoch: int,
-    keys: NDArray[np.uint64],
-    present: NDArray[np.bool_],
-    p: float,
+    seed: int, epoch: int, keys: NDArray[np.uint64], present: NDArray[np.bool_], p: float
 ) -> NDArray[np.bool_]:
     """Draw which of the present modalities a model may see (modality dropout).
 

@@ -47,9 +47,7 @@ def merge(
     opened = [FeatureStore.open(path) for path in stores]
     joined = JoinedStore(opened, label_spaces)
     spec = StoreSpec(
-        modalities=joined.specs,
-        heads=joined.heads,
-        clips_per_shard=opened[0].spec.clips_per_shard,
+        modalities=joined.specs, heads=joined.heads, clips_per_shard=opened[0].spec.clips_per_shard
     )
     rewrite(joined, out, spec, np.arange(len(joined)), {}, stop)
 
@@ -224,10 +222,7 @@ def read_encoded(source: Store, modality: str, clips: npt.NDArray[np.int64]) -> 
 
 
 def _append(
-    source: Store,
-    writer: ShardWriter,
-    clips: npt.NDArray[np.int64],
-    changes: Mapping[str, Change],
+    source: Store, writer: ShardWriter, clips: npt.NDArray[np.int64], changes: Mapping[str, Change]
 ) -> None:
     encoded = {m: read_encoded(source, m, clips) for m in source.modalities}
     times = {m: source.times_of(m, clips) for m in source.modalities}
