@@ -24,11 +24,11 @@ from karmma_pipeline.training.recipe import TrainRecipe
 
 NEW_FOLDER = "Then train into a new folder, --set out=FOLDER: a run keeps to its clips."
 
+# Streams of `draws` that are ours.
 _OFFSET, _LINE = 2**32 + 2, 2**32 + 3
-"""Streams of `draws` that are ours."""
 
+# Clips over which mean and deviation are measured, and how many of them are in memory at once.
 _CLIPS, _AT_ONCE = 2048, 64
-"""Clips over which mean and deviation are measured, and how many of them are in memory at once."""
 
 
 def usable_clips(recipe: TrainRecipe, store: TokenSource, split: str) -> np.ndarray:
