@@ -25,7 +25,7 @@ _MAX_BATCH = {"cpu": 16, "cuda": 128}
 
 # Memory of a pass that a batch may fill. On a CPU larger ones leave its caches and gain nothing; on
 # a GPU it fits beside the weights into cards of 16 GB.
-_BATCH_BYTES = {"cpu": 200e6, "cuda": 8e9}
+_BATCH_BYTES = {"cpu": 120e6, "cuda": 8e9}
 
 
 def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[str], None]) -> None:
