@@ -160,7 +160,7 @@ def test_networks_of_convolutions_keep_their_channels_together(
 
 @pytest.mark.parametrize(
     ("clip_mb", "memory_gb", "wanted"),
-    [(1, None, 16), (50, None, 4), (60, None, 2), (300, None, 1), (16, 0.04, 2), (50, 100, 4)],
+    [(1, None, 16), (30, None, 4), (40, None, 2), (300, None, 1), (16, 0.04, 2), (30, 100, 4)],
 )
 def test_a_batch_is_as_large_as_fits(
     monkeypatch: pytest.MonkeyPatch,
