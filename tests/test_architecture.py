@@ -208,7 +208,7 @@ def test_heavy_libraries_are_loaded_where_they_are_needed() -> None:
     name_a_type = "import karmma_pipeline.extraction.types"
     faults = {
         "help": loads(show_help, {"torch", "numpy", "pydantic", "yaml", "zarr", "h5py"}),
-        "types": loads(name_a_type, {"av", "decord", "librosa"}),
+        "types": loads(name_a_type, {"av", "decord", "librosa", "torch"}),
     }
     refuse({what: error for what, error in faults.items() if error})
 

@@ -132,15 +132,15 @@ def plan(
     resolved = load_recipe(ExtractRecipe, recipe, overrides, check=False)
     from karmma_pipeline import files
     from karmma_pipeline.errors import TooManyFailuresError
-    from karmma_pipeline.extraction.estimate.report import estimate
+    from karmma_pipeline.extraction.estimate.report import estimate, text
 
     made = estimate(resolved, probe=not no_probe, calibrate=not no_calibrate)
-    click.echo(made.text(recipe))
+    click.echo(text(made, resolved, recipe))
     if target is not None:
-        files.write_json(target, made.facts())
+        files.write_json(target, made)
         click.echo(f"plan: {target}")
-    if made.too_many_lost:
+    if made["too_many_lost"]:
         raise TooManyFailuresError(
-            f"{recipe}: {made.survey.lost:,} of {made.survey.clips:,} clips will lose a modality "
-            "to the faults above; fix them, or raise max_failures."
+            f"{recipe}: {made['clips_lost_to_faults']:,} of {made['clips']:,} clips will lose a "
+            "modality to the faults above; fix them, or raise max_failures."
         )

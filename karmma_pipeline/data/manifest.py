@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -40,6 +40,7 @@ __all__ = [
     "PictureNames",
     "SoundArray",
     "Source",
+    "describe_heads",
     "parse_time",
     "read_manifest",
     "unique",
@@ -107,6 +108,10 @@ class FrameSource:
     dilation: int = 1
     bound_px: float = 20.0
 
+    def start_s(self, number: Any) -> Any:
+        """Return when a picture's interval starts, seconds; of an array of numbers, for each."""
+        return (number - self.base) * self.stride / self.fps
+
 
 @dataclass(frozen=True, slots=True)
 class SoundArray:
@@ -172,6 +177,14 @@ class Manifest:
     heads: Mapping[str, tuple[str, ...]]
     groups: Groups = Groups()
     notes: tuple[str, ...] = ()
+
+
+def describe_heads(heads: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a sentence per head, with its first classes."""
+    return [
+        f"{head}: {len(names):,} classes ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
+        for head, names in heads.items()
+    ]
 
 
 def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from karmma_pipeline import config, files, jobs
-from karmma_pipeline.data.manifest import Clip, Manifest
+from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes
@@ -64,7 +64,7 @@ def extract(
     part, stop = part or Part(), stop or StopFlag()
     if manifest is None:
         manifest = read_clips(recipe)
-    for line in manifest.notes:
+    for line in (*manifest.notes, *describe_heads(manifest.heads)):
         _logger.info(line)
     networks = Networks(recipe)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})

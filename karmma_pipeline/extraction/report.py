@@ -35,6 +35,7 @@ class ExtractReport:
         padded: audio windows that reach past their track.
         audio_rates: clips by the rate, in Hz, at which their sound was recorded.
         decoders: clips by modality and what read it.
+        marks: clips that were done, and when, after each batch.
     """
 
     stores: dict[str, Path]
@@ -52,10 +53,12 @@ class ExtractReport:
     padded: int = 0
     audio_rates: Counter[int] = field(default_factory=Counter)
     decoders: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    marks: list[tuple[int, float]] = field(default_factory=list)
 
     def count(self, batch: list[DecodedClip]) -> None:
         """Take note of a batch that is done."""
         self.clips += len(batch)
+        self.marks.append((self.clips, time.perf_counter()))
         self.padded += sum(clip.padded for clip in batch)
         self.audio_rates.update(clip.audio_rate for clip in batch if clip.audio_rate)
         for clip in batch:

@@ -1,23 +1,27 @@
 """What crosses the seams of an extraction, and the rule by which a moment names a frame.
 
 Naming one of these types imports no decoder: libraries that open media are the business of
-`media` and `decode` alone. T frames, h and w a network's input size.
+`media` and `decode` alone. Nor does it import torch, so that a process which only opens media
+starts in a second. T frames, h and w a network's input size.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
-from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
+
+if TYPE_CHECKING:
+    from karmma_pipeline.data.manifest import Clip
+    from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
+    from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
 
 Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -79,6 +83,8 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
         ConfigError: an image network for rgb or flow, or one without its image size.
     """
     if choice.architecture.kind == "boxes":
+        from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
+
         return InputSpec(
             modality, choice.frame_count, None, (BOX_SLOTS, BOX_NUMBERS), per_frame=True
         )
@@ -106,7 +112,7 @@ class DecodeSettings:
     index_folder: Path | None = None
 
     @classmethod
-    def of(cls, recipe: ExtractRecipe) -> "DecodeSettings":
+    def of(cls, recipe: ExtractRecipe) -> DecodeSettings:
         """Collect them, each input once however many networks want it."""
         wanted = [
             input_spec(m, choice, recipe.flow)

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support.media_files import Maker
+from support.media_files import Maker, write_frames, write_video
 
 from karmma_pipeline import config
 from karmma_pipeline.cli import main
+from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.estimate import cost
-from karmma_pipeline.extraction.estimate.report import Estimate, estimate
+from karmma_pipeline.extraction.estimate.report import estimate, tasks, text
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.report import ExtractReport
+from karmma_pipeline.extraction.types import NATURAL
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore
 
@@ -27,6 +30,7 @@ SETS = {
 QUICK = {"decode": {"workers": 1}, "precision": "float32", "layout": "contiguous"}
 """An extraction that tries no other way of computing."""
 
+NAME = "frame_{:010d}.jpg"
 HEADER = "clip_id,video,start,stop,verb,split\n"
 
 
@@ -36,7 +40,7 @@ def recipe_of(folder: Path, rows: str, **changes: Any) -> ExtractRecipe:
     return config.build(ExtractRecipe, tree, "test")
 
 
-def plan_of(folder: Path, rows: str, *, probe: bool = True, **changes: Any) -> Estimate:
+def plan_of(folder: Path, rows: str, *, probe: bool = True, **changes: Any) -> dict[str, Any]:
     return estimate(recipe_of(folder, rows, **changes), probe=probe, calibrate=False)
 
 
@@ -49,34 +53,29 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
         "d,mute.mp4,,,x,val\ne,gone.mp4,0,1,x,val\nf,empty.mp4,0,1,x,val\n"
     )
     plan = plan_of(tmp_path, rows, max_failures=0.5)
-    found = plan.survey
-    assert found.splits == {"train": 3, "val": 3}
-    assert {state: [p.name for p in paths] for state, paths in found.states.items()} == {
-        "missing": ["gone.mp4"],
-        "empty": ["empty.mp4"],
+    assert plan["splits"] == {"train": 3, "val": 3}
+    assert plan["files"]["faulty"] == {
+        "empty": {str(tmp_path / "empty.mp4"): "0 bytes"},
+        "missing": {str(tmp_path / "gone.mp4"): ""},
     }
-    assert (found.starts_after_video_end, found.ends_after_video_end, found.lost) == (
-        ["c"],
-        ["b"],
-        3,
-    )
-    assert found.present["rgb"].tolist() == [True, True, False, True, False, False]
-    assert found.present["audio"].tolist() == [True, True, False, False, False, False]
-    assert found.no_stream == {"audio": 1}
+    assert (plan["start_after_end"], plan["stop_after_end"]) == (["c"], ["b"])
+    assert (plan["clips_lost_to_faults"], plan["no_stream"]) == (3, {"audio": 1})
+    assert plan["present"] == {"rgb": 3, "audio": 2}
     hours = (1.5 + 1 + 0 + 2 + 1 + 1) / 3600  # b is cut at its file's end, d is a whole file
-    assert found.hours == pytest.approx(hours, abs=0.2 / 3600)
-    assert not plan.too_many_lost
-    assert plan_of(tmp_path, rows, max_failures=0.49).too_many_lost
+    assert plan["hours"] == pytest.approx(hours, abs=0.2 / 3600)
+    assert not plan["too_many_lost"]
+    assert plan_of(tmp_path, rows, max_failures=0.49)["too_many_lost"]
 
 
 def test_clips_shorter_than_the_window_are_counted(make_video: Maker, tmp_path: Path) -> None:
     make_video("v.mp4")
     rows = "a,v.mp4,0,0.2,x,\nb,v.mp4,0,0.6,x,\nc,v.mp4,0,1,x,\n"
-    (window,) = plan_of(tmp_path, rows).survey.windows  # 8 frames at the file's 25 Hz: 0.32 s
-    assert (window.modality, window.frames, window.short, window.of) == ("rgb", 8, 1, 3)
+    short = {"modality": "rgb", "frames": 8, "of": 3}
+    (window,) = plan_of(tmp_path, rows)["shorter_than_window"]
+    assert window == {**short, "seconds": None, "clips": 1}  # 8 frames at the file's 25 Hz: 0.32 s
     sampling = {"mode": "fps", "fps": 10}  # 0.8 s, whatever the file has
-    (window,) = plan_of(tmp_path, rows, probe=False, sampling=sampling).survey.windows
-    assert (window.seconds, window.short, window.of) == (0.8, 2, 3)
+    (window,) = plan_of(tmp_path, rows, probe=False, sampling=sampling)["shorter_than_window"]
+    assert window == {**short, "seconds": 0.8, "clips": 2}
 
 
 def test_duplicates_and_overlaps_between_splits_are_found(tmp_path: Path) -> None:
@@ -84,45 +83,118 @@ def test_duplicates_and_overlaps_between_splits_are_found(tmp_path: Path) -> Non
         "a,v.mp4,0,2,x,train\nb,v.mp4,0,2,y,train\nc,v.mp4,1.9,3,x,val\nd,v.mp4,3,4,x,train\n"
         "e,w.mp4,0,9,x,train\nf,w.mp4,2,3,x,train\ng,w.mp4,8,9,x,val\nh,u.mp4,0,9,x,val\n"
     )
-    found = plan_of(tmp_path, rows, probe=False).survey
-    assert found.duplicates == [("a", "b")]
-    assert [Path(video).name for video in found.shared_videos] == ["v.mp4", "w.mp4"]
-    assert found.split_leaks == [("a", "c"), ("e", "g")]  # e reaches over f to g
+    plan = plan_of(tmp_path, rows, probe=False)
+    assert plan["same_video_and_span"] == [["a", "b"]]
+    assert [Path(video).name for video in plan["videos_in_several_splits"]] == ["v.mp4", "w.mp4"]
+    assert plan["overlaps_between_splits"] == [["a", "c"], ["e", "g"]]  # e reaches over f to g
 
 
-def test_the_disk_that_is_planned_is_what_an_extraction_takes(
-    make_video: Maker, tmp_path: Path
-) -> None:
-    make_video("v.mp4")
-    make_video("mute.mp4", sound=False)
-    rows = "".join(f"c{i},{'v' if i % 2 else 'mute'}.mp4,0,1,x,\n" for i in range(5))
-    recipe = recipe_of(tmp_path, rows, store={"clips_per_shard": 2}, batch_size=2, **QUICK)
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A plan of many fates, and the folder of the extraction that then ran."""
+    folder = tmp_path_factory.mktemp("extracted")
+    write_video(folder / "v.mp4")  # two seconds
+    write_video(folder / "mute.mp4", sound=False)
+    write_video(folder / "cut.mp4", seconds=4.0, index_first=True, pan_px_s=9)
+    data = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
+    write_frames(folder / "pictures", range(2, 27))
+    rows = "".join(f"c{i},{'v' if i % 2 else 'mute'}.mp4,,,0,1,x,\n" for i in range(4))
+    rows += "in,v.mp4,,,1,2.4,x,\nfar,v.mp4,,,1,2.9,x,\nlate,v.mp4,,,9,10,x,\n"
+    rows += "before,cut.mp4,,,0,0.5,x,\nafter,cut.mp4,,,3.5,3.9,x,\nnone,gone.mp4,,,0,1,x,\n"
+    rows += "shown,,pictures,25,0,1,x,\nover,,pictures,25,0,3,x,\n"
+    (folder / "m.csv").write_text("clip_id,video,frames,fps,start,stop,verb,split\n" + rows)
+    pictures = {"kind": "csv", "path": str(folder / "m.csv"), "pictures": {"frame_name": NAME}}
+    tree = {"dataset": pictures, "out": str(folder / "out"), "sets": SETS, "max_failures": 1.0}
+    tree |= {"store": {"clips_per_shard": 5}, "batch_size": 4, **QUICK}
+    recipe = config.build(ExtractRecipe, tree, "test")
     plan = estimate(recipe, calibrate=False)
     assert not recipe.out.exists()
     extract(recipe)
-    for modality, size in plan.disk.tokens["one"].items():
-        files = list((recipe.out / "one" / modality / "tokens/c").rglob("0"))
+    return plan, recipe.out / "one"
+
+
+def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], Path]) -> None:
+    plan, folder = extracted
+    store = FeatureStore.open(folder)
+    there = np.asarray(store.reasons) == Reason.PRESENT
+    names = dict(zip(store.clip_ids.astype(str).tolist(), there.tolist(), strict=True))
+    assert names["far"] == [False, True]  # sound is padded
+    assert names["before"] == [True, True]  # of a file that is cut after it
+    assert names["shown"] == [True, False]
+    assert plan["present"] == dict(zip(("rgb", "audio"), there.sum(axis=0).tolist(), strict=True))
+    assert plan["start_after_end"] == ["late", "after"]
+    assert plan["stop_after_end"] == ["in"]
+    assert plan["stop_too_far_after_end"] == ["far", "over"]
+    assert {state: list(paths) for state, paths in plan["files"]["faulty"].items()} == {
+        "missing": [str(folder.parent.parent / "gone.mp4")],
+        "truncated": [str(folder.parent.parent / "cut.mp4")],
+    }
+    natural = [*map(int, NATURAL)]
+    lost = (~np.isin(np.asarray(store.reasons), natural)).any(axis=1).sum()
+    assert plan["clips_lost_to_faults"] == lost == 5
+
+
+def test_the_disk_that_is_planned_is_what_an_extraction_takes(
+    extracted: tuple[dict[str, Any], Path],
+) -> None:
+    plan, folder = extracted
+    for modality, size in plan["disk"]["token_bytes"]["one"].items():
+        files = list((folder / modality / "tokens/c").rglob("0"))
         assert sum(path.stat().st_size for path in files if path.is_file()) == size
-    assert plan.disk.shards == 3
+    assert plan["disk"]["shards"] == 3
 
 
+@pytest.mark.slow
 def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Path) -> None:
     make_video("v.mp4")
     rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3))
     recipe = recipe_of(tmp_path, rows, decode={"workers": 1}, device="cpu")
     before = set(tmp_path.rglob("*"))
     plan = estimate(recipe, probe=False)
-    assert plan.time.clip_s is not None
-    assert plan.time.clip_s > 0
-    assert plan.time.clips == 3
-    assert plan.tasks == 1
+    assert plan["time"]["seconds_per_clip"] > 0
+    assert plan["time"]["measured_on_clips"] == 3
+    assert plan["array_tasks"] == 1
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("marks", "clip_s", "said"),
+    [
+        ([(1, 10.0), (2, 60.0), (4, 120.0), (6, 180.0)], 30.0, "about 3 min"),  # 2 workers
+        ([(6, 60.0)], 200.0, "at most 20 min"),  # one batch: with all that happens only once
+    ],
+)
+def test_the_time_is_that_of_a_stream_at_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    marks: list[tuple[int, float]],
+    clip_s: float,
+    said: str,
+) -> None:
+    seen: list[Any] = []
+
+    def stand_in(recipe: ExtractRecipe, manifest: Manifest) -> ExtractReport:
+        seen.append((recipe.out.parent, recipe.max_failures, len(manifest.clips)))
+        return ExtractReport({}, marks=marks)
+
+    monkeypatch.setattr(cost, "extract", stand_in)
+    monkeypatch.setattr(cost, "max_workers", lambda device: 2)
+    monkeypatch.setattr(cost, "perf_counter", iter((0.0, 1200.0)).__next__)
+    (tmp_path / "v.mp4").touch()
+    rows = "".join(f"c{i},v.mp4,{i},{i + 1},x,\n" for i in range(6))
+    recipe = recipe_of(tmp_path, rows, device="cpu")
+    plan = estimate(recipe, probe=False)
+    assert plan["time"]["seconds_per_clip"] == clip_s
+    assert f"{said} on one cpu like this" in text(plan, recipe, Path("r.yaml"))
+    ((folder, failures, clips),) = seen
+    assert (folder.exists(), failures, clips) == (False, 1.0, 6)
+
+
 def test_array_tasks_follow_hours_and_each_has_a_shard() -> None:
-    assert cost.tasks(30.0, shards=100, task_hours=4.0) == 8
-    assert cost.tasks(30.0, shards=3, task_hours=4.0) == 3
-    assert cost.tasks(0.1, shards=3, task_hours=4.0) == 1
+    assert tasks(30.0, shards=100, task_hours=4.0) == 8
+    assert tasks(30.0, shards=3, task_hours=4.0) == 3
+    assert tasks(0.1, shards=3, task_hours=4.0) == 1
 
 
 def test_the_command_prints_writes_json_and_ends_with_3_if_too_much_is_lost(tmp_path: Path) -> None:
@@ -148,21 +220,3 @@ def test_a_modality_that_no_clip_has_is_refused_with_the_nearest(tmp_path: Path)
     result = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yaml")])
     assert result.exit_code == 2
     assert "sets.one.rbg: no clip has this modality; did you mean 'rgb'?" in result.output
-
-
-def test_a_clip_that_stops_too_far_after_its_file_is_counted_as_extraction_will(
-    make_video: Maker, tmp_path: Path
-) -> None:
-    make_video("v.mp4")  # two seconds
-    rows = "a,v.mp4,1,2.4,x,train\nb,v.mp4,1,2.9,x,train\n"
-    plan = plan_of(tmp_path, rows, max_failures=0.4)
-    found = plan.survey
-    assert (found.ends_after_video_end, found.beyond_tolerance, found.lost) == (["a"], ["b"], 1)
-    assert found.present["rgb"].tolist() == [True, False]
-    assert found.present["audio"].tolist() == [True, True]
-    assert "stop more than 0.5 s after their file's end, 1: b" in plan.text(Path("r.yaml"))
-    assert plan.too_many_lost
-    recipe = recipe_of(tmp_path, rows, max_failures=1.0, batch_size=2, **QUICK)
-    extract(recipe)
-    store = FeatureStore.open(tmp_path / "out/one")
-    assert (np.asarray(store.reasons) == Reason.PRESENT).tolist() == [[True, True], [False, True]]

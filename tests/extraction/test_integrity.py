@@ -1,72 +1,139 @@
-"""What a look at a file tells: whole, cut, empty, damaged, missing."""
+"""What a look at a source tells: whole, cut, empty, damaged, missing."""
 
-import tarfile
+import gzip
+import struct
+import wave
 from pathlib import Path
 
+import av
 import h5py
+import numpy as np
 import pytest
-from support.media_files import Maker
+from support.media_files import RATE, pack, write_frames, write_video
 
-from karmma_pipeline.extraction.media.integrity import check_file, check_files
+from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.extraction.media.integrity import Kind, check_source, check_sources
+from karmma_pipeline.extraction.media.media_file import MediaFile
 
-
-@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.webm", "v.avi"])
-def test_a_cut_file_is_told_from_a_whole_one(make_video: Maker, tmp_path: Path, name: str) -> None:
-    if name.endswith("webm"):
-        path = make_video("v.mkv", sound=False).rename(tmp_path / name)
-    else:
-        path = make_video(name, sound=name != "v.avi")
-    whole = check_file(path)
-    assert (whole.state, not whole.lacks("video"), not whole.lacks("audio")) == (
-        "fine",
-        True,
-        name in {"v.mp4", "v.mkv"},
-    )
-    assert whole.duration_s == pytest.approx(2, abs=0.15)
-    if name != "v.avi":  # whose header has the rate of our writer's clock
-        assert whole.fps == pytest.approx(25, abs=0.5)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    assert check_file(path).state in {"truncated", "damaged"}
+NAME = "frame_{:010d}.jpg"
 
 
-def test_an_mp4_with_its_index_in_front_is_told_to_be_cut(
-    make_video: Maker, tmp_path: Path
-) -> None:
-    import av
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Two seconds of pictures or sound in every container that says how long it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    first = write_video(folder / "v.mp4", sound=False, pan_px_s=40)
+    options = {"fast.mp4": {"movflags": "faststart"}}
+    options["pieces.mp4"] = {"movflags": "frag_keyframe+empty_moov", "frag_duration": "200000"}
+    for name in ("fast.mp4", "pieces.mp4", "v.mkv", "v.ts", "v.m2ts"):
+        remux(first, folder / name, options.get(name, {}))
+    write_video(folder / "v.avi", sound=False, pan_px_s=40, codec="mpeg4")
+    with wave.open(str(folder / "s.wav"), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).bytes(4 * RATE))
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
-    path = tmp_path / "fast.mp4"
+
+def remux(source: Path, target: Path, options: dict[str, str]) -> None:
     with (
-        av.open(str(make_video())) as source,
-        av.open(str(path), "w", options={"movflags": "faststart"}) as target,
+        av.open(str(source)) as read,
+        av.open(str(target), "w", options=options) as write,
     ):
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
+        stream = write.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = stream
-                target.mux(packet)
-    assert check_file(path).state == "fine"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: size - 100])
-    cut = check_file(path)  # FFmpeg opens it without a word
-    assert (cut.state, cut.detail) == ("truncated", f"{size - 100:,} of {size:,} bytes")
+                write.mux(packet)
+
+
+NAMES = ("v.mp4", "fast.mp4", "pieces.mp4", "v.mkv", "v.avi", "v.ts", "v.m2ts", "s.wav")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
+    whole: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    source, data = FileSource(tmp_path / name), whole[name]
+    source.path.write_bytes(data)
+    check = check_source(source)
+    kind: Kind = "audio" if name == "s.wav" else "video"
+    assert (check.state, list(check.ends or ())) == ("fine", [kind])
+    if name.endswith("mp4"):
+        assert check.fps == pytest.approx(25, abs=0.5)
+    if name != "v.avi":  # whose header has the rate of our writer's clock
+        assert (check.ends or {})[kind] == pytest.approx(2, abs=0.15)
+    for place in np.random.default_rng(1).integers(1, len(data) - 1, 10).tolist():
+        source.path.write_bytes(data[:place])
+        check = check_source(source)
+        assert check.state in {"truncated", "damaged"}, place
+        if check.ends is not None:  # what is left of it was measured
+            assert (check.ends[kind] or 0) <= 2 * place / len(data) + 1.1, place
+
+
+def test_what_is_left_of_a_cut_file_is_what_a_reader_finds(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "fast.mp4"
+    path.write_bytes(whole[path.name][: len(whole[path.name]) * 3 // 4])
+    check = check_source(FileSource(path))
+    cut = f"{path.stat().st_size:,} of {len(whole[path.name]):,} bytes"
+    video = MediaFile(path, decoder="pyav")
+    assert (check.detail, check.ends) == (cut, {"video": video.stop_s})
+    assert 0.5 < video.stop_s < 1.9
+    video.close()
+
+
+def test_sound_whose_size_was_not_known_is_whole(whole: dict[str, bytes], tmp_path: Path) -> None:
+    for size in (0xFFFF_FFFF, 0x7FFF_FFFF, 0x7FFF_F024, 0):  # as ffmpeg, arecord and SoX pipe it
+        data = bytearray(whole["s.wav"])
+        data[4:8] = struct.pack("<I", size)
+        data[40:44] = struct.pack("<I", max(0, size - 36) & 0xFFFF_FFFF)
+        (tmp_path / "s.wav").write_bytes(data)
+        check = check_source(FileSource(tmp_path / "s.wav"))
+        assert (check.state, list(check.ends or ())) == ("fine", ["audio"]), hex(size)
+
+
+def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
+    write_frames(tmp_path / "pictures", range(2, 12))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/img_1.png").touch()
+    pack(tmp_path / "pictures", tmp_path / "fine.tar")
+    data = (tmp_path / "fine.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3 + 7])
+    end = len(data.rstrip(b"\0"))
+    (tmp_path / "open.tar").write_bytes(data[: -(-end // 512) * 512])  # without its end mark
+    (tmp_path / "zip.tar").write_bytes(gzip.compress(data))
+    names = ("pictures", "none", "fine.tar", "cut.tar", "open.tar", "zip.tar")
+    found = {n: check_source(FrameSource(tmp_path / n, (NAME,), 10.0)) for n in names}
+    assert {name: check.state for name, check in found.items()} == {
+        "pictures": "fine",
+        "none": "missing",
+        "fine.tar": "fine",
+        "cut.tar": "truncated",
+        "open.tar": "fine",
+        "zip.tar": "damaged",
+    }
+    for name in ("pictures", "fine.tar", "open.tar"):
+        assert (found[name].ends or {})["video"] == pytest.approx(1.1)
+    assert found["none"].detail == f"no {NAME}"
+    assert 0.3 < ((found["cut.tar"].ends or {})["video"] or 0) < 0.9
 
 
 def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "page.mp4").write_text("<html>")
     (tmp_path / "list.mp4").write_text("#EXTM3U\nfile:///etc/hostname\n")
+    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "bad.hdf5").write_bytes(b"x" * 5000)
-    (tmp_path / "folder").mkdir()
     with h5py.File(tmp_path / "fine.hdf5", "w") as file:
-        file["a"] = [0.0]
-    with tarfile.open(tmp_path / "fine.tar", "w") as tar:
-        tar.add(tmp_path / "page.mp4", "frame_0000000001.jpg")
-    data = (tmp_path / "fine.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(data[:1000])
-    names = ["gone.mp4", "empty.mp4", "page.mp4", "list.mp4", "bad.hdf5"]
-    names += ["folder", "fine.hdf5", "fine.tar", "cut.tar"]
-    found = check_files([tmp_path / name for name in names])
-    assert [found[tmp_path / name].state for name in names] == [
-        *("missing", "empty", "damaged", "damaged", "damaged"),
-        *("fine", "fine", "fine", "truncated"),
+        file["a"] = np.zeros(3 * RATE, np.float32)
+    files = ("gone.mp4", "empty.mp4", "page.mp4", "list.mp4", "folder.mp4")
+    arrays = (("bad.hdf5", "a"), ("fine.hdf5", "a"), ("fine.hdf5", "b"))
+    sources: list[Source] = [
+        *(FileSource(tmp_path / name) for name in files),
+        *(SoundArray(tmp_path / name, key, RATE) for name, key in arrays),
     ]
+    found = list(check_sources(dict(enumerate(sources))).values())
+    states = ["missing", "empty", "damaged", "damaged", "missing", "damaged", "fine", "fine"]
+    assert [check.state for check in found] == states
+    assert [check.ends for check in found[-2:]] == [{"audio": 3.0}, {}]

@@ -3,14 +3,17 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, Manifest
+from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.extraction.estimate.survey import Presence
 from karmma_pipeline.extraction.inference.workers import max_workers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -23,115 +26,67 @@ from karmma_pipeline.store.format import layout
 _RUN = 8
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of the token files of each set and modality, and of everything beside them."""
-
-    tokens: Mapping[str, Mapping[str, int]]
-    tables: int
-    shards: int
-    free: int
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.tables + sum(sum(of.values()) for of in self.tokens.values())
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds per clip, measured; why not, if it could not be.
-
-    steady: the start of the command could be told apart and is left out.
-    """
-
-    clips: int = 0
-    clip_s: float | None = None
-    device: str = ""
-    steady: bool = True
-    problem: str = ""
-
-
-def disk(
-    recipe: ExtractRecipe, manifest: Manifest, present: Mapping[str, npt.NDArray[np.bool_]]
-) -> Disk:
-    """Work out the bytes of every shard file from the clips that will be in it."""
+def disk(recipe: ExtractRecipe, manifest: Manifest, present: Presence) -> dict[str, Any]:
+    """Work out the bytes of every shard file from the clips that will be in it, JSON-plain."""
     size, clips = recipe.store.clips_per_shard, len(manifest.clips)
-    tokens: dict[str, dict[str, int]] = {}
+    tokens: dict[str, dict[str, int]] = defaultdict(dict)
     tables = 0
     for name, choices in recipe.sets.items():
-        tokens[name] = {}
         for modality, choice in choices.items():
             count, width = choice.output_shape
-            spec = ModalitySpec(tokens=count, width=width, dtype=recipe.store.dtype)
-            there = present[modality]
-            tokens[name][modality] = sum(
-                layout.file_bytes(array, size, int(there[first : first + size].sum()))
-                for array in spec.arrays
-                for first in range(0, clips, size)
-            )
+            arrays = ModalitySpec(tokens=count, width=width, dtype=recipe.store.dtype).arrays
+            shards = [int(present[modality][at : at + size].sum()) for at in range(0, clips, size)]
+            files = (layout.file_bytes(array, size, there) for array in arrays for there in shards)
+            tokens[name][modality] = sum(files)
             times = 16 * input_spec(modality, choice).times
             tables += 2 * clips * (times + 5) + 12 * clips  # in commit records, in the clip table
         tables += clips * (120 + 4 * len(manifest.heads))
-    return Disk(tokens, tables, math.ceil(clips / size), _free(recipe.out))
+    places = (recipe.out.absolute(), *recipe.out.absolute().parents)
+    return {
+        "token_bytes": tokens,
+        "table_bytes_about": tables,
+        "total_bytes_about": tables + sum(sum(of.values()) for of in tokens.values()),
+        "free_bytes": shutil.disk_usage(next(p for p in places if p.exists())).free,
+        "shards": math.ceil(clips / size),
+    }
 
 
-def _free(folder: Path) -> int:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, present: Presence) -> dict[str, Any]:
+    """Extract a few clips into a temporary folder, and time all but the first batches.
 
-
-def time_per_clip(
-    recipe: ExtractRecipe, manifest: Manifest, present: Mapping[str, npt.NDArray[np.bool_]]
-) -> Time:
-    """Extract a few clips into a temporary folder, twice, and compare.
-
-    The difference of a short and a longer run is free of what only happens once, such as the
-    start of processes. Nothing is left behind.
+    Until all workers are busy much happens that happens only once. Nothing is left behind.
 
     Raises:
-        KarmmaError: weights are missing, or another fault of the recipe.
+        KarmmaError: there is nothing to extract, weights are missing, or another fault.
     """
+    there = np.stack(list(present.values()))
+    usable = np.flatnonzero(there.all(axis=0) if there.all(axis=0).any() else there.any(axis=0))
+    if not len(usable):
+        raise ManifestError("not measured: no clip's files are there")
     device = pick_device(recipe.device)
-    workers = max_workers(device)  # all are busy from the first clip on
-    counts = (workers, 4 * workers) if device.type == "cpu" else (_RUN, 6 * _RUN)
-    usable = np.flatnonzero(np.stack(list(present.values())).all(axis=0))
-    if not len(usable):
-        usable = np.flatnonzero(np.stack(list(present.values())).any(axis=0))
-    if not len(usable):
-        return Time(problem="no clip's files are there")
-    chosen = _chosen([manifest.clips[i] for i in usable.tolist()], counts[1])
-    if device.type == "cpu" and recipe.batch_size == "auto":
-        recipe = recipe.model_copy(update={"batch_size": 1})  # as good, and fair to few clips
+    # Clips until everybody is at work, and a batch that is small next to so few clips.
+    busy, small = (max_workers(device), 1) if device.type == "cpu" else (_RUN, _RUN)
+    few = _chosen([manifest.clips[i] for i in usable.tolist()], 5 * busy)
+    size = small if recipe.batch_size == "auto" else recipe.batch_size
     with tempfile.TemporaryDirectory(prefix="karmma-plan-") as name:
-        seconds = [_seconds(recipe, manifest, chosen[:n], Path(name) / f"{n}") for n in counts]
-    short, long = min(counts[0], len(chosen)), len(chosen)
-    slope = (seconds[1] - seconds[0]) / (long - short) if long > short else 0.0
-    clip_s = slope if slope > 0 else seconds[1] / long
-    return Time(long, clip_s, device.type, steady=slope > 0)
+        changes = {"out": Path(name) / "out", "batch_size": size, "max_failures": 1.0}
+        started, some = perf_counter(), Manifest(few, manifest.heads)
+        marks = extract(recipe.model_copy(update=changes), manifest=some).marks
+        total_s = perf_counter() - started
+    last, end = marks[-1]
+    first, begin = next((mark for mark in marks if mark[0] >= busy), marks[-1])
+    clip_s = (end - begin) / (last - first) if last > first else total_s / last
+    return {
+        "device": device.type,
+        "measured_on_clips": last,
+        "seconds_per_clip": clip_s,
+        "without_start_up": last > first,
+        "problem": "",
+    }
 
 
-def _chosen(clips: list[Clip], count: int) -> list[Clip]:
+def _chosen(clips: Sequence[Clip], count: int) -> tuple[Clip, ...]:
     """Return runs of neighbours from evenly spaced places of the list."""
-    if len(clips) <= count:
-        return clips
-    runs = max(1, count // _RUN)
-    length = math.ceil(count / runs)
-    starts = np.linspace(0, len(clips) - length, runs + 2)[1:-1].astype(int)
-    numbers = dict.fromkeys(n for s in starts.tolist() for n in range(s, s + length))
-    return [clips[n] for n in numbers][:count]
-
-
-def _seconds(recipe: ExtractRecipe, manifest: Manifest, clips: list[Clip], out: Path) -> float:
-    """Return how long the loop over these clips takes, start and end of the command left out."""
-    few = Manifest(tuple(clips), manifest.heads)
-    return extract(
-        recipe.model_copy(update={"out": out, "max_failures": 1.0}), manifest=few
-    ).total_s
-
-
-def tasks(hours: float, shards: int, task_hours: float) -> int:
-    """Return how many array tasks make parts of about that length; each needs a shard."""
-    return max(1, min(shards, math.ceil(hours / task_hours)))
+    starts = np.linspace(0, max(0, len(clips) - _RUN), max(1, count // _RUN) + 2)[1:-1].astype(int)
+    numbers = dict.fromkeys(n for s in starts.tolist() for n in range(s, min(s + _RUN, len(clips))))
+    return tuple(clips[n] for n in numbers)[:count]

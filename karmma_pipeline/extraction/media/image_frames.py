@@ -54,8 +54,7 @@ class ImageFrames(MediaReader):
         self._starts: Times = self._start(self._table[:, 0])
 
     def _start(self, number: "Numbers | np.int64 | int") -> npt.NDArray[np.float64]:
-        source = self.source
-        return np.asarray((number - source.base) * source.stride / source.fps, np.float64)
+        return np.asarray(self.source.start_s(number), np.float64)
 
     @property
     def video_decoder(self) -> str:

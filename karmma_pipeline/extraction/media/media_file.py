@@ -9,17 +9,19 @@ T frames, S audio samples.
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from karmma_pipeline.extraction.media.audio_track import Span, cut, read_track
 from karmma_pipeline.extraction.media.container import MediaInfo, StreamInfo, read_info
-from karmma_pipeline.extraction.media.decord_video import DecordVideo
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, Sound
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Pictures, Times, covering
 from karmma_pipeline.modalities import Reason
+
+if TYPE_CHECKING:
+    from karmma_pipeline.extraction.media.decord_video import DecordVideo
 
 Decoder = Literal["decord", "pyav"]
 
@@ -57,11 +59,14 @@ class MediaFile(MediaReader):
         return info
 
     @cached_property
-    def _video(self) -> DecordVideo | PyavVideo:
+    def _video(self) -> "DecordVideo | PyavVideo":
         info = self._stream_info("video")
         # Without an index decord's seeks land elsewhere: it gives other frames than asked for. It
         # also knows the default stream alone.
         if self._decoder == "decord" and info.default and self._info.indexed:
+            # It needs torch, which takes seconds to load.
+            from karmma_pipeline.extraction.media.decord_video import DecordVideo
+
             try:
                 return DecordVideo(self.path, info, self._left_half)
             except MediaFaultError:

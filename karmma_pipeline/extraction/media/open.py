@@ -4,7 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.manifest import BoxSource, FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaReader
@@ -41,7 +41,7 @@ class OpenMedia:
         Raises:
             MediaFaultError: there is nothing to read.
         """
-        key = _key(source)
+        key = source_key(source)
         if key not in self._open:
             self._open[key] = self._opened(source)
         return self._open[key]
@@ -59,8 +59,10 @@ class OpenMedia:
         raise NotImplementedError(f"{type(source).__name__} cannot be read yet")
 
 
-def _key(source: Source) -> object:
+def source_key(source: Source) -> object:
     """Return what clips of one video have in common: their spans differ."""
+    if isinstance(source, BoxSource):
+        return source.path
     if isinstance(source, FrameSource):
         return (source.path, source.names, source.fps, source.base, source.stride, source.dilation)
     return source
