@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -201,11 +202,16 @@ def _locate(
     m, one = catalog.spec.order[column], catalog.spec.modalities[catalog.spec.order[column]]
     present = np.flatnonzero(record.present(column))
     clips, located = catalog.clips_in(shard), False
-    with _Files(catalog, shard, m) as opened:
+    with ExitStack() as stack:
+        opened = []
+        for other in one.arrays:
+            path = layout.shard_file(catalog.root, m, shard, other.name)
+            opened.append((stack.enter_context(path.open("rb")), other.clip_bytes))
+            opened[-1][0].seek(layout.PAYLOAD_OFFSET)
         for position in present:
             crc = 0
-            for other in one.arrays:
-                crc = crc32c(opened[other.name].read(other.clip_bytes), crc)
+            for file, size in opened:
+                crc = crc32c(file.read(size), crc)
             if crc != record.crc32c[position, column]:
                 located = True
                 yield Damage(shard, m, "bytes have changed", (clips[position],))
@@ -214,26 +220,6 @@ def _locate(
         yield Damage(shard, m, "the Zarr index is damaged")
     elif not located:
         yield Damage(shard, m, "the HDF5 header or the padding is damaged, the tokens are whole")
-
-
-class _Files:
-    """The files of a shard and modality, at the start of their tokens."""
-
-    def __init__(self, catalog: Catalog, shard: int, modality: str) -> None:
-        self._paths = {
-            array.name: layout.shard_file(catalog.root, modality, shard, array.name)
-            for array in catalog.spec.modalities[modality].arrays
-        }
-
-    def __enter__(self) -> dict[str, BufferedReader]:
-        self._open = {name: path.open("rb") for name, path in self._paths.items()}
-        for file in self._open.values():
-            file.seek(layout.PAYLOAD_OFFSET)
-        return self._open
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
 
 
 def _foreign(catalog: Catalog) -> Iterator[Damage]:
@@ -246,7 +232,9 @@ def foreign_files(catalog: Catalog) -> Iterator[tuple[Path, str]]:
     """Yield the files that a store does not have, with their names relative to it."""
     spec, known = catalog.spec, {*digested_files(catalog.spec), layout.MANIFEST}
     prefixes = {f"{m}/{array.name}/c/" for m, array in spec.arrays}
-    spools = {str(s.relative_to(catalog.root)) for s in _live_spools(catalog)}
+    # An extraction goes on with the spools of shards that are not committed yet.
+    waiting = set(range(catalog.shards)) - catalog.committed()
+    spools = {str(layout.spool_folder(Path(), shard)) for shard in waiting}
     for folder, folders, names in os.walk(catalog.root):
         links = [f for f in folders if Path(folder, f).is_symlink()]
         for file in sorted([*names, *links]):
@@ -261,25 +249,13 @@ def foreign_files(catalog: Catalog) -> Iterator[tuple[Path, str]]:
 def _is_shard(name: str, prefixes: set[str], shards: int) -> bool:
     """Tell whether a name is that of a shard's file or commit record."""
     path = Path(name)
-    if name.startswith("commit/"):
-        number = path.name.removesuffix(".safetensors")
-        return (
-            number.isdecimal()
-            and name == str(layout.record_file(Path(), int(number)))
-            and (int(number) < shards)
-        )
-    number = path.parent.name
-    folder = str(path.parent.parent) + "/"
-    plain = number.isdecimal() and str(int(number)) == number
-    return folder in prefixes and path.name == "0" and plain and int(number) < shards
-
-
-def _live_spools(catalog: Catalog) -> Iterator[Path]:
-    """Yield the spools of shards that are not committed yet: an extraction goes on with them."""
-    committed = catalog.committed()
-    for shard in range(catalog.shards):
-        if shard not in committed:
-            yield layout.spool_folder(catalog.root, shard)
+    number = path.stem if path.suffix else path.parent.name
+    if not number.isdecimal() or int(number) >= shards:
+        return False
+    # Compared as a whole name: a copy such as 01 or 1.old beside shard 1 is none of its files.
+    shard = int(number)
+    names = {f"{prefix}{shard}/0" for prefix in prefixes}
+    return name in names | {str(layout.record_file(Path(), shard))}
 
 
 @dataclass(frozen=True)

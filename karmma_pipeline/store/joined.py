@@ -1,10 +1,10 @@
 """Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, permutations
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from karmma_pipeline.modalities import Reason, canonical
 from karmma_pipeline.store.mapping import ClipLocations
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.source import MappedStore, TokenSource
-from karmma_pipeline.store.spec import ModalitySpec
+from karmma_pipeline.store.spec import ClipNumbers, ModalitySpec
 
 LabelSpaces = Literal["same", "join"]
 
@@ -52,9 +52,6 @@ class JoinedStore(MappedStore):
         self.present: npt.NDArray[np.bool_] = self.reasons == Reason.PRESENT
         self.digest = _joined_digest(self.stores, label_spaces)
 
-    def __len__(self) -> int:
-        return len(self.clip_ids)
-
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
         return self._seconds[column]
@@ -88,44 +85,40 @@ class JoinedStore(MappedStore):
     def _labels(self, head: str) -> npt.NDArray[np.int32]:
         """Return the labels of a head in the joined classes, [clips]."""
         number = {name: i for i, name in enumerate(self.heads[head])}
-        labels = np.full(len(self), -1, np.int32)
-        for store, clips in zip(self.stores, self._clips, strict=True):
-            if head not in store.heads:
-                continue
-            to = np.array([number[name] for name in store.heads[head]] + [-1], np.int32)
-            theirs = to[store.labels[head]]
-            before = labels[clips]
-            known = (before >= 0) & (theirs >= 0)
-            self._refuse(store, clips, known & (before != theirs), f"another {head}")
-            labels[clips] = np.where(theirs >= 0, theirs, before)
-        return labels
+
+        def renumbered(store: FeatureStore) -> npt.NDArray[np.int32]:
+            names = store.heads.get(head, ())
+            to = np.array([*(number[name] for name in names), -1], np.int32)
+            return to[store.labels[head]] if names else np.full(len(store), -1, np.int32)
+
+        return self._agreed(np.full(len(self), -1, np.int32), -1, renumbered, head)
 
     def _names(self, column: Literal["split", "group"]) -> npt.NDArray[np.str_]:
-        parts = [getattr(store, column) for store in self.stores]
-        names = np.full(len(self), "", max(part.dtype for part in parts))
-        for store, clips, theirs in zip(self.stores, self._clips, parts, strict=True):
-            before = names[clips]
-            self._refuse(
-                store,
-                clips,
-                (before != "") & (theirs != "") & (before != theirs),
-                f"another {column}",
-            )
-            names[clips] = np.where(theirs != "", theirs, before)
-        return names
+        dtype = max(getattr(store, column).dtype for store in self.stores)
+        return self._agreed(
+            np.full(len(self), "", dtype), "", lambda store: getattr(store, column), column
+        )
 
     def _join_seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Refuse ids that are the same by accident: such clips differ in their times."""
         # Infinity is "not stated yet", for NaN already says "the file's end".
-        seconds = np.full(len(self), np.inf)
-        for store, clips in zip(self.stores, self._clips, strict=True):
-            before, theirs = seconds[clips], store.seconds(column)
-            same = (before == theirs) | (np.isnan(before) & np.isnan(theirs))
-            self._refuse(store, clips, ~np.isinf(before) & ~same, f"another {column}")
-            seconds[clips] = theirs
-        return seconds
+        return self._agreed(
+            np.full(len(self), np.inf), np.inf, lambda store: store.seconds(column), column
+        )
 
-    def _presence(self) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]:
+    def _agreed(
+        self, joined: Any, unknown: Any, values: Callable[[FeatureStore], Any], what: str
+    ) -> Any:
+        """Fill in what the stores know of each clip [clips]; where two know it, it is the same."""
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            before, theirs = joined[clips], values(store)
+            same = (before == theirs) | ((before != before) & (theirs != theirs))  # NaN is itself
+            known = theirs != unknown
+            self._refuse(store, clips, known & (before != unknown) & ~same, f"another {what}")
+            joined[clips] = np.where(known, theirs, before)
+        return joined
+
+    def _presence(self) -> tuple[dict[str, ClipNumbers], npt.NDArray[np.uint8]]:
         """Return which store has each clip (-1 none) per modality, and reasons [clips, M]."""
         owner = {m: np.full(len(self), -1, np.int64) for m in self.modalities}
         reasons = np.full((len(self), len(self.modalities)), Reason.NOT_IN_DATASET, np.uint8)
@@ -142,11 +135,7 @@ class JoinedStore(MappedStore):
         return owner, reasons
 
     def _refuse(
-        self,
-        store: FeatureStore,
-        clips: npt.NDArray[np.int64],
-        wrong: npt.NDArray[np.bool_],
-        what: str,
+        self, store: FeatureStore, clips: ClipNumbers, wrong: npt.NDArray[np.bool_], what: str
     ) -> None:
         if wrong.any():
             ids = ", ".join(i.decode() for i in self.clip_ids[clips[wrong]][:3])
@@ -185,7 +174,7 @@ def _joined_digest(stores: Sequence[FeatureStore], label_spaces: LabelSpaces) ->
 
 def _union(
     ids: Sequence[npt.NDArray[np.bytes_]],
-) -> tuple[npt.NDArray[np.bytes_], list[npt.NDArray[np.int64]]]:
+) -> tuple[npt.NDArray[np.bytes_], list[ClipNumbers]]:
     """Return all ids without repeats in order of first appearance, and each store's locations."""
     # `np.unique` sorts; the order of first appearance is that of the first indices, and a clip's
     # place is the rank of its first index among them.

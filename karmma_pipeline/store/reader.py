@@ -56,27 +56,23 @@ class FeatureStore(MappedStore):
         """Open a store."""
         return cls(path)
 
-    def __len__(self) -> int:
-        return self._catalog.count
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (FeatureStore, (self.path,))
 
     @cached_property
-    def split(self) -> npt.NDArray[np.str_]:
+    def split(self) -> npt.NDArray[np.str_]:  # type: ignore[override]
         """Split name of each clip [clips]."""
         return self._catalog.names("split")
 
     @cached_property
-    def group(self) -> npt.NDArray[np.str_]:
+    def group(self) -> npt.NDArray[np.str_]:  # type: ignore[override]
         """Group (such as the participant) of each clip [clips]."""
         return self._catalog.names("group")
 
     def times(self, modality: str) -> npt.NDArray[np.float64]:
         """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
         frames = self.spec.modalities[modality].frames
-        times: npt.NDArray[np.float64] = self._catalog.column(f"times_{modality}", "<f8", 2, frames)
-        return times
+        return self._catalog.column(f"times_{modality}", "<f8", 2, frames)
 
     def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the sampled times of some clips [B, 2, T], NaN where absent."""
@@ -84,8 +80,7 @@ class FeatureStore(MappedStore):
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
-        seconds: npt.NDArray[np.float64] = self._catalog.column(column, "<f8")
-        return seconds
+        return self._catalog.column(column, "<f8")
 
     def locate(self, modality: str) -> ClipLocations:
         """Return where each clip's tokens of a modality lie."""

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,68 +24,6 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-class TokenSource(Protocol):
-    """A store, or several as one.
-
-    modalities: names in canonical order, the columns of present and reasons.
-    clip_ids: bytes [clips]. present: bool [clips, M]. reasons: uint8 [clips, M].
-    labels: head to int32 [clips], -1 unknown. heads: class names. split, group: names [clips].
-    digest: changes when any clip, label, token or setting changes.
-    """
-
-    path: Path
-    modalities: tuple[str, ...]
-    clip_ids: npt.NDArray[np.bytes_]
-    present: npt.NDArray[np.bool_]
-    reasons: npt.NDArray[np.uint8]
-    labels: dict[str, npt.NDArray[np.int32]]
-    heads: dict[str, tuple[str, ...]]
-    digest: str
-
-    @property
-    def split(self) -> npt.NDArray[np.str_]:
-        """Return the split of each clip."""
-
-    @property
-    def group(self) -> npt.NDArray[np.str_]:
-        """Return the group of each clip."""
-
-    @property
-    def provenance(self) -> dict[str, dict[str, Any]]:
-        """Return where the tokens of each modality come from."""
-
-    def __len__(self) -> int:
-        """Return the number of clips."""
-
-    def shape(self, modality: str) -> tuple[int, int]:
-        """Return tokens N and width D."""
-
-    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
-        """Return what `gather_parts` fills for each clip."""
-
-    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
-        """Fill one tensor [B, *shape] per part with the clips int64 [B]; absent ones are zeros."""
-
-    def gather(self, modality: str, index: Tensor) -> Tensor:
-        """Return tokens [B, N, D] as numbers: int8 comes back as float32."""
-
-
-_TORCH = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "int8": torch.int8,
-}
-
-
-def parts_of(spec: ModalitySpec) -> tuple[StoredTensor, ...]:
-    """Return what a batch holds of a modality."""
-    types = (_TORCH[spec.dtype], torch.float16)
-    return tuple(
-        StoredTensor((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False)
-    )
-
-
 def dense(parts: Sequence[Tensor]) -> Tensor:
     """Return tokens [B, N, D] of stored parts, on their device; int8 becomes float32.
 
@@ -97,31 +35,29 @@ def dense(parts: Sequence[Tensor]) -> Tensor:
     return steps.float().mul_(scale.float())
 
 
-def empty_parts(
-    source: "TokenSource | MappedStore", modality: str, clips: int
-) -> tuple[Tensor, ...]:
-    """Return new tensors for that many clips."""
-    return tuple(torch.empty(clips, *p.shape, dtype=p.dtype) for p in source.parts(modality))
+class TokenSource(ABC):
+    """A store, or several as one.
 
-
-class MappedStore(ABC):
-    """What stores have in common whose clips are gathered out of mapped shard files.
-
-    Attributes:
-        modalities: names in canonical order.
-        specs: modality to how its tokens look.
+    modalities: names in canonical order, the columns of present and reasons. specs: how their
+    tokens look. clip_ids: bytes [clips]. present: bool [clips, M]. reasons: uint8 [clips, M].
+    labels: head to int32 [clips], -1 unknown. heads: class names. split, group: names [clips].
+    digest: changes when any clip, label, token or setting changes.
     """
 
+    path: Path
     modalities: tuple[str, ...]
     specs: Mapping[str, ModalitySpec]
+    clip_ids: npt.NDArray[np.bytes_]
+    present: npt.NDArray[np.bool_]
+    reasons: npt.NDArray[np.uint8]
+    labels: dict[str, npt.NDArray[np.int32]]
+    heads: dict[str, tuple[str, ...]]
+    split: npt.NDArray[np.str_]
+    group: npt.NDArray[np.str_]
+    digest: str
 
-    def __init__(self) -> None:
-        self._mapped: dict[str, MappedClips] = {}
-        self._lock = threading.Lock()
-
-    @abstractmethod
-    def locate(self, modality: str) -> ClipLocations:
-        """Return where each clip's tokens of a modality lie."""
+    def __len__(self) -> int:
+        return len(self.clip_ids)
 
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
@@ -134,16 +70,44 @@ class MappedStore(ABC):
 
     def parts(self, modality: str) -> tuple[StoredTensor, ...]:
         """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
-        return parts_of(self.specs[modality])
+        spec = self.specs[modality]
+        types = (getattr(torch, spec.dtype), torch.float16)  # torch names them as stores do
+        return tuple(
+            StoredTensor((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False)
+        )
+
+    def empty_parts(
+        self, modality: str, clips: int, device: torch.device | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return new tensors [clips, *shape] for `gather_parts` to fill, undefined."""
+        return tuple(
+            torch.empty(clips, *p.shape, dtype=p.dtype, device=device) for p in self.parts(modality)
+        )
 
     def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] of the clips int64 [B]; absent clips are rows of zeros.
 
         The type is the store's, float32 where that is int8.
         """
-        parts = empty_parts(self, modality, len(index))
+        parts = self.empty_parts(modality, len(index))
         self.gather_parts(modality, index, parts)
         return dense(parts)
+
+    @abstractmethod
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
+
+
+class MappedStore(TokenSource):
+    """What stores have in common whose clips are gathered out of mapped shard files."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, MappedClips] = {}
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def locate(self, modality: str) -> ClipLocations:
+        """Return where each clip's tokens of a modality lie."""
 
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
         """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""

@@ -38,6 +38,7 @@ def dequantise(
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
+ClipNumbers = npt.NDArray[np.int64]
 
 _DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1"}
 _LARGEST = {

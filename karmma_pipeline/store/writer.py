@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -78,12 +77,7 @@ class ShardWriter:
             self._recover()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
         with suppress(OSError):  # on a disk that fails; a dead process's lock counts for nothing
             self._lock.unlink()
@@ -119,11 +113,10 @@ class ShardWriter:
             )
         if self._broken:
             raise StoreError(f"{self.root}: shard {self.shard}: a write failed before; start anew.")
-        encoded = {
-            m: self._encode(clip_id, m, tokens[m])
-            for m in self._order
-            if self._given(clip_id, m, tokens, reasons)
-        }
+        for m in self._order:
+            if m not in tokens and not reasons.get(m):
+                raise self._unfit(clip_id, m, "neither tokens nor a reason for their absence")
+        encoded = {m: self._encode(clip_id, m, tokens[m]) for m in self._order if m in tokens}
         # A write that failed may have left half a clip in the spool; appending behind it would
         # journal wrong bytes. So the writer refuses until a new one has recovered the spool.
         self._broken = True
@@ -140,16 +133,6 @@ class ShardWriter:
         self._broken = False
         self.next += 1
 
-    def _given(
-        self, clip_id: str, modality: str, tokens: Mapping[str, Any], reasons: Mapping[str, Reason]
-    ) -> bool:
-        if modality not in tokens and not reasons.get(modality):
-            raise StoreError(
-                f"{self.root}: clip {clip_id!r}: {modality}: neither tokens nor a reason for "
-                "their absence."
-            )
-        return modality in tokens
-
     def _spool(self, modality: str, encoded: Encoded) -> int:
         crc = 0
         for array, part in zip(self._arrays[modality], encoded, strict=True):
@@ -165,8 +148,7 @@ class ShardWriter:
             if shapes != [((a.tokens, a.width), a.dtype) for a in self._arrays[modality]]:
                 raise self._unfit(clip_id, modality, "the encoded arrays do not fit the store")
             return tokens
-        if tokens.shape != (one.tokens, one.width):
-            wanted = (one.tokens, one.width)
+        if tokens.shape != (wanted := (one.tokens, one.width)):
             raise self._unfit(clip_id, modality, f"tokens {tokens.shape}, not {wanted}")
         largest = _largest(tokens)
         if not math.isfinite(largest):

@@ -19,10 +19,13 @@ from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.store import TokenSource
+from karmma_pipeline.store.spec import ClipNumbers
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import TrainRecipe
 
 NEW_FOLDER = "Then train into a new folder, --set out=FOLDER: a run keeps to its clips."
+
+Labels = Mapping[str, npt.NDArray[np.integer]]
 
 # Streams of `draws` that are ours.
 _OFFSET, _LINE = 2**32 + 2, 2**32 + 3
@@ -99,11 +102,8 @@ def make_loaders(
 
 
 def balanced_order(
-    keys: npt.NDArray[np.uint64],
-    labels: Mapping[str, npt.NDArray[np.integer]],
-    power: float,
-    seed: int,
-) -> Callable[[int], npt.NDArray[np.int64]]:
+    keys: npt.NDArray[np.uint64], labels: Labels, power: float, seed: int
+) -> Callable[[int], ClipNumbers]:
     """Return the function that draws an epoch: its number to the N places of clips.
 
     A clip weighs w = mean over heads of n(y)^-power, n(y) being how many of the N clips have its
@@ -120,7 +120,7 @@ def balanced_order(
     share = _weights(labels, power, len(keys))
     share *= len(keys) / share.sum()
 
-    def order(epoch: int) -> npt.NDArray[np.int64]:
+    def order(epoch: int) -> ClipNumbers:
         # Clips lie on a line in an order drawn for this epoch, each as long as its share, and
         # every whole number from a drawn offset on takes the clip that it falls into.
         line = np.argsort(draws(seed, epoch, keys, _LINE), kind="stable")
@@ -137,9 +137,7 @@ def balanced_order(
     return order
 
 
-def _weights(
-    labels: Mapping[str, npt.NDArray[np.integer]], power: float, count: int
-) -> npt.NDArray[np.float64]:
+def _weights(labels: Labels, power: float, count: int) -> npt.NDArray[np.float64]:
     total, heads = np.zeros(count), np.zeros(count)
     for of in labels.values():
         known = of >= 0
@@ -152,7 +150,7 @@ def _weights(
     return weights
 
 
-def standardise(model: FusionModel, store: TokenSource, clips: npt.NDArray[np.int64]) -> None:
+def standardise(model: FusionModel, store: TokenSource, clips: ClipNumbers) -> None:
     """Set the model's standardization from (up to 2048, evenly spread) clips of the store.
 
     Raises:
@@ -167,9 +165,7 @@ def standardise(model: FusionModel, store: TokenSource, clips: npt.NDArray[np.in
             model.standardise(m, mean.float(), torch.maximum(std, floor).float())
 
 
-def _moments(
-    store: TokenSource, modality: str, clips: npt.NDArray[np.int64]
-) -> tuple[Tensor, Tensor] | None:
+def _moments(store: TokenSource, modality: str, clips: ClipNumbers) -> tuple[Tensor, Tensor] | None:
     """Return mean and deviation over tokens, [width], in two passes that need little memory."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in _pieces(clips):
@@ -187,14 +183,12 @@ def _moments(
     return mean, (squares / (count - 1)).sqrt()
 
 
-def _pieces(clips: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+def _pieces(clips: ClipNumbers) -> Iterator[Tensor]:
     for start in range(0, len(clips), _AT_ONCE):
         yield torch.from_numpy(clips[start : start + _AT_ONCE])
 
 
-def _bad_clips(
-    store: TokenSource, modality: str, clips: npt.NDArray[np.int64]
-) -> list[ClipModality]:
+def _bad_clips(store: TokenSource, modality: str, clips: ClipNumbers) -> list[ClipModality]:
     bad: list[ClipModality] = []
     for index in _pieces(clips):
         finite = store.gather(modality, index).isfinite().flatten(1).all(dim=1)

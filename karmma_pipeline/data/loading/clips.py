@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError, ManifestError, StoreError
 from karmma_pipeline.store.source import TokenSource
+from karmma_pipeline.store.spec import ClipNumbers
 
 ClipModality = tuple[str, str]
 """Clip id and modality."""
@@ -22,9 +23,7 @@ ClipModality = tuple[str, str]
 _MOST_NAMED = 20
 
 
-def clips_of_split(
-    store: TokenSource, split: str, exclude: Path | None = None
-) -> npt.NDArray[np.int64]:
+def clips_of_split(store: TokenSource, split: str, exclude: Path | None = None) -> ClipNumbers:
     """Return the clips of a split, but those whose ids stand in a file.
 
     Args:

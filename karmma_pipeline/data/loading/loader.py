@@ -25,9 +25,6 @@ from karmma_pipeline.data.loading.buffers import BufferPool, Slot, copy_to
 from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws, modality_mask
 from karmma_pipeline.store.source import TokenSource, dense
 
-__all__ = ["Batch", "FeatureLoader", "LoaderSettings", "TokenSource"]
-
-
 _logger = logging.getLogger(__name__)
 
 
@@ -228,21 +225,14 @@ class FeatureLoader:
         )
 
     def _gather(self, index: Tensor) -> tuple[dict[str, tuple[Tensor, ...]], Slot | None]:
-        if self._device is not None:
-            on = self._device
-            return {m: self._device_parts(m, index, on) for m in self.store.modalities}, None
-        parts, slot = self._pool.lend(len(index))
+        store, slot = self.store, None
+        if self._device is None:
+            parts, slot = self._pool.lend(len(index))
+        else:
+            parts = {m: store.empty_parts(m, len(index), self._device) for m in store.modalities}
         for m, tensors in parts.items():
-            self.store.gather_parts(m, index, tensors)
+            store.gather_parts(m, index, tensors)
         return parts, slot
-
-    def _device_parts(self, modality: str, index: Tensor, on: torch.device) -> tuple[Tensor, ...]:
-        parts = tuple(
-            torch.empty(len(index), *p.shape, dtype=p.dtype, device=on)
-            for p in self.store.parts(modality)
-        )
-        self.store.gather_parts(modality, index, parts)
-        return parts
 
 
 class _Stream:

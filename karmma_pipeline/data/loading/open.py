@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from karmma_pipeline.data.loading.loader import LoaderSettings
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store.joined import open_joined
-from karmma_pipeline.store.source import StoredTensor, TokenSource, empty_parts
+from karmma_pipeline.store.source import TokenSource
 from karmma_pipeline.store.tools.stage import stage
 
 
@@ -39,7 +38,7 @@ def open_source(
 _PIECE = 256
 
 
-class DeviceStore:
+class DeviceStore(TokenSource):
     """A store whose tokens lie on the device as a whole; batches are gathered there.
 
     Args:
@@ -52,37 +51,12 @@ class DeviceStore:
 
     def __init__(self, source: TokenSource, device: torch.device) -> None:
         self.source, self.device = source, device
-        self.path, self.modalities, self.heads = source.path, source.modalities, source.heads
+        self.path, self.modalities, self.specs = source.path, source.modalities, source.specs
         self.clip_ids, self.present, self.reasons = source.clip_ids, source.present, source.reasons
-        self.labels, self.digest = source.labels, source.digest
+        self.labels, self.heads, self.digest = source.labels, source.heads, source.digest
+        self.split, self.group = source.split, source.group
         self._check_memory()
         self._tokens = {m: self._load(m) for m in self.modalities}
-
-    @property
-    def split(self) -> npt.NDArray[np.str_]:
-        """Split name of each clip [clips]."""
-        return self.source.split
-
-    @property
-    def group(self) -> npt.NDArray[np.str_]:
-        """Group of each clip [clips]."""
-        return self.source.group
-
-    @property
-    def provenance(self) -> dict[str, dict[str, object]]:
-        """Modality to where its tokens come from."""
-        return self.source.provenance
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def shape(self, modality: str) -> tuple[int, int]:
-        """Return tokens N and width D of a modality."""
-        return self.source.shape(modality)
-
-    def parts(self, modality: str) -> tuple[StoredTensor, ...]:
-        """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
-        return self.source.parts(modality)
 
     def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] on the CPU."""
@@ -120,7 +94,7 @@ class DeviceStore:
             torch.zeros(len(present) + 1, *p.shape, dtype=p.dtype, device=self.device)
             for p in self.parts(modality)
         )
-        buffers = empty_parts(self.source, modality, min(_PIECE, len(present)))
+        buffers = self.source.empty_parts(modality, min(_PIECE, len(present)))
         for start in range(0, len(present), _PIECE):
             index = torch.from_numpy(present[start : start + _PIECE])
             piece = tuple(buffer[: len(index)] for buffer in buffers)

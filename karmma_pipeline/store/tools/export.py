@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
 from karmma_pipeline.store.tools.rewrite import read_encoded
 from karmma_pipeline.store.tools.stage import check_space
+from karmma_pipeline.store.writer import Encoded
 
 ExportLayout = Literal["npy", "pt", "actionformer", "tim"]
 _CLIPS = 32
@@ -46,7 +47,7 @@ def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None =
     for m in opened.modalities:
         files.check_name(m)
     check_space(out, *_needed(opened, layout))
-    name, data = _FORMATS[layout]
+    name, data, describe = _FORMATS[layout]
     written = 0
     with progress_bar(total=int(opened.present.sum()), desc=f"export {layout}", unit="file") as bar:
         for column, m in enumerate(opened.modalities):
@@ -61,7 +62,7 @@ def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None =
                         files.write_bytes(path, data(opened.specs[m], arrays))
                     written += 1
                     bar.update()
-    _ABOUT[layout](opened, out)
+    describe(opened, out)
     return written
 
 
@@ -88,37 +89,33 @@ def _folder(split: str) -> str:
     return "".join(c if c.isalnum() or c in "_-" else "_" for c in split) or "all"
 
 
-def _npy(one: ModalitySpec, arrays: tuple[npt.NDArray[np.generic], ...]) -> bytes:
+def _npy(one: ModalitySpec, arrays: Encoded) -> bytes:
     plain = one.dtype in {"float16", "float32"}
-    return _npy_bytes(arrays[0] if plain else one.decode(arrays))
+    values = arrays[0] if plain else one.decode(arrays)
+    return _written(lambda buffer: np.save(buffer, values))
 
 
-def _pt(one: ModalitySpec, arrays: tuple[npt.NDArray[np.generic], ...]) -> bytes:
-    buffer = io.BytesIO()
+def _pt(one: ModalitySpec, arrays: Encoded) -> bytes:
     tensor = torch.from_numpy(one.decode(arrays) if one.dtype == "int8" else arrays[0].copy())
-    torch.save(tensor.view(torch.bfloat16) if one.dtype == "bfloat16" else tensor, buffer)
-    return buffer.getvalue()
+    tensor = tensor.view(torch.bfloat16) if one.dtype == "bfloat16" else tensor
+    return _written(lambda buffer: torch.save(tensor, buffer))
 
 
-def _actionformer(one: ModalitySpec, arrays: tuple[npt.NDArray[np.generic], ...]) -> bytes:
+def _actionformer(one: ModalitySpec, arrays: Encoded) -> bytes:
+    return _written(lambda buffer: np.savez(buffer, feats=over_time(one, arrays)))
+
+
+def _tim(one: ModalitySpec, arrays: Encoded) -> bytes:
+    return _written(lambda buffer: np.save(buffer, over_time(one, arrays)[:, None]))
+
+
+def _written(save: Callable[[io.BytesIO], None]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, feats=over_time(one, arrays))
+    save(buffer)
     return buffer.getvalue()
 
 
-def _tim(one: ModalitySpec, arrays: tuple[npt.NDArray[np.generic], ...]) -> bytes:
-    return _npy_bytes(over_time(one, arrays)[:, None])
-
-
-def _npy_bytes(values: npt.NDArray[np.generic]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
-
-
-def over_time(
-    one: ModalitySpec, arrays: tuple[npt.NDArray[np.generic], ...]
-) -> npt.NDArray[np.float32]:
+def over_time(one: ModalitySpec, arrays: Encoded) -> npt.NDArray[np.float32]:
     """Return tokens as a sequence [T, D]: the mean over all but the first side of their grid."""
     tokens = one.decode(arrays)
     return tokens.reshape(one.grid[0], -1, one.width).mean(axis=1)
@@ -165,18 +162,14 @@ def _write_tim(store: FeatureStore, out: Path) -> None:
             lambda: [["video_id", "narration_sec", "start_sec", "stop_sec"]]
         )
         for i in np.flatnonzero(store.present[:, column]):
-            for start, end in _spans(duration[i], steps):
+            for k in range(steps):
+                start, end = k * duration[i] / steps, (k + 1) * duration[i] / steps
                 middle = f"{(start + end) / 2:.6f}"
                 span = [middle, f"{start:.6f}", f"{end:.6f}"]
                 rows[_folder(str(store.split[i]))].append([store.clip_ids[i].decode(), *span])
         for split, lines in rows.items():
             _write_csv(out / f"{m}_{split}_times.csv", lines)
     _write_clips(store, out)
-
-
-def _spans(duration: float, steps: int) -> Iterator[tuple[float, float]]:
-    for k in range(steps):
-        yield k * duration / steps, (k + 1) * duration / steps
 
 
 def _durations(store: FeatureStore) -> list[float]:
@@ -190,15 +183,10 @@ def _write_csv(path: Path, rows: list[list[str]]) -> None:
         csv.writer(file).writerows(rows)
 
 
+# How a clip's file is called and filled, and what is written beside the files.
 _FORMATS = {
-    "npy": (_clip_name("npy"), _npy),
-    "pt": (_clip_name("pt"), _pt),
-    "actionformer": (_clip_name("npz"), _actionformer),
-    "tim": (_tim_name, _tim),
-}
-_ABOUT = {
-    "npy": _write_clips,
-    "pt": _write_clips,
-    "actionformer": _write_actionformer,
-    "tim": _write_tim,
+    "npy": (_clip_name("npy"), _npy, _write_clips),
+    "pt": (_clip_name("pt"), _pt, _write_clips),
+    "actionformer": (_clip_name("npz"), _actionformer, _write_actionformer),
+    "tim": (_tim_name, _tim, _write_tim),
 }

@@ -12,6 +12,7 @@ from karmma_pipeline import config
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.reader import FeatureStore
+from karmma_pipeline.store.spec import ClipNumbers
 from karmma_pipeline.store.tools.rewrite import read_encoded
 
 
@@ -72,7 +73,7 @@ def diff(one: Path, other: Path, stop: StopFlag | None = None) -> Iterator[str]:
 
 
 def _columns(
-    a: FeatureStore, b: FeatureStore, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]
+    a: FeatureStore, b: FeatureStore, left: ClipNumbers, right: ClipNumbers
 ) -> Iterator[str]:
     def column(name: str, mine: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[str]:
         mine, theirs = mine[left], theirs[right]
@@ -101,27 +102,18 @@ def _columns(
 
 
 def _tokens(
-    a: FeatureStore,
-    b: FeatureStore,
-    modality: str,
-    left: npt.NDArray[np.int64],
-    right: npt.NDArray[np.int64],
-    stop: StopFlag,
+    a: FeatureStore, b: FeatureStore, m: str, left: ClipNumbers, right: ClipNumbers, stop: StopFlag
 ) -> Iterator[str]:
-    if a.shape(modality) != b.shape(modality):
+    if a.shape(m) != b.shape(m):
         return
     count, first, largest = 0, "", 0.0
-    specs = [s.specs[modality] for s in (a, b)]
+    specs = [s.specs[m] for s in (a, b)]
     exact = specs[0].dtype == specs[1].dtype
     for start in range(0, len(left), _CLIPS):
         stop.check("nothing was changed")
         piece = slice(start, start + _CLIPS)
-        read = zip(
-            read_encoded(a, modality, left[piece]),
-            read_encoded(b, modality, right[piece]),
-            strict=True,
-        )
-        for place, (mine, theirs) in enumerate(read):
+        read = (read_encoded(a, m, left[piece]), read_encoded(b, m, right[piece]))
+        for place, (mine, theirs) in enumerate(zip(*read, strict=True)):
             if exact and all(np.array_equal(x, y) for x, y in zip(mine, theirs, strict=True)):
                 continue
             values = [spec.decode(of) for spec, of in zip(specs, (mine, theirs), strict=True)]
@@ -130,7 +122,7 @@ def _tokens(
                 count, largest = count + 1, max(largest, distance)
                 first = first or a.clip_ids[left[start + place]].decode()
     if count:
-        yield f"{modality}: tokens of {count} clips differ by up to {largest:.3g}, first {first}"
+        yield f"{m}: tokens of {count} clips differ by up to {largest:.3g}, first {first}"
 
 
 def _some(names: list[str]) -> str:

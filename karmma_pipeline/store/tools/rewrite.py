@@ -21,8 +21,7 @@ from karmma_pipeline.store.catalog import Catalog, create_store
 from karmma_pipeline.store.finalize import finalize
 from karmma_pipeline.store.joined import JoinedStore, LabelSpaces
 from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.source import empty_parts
-from karmma_pipeline.store.spec import ClipRow, Dtype, ModalitySpec, StoreSpec
+from karmma_pipeline.store.spec import ClipNumbers, ClipRow, Dtype, ModalitySpec, StoreSpec
 from karmma_pipeline.store.writer import Encoded, ShardWriter
 
 # Clips in memory at once.
@@ -137,14 +136,8 @@ def _converted(
             )
         tokens = math.prod(grid)
         provenance |= {"token_grid": list(grid), "pooled_from": list(old)}
-    return ModalitySpec(
-        tokens=tokens,
-        width=one.width,
-        dtype=dtype,
-        frames=one.frames,
-        provenance=provenance,
-        computed=one.computed,
-    )
+    update = {"tokens": tokens, "dtype": dtype, "provenance": provenance}
+    return one.model_copy(update=update)
 
 
 def _change(one: ModalitySpec, grid: Sequence[int] | None) -> Change:
@@ -169,7 +162,7 @@ def rewrite(
     source: Store,
     out: Path,
     spec: StoreSpec,
-    clips: npt.NDArray[np.int64],
+    clips: ClipNumbers,
     changes: Mapping[str, Change],
     stop: StopFlag | None = None,
 ) -> None:
@@ -192,7 +185,7 @@ def rewrite(
     finalize(out)
 
 
-def clip_rows(source: Store, clips: npt.NDArray[np.int64]) -> Iterator[ClipRow]:
+def clip_rows(source: Store, clips: ClipNumbers) -> Iterator[ClipRow]:
     """Yield the clips as `create_store` takes them."""
     start, stop = source.seconds("start_s"), source.seconds("stop_s")
     split, group = source.split, source.group
@@ -207,9 +200,9 @@ def clip_rows(source: Store, clips: npt.NDArray[np.int64]) -> Iterator[ClipRow]:
         )
 
 
-def read_encoded(source: Store, modality: str, clips: npt.NDArray[np.int64]) -> list[Encoded]:
+def read_encoded(source: Store, modality: str, clips: ClipNumbers) -> list[Encoded]:
     """Return clips as their store holds them, absent ones as zeros."""
-    parts = empty_parts(source, modality, len(clips))
+    parts = source.empty_parts(modality, len(clips))
     source.gather_parts(modality, torch.from_numpy(clips), parts)
     arrays = source.specs[modality].arrays
     stored = [
@@ -222,7 +215,7 @@ def read_encoded(source: Store, modality: str, clips: npt.NDArray[np.int64]) -> 
 
 
 def _append(
-    source: Store, writer: ShardWriter, clips: npt.NDArray[np.int64], changes: Mapping[str, Change]
+    source: Store, writer: ShardWriter, clips: ClipNumbers, changes: Mapping[str, Change]
 ) -> None:
     encoded = {m: read_encoded(source, m, clips) for m in source.modalities}
     times = {m: source.times_of(m, clips) for m in source.modalities}
@@ -231,8 +224,7 @@ def _append(
         reasons = {}
         for column, m in enumerate(source.modalities):
             if source.present[clip, column]:
-                change = changes.get(m)
-                tokens[m] = change(encoded[m][i]) if change else encoded[m][i]
+                tokens[m] = changes[m](encoded[m][i]) if m in changes else encoded[m][i]
             else:
                 reasons[m] = Reason(int(source.reasons[clip, column]))
         taken = {m: times[m][i] for m in tokens}
