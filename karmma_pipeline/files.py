@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -194,20 +193,3 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """Return the text that `write_json` writes."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def claim_json(path: Path, value: Any) -> Any:
-    """Write JSON unless the file is there already; return what is there then.
-
-    Of several jobs that do this at once one wins, and all get the same value.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        mine = Path(folder) / path.name
-        write_json(mine, value)
-        # A link fails where the name exists: of several writers one wins, and its file is whole. A
-        # rename would let the last one win, after others have read what the first one wrote.
-        with suppress(FileExistsError), disk_errors(path):
-            path.hardlink_to(mine)
-            sync_folder(path.parent)
-    return json.loads(path.read_text())

@@ -6,7 +6,6 @@ import socket
 import stat
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,6 @@ def test_what_we_write_follows_the_umask(tmp_path: Path, umask: int) -> None:
         "from karmma_pipeline import files\n"
         "root = pathlib.Path(sys.argv[1]) / 'new'\n"
         "fill_store(root / 'store')\n"
-        "files.claim_json(root / 'claimed.json', {})\n"
         "files.write_text(root / 'folder/old', 'x')\n"
         "(root / 'folder/old').chmod(0o600)\n"
         "files.write_text(root / 'folder/old', 'y')\n"
@@ -94,15 +92,6 @@ def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "c", float("nan"))
-
-
-def test_of_several_that_claim_a_file_one_wins_and_all_agree(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "a.json"
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: files.claim_json(path, {"by": n}), range(8)))
-    assert answers == [json.loads(path.read_text())] * 8
-    assert files.claim_json(path, {"by": "late"}) == answers[0]
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
 def test_what_a_killed_process_was_writing_is_swept_away_and_nothing_else(tmp_path: Path) -> None:

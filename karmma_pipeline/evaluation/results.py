@@ -124,11 +124,6 @@ class RunResult(Recipe):
         description="Right answers per class with every modality, protocol `all`."
     )
 
-    @property
-    def random_weights(self) -> bool:
-        """Whether a frozen backbone was never trained."""
-        return any(w.startswith("random:") for w in self.weights.values())
-
     def subset(self, modalities: tuple[str, ...], protocol: Protocol) -> SubsetScores:
         """Return the scores of one subset."""
         return next(
