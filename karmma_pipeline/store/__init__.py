@@ -3,33 +3,20 @@
 docs/store_format.md describes the bytes.
 """
 
-from karmma_pipeline.store.catalog import Catalog, create_store
-from karmma_pipeline.store.finalize import finalize
-from karmma_pipeline.store.integrity import Damage, repair, verify
-from karmma_pipeline.store.joined import JoinedStore, find_joined, open_joined
-from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.source import TokenSource
-from karmma_pipeline.store.spec import ClipRow, ModalitySpec, StoreSpec
-from karmma_pipeline.store.tools.info import info
-from karmma_pipeline.store.tools.stage import stage
-from karmma_pipeline.store.writer import ShardWriter
-
-__all__ = [
-    "Catalog",
-    "ClipRow",
-    "Damage",
-    "FeatureStore",
-    "JoinedStore",
-    "ModalitySpec",
-    "ShardWriter",
-    "StoreSpec",
-    "TokenSource",
-    "create_store",
-    "finalize",
-    "find_joined",
-    "info",
-    "open_joined",
-    "repair",
-    "stage",
-    "verify",
-]
+from karmma_pipeline.store.catalog import Catalog as Catalog
+from karmma_pipeline.store.catalog import create_store as create_store
+from karmma_pipeline.store.finalize import finalize as finalize
+from karmma_pipeline.store.integrity import Damage as Damage
+from karmma_pipeline.store.integrity import repair as repair
+from karmma_pipeline.store.integrity import verify as verify
+from karmma_pipeline.store.joined import JoinedStore as JoinedStore
+from karmma_pipeline.store.joined import find_joined as find_joined
+from karmma_pipeline.store.joined import open_joined as open_joined
+from karmma_pipeline.store.reader import FeatureStore as FeatureStore
+from karmma_pipeline.store.source import TokenSource as TokenSource
+from karmma_pipeline.store.spec import ClipRow as ClipRow
+from karmma_pipeline.store.spec import ModalitySpec as ModalitySpec
+from karmma_pipeline.store.spec import StoreSpec as StoreSpec
+from karmma_pipeline.store.tools.info import info as info
+from karmma_pipeline.store.tools.stage import stage as stage
+from karmma_pipeline.store.writer import ShardWriter as ShardWriter
