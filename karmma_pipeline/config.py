@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import ConfigError
@@ -295,9 +295,7 @@ def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: in
             part = value if isinstance(value, nested) else None
             yield from _template_lines(nested if part is None else type(part), part, depth + 1)
         else:
-            if isinstance(value, BaseModel):
-                value = value.model_dump(mode="json")
-            text = yaml.safe_dump({name: _plain(value)}, sort_keys=False).rstrip()
+            text = yaml.safe_dump({name: to_jsonable_python(value)}, sort_keys=False).rstrip()
             yield from (pad + line for line in text.splitlines())
 
 
@@ -307,15 +305,3 @@ def _template_value(field: FieldInfo) -> Any:
     if field.default_factory is not None:
         return field.default_factory()  # type: ignore[call-arg]
     return field.examples[0] if field.examples else "???"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value

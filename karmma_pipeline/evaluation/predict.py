@@ -4,7 +4,6 @@ S subsets, N clips of the split, C classes of a head, M modalities.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,8 +102,8 @@ def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
     Both may be one store or several as one.
     """
     opened = [FeatureStore.open(path) for path in stores]
-    if (found := find_joined(opened, card.store_digest)) is not None:
-        return found
+    if (trained_on := find_joined(opened, card.store_digest)) is not None:
+        return trained_on
     for store in opened:  # other clips, such as a test set
         if _takes(card, store) and _has_all(card, store):
             return store
@@ -124,15 +123,11 @@ def _takes(card: ModelCard, store: TokenSource) -> bool:
     return all(
         card.modalities.get(m) == store.shape(m) and card.provenance.get(m) == store.provenance[m]
         for m in store.modalities
-    ) and _within(store.heads, card.heads)
+    ) and (store.heads.items() <= card.heads.items())
 
 
 def _has_all(card: ModelCard, store: TokenSource) -> bool:
     return {*card.modalities} == {*store.modalities} and card.heads == store.heads
-
-
-def _within(some: Mapping[str, object], every: Mapping[str, object]) -> bool:
-    return all(every.get(name) == value for name, value in some.items())
 
 
 def align(runs: list[Predictions]) -> list[Predictions]:

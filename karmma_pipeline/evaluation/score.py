@@ -15,33 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karmma_pipeline import files
+from karmma_pipeline import files, metrics
 from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import SIDECAR
 from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.evaluation import results
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.evaluation.paper import SIZES
 from karmma_pipeline.evaluation.predict import Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
-from karmma_pipeline.evaluation.results import (
-    ACTION,
-    Data,
-    DropCurve,
-    DropPoint,
-    Protocol,
-    RunResult,
-    Sampled,
-    Score,
-    SubsetScores,
-    metric_names,
-)
-from karmma_pipeline.metrics import (
-    action_correct,
-    drop_distribution,
-    mean_class_accuracy,
-    topk_correct,
-    wilson_interval,
-)
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.saved import WEIGHTS
 
@@ -53,7 +35,7 @@ _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
 _NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
 
 
-def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> Data:
+def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
     """Return what the report says of the clips, which are the same for every run."""
     heads = {head: tuple(names) for head, names in run.card.heads.items()}
     counts = {
@@ -61,7 +43,10 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> Data:
         for head, names in heads.items()
     }
     modalities = run.store.modalities
-    return Data(
+    notes = [] if any(c.any() for c in counts.values()) else [_NO_LABELS]
+    if recipe.exclude is not None:
+        notes.append(f"The clips that {recipe.exclude} lists are left out.")
+    return results.Data(
         name=recipe.title or run.store.path.resolve().parent.name,
         split=recipe.split,
         clips=len(run.clips),
@@ -73,15 +58,8 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> Data:
         heads=heads,
         class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
         constant=_majority_class(run, counts),
-        notes=tuple(_notes(recipe, any(c.any() for c in counts.values()))),
+        notes=tuple(notes),
     )
-
-
-def _notes(recipe: EvaluateRecipe, any_label: bool) -> Iterator[str]:
-    if not any_label:
-        yield _NO_LABELS
-    if recipe.exclude is not None:
-        yield f"The clips that {recipe.exclude} lists are left out."
 
 
 def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
@@ -96,17 +74,17 @@ def _majority_class(run: Predictions, counts: dict[str, npt.NDArray[np.int64]]) 
         labels = np.stack([run.labels[h] for h in counts], axis=1)
         labels = labels[(labels >= 0).all(axis=1)]
         actions = Counter(map(tuple, labels.tolist()))
-        accuracy[ACTION] = 100 * max(actions.values(), default=0) / max(1, len(labels))
+        accuracy[results.ACTION] = 100 * max(actions.values(), default=0) / max(1, len(labels))
     return accuracy
 
 
 def run_result(
     run: Predictions, folder: Path, recipe: EvaluateRecipe, device: torch.device
-) -> RunResult:
+) -> results.RunResult:
     """Return everything that the report says of one run, saved in a folder."""
     correct, card = Correct(run), run.card
     kind = "teacher" if card.kind == "teacher" else "student"
-    return RunResult(
+    return results.RunResult(
         name=run.name,
         kind=card.kind,
         seed=card.training.get("seed"),
@@ -141,7 +119,7 @@ class Correct:
     def __init__(self, run: Predictions) -> None:
         self.run = run
         heads = list(run.logits)
-        self.metrics = metric_names(heads)
+        self.metrics = results.metric_names(heads)
         modalities = run.store.modalities
         columns = np.array([[m in subset for m in modalities] for subset in run.subsets])
         self.seen = np.stack([(run.present & column).any(axis=1) for column in columns])
@@ -151,7 +129,7 @@ class Correct:
         self._number_of = np.zeros(2 ** len(modalities), np.int64)
         self._number_of[columns @ self._bits] = np.arange(len(columns))
         known = np.stack([run.labels[h] >= 0 for h in heads]).all(axis=0)
-        self.known = {**{h: run.labels[h] >= 0 for h in heads}, ACTION: known}
+        self.known = {**{h: run.labels[h] >= 0 for h in heads}, results.ACTION: known}
         self.table = {(m, k): self._table(m, k) for m in self.metrics for k in TOP}
 
     def _table(self, metric: str, k: int) -> Bools:
@@ -159,32 +137,32 @@ class Correct:
         rows = []
         for number in range(len(run.subsets)):
             if metric in run.logits:
-                rows.append(topk_correct(run.logits[metric][number], run.labels[metric], k))
+                rows.append(metrics.topk_correct(run.logits[metric][number], run.labels[metric], k))
             else:
                 logits = {h: v[number] for h, v in run.logits.items()}
-                rows.append(action_correct(logits, run.labels, k))
+                rows.append(metrics.action_correct(logits, run.labels, k))
         return np.stack(rows) & self.seen
 
     def subset_number(self, masks: Bools) -> npt.NDArray[np.int64]:
         """Return which subset each mask [..., M] is."""
         return self._number_of[masks @ self._bits]
 
-    def clips(self, protocol: Protocol) -> Bools:
+    def clips(self, protocol: results.Protocol) -> Bools:
         """Return which clips a protocol counts, bool [N]."""
         present = self.run.present
         every: Bools = np.asarray(present.all(axis=1), bool)
         return every if protocol == "complete" else np.ones(len(present), bool)
 
 
-def score(correct: Bools) -> Score:
+def score(correct: Bools) -> results.Score:
     """Return the share of right clips in percent with its Wilson interval."""
     n, right = len(correct), int(correct.sum())
-    low, high = wilson_interval(right, n)
+    low, high = metrics.wilson_interval(right, n)
     value = 100 * right / n if n else 0.0
-    return Score(correct=right, n=n, value=value, low=100 * low, high=100 * high)
+    return results.Score(correct=right, n=n, value=value, low=100 * low, high=100 * high)
 
 
-def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[SubsetScores]:
+def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[results.SubsetScores]:
     """Yield the scores of every subset under both protocols.
 
     Args:
@@ -201,13 +179,13 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[Subset
                 scores[f"{metric}_top{k}"] = score(table[number, rows])
                 if k == 1 and metric in run.labels:
                     truth = run.labels[metric][rows]
-                    mean = mean_class_accuracy(table[number, rows], truth)
+                    mean = metrics.mean_class_accuracy(table[number, rows], truth)
                     mean_class[metric] = 100 * mean
             for name, members in groups.items():
                 metric = name.partition("_")[2]
                 rows = counted & correct.known[metric] & members
                 scores[name] = score(correct.table[metric, 1][number, rows])
-            yield SubsetScores(
+            yield results.SubsetScores(
                 modalities=subset,
                 protocol=protocol,
                 clips=int(counted.sum()),
@@ -217,7 +195,7 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[Subset
             )
 
 
-def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[DropCurve]:
+def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[results.DropCurve]:
     """Yield the drop curve of every metric under both protocols."""
     for protocol in ("all", "complete"):
         counted = correct.clips(protocol)
@@ -228,12 +206,12 @@ def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[DropCurve]
             points = tuple(
                 _point(correct, metric, rows, rate, recipe) for rate in recipe.drop_rates
             )
-            yield DropCurve(head=metric, protocol=protocol, points=points)
+            yield results.DropCurve(head=metric, protocol=protocol, points=points)
 
 
 def _point(
     correct: Correct, metric: str, rows: Bools, rate: float, recipe: EvaluateRecipe
-) -> DropPoint:
+) -> results.DropPoint:
     table = correct.table[metric, 1][:, rows].astype(np.float64)  # [S, rows]
     present = correct.run.present[rows]
     per_clip = (_chances(correct, present, rate) * table).sum(axis=0)
@@ -241,7 +219,7 @@ def _point(
         per_clip = np.zeros(1)  # no clip has a label
     expected = float(per_clip.mean())
     spread = _Z * float(per_clip.std()) / len(per_clip) ** 0.5
-    return DropPoint(
+    return results.DropPoint(
         rate=rate,
         expected=_percent(expected),
         low=_percent(expected - spread),
@@ -259,7 +237,7 @@ def _chances(correct: Correct, present: Bools, rate: float) -> npt.NDArray[np.fl
     chances = np.zeros((len(correct.seen), len(present)))
     patterns, which = np.unique(present, axis=0, return_inverse=True)
     for i, pattern in enumerate(patterns):
-        for mask, chance in drop_distribution(tuple(pattern.tolist()), rate).items():
+        for mask, chance in metrics.drop_distribution(tuple(pattern.tolist()), rate).items():
             if any(mask):  # nothing present: wrong with any mask
                 chances[correct.subset_number(np.array(mask)), which == i] = chance
     return chances
@@ -272,7 +250,7 @@ def _sampled(
     rows: Bools,
     rate: float,
     recipe: EvaluateRecipe,
-) -> Sampled:
+) -> results.Sampled:
     keys = clip_keys(correct.run.clip_ids[rows])
     values = []
     for draw in range(recipe.draws):
@@ -280,7 +258,7 @@ def _sampled(
         right = table[correct.subset_number(mask), np.arange(len(mask))] * mask.any(axis=1)
         values.append(float(right.mean()) if len(right) else 0.0)
     low, high = np.quantile(values, [0.025, 0.975])
-    return Sampled(
+    return results.Sampled(
         mean=_percent(float(np.mean(values))), low=_percent(float(low)), high=_percent(float(high))
     )
 
@@ -292,21 +270,17 @@ def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
     names no lists, those of the data set count, which extraction has left beside the store.
     """
     published = _published(run.store.path.parent / SIDECAR)
-    metrics = metric_names(run.labels)
     groups: dict[str, Bools] = {}
-    participants = published.get("unseen", [])
-    if lists.unseen is not None:
-        participants = _first_column(lists.unseen)
+    participants = _first_column(lists.unseen) if lists.unseen else published.get("unseen", [])
     if participants:
-        wanted = set(participants)
-        unseen = np.isin(run.store.group[run.clips], sorted(wanted))
-        groups |= {f"unseen_{metric}": unseen for metric in metrics}
+        unseen = np.isin(run.store.group[run.clips], participants)
+        groups |= {f"unseen_{name}": unseen for name in results.metric_names(run.labels)}
     tails = []
     for head, ids in _tail_ids(run, lists, published).items():
         groups[f"tail_{head}"] = np.isin(run.labels[head], ids)
         tails.append(groups[f"tail_{head}"])
     if len(run.labels) > 1 and tails:
-        groups[f"tail_{ACTION}"] = np.logical_or.reduce(tails)
+        groups[f"tail_{results.ACTION}"] = np.logical_or.reduce(tails)
     return groups
 
 

@@ -66,11 +66,10 @@ def _by_class(scores: Rows) -> dict[str, float]:
 
 
 def _results(ids: list[str], verbs: Rows, nouns: Rows) -> bytes:
+    scores = zip(ids, torch.from_numpy(verbs), torch.from_numpy(nouns), strict=True)
     rows = [
         {"verb_output": verb, "noun_output": noun, "narration_id": clip_id}
-        for clip_id, verb, noun in zip(
-            ids, torch.from_numpy(verbs).unbind(), torch.from_numpy(nouns).unbind(), strict=True
-        )
+        for clip_id, verb, noun in scores
     ]
     buffer = io.BytesIO()
     torch.save(rows, buffer)

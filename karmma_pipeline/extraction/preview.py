@@ -48,7 +48,6 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
     }
     if choice.source == "file":
         facts["weights"] = backbone.loaded.report()
-    classes = top_classes(choice, x)
-    if classes:
+    if classes := top_classes(choice, x):
         facts["top_5"] = {name: round(probability, 4) for name, probability in classes}
     return facts

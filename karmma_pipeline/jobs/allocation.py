@@ -118,31 +118,25 @@ class Part:
 
 def _array_task(environment: Mapping[str, str]) -> tuple[str, int, int, int | None] | None:
     """Return variable, number, index from 0 and count of an array task; None outside of one."""
-    name = "SLURM_ARRAY_TASK_ID"
-    if name in environment:
-        number = _integer(environment, name)
+    count: int | None = None
+    first, step = 1, 1
+    if (name := "SLURM_ARRAY_TASK_ID") in environment:
         first = _integer(environment, "SLURM_ARRAY_TASK_MIN", 0)
         step = _integer(environment, "SLURM_ARRAY_TASK_STEP", 1)
         count = _integer(environment, "SLURM_ARRAY_TASK_COUNT")
-        return name, number, (number - first) // step, count
-    name = "SGE_TASK_ID"
-    if environment.get(name, "undefined") != "undefined":
-        number = _integer(environment, name)
+    elif environment.get(name := "SGE_TASK_ID", "undefined") != "undefined":
         first = _integer(environment, "SGE_TASK_FIRST")
         step = _integer(environment, "SGE_TASK_STEPSIZE")
         count = (_integer(environment, "SGE_TASK_LAST") - first) // step + 1
-        return name, number, (number - first) // step, count
-    name = "LSB_JOBINDEX"
-    if environment.get(name, "0") != "0":
-        number = _integer(environment, name)
+    elif environment.get(name := "LSB_JOBINDEX", "0") != "0":
         step = _integer(environment, "LSB_JOBINDEX_STEP", 1)
         count = (_integer(environment, "LSB_JOBINDEX_END") - 1) // step + 1
-        return name, number, (number - 1) // step, count
-    for name in _NUMBERS_ALONE:
-        if name in environment:
-            number = _integer(environment, name)
-            return name, number, number - 1, None
-    return None
+    else:
+        name = next((one for one in _NUMBERS_ALONE if one in environment), "")
+    if not name:
+        return None
+    number = _integer(environment, name)
+    return name, number, (number - first) // step, count
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -73,10 +73,8 @@ def _keep_old(folder: Path) -> None:
     """Give the weights that the card names a second name, unless they have it already."""
     try:
         wanted = json.loads((folder / CARD).read_text())["weights_sha256"]
-        if (
-            files.sha256(folder / WEIGHTS) != wanted
-        ):  # killed here before: the old name is the right one
-            return
+        if files.sha256(folder / WEIGHTS) != wanted:
+            return  # killed here before: the old name is the right one
         if (folder / _OLD).exists() and (folder / _OLD).samefile(folder / WEIGHTS):
             return
     except (OSError, KeyError, TypeError, ValueError):

@@ -195,13 +195,9 @@ class Trainer:
         )
 
     def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        with self._autocast():
-            logits: dict[str, Tensor] = model(batch.tokens_on(self.setup.device), batch.mask)
-        return logits
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        kind = self.setup.device.type
-        return torch.autocast(kind, torch.bfloat16) if self.bfloat16 else nullcontext()
+        device = self.setup.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+            return model(batch.tokens_on(device), batch.mask)
 
     @property
     def _eval_model(self) -> FusionModel:

@@ -5,6 +5,7 @@ of a batch (of ranks, or passed one after another) simply add up, however unequa
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -135,7 +136,8 @@ class LabelObjective:
 
     def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
         """Return the share of these clips."""
-        return cross_entropy(logits, _on(logits, batch.labels), self.smoothing, counts)
+        labels = {head: batch.labels[head].to(of.device) for head, of in logits.items()}
+        return cross_entropy(logits, labels, self.smoothing, counts)
 
 
 class MaskedLogits(Protocol):
@@ -148,6 +150,7 @@ class MaskedLogits(Protocol):
         """Return its logits, head to [B, C]."""
 
 
+@dataclass(frozen=True)
 class DistillationObjective:
     """KARMMA: the cached logits of teachers under the same masks, and the labels.
 
@@ -160,18 +163,12 @@ class DistillationObjective:
         average: ``probabilities`` or ``logits``.
     """
 
-    def __init__(
-        self,
-        labels: Objective,
-        teachers: Sequence[MaskedLogits],
-        alpha: float,
-        temperature: float,
-        weights: Sequence[float] = (),
-        average: str = "probabilities",
-    ) -> None:
-        self.labels, self.teachers, self.alpha = labels, teachers, alpha
-        self.temperature, self.average = temperature, average
-        self.weights = tuple(weights) or (1.0,) * len(teachers)
+    labels: Objective
+    teachers: Sequence[MaskedLogits]
+    alpha: float
+    temperature: float
+    weights: Sequence[float] = ()
+    average: str = "probabilities"
 
     def counts(self, batch: Batch) -> Tensor:
         """Return the labels that are known and the clips that a teacher saw, [heads + 1]."""
@@ -187,7 +184,7 @@ class DistillationObjective:
             head: teacher_log_probabilities(
                 [one[head].to(device) for one in cached],
                 valid,
-                self.weights,
+                self.weights or (1.0,) * len(self.teachers),
                 self.temperature,
                 self.average,
             )
@@ -199,8 +196,3 @@ class DistillationObjective:
     def _valid(self, batch: Batch) -> Tensor:
         """Return whether each teacher saw anything of each clip, bool [teachers, B]."""
         return torch.stack([t.valid(batch.clip_index, batch.mask) for t in self.teachers])
-
-
-def _on(logits: Logits, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the other tensors of each head, on the device of its logits."""
-    return {head: other[head].to(scores.device) for head, scores in logits.items()}

@@ -31,12 +31,8 @@ class TrainingProgress:
 
     def finished(self, recipe: TrainRecipe) -> bool:
         """Whether there is nothing left to train."""
-        return self.epoch >= recipe.epochs or self.out_of_patience(recipe)
-
-    def out_of_patience(self, recipe: TrainRecipe) -> bool:
-        """Whether the best epoch lies too far back."""
-        since = self.epoch - self.best.get("epoch", 0)
-        return recipe.patience > 0 and since >= recipe.patience
+        since = self.epoch - self.best.get("epoch", 0)  # epochs without a better one
+        return self.epoch >= recipe.epochs or 0 < recipe.patience <= since
 
     def close_epoch(self, values: dict[str, float]) -> dict[str, float]:
         """Count an epoch as done; return its row of metrics."""
@@ -85,15 +81,11 @@ class EpochTimer:
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Hand on batches and measure the wait for each."""
-        iterator = iter(batches)
-        while True:
-            asked = time.monotonic()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        asked = time.monotonic()
+        for batch in batches:
             self.waited += time.monotonic() - asked
             yield batch
+            asked = time.monotonic()
 
     def describe(self) -> str:
         """Say how fast it was since the start."""

@@ -64,10 +64,9 @@ def write_sample(
     workers = max(1, min(jobs.cpu_count(), len(missing)))
     with ProcessPoolExecutor(workers, get_context("spawn"), jobs.become_worker) as pool:
         futures = [pool.submit(_write, out, video) for video in missing]
+        bar = progress_bar(as_completed(futures), "videos", total=len(futures), unit="video")
         try:
-            for done in progress_bar(
-                as_completed(futures), "videos", total=len(futures), unit="video"
-            ):
+            for done in bar:
                 done.result()
                 if stop is not None:
                     stop.check("finished videos are kept")
@@ -99,9 +98,8 @@ def _plan(clips: int, seed: int) -> Iterator[_SampleVideo]:
         order = rng.permutation(count)
         for first in range(0, count, CLIPS_PER_VIDEO):
             chosen = [classes[i] for i in order[first : first + CLIPS_PER_VIDEO]]
-            yield _SampleVideo(
-                number, split, int(rng.integers(2**31)), _actions(chosen, split, rng)
-            )
+            video_seed = int(rng.integers(2**31))
+            yield _SampleVideo(number, split, video_seed, _actions(chosen, split, rng))
             number += 1
 
 

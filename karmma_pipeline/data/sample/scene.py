@@ -18,6 +18,7 @@ from karmma_pipeline import files
 
 Pixels = npt.NDArray[np.uint8]
 Waveform = npt.NDArray[np.float32]
+Times = npt.NDArray[np.float64]
 
 NOUNS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
@@ -72,11 +73,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> npt.NDArray
 
 
 def draw(
-    times: npt.NDArray[np.float64],
-    actions: list[Action],
-    height: int,
-    width: int,
-    rng: np.random.Generator,
+    times: Times, actions: list[Action], height: int, width: int, rng: np.random.Generator
 ) -> Pixels:
     """Return the frames [T, H, W, 3] that a camera sees at the given times (seconds)."""
     texture = background(rng, height, width)
@@ -93,10 +90,7 @@ def draw(
 
 
 def _move_digit(
-    frames: npt.NDArray[np.float32],
-    times: npt.NDArray[np.float64],
-    shown: npt.NDArray[np.int64],
-    action: Action,
+    frames: npt.NDArray[np.float32], times: Times, shown: npt.NDArray[np.int64], action: Action
 ) -> None:
     rng = np.random.default_rng(action.seed)
     height, width = frames.shape[1:3]
@@ -140,11 +134,7 @@ CLOCK = 90_000
 
 
 def write_video(
-    path: Path,
-    frames: Pixels,
-    times: npt.NDArray[np.float64],
-    fps: Fraction,
-    sound: Waveform | None,
+    path: Path, frames: Pixels, times: Times, fps: Fraction, sound: Waveform | None
 ) -> None:
     """Write frames uint8 [T, H, W, 3] shown at ``times`` (seconds), and sound [S] if any."""
     with (

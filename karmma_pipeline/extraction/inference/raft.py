@@ -5,13 +5,12 @@ own flow frames give. B clips in a batch, T pairs, h and w the backbone's input 
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torchvision.models import optical_flow
+from torchvision.models import get_model, get_model_weights
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import as_pictures
@@ -95,30 +94,19 @@ def _padding(side: int) -> tuple[int, int]:
 
 def _load(settings: Flow) -> tuple[nn.Module, str]:
     name, weights = settings.source, settings.weights
-    build = getattr(optical_flow, name)
     seed = parse_seed(weights)
     with seeded(seed or 0):
-        net: nn.Module = build(weights=None)
+        net: nn.Module = get_model(name, weights=None)
     if seed is not None:
         return net, state_dicts.digest(net.state_dict())
-    member = _member(name, weights)
+    published = get_model_weights(name)
+    member = published.__members__.get(weights.removeprefix(f"{published.__name__}."))
     if member is not None:
         where = str(state_dicts.cached_file(member))
         tensors = state_dicts.read_published(member, name)
     elif Path(weights).is_file() or len(Path(weights).parts) > 1:
         where, tensors = weights, state_dicts.read_file(Path(weights))
     else:
-        known = ", ".join(_weights(name).__members__)
+        known = ", ".join(published.__members__)
         raise ConfigError(f"flow.weights={weights!r}: write random:SEED, a path, or {known}.")
     return net, state_dicts.fill(net, tensors, where).digest
-
-
-def _weights(name: str) -> Any:
-    return (
-        optical_flow.Raft_Small_Weights if name == "raft_small" else optical_flow.Raft_Large_Weights
-    )
-
-
-def _member(name: str, weights: str) -> Any | None:
-    enum = _weights(name)
-    return enum.__members__.get(weights.removeprefix(f"{enum.__name__}."))

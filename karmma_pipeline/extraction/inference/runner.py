@@ -169,16 +169,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def _products(device: torch.device, precision: Precision) -> Iterator[None]:
     """Compute convolutions and products in a precision; float32 on a GPU means float32."""
-    if device.type != "cuda":
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield
-        return
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    switches: list[Any] = []
+    if device.type == "cuda":
+        switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             yield
     finally:
         for switch, value in zip(switches, before, strict=True):

@@ -9,13 +9,6 @@ from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import registry, state_dicts
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.state_dicts import (
-    CALIBRATION,
-    Loaded,
-    parse_seed,
-    random_net,
-    seeded,
-)
 
 
 class Backbone(nn.Module):
@@ -81,18 +74,20 @@ class Backbone(nn.Module):
         }
 
 
-def _load(choice: BackboneChoice) -> tuple[nn.Module, Loaded]:
+def _load(choice: BackboneChoice) -> tuple[nn.Module, state_dicts.Loaded]:
     architecture, source = choice.architecture, choice.source
     if source == "none":
-        return architecture.build(weights=None), Loaded("none")
+        return architecture.build(weights=None), state_dicts.Loaded("none")
     if source == "random":
-        net = random_net(architecture, parse_seed(choice.weights) or 0, choice.input_shape)
+        seed = state_dicts.parse_seed(choice.weights) or 0
+        net = state_dicts.random_net(architecture, seed, choice.input_shape)
         # The digest is that of the drawn parameters: running statistics differ in the last
         # bits between processors.
-        drawn = {**dict(net.named_parameters()), "calibration": torch.tensor(CALIBRATION)}
-        return net, Loaded(state_dicts.digest(drawn))
+        calibration = torch.tensor(state_dicts.CALIBRATION)
+        drawn = {**dict(net.named_parameters()), "calibration": calibration}
+        return net, state_dicts.Loaded(state_dicts.digest(drawn))
     where, tensors = read_weights(choice)
-    with seeded(0):  # what a file leaves out must be the same in every job
+    with state_dicts.seeded(0):  # what a file leaves out must be the same in every job
         net = architecture.headless()
     return net, state_dicts.fill(net, tensors, where)
 

@@ -123,11 +123,6 @@ BOX_FRAMES = 16
 """Sampled frames T where a recipe gives none."""
 
 
-def _box_network(weights: None = None) -> nn.Module:
-    """Return the network without parameters."""
-    return nn.Identity()
-
-
 def _box_map(net: Any, x: Tensor) -> Tensor:
     """Turn boxes [B, BOX_SLOTS * BOX_NUMBERS, T] into a map [B, D, T, 1, 1]."""
     return net(x)[..., None, None]
@@ -244,7 +239,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilenet_v3_large": _image(
         build=models.mobilenet_v3_large, weights=models.MobileNet_V3_Large_Weights
     ),
-    "boxes": Architecture("boxes", _box_network, None, _box_map, (), BOX_FRAMES),
+    "boxes": Architecture("boxes", nn.Identity, None, _box_map, (), BOX_FRAMES),
 }
 
 
@@ -271,24 +266,24 @@ def find(name: str) -> Architecture:
 
 def _own(name: str, load: Callable[[], Any]) -> Architecture:
     try:
-        found = load()
+        made = load()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"name={name!r}: cannot be imported ({error}); is its package installed in this "
             "environment, or its folder in PYTHONPATH?"
         ) from error
-    if callable(found):
+    if callable(made):
         try:
-            found = found()
+            made = made()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"name={name!r}: its factory failed ({reason}).") from error
-    if not isinstance(found, Architecture):
+    if not isinstance(made, Architecture):
         raise ConfigError(
-            f"name={name!r}: gave a {type(found).__name__}; a factory returns a "
+            f"name={name!r}: gave a {type(made).__name__}; a factory returns a "
             "karmma_pipeline.models.backbones.Architecture."
         )
-    return found
+    return made
 
 
 @cache

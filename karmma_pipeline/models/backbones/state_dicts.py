@@ -134,18 +134,18 @@ def renamed(
     Raises:
         CheckpointError: two tensors get the same name.
     """
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for old, tensor in tensors.items():
         new = old
         for pattern, replacement in key_map:
             new = re.sub(pattern, replacement, new)
-        if new in found:
+        if new in named:
             raise CheckpointError(
                 f"{where}: key_map gives {origin[new]!r} and {old!r} the same name {new!r}."
             )
-        found[new], origin[new] = tensor, old
-    return found
+        named[new], origin[new] = tensor, old
+    return named
 
 
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Loaded:
@@ -160,17 +160,17 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Loaded:
     state = net.state_dict()
     prefix = _prefix(tensors, set(state), where)
     stripped = {k.removeprefix(prefix): k for k in tensors if k.startswith(prefix)}
-    found = {k: tensors[stripped[k]] for k in state if k in stripped}
-    wrong = sorted(k for k, tensor in found.items() if tensor.shape != state[k].shape)
+    given = {k: tensors[stripped[k]] for k in state if k in stripped}
+    wrong = sorted(k for k, tensor in given.items() if tensor.shape != state[k].shape)
     needed = {k for k, tensor in state.items() if tensor.is_floating_point()}
-    fitting = {k: tensor for k, tensor in found.items() if k not in wrong}
+    fitting = {k: tensor for k, tensor in given.items() if k not in wrong}
     loaded = Loaded(
         digest="",
         prefix=prefix,
         matched=len(needed & set(fitting)),
-        missing=tuple(sorted(needed - set(found))),
+        missing=tuple(sorted(needed - set(given))),
         wrong_shape=tuple(wrong),
-        unexpected=tuple(sorted(set(tensors) - {stripped[k] for k in found})),
+        unexpected=tuple(sorted(set(tensors) - {stripped[k] for k in given})),
     )
     if loaded.matched < ENOUGH * len(needed):
         raise CheckpointError(
@@ -267,8 +267,8 @@ def fetch(name: str, weights: str = "DEFAULT", folder: Path | None = None) -> Pa
 
 
 def _hash_prefix(path: Path) -> str:
-    found = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    return found.group(1) if found else ""
+    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return digits.group(1) if digits else ""
 
 
 def _check_hash(path: Path) -> None:
