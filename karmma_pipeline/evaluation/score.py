@@ -217,6 +217,8 @@ def _point(
     per_clip = (_chances(correct, present, rate) * table).sum(axis=0)
     if not len(per_clip):
         per_clip = np.zeros(1)  # no clip has a label
+    # The mean over masks is exact, so the interval is over clips alone: how far the mean would
+    # move with other clips of the kind (normal approximation).
     expected = float(per_clip.mean())
     spread = _Z * float(per_clip.std()) / len(per_clip) ** 0.5
     return results.DropPoint(

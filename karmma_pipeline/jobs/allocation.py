@@ -169,6 +169,7 @@ def cpu_count(root: Path = _ROOT, environment: Mapping[str, str] = os.environ) -
     limits += [float(environment[name]) for name in _CPUS if environment.get(name, "").isdigit()]
     for folder in _folders(root, "cpu"):
         quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+        # Version 2 has quota and period in one file, version 1 in two; a folder has one of both.
         words = [*_words(folder / "cpu.max"), *_words(quota), *_words(period)]
         if len(words) == 2 and all(word.isdigit() for word in words):  # "max" and -1: no limit
             limits.append(int(words[0]) / max(1, int(words[1])))
@@ -184,6 +185,7 @@ def memory_limit(root: Path = _ROOT) -> int:
     limits = [psutil.virtual_memory().total]
     for folder in _folders(root, "memory"):
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            # Above memory.high nothing is killed, but the kernel slows the job down to a crawl.
             words = _words(folder / name)
             if words and words[0].isdigit() and 0 < int(words[0]) < _UNLIMITED:
                 limits.append(int(words[0]))

@@ -108,6 +108,7 @@ def _write_presence(catalog: Catalog) -> npt.NDArray[np.int64]:
                 attributes = {"unit": "second", "rows": ["requested", "real"]}
             writer = column_writer(catalog.root, name, dtype, shape, **attributes)
             writers[name] = stack.enter_context(writer)
+        # A shard at a time: a column is never in memory as a whole, however many clips there are.
         for shard in range(catalog.shards):
             record = catalog.read_record(shard)
             present[shard] = (record.reason == Reason.PRESENT).sum(axis=0)
@@ -124,6 +125,7 @@ def _shard_columns(
     for column, m in enumerate(spec.order):
         one, here = spec.modalities[m], record.present(column)
         first = shard * layout.capacity_rows(one.arrays[0], spec.clips_per_shard)
+        # Shards lie at fixed distances in the Zarr array, present clips one behind another in each.
         starts = first + one.tokens * (np.cumsum(here, dtype=np.int64) - here)
         yield f"start_{m}", np.where(here, starts, -1).astype(np.int64)
         yield f"tokens_{m}", np.where(here, one.tokens, 0).astype(np.int32)

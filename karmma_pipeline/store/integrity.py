@@ -208,6 +208,7 @@ def _locate(
             path = layout.shard_file(catalog.root, m, shard, other.name)
             opened.append((stack.enter_context(path.open("rb")), other.clip_bytes))
             opened[-1][0].seek(layout.PAYLOAD_OFFSET)
+        # A record has one checksum per clip and modality, over all its arrays in their order.
         for position in present:
             crc = 0
             for file, size in opened:

@@ -52,6 +52,7 @@ def index_faults(path: Path, spec: StoreSpec, shards: int) -> Iterator[str]:
 
 
 def _faults(file: h5py.File, name: str, sources: set[str] | None = None) -> Iterator[str]:
+    # The link itself, not what it leads to: opening a hostile one would already follow it.
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
         yield f"{name} is an HDF5 {type(link).__name__}, which may lead to any file"

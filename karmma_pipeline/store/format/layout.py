@@ -195,6 +195,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         data = read_bytes(root, path)
         manifest = json.loads(data)
         own = manifest.pop("self")
+        # Compared as text, too: other spellings of the same JSON have the same digest.
         text = files.json_text(manifest | {"self": own})
         whole = own == _digest(manifest) and data.decode() == text
     except (OSError, KeyError, ValueError, AttributeError, RecursionError) as error:

@@ -149,8 +149,10 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
     """Copy the files that a copy lacks; return whether it had any."""
     sizes = _sizes(store)
     missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
+    # A shard's file lies in a folder of its own, and each file has a temporary one while it is
+    # copied: four inodes a file is more than is needed.
     check_space(place.parent, sum(missing.values()), 4 * len(missing))
-    _done(place).unlink(missing_ok=True)
+    _done(place).unlink(missing_ok=True)  # from here on nothing counts as verified
     files.sweep(files.folders_of(place), alone=True)  # of a copy that was killed
     with progress_bar(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
         bar.update(sum(sizes.values()) - sum(missing.values()))
