@@ -9,8 +9,8 @@ import enum
 from collections.abc import Iterable
 from itertools import combinations
 
+#: Canonical order: a mask's column is the modality's place in this order.
 KNOWN = ("rgb", "flow", "audio", "boxes")
-"""Canonical order: a mask's column is the modality's place in this order."""
 
 _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
 

@@ -15,8 +15,8 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import KarmmaError
 
+#: Name of the composite of all heads, where there are several.
 ACTION = "action"
-"""Name of the composite of all heads, where there are several."""
 
 Protocol = Literal["all", "complete"]
 Percent = Annotated[float, Field(ge=0, le=100)]

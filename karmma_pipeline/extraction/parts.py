@@ -14,8 +14,8 @@ from karmma_pipeline.jobs import Part
 from karmma_pipeline.store import Catalog, FeatureStore, finalize
 from karmma_pipeline.store.format import layout
 
+#: In the folder of an extraction: the resolved recipe that made it.
 RECIPE = "recipe.yaml"
-"""In the folder of an extraction: the resolved recipe that made it."""
 
 
 def shard_seconds(catalog: Catalog) -> list[float]:

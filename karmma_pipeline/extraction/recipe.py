@@ -75,6 +75,8 @@ class Flow(Recipe):
     )
 
 
+#: What a front end sets beside its formulas; a recipe may override each. The defaults of `Audio`
+#: are radevski's.
 FRONT_ENDS: dict[str, dict[str, Any]] = {
     "radevski": {},
     "vggish": {
@@ -90,8 +92,6 @@ FRONT_ENDS: dict[str, dict[str, Any]] = {
         "hops": 400, "frame_s": 1.995, "mean": 0.0, "std": 1.0,
     },
 }  # fmt: skip
-"""What a front end sets beside its formulas; a recipe may override each. The defaults of `Audio`
-are radevski's."""
 
 
 class Audio(Recipe):

@@ -13,8 +13,8 @@ from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.logs import progress_bar
 
 STARTING, BACKBONES = "start-up", "backbones"
+#: What keeps the networks, or keeps them from working; start-up ends with the first batch.
 DECODING, WRITING = "decode wait", "write wait"
-"""What keeps the networks, or keeps them from working; start-up ends with the first batch."""
 
 _BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write-bound"}
 _RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

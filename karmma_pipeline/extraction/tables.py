@@ -19,8 +19,8 @@ from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore
 
 FAILURES, MEDIA = "failures.csv", "media.csv"
+#: The folder of the notes, a file per shard, which one part alone writes.
 NOTES = "media_notes"
-"""The folder of the notes, a file per shard, which one part alone writes."""
 
 _FAILURE_COLUMNS = ("clip_id", "modality", "stage", "reason", "hint", "detail")
 _MEDIA_COLUMNS = ("clip_id", "audio_rate_hz", "audio_windows_padded")

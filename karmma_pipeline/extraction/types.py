@@ -27,15 +27,15 @@ Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 Pictures = npt.NDArray[np.uint8]
 
+#: Folder beside the stores in which lists of tars are kept.
 TAR_INDEX = "tar_index"
-"""Folder beside the stores in which lists of tars are kept."""
 
+#: A frame counts as shown from this much before its start: decord's times are float32, and an
+#: annotation that names a frame's own start must get that frame.
 ROUNDING_S = 5e-4
-"""A frame counts as shown from this much before its start: decord's times are float32, and an
-annotation that names a frame's own start must get that frame."""
 
+#: Absences that are how the clip was recorded, not errors.
 NATURAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET}
-"""Absences that are how the clip was recorded, not errors."""
 
 # How long the only frame of a video counts as shown if the file does not say.
 _ALONE_S = 0.04

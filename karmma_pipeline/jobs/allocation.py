@@ -17,8 +17,8 @@ import psutil
 
 from karmma_pipeline.errors import ConfigError
 
+#: Environment variable: the number of parts, where an array does not tell it or has gaps.
 PARTS = "KARMMA_PARTS"
-"""Environment variable: the number of parts, where an array does not tell it or has gaps."""
 
 # PBS Pro and Torque tell a task its number, but not how many there are.
 _NUMBERS_ALONE = ("PBS_ARRAY_INDEX", "PBS_ARRAYID")

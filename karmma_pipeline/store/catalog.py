@@ -81,8 +81,8 @@ def _has_all(root: Path, spec: StoreSpec) -> bool:
     return all((root / name).is_file() for name in described_files(spec))
 
 
+#: Columns that every clip table has beside ids and labels.
 PLAIN = ("split", "group", "start_s", "stop_s")
-"""Columns that every clip table has beside ids and labels."""
 
 _MAX_CLIPS = 100_000_000
 _MAX_ID_BYTES = 120

@@ -13,8 +13,8 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.modalities import canonical
 
 _STEPS = 127
+#: The largest magnitude that can be held.
 LARGEST = _STEPS * float(np.finfo(np.float16).max)
-"""The largest magnitude that can be held."""
 
 
 def quantise(tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:

@@ -31,8 +31,8 @@ from karmma_pipeline.store.spec import StoredArray
 
 _COPY_BYTES = 4 << 20
 
+#: One clip as `ModalitySpec.arrays` hold it, to be written as it is.
 Encoded = tuple[npt.NDArray[Any], ...]
-"""One clip as `ModalitySpec.arrays` hold it, to be written as it is."""
 
 
 class ShardWriter:

@@ -128,13 +128,13 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | Path) else value
 
 
+#: One path, or a list of them.
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-"""One path, or a list of them."""
 
+#: One store, or a list of them; each may be a list of stores that are read as one.
 Stores = Annotated[
     tuple[Path | tuple[Path, ...], ...], BeforeValidator(_as_tuple), Field(min_length=1)
 ]
-"""One store, or a list of them; each may be a list of stores that are read as one."""
 
 
 class DistillRecipe(TrainRecipe):

@@ -46,8 +46,8 @@ def read_checksummed(path: Path) -> memoryview:
     return data
 
 
+#: Two, because the newest may be the one that was hurt.
 KEEP = 2
-"""Two, because the newest may be the one that was hurt."""
 
 VERSION = 1
 

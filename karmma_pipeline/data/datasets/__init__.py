@@ -33,11 +33,11 @@ class CsvList(Recipe):
     )
 
 
+#: A recipe section that names a data set.
 Dataset = Annotated[
     CsvList | FolderTree | EpicKitchens | SomethingSomething | Ego4dLta | EgoExo4dKeysteps,
     Field(discriminator="kind"),
 ]
-"""A recipe section that names a data set."""
 
 
 def read_dataset(dataset: Dataset) -> Manifest:

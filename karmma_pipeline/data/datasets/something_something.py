@@ -32,8 +32,8 @@ from karmma_pipeline.data.manifest import (
 from karmma_pipeline.errors import ManifestError
 
 HEAD = "action"
+#: Rate of the data set's videos, Hz, and of the grid of its frames and boxes.
 FPS = 12.0
-"""Rate of the data set's videos, Hz, and of the grid of its frames and boxes."""
 
 _FILES = {"train": "train", "val": "validation", "test": "test"}
 _FOLDERS = ("", "20bn-something-something-v2/", "videos/", "frames/")

@@ -17,8 +17,8 @@ from karmma_pipeline.errors import CheckpointError, ConfigError, ManifestError, 
 from karmma_pipeline.store.source import TokenSource
 from karmma_pipeline.store.spec import ClipNumbers
 
+#: Clip id and modality.
 ClipModality = tuple[str, str]
-"""Clip id and modality."""
 
 _MOST_NAMED = 20
 
@@ -102,8 +102,8 @@ def _folder(store: TokenSource, modality: str) -> Path:
     return next((part.path for part in parts if modality in part.modalities), store.path)
 
 
+#: The mask of a subset, bool [B, M], and the logits under it, head to float32 [B, C].
 SubsetLogits = tuple[Tensor, dict[str, Tensor]]
-"""The mask of a subset, bool [B, M], and the logits under it, head to float32 [B, C]."""
 
 
 @torch.inference_mode()

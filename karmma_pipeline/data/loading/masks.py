@@ -19,8 +19,8 @@ _WORD = 2**64 - 1
 
 # Streams of draws for one clip and epoch; the columns of a mask are 0, 1, 2...
 _REPAIR = 2**32
+#: Stream of `draws` that shuffles the clips of an epoch.
 ORDER = 2**32 + 1
-"""Stream of `draws` that shuffles the clips of an epoch."""
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

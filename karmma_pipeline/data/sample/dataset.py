@@ -19,8 +19,8 @@ from karmma_pipeline.logs import progress_bar
 
 CLIPS_PER_VIDEO = 4
 VALIDATION_SHARE = 0.25
+#: Which videos lack an audio track, and in which the track is silent.
 NO_TRACK_EVERY, SILENT_EVERY = 8, 10
-"""Which videos lack an audio track, and in which the track is silent."""
 
 _VERSION = 2
 _GAP_S = 0.2

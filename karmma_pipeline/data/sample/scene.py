@@ -129,8 +129,8 @@ def sing(duration_s: float, actions: list[Action], rng: np.random.Generator) -> 
     return np.clip(sound, -1, 1)
 
 
+#: Ticks per second of the video stream, fine enough for a variable frame rate.
 CLOCK = 90_000
-"""Ticks per second of the video stream, fine enough for a variable frame rate."""
 
 
 def write_video(

@@ -37,8 +37,8 @@ from torchvision.transforms import functional as vision
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 
+#: torchvision's video weights were made without antialiasing (its ``_presets.py``).
 ANTIALIAS = False
-"""torchvision's video weights were made without antialiasing (its ``_presets.py``)."""
 
 
 class FrameTransform(Recipe):
@@ -113,14 +113,14 @@ def of_weights(transforms: Any) -> FrameTransform:
     )
 
 
+#: Boxes of a frame.
 BOX_SLOTS = 14
-"""Boxes of a frame."""
 
+#: Numbers of a slot.
 BOX_NUMBERS = 7
-"""Numbers of a slot."""
 
+#: Sampled frames T where a recipe gives none.
 BOX_FRAMES = 16
-"""Sampled frames T where a recipe gives none."""
 
 
 def _box_map(net: Any, x: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def prepare_boxes(boxes: Tensor) -> Tensor:
     return boxes.float().flatten(2).transpose(1, 2)
 
 
+#: Entry-point group in which other packages name their factories.
 ENTRY_POINTS = "karmma.backbones"
-"""Entry-point group in which other packages name their factories."""
 
 Kind = Literal["video", "image", "boxes"]
 FeatureMap = Callable[[Any, Tensor], Tensor]

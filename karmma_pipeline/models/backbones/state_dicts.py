@@ -29,8 +29,8 @@ from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.backbones.registry import Architecture, find
 
+#: Share of a backbone's tensors that a file must hold; heads do not count.
 ENOUGH = 0.95
-"""Share of a backbone's tensors that a file must hold; heads do not count."""
 
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
 # Classes beside tensors and containers that a file may hold: training scripts save their arguments,
@@ -201,9 +201,9 @@ def _some(names: tuple[str, ...], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+#: Seconds without an answer after which a download counts as failed: nodes behind a firewall would
+#: wait for ever.
 TIMEOUT_S = 10.0
-"""Seconds without an answer after which a download counts as failed: nodes behind a firewall
-would wait for ever."""
 
 
 def enum_member(architecture: Architecture, name: str) -> Any | None:
@@ -294,8 +294,8 @@ def _download(url: str, path: Path, command: str) -> None:
         socket.setdefaulttimeout(patience)
 
 
+#: Version of the calibrating pass below; part of the digest, since it decides the features.
 CALIBRATION = 2
-"""Version of the calibrating pass below; part of the digest, since it decides the features."""
 
 # Pixels (over all frames) of noise to calibrate with: small inputs give few positions in the last
 # maps, and need more clips for sound statistics.

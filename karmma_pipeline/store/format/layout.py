@@ -22,12 +22,12 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store.spec import ModalitySpec, StoredArray
 
 FORMAT = "karmma-feature-store"
+#: What is written. Who changes what lies in a store raises it, and goes on reading the older.
 VERSION = 2
-"""What is written. Who changes what lies in a store raises it, and goes on reading the older."""
 
 _OLDEST = 2
+#: Where the tokens start in every shard file: after user block and HDF5 header.
 PAYLOAD_OFFSET = 16_384
-"""Where the tokens start in every shard file: after user block and HDF5 header."""
 
 # HDF5 keeps its headers in 4 to 16 KB behind the user block, whatever its version; the offset is
 # fixed, so that a reader needs no header and no hostile header can lead it elsewhere.
