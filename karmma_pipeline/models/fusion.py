@@ -194,6 +194,5 @@ class FusionModel(nn.Module):
         weight = torch.cat([counts.new_ones(len(mask), 1), counts], dim=1)[..., None]
         total = torch.where(weight, logits, logits.new_zeros(())).sum(dim=1)
         averaged = total / weight.sum(dim=1)
-        return dict(
-            zip(self.heads, torch.split(averaged, list(self.heads.values()), dim=-1), strict=True)
-        )
+        by_head = torch.split(averaged, list(self.heads.values()), dim=-1)
+        return dict(zip(self.heads, by_head, strict=True))

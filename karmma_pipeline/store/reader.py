@@ -38,18 +38,14 @@ class FeatureStore(MappedStore):
         self.modalities, self.specs = self.spec.order, self.spec.modalities
         self.heads = dict(self.spec.heads)
         manifest = layout.read_manifest(self.path)
-        self.digest: str = manifest["digest"]
+        self.digest = manifest["digest"]
         if manifest["clips"] != len(self):
             raise StoreError(f"{self.path}: the manifest and {layout.SPEC} count other clips.")
-        self.reasons: npt.NDArray[np.uint8] = self._catalog.column(
-            "reason", np.uint8, len(self.modalities)
-        )
+        self.reasons = self._catalog.column("reason", np.uint8, len(self.modalities))
         if self.reasons.max(initial=0) > max(Reason):
             raise StoreError(f"{self.path}: unknown reason {self.reasons.max()} in the clip table.")
-        self.present: npt.NDArray[np.bool_] = np.asarray(self.reasons) == Reason.PRESENT
-        self.labels: dict[str, npt.NDArray[np.int32]] = {
-            head: self._catalog.labels(head) for head in self.heads
-        }
+        self.present = np.asarray(self.reasons) == Reason.PRESENT
+        self.labels = {head: self._catalog.labels(head) for head in self.heads}
 
     @classmethod
     def open(cls, path: Path) -> Self:

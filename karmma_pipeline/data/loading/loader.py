@@ -193,18 +193,15 @@ class FeatureLoader:
             places = self.order(epoch)
         elif self.shuffle:
             places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
-        masks = self._masks(epoch)
+        # The masks of all clips: drawn at once they cost next to nothing.
+        present = self.store.present[self.indices]
+        masks = modality_mask(self.seed, epoch, self._keys, present, self.p)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
             for b in range(start_batch, len(self))
         )
         loads = (partial(self._load, part, masks) for part in parts)
         return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
-
-    def _masks(self, epoch: int) -> npt.NDArray[np.bool_]:
-        """Return the masks of all clips: drawn at once they cost next to nothing."""
-        present = self.store.present[self.indices]
-        return modality_mask(self.seed, epoch, self._keys, present, self.p)
 
     def _load(self, places: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_]) -> Batch:
         clips = self.indices[places]

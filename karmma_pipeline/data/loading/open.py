@@ -73,8 +73,7 @@ class DeviceStore(TokenSource):
         needed = 0
         for column, m in enumerate(self.modalities):
             clips = int(self.present[:, column].sum()) + 1
-            one = sum(int(np.prod(p.shape)) * p.dtype.itemsize for p in self.parts(m))
-            needed += clips * one
+            needed += clips * self.specs[m].clip_bytes
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
@@ -90,10 +89,9 @@ class DeviceStore(TokenSource):
         present = np.flatnonzero(self.present[:, self.modalities.index(modality)])
         row = torch.zeros(len(self) + 1, dtype=torch.int64)  # row 0 is zeros: absent
         row[torch.from_numpy(present)] = torch.arange(1, len(present) + 1)
-        tokens = tuple(
-            torch.zeros(len(present) + 1, *p.shape, dtype=p.dtype, device=self.device)
-            for p in self.parts(modality)
-        )
+        tokens = self.empty_parts(modality, len(present) + 1, self.device)
+        for part in tokens:
+            part[0] = 0
         buffers = self.source.empty_parts(modality, min(_PIECE, len(present)))
         for start in range(0, len(present), _PIECE):
             index = torch.from_numpy(present[start : start + _PIECE])

@@ -79,14 +79,12 @@ def write_sample(
 
 def _claim(out: Path, settings: dict[str, int]) -> None:
     path = out / "sample.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        if there != settings:
-            raise ConfigError(
-                f"{out}: holds a sample made with {there}, not {settings}; choose another folder."
-            )
-        return
-    files.write_json(path, settings)
+    if not path.is_file():
+        files.write_json(path, settings)
+    elif (there := json.loads(path.read_text())) != settings:
+        raise ConfigError(
+            f"{out}: holds a sample made with {there}, not {settings}; choose another folder."
+        )
 
 
 def _plan(clips: int, seed: int) -> Iterator[_SampleVideo]:

@@ -111,15 +111,14 @@ class Networks:
         specs = {}
         for modality, choice in self.recipe.sets[name].items():
             tokens, width = choice.output_shape
+            config = self.all[network_key(choice)].config
             specs[modality] = ModalitySpec(
                 tokens=tokens,
                 width=width,
                 dtype=self.recipe.store.dtype,
                 frames=input_spec(modality, choice).times,
                 provenance=self._provenance(modality, choice),
-                computed=self.all[network_key(choice)].config.model_dump(
-                    mode="json", by_alias=True
-                ),
+                computed=config.model_dump(mode="json", by_alias=True),
             )
         return StoreSpec(
             modalities=specs,
