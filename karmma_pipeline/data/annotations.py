@@ -4,10 +4,12 @@ A fault is said with its file, its line (or entry) and its column, the first ten
 """
 
 import csv
+import difflib
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,20 +25,33 @@ _SHOWN = 10
 
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
 _WHOLE = re.compile(r"\d{1,9}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "an Excel workbook"}
+
+
+def parse_number(text: str) -> float:
+    """Return a number as people write it; ValueError for what only Python reads, such as 1_0."""
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def parse_time(text: str) -> float:
     """Return seconds from ``12.5`` or ``[HH:]MM:SS.ff`` with any number of decimals.
 
     Raises:
-        ValueError: the text is no finite time from 0 on.
+        ValueError: the text is no finite time from 0 on, or a clock shows 60 seconds or, beside
+            hours, 60 minutes.
     """
     clock = _CLOCK.fullmatch(text.strip())
     if clock:
         hours, minutes, seconds = clock.groups()
+        if float(seconds) >= 60 or (hours and int(minutes) >= 60):
+            raise ValueError(text)
         return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
+    value = parse_number(text.strip())
+    if value < 0:
         raise ValueError(text)
     return value
 
@@ -82,7 +97,7 @@ class Row:
             return parse_time(text)
         except ValueError:
             raise ValueError(
-                f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff"
+                f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff up to 59:59.99"
             ) from None
 
     def whole(self, column: str) -> int | None:
@@ -105,45 +120,100 @@ class Row:
 def read_table(path: Path, required: Iterable[str], what: str = "manifest") -> list[Row]:
     """Read a UTF-8 CSV file whose first line names the columns; cells are stripped.
 
+    Commas separate the cells, or semicolons or tabs if the first line is written with them. Empty
+    lines are skipped, and empty cells after the last column. A column without a name is called
+    ``(column 1)``, or left out if it is empty.
+
     Raises:
         ManifestError: it cannot be read, lacks a required column, or a line has another
             number of cells than the first.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = _rows(path, csv.reader(file, strict=True), required)
-    except OSError as error:
-        raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        if isinstance(error, ManifestError):
-            raise
-        raise ManifestError(f"{path}: not a UTF-8 CSV file ({error}).") from None
-    return rows
-
-
-def _rows(path: Path, reader: Any, required: Iterable[str]) -> list[Row]:
-    columns = [cell.strip() for cell in next(reader, [])]
+    text = _text(path, what)
+    required = tuple(required)
+    first = text.partition("\n")[0]
+    separators = [
+        s for s in ",;\t" if not set(required) - {c.strip(' "\r') for c in first.split(s)}
+    ]
+    lines = _lines(path, text, separators[0] if separators else ",")
+    columns = next(lines, (1, []))[1]
     missing = [c for c in required if c not in columns]
     if missing:
+        near = (difflib.get_close_matches(c, columns, n=1) for c in missing)
+        hint = "".join(f"; call {n[0]!r} {c}" for c, n in zip(missing, near, strict=True) if n)
         raise ManifestError(
             f"{path}: no column {' and '.join(missing)}; the first line must name "
-            f"the columns, it reads {','.join(columns)[:300]!r}."
+            f"the columns, it reads {','.join(columns)[:300]!r}{hint}."
         )
-    if len(set(columns)) < len(columns):
+    named = [c for c in columns if c]
+    if len(set(named)) < len(named):
         raise ManifestError(f"{path}: duplicate column name in {','.join(columns)[:300]!r}.")
+    return _rows(path, columns, lines)
+
+
+def _rows(path: Path, columns: list[str], lines: Iterable[tuple[int, list[str]]]) -> list[Row]:
+    names = [column or f"(column {place})" for place, column in enumerate(columns, 1)]
     rows = []
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(columns):
+    for line, cells in lines:
+        if any(cells[len(names) :]) or len(cells) < len(names):
             raise ManifestError(
-                f"{path}: line {reader.line_num}: has {len(cells)} cells, the first "
+                f"{path}: line {line}: has {len(cells)} cells, the first "
                 f"line has {len(columns)}; quote cells that hold a comma."
             )
-        rows.append(
-            Row(reader.line_num, {c: x.strip() for c, x in zip(columns, cells, strict=True)})
-        )
+        rows.append(Row(line, dict(zip(names, cells, strict=False))))
+    unused = [n for n in set(names) - set(columns) if not any(row[n] for row in rows)]
+    for row in rows:
+        for name in unused:
+            del row.cells[name]
     return rows
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        kind = next((name for mark, name in _WIDE.items() if data.startswith(mark)), "")
+        line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
+        cell = data.count(b",", start, error.start) + 1
+        raise ManifestError(
+            f"{path}: line {line}: not a UTF-8 CSV file ({kind or f'cell {cell} is not UTF-8'}); "
+            "save it as CSV UTF-8."
+        ) from None
+
+
+def _lines(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the stripped cells of every line that is not empty."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    columns: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = [cell.strip() for cell in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # A quote that nobody closes swallows all lines up to the next one: the fault lies
+            # where it opens, and not where the reader gives up.
+            place = _whole_cells(re.split(r"\r\n|\n|\r", text)[line - 1], separator)
+            where = columns[place] if place < len(columns) else f"cell {place + 1}"
+            raise ManifestError(
+                f"{path}: line {line}: {where}: a quote is not closed, or closes before the cell "
+                f"ends ({error}); quote the whole cell, and write a quote inside of it twice."
+            ) from None
+        columns = columns or cells
+        if any(cells):
+            yield line, cells
+
+
+def _whole_cells(line: str, separator: str) -> int:
+    """Return how many cells of a line are well-formed before the first that is not."""
+    cell = re.compile(f'(?:"(?:[^"]|"")*"|(?!")[^{separator}]*){separator}')
+    count, at = 0, 0
+    while found := cell.match(line, at):
+        count, at = count + 1, found.end()
+    return count
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:
@@ -203,9 +273,19 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
 
 
 def collect(
-    path: Path, items: Iterable[tuple[str, S]], read: Callable[[S], T]
+    path: Path,
+    items: Iterable[tuple[str, S]],
+    read: Callable[[S], T],
+    left_out: list[str] | None = None,
 ) -> list[tuple[str, T]]:
     """Read every item, each with where it stands (``line 7``); all faults become one error.
+
+    Args:
+        path: the file that they are from.
+        items: each with where it stands.
+        read: reads one; ValueError is a fault.
+        left_out: faulty items are added here instead, each with its fault: for data sets as
+            published, whose users cannot mend a file of somebody else's.
 
     Raises:
         ManifestError: some items are faulty.
@@ -215,11 +295,16 @@ def collect(
     for where, item in items:
         try:
             values.append((where, read(item)))
+        except ManifestError:  # of another file
+            raise
         except ValueError as error:
             faults.append(f"{where}: {error}")
         except OverflowError:
             faults.append(f"{where}: a number is too large")
-    raise_faults(path, faults)
+    if left_out is None:
+        raise_faults(path, faults)
+    else:
+        left_out += [f"{path}: {fault}" for fault in faults]
     return values
 
 

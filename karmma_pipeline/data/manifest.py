@@ -13,7 +13,9 @@ extraction's. All are hashable and picklable, so that clips travel to decode pro
 """
 
 import csv
+import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,11 @@ RESERVED = (
     "group",
 )
 REQUIRED = ("clip_id",)
+TIMES = ("start", "stop")
+NOT_KNOWN = frozenset(
+    ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None"]
+)
+"""Cells that say that a label, a split or a group is not known: those that pandas reads so."""
 SIDECAR = "groups.json"
 """File beside the stores with the data set's `Groups`; evaluation reads it."""
 
@@ -171,12 +178,14 @@ class Manifest:
     """Clips in the files' order, and the class names of each head.
 
     notes: sentences on what was found on disk, for people.
+    left_out: entries of a published list that are faulty, each with where it stands and why.
     """
 
     clips: tuple[Clip, ...]
     heads: Mapping[str, tuple[str, ...]]
     groups: Groups = Groups()
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def describe_heads(heads: Mapping[str, Sequence[str]]) -> list[str]:
@@ -187,12 +196,15 @@ def describe_heads(heads: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
+def unique(
+    path: Path, clips: Iterable[tuple[str, Clip]], left_out: list[str] | None = None
+) -> tuple[Clip, ...]:
     """Return the clips if no id is a duplicate; upper and lower case count as equal.
 
     Args:
         path: the file or folder that is named in the error.
         clips: each with where it stands, such as ``line 7``.
+        left_out: what is faulty already; the later ones of duplicates are added.
 
     Raises:
         ManifestError: there are duplicate ids, or there are no clips.
@@ -207,9 +219,15 @@ def unique(path: Path, clips: Iterable[tuple[str, Clip]]) -> tuple[Clip, ...]:
                 f"{where}: duplicate clip_id={clip.clip_id!r}, also in {seen[folded]} "
                 "(upper and lower case count as equal)"
             )
-        seen.setdefault(folded, where)
-        kept.append(clip)
-    annotations.raise_faults(path, faults)
+        else:
+            seen[folded] = where
+            kept.append(clip)
+    if left_out is None:
+        annotations.raise_faults(path, faults)
+    else:
+        left_out += [f"{path}/{fault}" for fault in faults]
+    if not kept and left_out:
+        raise ManifestError(f"all entries are faulty: {'; '.join(left_out[:10])}.")
     if not kept:
         raise ManifestError(f"{path}: the manifest lists no clips.")
     return tuple(kept)
@@ -235,42 +253,163 @@ class PictureNames(Recipe):
     )
 
 
-def read_manifest(path: Path, pictures: PictureNames | None = None) -> Manifest:
+# Other names that people give to reserved columns, without underscores and in lower case.
+_MEANT = {
+    "clip_id": {"id", "clip", "uid", "clipname", "narrationid"},
+    "video": {"file", "filename", "path", "filepath", "videopath", "videofile", "videoname"},
+    "frames": {"framefolder", "framespath", "images", "imagefolder"},
+    "fps": {"framerate", "framespersecond"},
+    "flow": {"opticalflow", "flowpath", "flowfolder"},
+    "audio": {"sound", "wav", "audiopath", "audiofile"},
+    "start": {"begin", "from", "onset", "tstart"}
+    | {f"{a}{b}" for a in ("start", "begin") for b in ("s", "sec", "secs", "seconds", "time")}
+    | {"startsecond", "starttimestamp", "timestart", "starts", "startframe"},
+    "stop": {"end", "to", "until", "offset", "tend", "tstop", "finish"}
+    | {f"{a}{b}" for a in ("end", "stop") for b in ("s", "sec", "secs", "seconds", "time")}
+    | {"endsecond", "endtimestamp", "stoptimestamp", "timeend", "ends", "stopframe", "endframe"},
+    "split": {"subset", "partition", "fold", "set"},
+    "group": {"participant", "participantid", "subject", "subjectid", "person", "personid"},
+}
+_NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")
+_DECIMAL = re.compile(r"-?\d{1,15}(\.\d{0,15})?", re.ASCII)
+_NAMING = "dataset: {{kind: csv, path: {}, heads: [{}]}}"
+
+# Of so few clips each may well have a class of its own.
+_FEW_CLIPS = 20
+
+
+def read_manifest(
+    path: Path, pictures: PictureNames | None = None, heads: Sequence[str] | None = None
+) -> Manifest:
     """Read a manifest CSV; labels get ids in the order of their sorted names over all splits.
 
     Args:
         path: the CSV.
         pictures: names of the pictures in its ``frames`` and ``flow`` folders.
+        heads: columns that are label sets; None: all that are not reserved.
 
     Raises:
-        ManifestError: names every faulty line and column (the first ten).
+        ManifestError: names every faulty line and column (the first ten); or a column looks like
+            a reserved one by another name, or like no label set.
     """
     pictures = pictures or PictureNames()
     rows = annotations.read_table(path, REQUIRED)
     if not rows:
         raise ManifestError(f"{path}: the manifest lists no clips.")
-    if "video" not in rows[0] and "frames" not in rows[0]:
+    columns = list(rows[0].cells)
+    names, notes = _head_columns(path, columns, heads)
+    if "video" not in columns and "frames" not in columns:
         raise ManifestError(f"{path}: no column video or frames.")
-    heads = {c: _class_names(row[c] for row in rows) for c in rows[0].cells if c not in RESERVED}
-    ids = {head: {name: i for i, name in enumerate(names)} for head, names in heads.items()}
+    labels = {name: _Labels.of([row[name] for row in rows]) for name in names}
+    if heads is None:
+        _check_sizes(path, labels)
     clips = annotations.collect(
         path,
         ((f"line {row.line}", row) for row in rows),
-        lambda row: _clip(row, path.parent, ids, pictures),
+        lambda row: _clip(row, path.parent, labels, pictures),
     )
-    return Manifest(unique(path, clips), heads)
+    notes += [f"{name}: {one.note}" for name, one in labels.items() if one.note]
+    sets = {name: one.names for name, one in labels.items()}
+    return Manifest(unique(path, clips), sets, notes=tuple(notes))
 
 
-def _class_names(cells: Iterable[str]) -> tuple[str, ...]:
-    names = sorted({cell for cell in cells if cell})
-    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
-        names.sort(key=int)
-    return tuple(names)
+def _head_columns(
+    path: Path, columns: Sequence[str], heads: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Return the columns that are heads, and sentences on those that are nothing."""
+    index = [c for c in columns if _NAMELESS.fullmatch(c)]
+    free = [c for c in columns if c not in RESERVED and c not in index]
+    for head in heads or ():
+        if head not in free:
+            near = difflib.get_close_matches(head, free, n=1)
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            why = "is reserved" if head in RESERVED else f"is no column{hint}"
+            raise ManifestError(f"{path}: dataset.heads: {head!r} {why}.")
+    for column in free if heads is None else set(free) - {*heads}:
+        reserved = _meant(column, columns)
+        if reserved and (heads is None or reserved in TIMES):
+            raise ManifestError(
+                f"{path}: column {column!r} is not known; did you mean {reserved}"
+                f"{' (seconds)' if reserved in TIMES else ''}? Call it that, "
+                "delete it, or, if it is a label, name all labels in the recipe: "
+                f"{_NAMING.format(path, column)}."
+            )
+    chosen = list(heads) if heads is not None else free
+    for head in chosen:
+        _check_head(path, head, chosen)
+    unused = [*index, *(c for c in free if c not in chosen)]
+    return chosen, [f"columns that are not used: {', '.join(unused)}"] if unused else []
 
 
-def _clip(
-    row: Row, folder: Path, ids: Mapping[str, Mapping[str, int]], pictures: PictureNames
-) -> Clip:
+def _check_head(path: Path, head: str, heads: Sequence[str]) -> None:
+    try:
+        files.check_name(head)
+    except ValueError as error:
+        plain = unicodedata.normalize("NFKD", head).encode("ascii", "ignore").decode()
+        better = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("_.-")
+        raise ManifestError(
+            f"{path}: column {head!r}: a head cannot be called that ({error}); call the column "
+            f"{better or 'label'!r}."
+        ) from None
+    if sum(head.casefold() == other.casefold() for other in heads) > 1:
+        raise ManifestError(f"{path}: two heads are called {head!r} but for upper and lower case.")
+
+
+def _meant(column: str, columns: Sequence[str]) -> str | None:
+    """Return the reserved column that is not there and that a column looks like."""
+    plain = re.sub(r"[\W_]+", "", column.casefold())
+    for name in RESERVED:
+        if name in columns:
+            continue
+        alike = name.replace("_", "")
+        turned = plain[:1] == alike[0] and sorted(plain) == sorted(alike)
+        close = difflib.SequenceMatcher(None, plain, alike).ratio() >= 0.85
+        if plain == alike or plain in _MEANT.get(name, ()) or turned or close:
+            return name
+    return None
+
+
+def _check_sizes(path: Path, labels: Mapping[str, "_Labels"]) -> None:
+    for name, one in labels.items():
+        if one.known >= _FEW_CLIPS and 2 * len(one.names) > one.known:
+            raise ManifestError(
+                f"{path}: column {name!r} has {len(one.names):,} classes in {one.known:,} clips, "
+                "which looks like no label. Delete it, or say in the recipe which columns are "
+                f"labels: {_NAMING.format(path, 'verb')}."
+            )
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The classes of one column: names by id, a cell's id, clips that have one, and a remark."""
+
+    names: tuple[str, ...]
+    ids: Mapping[str, int]
+    known: int
+    note: str
+
+    @classmethod
+    def of(cls, cells: Sequence[str]) -> "_Labels":
+        """Sort out which cells are classes; numbers are ordered as numbers."""
+        classes = {cell for cell in cells if cell not in NOT_KNOWN}
+        names = {cell: cell for cell in classes}
+        if classes and all(_DECIMAL.fullmatch(cell) for cell in classes):
+            # pandas writes whole numbers with a point where one is missing: 3.0 is class 3.
+            names = {cell: re.sub(r"\.0*$", "", cell) for cell in classes}
+            if min(map(float, classes)) >= UNKNOWN:  # among other negative numbers it is a class
+                names = {cell: name for cell, name in names.items() if float(name) != UNKNOWN}
+            order = sorted(set(names.values()), key=lambda name: (float(name), name))
+        else:
+            order = sorted(classes)
+        places = {name: place for place, name in enumerate(order)}
+        ids = {cell: places[name] for cell, name in names.items()}
+        unknown = [cell for cell in cells if cell not in ids]
+        kinds = ", ".join(sorted({cell or "empty" for cell in unknown}))
+        note = f"{len(unknown):,} of {len(cells):,} clips have no class ({kinds})"
+        return cls(tuple(order), ids, len(cells) - len(unknown), note if unknown else "")
+
+
+def _clip(row: Row, folder: Path, labels: Mapping[str, _Labels], pictures: PictureNames) -> Clip:
     clip_id = row.name("clip_id")
     media: dict[str, Source] = {}
     video = _file(row, folder, "video", row.whole("video_stream"))
@@ -285,8 +424,9 @@ def _clip(
     if sound is not None:
         media["audio"] = sound
     start_s, stop_s = row.span("start", "stop")
-    labels = {head: of.get(row[head], UNKNOWN) for head, of in ids.items()}
-    return Clip(clip_id, media, start_s, stop_s, labels, row.get("split"), row.get("group"))
+    ids = {head: of.ids.get(row[head], UNKNOWN) for head, of in labels.items()}
+    split, group = ("" if (x := row.get(c)) in NOT_KNOWN else x for c in ("split", "group"))
+    return Clip(clip_id, media, start_s, stop_s, ids, split, group)
 
 
 def _path(row: Row, folder: Path, column: str) -> Path | None:
@@ -305,7 +445,7 @@ def _file(row: Row, folder: Path, column: str, stream: int | None) -> FileSource
 
 def _fps(row: Row, column: str) -> float:
     try:
-        fps = float(row.get("fps"))
+        fps = annotations.parse_number(row.get("fps"))
     except ValueError:
         fps = 0.0
     if not 0 < fps < 100_000:

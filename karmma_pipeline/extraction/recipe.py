@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,12 +12,15 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets import Dataset, read_dataset
 from karmma_pipeline.data.manifest import SIDECAR, Manifest, read_manifest
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.modalities import KNOWN
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.store.spec import Dtype
 
 _logger = logging.getLogger(__name__)
+
+# Faulty entries that are named; the JSON of `karmma plan` has them all.
+_SHOWN = 20
 
 
 class Sampling(Recipe):
@@ -240,7 +244,11 @@ class ExtractRecipe(Recipe):
         "On a CPU: of all passes at once, fewer run if not all fit; null: half of what is free.",
     )
     max_failures: float = Field(
-        0.05, ge=0, le=1, description="Share of clips that may lose a modality to an error."
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of clips that may lose a modality to an error, and of entries of a\n"
+        "published list that may be faulty and are left out.",
     )
 
     @model_validator(mode="before")
@@ -286,6 +294,7 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
     else:
         assert recipe.dataset is not None  # noqa: S101  (the recipe has one of the two)
         manifest = read_dataset(recipe.dataset)
+    manifest = _without_odd_entries(manifest, recipe.max_failures)
     there = {modality for clip in manifest.clips for modality in clip.media}
     for name, choices in recipe.sets.items():
         for modality in choices:
@@ -294,6 +303,18 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
                 hint = f"did you mean {near[0]!r}?" if near else f"they have: {', '.join(there)}"
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
     return manifest
+
+
+def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:
+    """Say which entries are left out; too many of them are an error."""
+    faults = manifest.left_out
+    count = f"{len(faults):,} of {len(manifest.clips) + len(faults):,} entries are faulty"
+    if len(faults) > allowed * (len(manifest.clips) + len(faults)):
+        shown = "; ".join(faults[:_SHOWN])
+        raise ManifestError(f"{count}, more than max_failures={allowed:g} allows: {shown}.")
+    more = [f"and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else []
+    lines = [f"{count} and left out:", *faults[:_SHOWN], *more] if faults else []
+    return replace(manifest, notes=(*manifest.notes, *lines))
 
 
 def write_groups(folder: Path, manifest: Manifest) -> None:

@@ -1,9 +1,10 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
-from support.epic import HEADER, VAL, touch, write_annotations
+from support.epic import HEADER, VAL, complaint, touch, write_annotations
 
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
@@ -166,9 +167,9 @@ def test_a_wrong_table_names_file_line_and_column(
     folder = write_annotations(tmp_path / "annotations")
     text = (HEADER + VAL).replace(old, new, 1)
     (folder / "EPIC_100_validation.csv").write_text(text)
-    with pytest.raises(ManifestError, match=message) as caught:
-        epic(tmp_path)
-    assert "annotations" in str(caught.value)
+    said = complaint(lambda: epic(tmp_path))
+    assert re.search(message, said)
+    assert "annotations" in said
 
 
 @pytest.mark.parametrize(
@@ -192,5 +193,4 @@ def test_a_wrong_table_names_file_line_and_column(
 def test_wrong_lists_are_named_too(tmp_path: Path, name: str, text: str, message: str) -> None:
     folder = write_annotations(tmp_path / "annotations")
     (folder / f"EPIC_100_{name}.csv").write_text(text)
-    with pytest.raises(ManifestError, match=message):
-        epic(tmp_path)
+    assert re.search(message, complaint(lambda: epic(tmp_path)))

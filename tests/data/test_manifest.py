@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from karmma_pipeline.data.manifest import (
     Clip,
     FileSource,
     FrameSource,
+    Manifest,
     PictureNames,
     parse_time,
     read_manifest,
@@ -122,3 +124,155 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ManifestError, match="not a UTF-8 CSV"):
         read_manifest(tmp_path / "b.csv")
+
+
+def heads_of(tmp_path: Path, column: str, cells: list[str], **options: Any) -> Manifest:
+    """Read a list with one label column."""
+    rows = "".join(f"c{i},v.mp4,{cell}\n" for i, cell in enumerate(cells))
+    (tmp_path / "m.csv").write_text(f"clip_id,video,{column}\n{rows}")
+    return read_manifest(tmp_path / "m.csv", **options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found", "meant"),
+    [
+        ("clip_id,video,start,end,verb", "end", "stop"),
+        ("clip_id,video,start_time,stop,verb", "start_time", "start"),
+        ("clip_id,video,Start,Stop,verb", "Start", "start"),
+        ("clip_id,video,start,stop_s,verb", "stop_s", "stop"),
+        ("clip_id,video,strat,stop,verb", "strat", "start"),
+        ("clip_id,filename,start,stop,verb", "filename", "video"),
+        ("clip_id,Video,start,stop,verb", "Video", "video"),
+        ("clip_id,video,start,stop,subset", "subset", "split"),
+        ("clip_id,video,start,stop,participant_id", "participant_id", "group"),
+        ("clip_id,video,video stream,stop,verb", "video stream", "video_stream"),
+    ],
+)
+def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
+    tmp_path: Path, columns: str, found: str, meant: str
+) -> None:
+    message = rf"m\.csv: column '{found}' is not known; did you mean {meant}[ ?]"
+    with pytest.raises(ManifestError, match=message):
+        read(tmp_path, f"{columns}\na,v.mp4,0,1,x\n")
+
+
+@pytest.mark.parametrize("head", ["state", "step", "scene", "tool", "action", "phase", "object"])
+def test_heads_that_look_a_little_like_reserved_columns_are_heads(
+    tmp_path: Path, head: str
+) -> None:
+    assert heads_of(tmp_path, head, ["x"]).heads == {head: ("x",)}
+
+
+def test_a_head_of_any_name_can_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("clip_id,video,set,remark,verb\na,v.mp4,1,so long,open\n")
+    manifest = read_manifest(tmp_path / "m.csv", heads=("verb", "set"))
+    assert manifest.heads == {"verb": ("open",), "set": ("1",)}
+    assert manifest.notes == ("columns that are not used: remark",)
+    with pytest.raises(ManifestError, match=r"dataset\.heads: 'verbs' is no column; did you"):
+        read_manifest(tmp_path / "m.csv", heads=("verbs",))
+    with pytest.raises(ManifestError, match=r"dataset\.heads: 'video' is reserved"):
+        read_manifest(tmp_path / "m.csv", heads=("video",))
+    (tmp_path / "m.csv").write_text("clip_id,video,start,end,verb\na,v.mp4,1,2,open\n")
+    with pytest.raises(ManifestError, match=r"'end' is not known; did you mean stop \(seconds\)\?"):
+        read_manifest(tmp_path / "m.csv", heads=("verb",))
+
+
+@pytest.mark.parametrize(
+    ("head", "better"),
+    [("verb class", "verb_class"), ("Tätigkeit", "Tatigkeit"), ("verb/noun", "verb_noun")],
+)
+def test_a_head_that_a_store_cannot_name_is_refused_with_a_name(
+    tmp_path: Path, head: str, better: str
+) -> None:
+    with pytest.raises(ManifestError, match=rf"column '{head}': .* call the column '{better}'\."):
+        heads_of(tmp_path, head, ["x"])
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+def test_the_index_of_a_table_is_no_head_and_is_said(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(f"{name},clip_id,video,verb\n0,a,v.mp4,open\n1,b,v.mp4,open\n")
+    manifest = read_manifest(path)
+    assert manifest.heads == {"verb": ("open",)}
+    assert manifest.notes == (f"columns that are not used: {name or '(column 1)'}",)
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "labels", "note"),
+    [
+        (["0.0", "1.0", "10.0", "2.0"], ("0", "1", "2", "10"), [0, 1, 3, 2], None),
+        (["3", "-1", "12", "3"], ("3", "12"), [0, -1, 1, 0], "1 of 4 clips have no class (-1)"),
+        (["1.0", "", "nan", "-1.0"], ("1",), [0, -1, -1, -1], "3 of 4 clips have no class (-1.0, "),
+        (["cut", "NA", "None", "10"], ("10", "cut"), [1, -1, -1, 0], "2 of 4 clips have no class"),
+        (["-2", "-1", "0", "1"], ("-2", "-1", "0", "1"), [0, 1, 2, 3], None),  # a scale
+        (["007", "10", "9", "9"], ("007", "9", "10"), [0, 2, 1, 1], None),
+        (["0.5", "1.0", "0.25", "1.0"], ("0.25", "0.5", "1"), [1, 2, 0, 2], None),
+        (["none", "open", "none", "open"], ("none", "open"), [0, 1, 0, 1], None),
+    ],
+)
+def test_labels_are_read_as_people_mean_them(
+    tmp_path: Path, cells: list[str], names: tuple[str, ...], labels: list[int], note: str | None
+) -> None:
+    manifest = heads_of(tmp_path, "verb", cells)
+    assert manifest.heads["verb"] == names
+    assert [clip.labels["verb"] for clip in manifest.clips] == labels
+    assert len(manifest.notes) == (note is not None)
+    assert all(said.startswith(f"verb: {note}") for said in manifest.notes)
+
+
+def test_a_column_with_a_class_per_clip_is_no_head_unless_it_is_asked_for(tmp_path: Path) -> None:
+    cells = [f"remark {i}" for i in range(11)] + ["same"] * 9
+    message = r"column 'remark' has 12 classes in 20 clips.*heads: \[verb\]\}"
+    with pytest.raises(ManifestError, match=message):
+        heads_of(tmp_path, "remark", cells)
+    assert len(heads_of(tmp_path, "remark", cells, heads=("remark",)).heads["remark"]) == 12
+    assert len(heads_of(tmp_path, "verb", cells[1:]).heads["verb"]) == 11  # so few may well have
+    assert len(heads_of(tmp_path, "verb", cells + ["same"] * 4).heads["verb"]) == 12
+
+
+def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
+    plain = "clip_id,video,start,stop,verb\na,v.mp4,0,1.5,cut\nb,v.mp4,1,2,put\n"
+    wanted = read(tmp_path, plain)
+    lines = plain.splitlines()
+    for text in (
+        "".join(f"{line},,,\n" for line in lines) + ",,,,,,,\n" * 3,  # cells that were used once
+        "\n".join(lines) + "\n,,,,,,\n",
+        plain.replace(",", ";"),
+        plain.replace(",", "\t").replace("\n", "\r\n"),
+        plain.replace("\n", "\r"),
+        f"\ufeff{plain}   \n",
+    ):
+        (tmp_path / "m.csv").write_bytes(text.encode())
+        assert read_manifest(tmp_path / "m.csv").clips == wanted, text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a,v.mp4,0,1,"cut\nb,v.mp4,0,1,put\n', "line 2: verb: a quote is not closed"),
+        ('a,v.mp4,0,1,x\nb,"v".mp4,0,1,x\n', "line 3: video: a quote is not closed, or closes"),
+        (
+            "a,v.mp4,0,1,x\n" * 3 + 'b,"v.mp4,0,1,x\n' + "c,v,0,1,x\n" * 40_000,
+            "line 5: video: a qu",
+        ),
+        ("a,v.mp4,00:01:75,90,x\n", r"line 2: start='00:01:75': .* up to 59:59\.99"),
+        ("a,v.mp4,0,01:60:00,x\n", r"line 2: stop='01:60:00'"),
+        ("a,v.mp4,1_0,20,x\n", r"line 2: start='1_0'"),
+        ("a,v.mp4,\uff11,20,x\n", "line 2: start='\uff11'"),
+        ("a,v.mp4,infinity,20,x\n", r"line 2: start='infinity'"),
+        ('a,v.mp4,"1,5",20,x\n', r"line 2: start='1,5'"),
+    ],
+)
+def test_a_fault_of_the_table_is_named_where_it_is(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=rf"m\.csv: {message}"):
+        read(tmp_path, f"clip_id,video,start,stop,verb\n{text}")
+
+
+def test_a_cell_of_another_encoding_is_named(tmp_path: Path) -> None:
+    head = b"clip_id,video,verb\na,v.mp4,x\n"
+    (tmp_path / "m.csv").write_bytes(head + "b,v.mp4,öffnen\n".encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"m\.csv: line 3: .*cell 3 is not UTF-8.*CSV UTF-8"):
+        read_manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_bytes(head.decode().encode("utf-16"))
+    with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(UTF-16\)"):
+        read_manifest(tmp_path / "m.csv")

@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.epic import complaint
 
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.something_something import SomethingSomething
@@ -101,8 +103,7 @@ def test_wrong_files_are_named_with_their_entry(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     write(tmp_path, **changes)
-    with pytest.raises(ManifestError, match=message):
-        read(tmp_path)
+    assert re.search(message, complaint(lambda: read(tmp_path)))
 
 
 def test_text_that_is_no_json_is_named_with_line_and_column(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """A small EPIC-KITCHENS-100: the official columns and traps, none of the official rows."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.errors import ManifestError
 
 HEADER = (
     "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
@@ -59,3 +63,11 @@ def touch(root: Path, *names: str) -> None:
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             path.touch()
+
+
+def complaint(read: Callable[[], Manifest]) -> str:
+    """What is said of a data set's faults: those that stop it, or those it goes on without."""
+    try:
+        return "; ".join(read().left_out)
+    except ManifestError as error:
+        return str(error)

@@ -31,6 +31,11 @@ class CsvList(Recipe):
     pictures: PictureNames = Field(
         PictureNames(), description="Names of the pictures in its frames and flow folders."
     )
+    heads: tuple[str, ...] | None = Field(
+        None,
+        description="Columns that are label sets; others are then not used. null: all that are\n"
+        "not reserved.",
+    )
 
 
 #: A recipe section that names a data set.
@@ -48,7 +53,7 @@ def read_dataset(dataset: Dataset) -> Manifest:
     """
     match dataset:
         case CsvList():
-            return read_manifest(dataset.path, dataset.pictures)
+            return read_manifest(dataset.path, dataset.pictures, dataset.heads)
         case FolderTree():
             return folder_tree.read(dataset)
         case EpicKitchens():

@@ -52,7 +52,8 @@ def read(dataset: Ego4dLta) -> Manifest:
     """
     folder = dataset.annotations or dataset.root / "annotations"
     heads = _taxonomy(folder / "fho_lta_taxonomy.json")
-    reader = _ActionReader(dataset, heads, _videos(dataset.root / "ego4d.json"))
+    left_out: list[str] = []
+    reader = _ActionReader(dataset, heads, _videos(dataset.root / "ego4d.json", left_out))
     clips: list[tuple[str, Clip]] = []
     notes = []
     for split in dict.fromkeys(dataset.splits):
@@ -60,11 +61,12 @@ def read(dataset: Ego4dLta) -> Manifest:
         table = annotations.read_json(path, dict, "annotation file")
         entries: list[Any] = annotations.section(path, table, "clips", list)
         items = [(f"clips entry {i}", entry) for i, entry in enumerate(entries, 1)]
-        some = annotations.collect(path, items, partial(reader.clip, split=split))
+        some = annotations.collect(path, items, partial(reader.clip, split=split), left_out)
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
         notes.append(f"{split}: {len(some):,} clips")
     lines = (*notes, *reader.counts.lines("clips"), *reader.notes())
-    return Manifest(unique(folder, clips), heads, notes=lines)
+    kept = unique(folder, clips, left_out)
+    return Manifest(kept, heads, notes=lines, left_out=tuple(left_out))
 
 
 def _taxonomy(path: Path) -> dict[str, tuple[str, ...]]:
@@ -92,13 +94,13 @@ class _Videos:
     stereo: frozenset[str] = frozenset()
 
 
-def _videos(path: Path) -> _Videos:
+def _videos(path: Path, left_out: list[str]) -> _Videos:
     if not path.is_file():
         return _Videos()
     table = annotations.read_json(path, dict, "list of videos")
     entries: list[Any] = annotations.section(path, table, "videos", list)
     items = [(f"videos entry {i}", entry) for i, entry in enumerate(entries, 1)]
-    facts = [fact for _, fact in annotations.collect(path, items, _video)]
+    facts = [fact for _, fact in annotations.collect(path, items, _video, left_out)]
     return _Videos(
         frozenset(uid for uid, silent, _ in facts if silent),
         frozenset(uid for uid, _, stereo in facts if stereo),

@@ -68,15 +68,23 @@ def read(dataset: EgoExo4dKeysteps) -> Manifest:
     ids = {unique_id: number for number, unique_id in enumerate(sorted(vocabulary))}
     reader = _TakeReader(dataset, ids)
     clips: list[tuple[str, Clip]] = []
+    left_out: list[str] = []
     notes = []
     for split, (path, table) in tables.items():
         takes: dict[str, Any] = annotations.section(path, table, "annotations", dict)
         items = [(f"take {uid!r:.60}", take) for uid, take in takes.items()]
-        some = annotations.collect(path, items, partial(reader.take, split=split))
-        clips += [(f"{path.name} {where}", clip) for where, of in some for clip in of]
-        notes.append(f"{split}: {sum(len(of) for _, of in some):,} segments of {len(some):,} takes")
+        some = annotations.collect(path, items, reader.take, left_out)
+        segments = [
+            (f"{where}: segments entry {number + 1}", (name, source, number, segment))
+            for where, (name, source, of) in some
+            for number, segment in enumerate(of)
+        ]
+        kept = annotations.collect(path, segments, partial(reader.clip, split=split), left_out)
+        clips += [(f"{path.name} {where}", clip) for where, clip in kept]
+        notes.append(f"{split}: {len(kept):,} segments of {len(some):,} takes")
     lines = (*notes, *reader.counts.lines("takes"))
-    return Manifest(unique(folder, clips), {HEAD: _names(vocabulary)}, notes=lines)
+    unequal, names = unique(folder, clips, left_out), _names(vocabulary)
+    return Manifest(unequal, {HEAD: names}, notes=lines, left_out=tuple(left_out))
 
 
 def _vocabulary(path: Path, table: Mapping[str, Any]) -> dict[int, str]:
@@ -111,29 +119,23 @@ class _TakeReader:
     listing: Listing = field(default_factory=Listing)
     counts: SourceCounts = field(default_factory=SourceCounts)
 
-    def take(self, take: Any, split: EgoExo4dSplit) -> list[Clip]:
+    def take(self, take: Any) -> tuple[str, Source | None, list[Any]]:
+        """Return a take's name, the source of all its clips, and its segments."""
         name = annotations.safe_name("take_name", annotations.field(take, "take_name", str))
         segments = annotations.field(take, "segments", list, [])
-        if not segments:
-            return []
-        source = self._media(name)
-        return [self._clip(name, source, i, segment, split) for i, segment in enumerate(segments)]
+        return name, self._media(name) if segments else None, segments
 
-    def _clip(
-        self, take: str, source: Source, number: int, segment: Any, split: EgoExo4dSplit
-    ) -> Clip:
-        try:
-            start_s = annotations.field(segment, "start_time", float)
-            stop_s = annotations.field(segment, "end_time", float)
-            step = annotations.field(segment, "step_unique_id", int)
-            if stop_s <= start_s:
-                raise ValueError(f"end_time={stop_s}: is not after start_time={start_s}")
-            if step not in self.ids:
-                raise ValueError(f"step_unique_id={step}: is not in the vocabulary")
-            clip_id = files.check_name(f"{take}.{number}")
-        except ValueError as error:
-            raise ValueError(f"segments entry {number + 1}: {error}") from None
+    def clip(self, item: tuple[str, Source, int, Any], split: EgoExo4dSplit) -> Clip:
+        take, source, number, segment = item
+        start_s = annotations.field(segment, "start_time", float)
+        stop_s = annotations.field(segment, "end_time", float)
+        step = annotations.field(segment, "step_unique_id", int)
+        if stop_s <= start_s:
+            raise ValueError(f"end_time={stop_s}: is not after start_time={start_s}")
+        if step not in self.ids:
+            raise ValueError(f"step_unique_id={step}: is not in the vocabulary")
         media = dict.fromkeys(("rgb", "flow", "audio"), source)
+        clip_id = files.check_name(f"{take}.{number}")
         return Clip(clip_id, media, start_s, stop_s, {HEAD: self.ids[step]}, split, take)
 
     def _media(self, take: str) -> FileSource:

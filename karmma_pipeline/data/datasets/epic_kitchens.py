@@ -54,29 +54,27 @@ def read(dataset: EpicKitchens) -> Manifest:
     """
     folder, listing = dataset.annotations, Listing()
     heads = {head: _class_list(folder, listing, head) for head in HEADS}
-    ends = _video_ends(folder)
+    left_out: list[str] = []
+    ends = _video_ends(folder, left_out)
     rows = {split: _table(folder / file) for split, file in dataset.splits.items()}
     media = EpicMedia(dataset.root, dataset.media)
     reader = _NarrationReader(heads, ends, media)
     clips: list[tuple[str, Clip]] = []
     notes = []
     for split, file in dataset.splits.items():
-        some = [(f"line {row.line}", row) for row in rows[split]]
-        before = len(clips)
-        clips += [
-            (f"{file.name} {where}", clip)
-            for where, clip in annotations.collect(
-                folder / file, some, partial(reader.clip, split=split)
-            )
-        ]
-        labelled = any(label != UNKNOWN for _, c in clips[before:] for label in c.labels.values())
+        items = [(f"line {row.line}", row) for row in rows[split]]
+        read = partial(reader.clip, split=split)
+        some = annotations.collect(folder / file, items, read, left_out)
+        clips += [(f"{file.name} {where}", clip) for where, clip in some]
+        labelled = any(label != UNKNOWN for _, c in some for label in c.labels.values())
         without = "" if labelled else ", without labels"
         notes.append(f"{split}: {len(some):,} clips of {file}{without}")
     return Manifest(
-        unique(folder, clips),
+        unique(folder, clips, left_out),
         heads,
         _groups(folder, listing, heads),
         (*notes, *reader.notes(), *media.lines()),
+        tuple(left_out),
     )
 
 
@@ -104,14 +102,15 @@ def _class_list(folder: Path, listing: Listing, head: str) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _video_ends(folder: Path) -> Mapping[str, float]:
+def _video_ends(folder: Path, left_out: list[str]) -> Mapping[str, float]:
     """Return the duration of each video in seconds; nothing if the list is not there."""
     path = folder / "EPIC_100_video_info.csv"
     if not path.is_file():
         return {}
     rows = annotations.read_table(path, ("video_id", "duration"), "video list")
     items = ((f"line {row.line}", row) for row in rows)
-    pairs = annotations.collect(path, items, lambda row: (row["video_id"], row.time("duration")))
+    read = lambda row: (row["video_id"], row.time("duration"))  # noqa: E731
+    pairs = annotations.collect(path, items, read, left_out)
     return {video: end for _, (video, end) in pairs if end}
 
 

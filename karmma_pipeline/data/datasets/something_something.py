@@ -74,17 +74,20 @@ def read(dataset: SomethingSomething) -> Manifest:
     templates = _templates(_file(folder, listing, "labels"))
     reader = _VideoReader(dataset, templates, index_boxes(dataset.boxes))
     clips: list[tuple[str, Clip]] = []
+    left_out: list[str] = []
     notes = []
     for split in dict.fromkeys(dataset.splits):
         path = _file(folder, listing, _FILES[split])
         entries: list[Any] = annotations.read_json(path, list, "annotation file")
         items = [(f"entry {i}", entry) for i, entry in enumerate(entries, 1)]
-        some = annotations.collect(path, items, partial(reader.clip, split=split))
+        some = annotations.collect(path, items, partial(reader.clip, split=split), left_out)
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
         labelled = any(clip.labels[HEAD] != UNKNOWN for _, clip in some)
         notes.append(f"{split}: {len(some):,} clips{'' if labelled else ', without labels'}")
     names = tuple(sorted(templates, key=templates.__getitem__))
-    return Manifest(unique(folder, clips), {HEAD: names}, notes=(*notes, *reader.lines()))
+    kept = unique(folder, clips, left_out)
+    lines = (*notes, *reader.lines())
+    return Manifest(kept, {HEAD: names}, notes=lines, left_out=tuple(left_out))
 
 
 def _file(folder: Path, listing: Listing, name: str) -> Path:

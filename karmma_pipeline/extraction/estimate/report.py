@@ -58,6 +58,7 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
     hours = None if clip_s is None else clip_s * (len(manifest.clips) - lost) / 3600
     return {
         "found": list(manifest.notes),
+        "left_out": list(manifest.left_out),
         "heads": {head: list(names) for head, names in manifest.heads.items()},
         **facts,
         "disk": {**disk, "total_bytes_about_without_faults": whole},
