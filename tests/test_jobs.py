@@ -13,6 +13,8 @@ from support.patience import PATIENCE_S
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
 from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
+from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, without
+from karmma_pipeline.jobs.signals import STOP_SIGNALS
 
 COSTS = st.lists(st.floats(0, 1e6), max_size=40)
 
@@ -111,7 +113,34 @@ def test_a_part_that_cannot_be_known_is_refused(environment: dict[str, str], mes
         Part.from_environment(environment)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_part_says_who_wants_it() -> None:
+    several = {**slurm(7, 3, 4, 2), "KARMMA_PARTS": "8"}
+    assert Part.from_environment(several).why == "SLURM_ARRAY_TASK_ID=7 and KARMMA_PARTS=8"
+    assert Part.from_environment(slurm(7, 1, 2, 5)).why == "SLURM_ARRAY_TASK_ID=7"
+    assert Part.parse("2/3").why == "--part 2/3"
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_several_processes_that_would_all_do_the_same_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=3: 3 processes .* --part i/n"):
+        Part.from_environment({name: "3", **slurm(1, 1, 1, 2)})
+    assert Part.from_environment({name: "1"}) == Part(0, 1)
+
+
+def test_a_job_inside_a_job_keeps_what_the_user_has_set_and_nothing_of_the_outer_one() -> None:
+    users = {"PATH": "/bin", "SLURM_CONF": "/etc/s", "SBATCH_ACCOUNT": "p", "TORCH_HOME": "/t"}
+    limits = {"SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "5", "CUDA_VISIBLE_DEVICES": "2"}
+    outer = slurm(2, 1, 1, 3)
+    outer |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_MEM_PER_CPU": "100", "PBS_ARRAY_INDEX": "1"}
+    outer |= {"SGE_TASK_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n"}
+    outer |= {"TORCHELASTIC_RUN_ID": "x", "KARMMA_PARTS": "3", "NSLOTS": "4"}
+    assert without(JOB, {**users, **limits, **outer}) == users
+    left = without(ONE_OF_SEVERAL, {**users, **limits, **outer})
+    memory = {"SLURM_MEM_PER_CPU": "100", "NSLOTS": "4"}  # limits hold for processes inside the job
+    assert left == {**users, **limits, **memory}
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_the_flag_and_the_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopFlag() as stop:
@@ -121,6 +150,16 @@ def test_a_signal_sets_the_flag_and_the_handlers_come_back(number: signal.Signal
             stop.check("all saved")
     assert caught.value.exit_code == ExitCode.STOPPED
     assert signal.getsignal(number) is before
+
+
+def test_a_command_under_nohup_goes_on_when_its_terminal_goes() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

@@ -16,6 +16,7 @@ from karmma_pipeline.batch.recipe import Chain, Site
 from karmma_pipeline.batch.slurm import FINISH, QueuedJob, batch_script, threads
 from karmma_pipeline.errors import ExitCode, KarmmaError, TooManyFailuresError
 from karmma_pipeline.jobs import StopFlag, cpu_count
+from karmma_pipeline.jobs.allocation import ONE_OF_SEVERAL, without
 
 Say = Callable[[str], None]
 
@@ -74,7 +75,13 @@ def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
         progress = stage_progress(stage)
         _stop_at_faults([progress])
         run_stage(chain, stage, progress, site, stop, say)
-        _stop_at_faults([stage_progress(stage)])
+        ended = stage_progress(stage)
+        _stop_at_faults([ended])
+        if not ended.done:
+            raise KarmmaError(
+                f"{stage.name}: its commands have ended without an error, but it is not done "
+                f"({ended.text}); {chain.folder / 'logs'} has what they said."
+            )
     say("everything is done")
 
 
@@ -98,6 +105,14 @@ def _stop_at_faults(progresses: Sequence[StageProgress]) -> None:
 _POLL_INTERVAL_S = 0.2
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """A place where one command can run: its CPUs, and its GPUs if there are any to share out."""
+
+    cpus: tuple[int, ...]
+    devices: tuple[str, ...] | None = None
+
+
 @dataclass
 class _LocalCommand:
     """One command; tried again when it was killed."""
@@ -106,7 +121,7 @@ class _LocalCommand:
     log: Path
     retries: int
     process: "subprocess.Popen[bytes] | None" = None
-    cpus: tuple[int, ...] = field(default=())
+    slot: _Slot = field(default=_Slot(()))
 
 
 def run_stage(
@@ -150,7 +165,7 @@ def _run_all(
     logs = chain.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [_LocalCommand(w, logs / f"{name}.log", site.retries) for name, w in commands.items()]
-    slots = list(_slots(stage))
+    slots = list(_slots(stage, devices()))
     running: list[_LocalCommand] = []
     try:
         while waiting or running:
@@ -158,7 +173,7 @@ def _run_all(
                 running.append(_start(waiting.pop(0), slots.pop(), stage, site))
             for task in [task for task in running if _ended(task)]:
                 running.remove(task)
-                slots.append(task.cpus)
+                slots.append(task.slot)
                 _handle_exit(task, stage, waiting, say)
             if stop.requested:
                 _end(running)
@@ -168,41 +183,63 @@ def _run_all(
         _end(running)
 
 
-def _slots(stage: ChainStage) -> Iterator[tuple[int, ...]]:
-    """Yield the CPUs of each place where a task can run; they share none if there are enough."""
+def devices() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(name.strip() for name in named.split(",") if name.strip())
+    import torch  # takes a second, which only a chain that runs here should cost
+
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def _slots(stage: ChainStage, gpus: Sequence[str]) -> Iterator[_Slot]:
+    """Yield the places where a task can run; they share no CPU and no GPU if there are enough."""
     mine = sorted(os.sched_getaffinity(0))
-    size = min(stage.settings.resources.cpus, len(mine))
+    resources = stage.settings.resources
+    size = min(resources.cpus, len(mine))
+    each = min(resources.gpus, len(gpus))
     places = max(
-        1, min(stage.settings.array, stage.settings.at_once or len(mine), cpu_count() // size)
+        1,
+        min(
+            stage.settings.array,
+            stage.settings.at_once or len(mine),
+            cpu_count() // size,
+            len(gpus) // each if each else len(mine),
+        ),
     )
     for place in range(places):
-        yield tuple(mine[place * size : (place + 1) * size])
+        yield _Slot(
+            tuple(mine[place * size : (place + 1) * size]),
+            tuple(gpus[place * each : (place + 1) * each]) if gpus else None,
+        )
 
 
-def _start(
-    task: _LocalCommand, cpus: tuple[int, ...], stage: ChainStage, site: Site
-) -> _LocalCommand:
+def _start(task: _LocalCommand, slot: _Slot, stage: ChainStage, site: Site) -> _LocalCommand:
     values = {
         "HDF5_USE_FILE_LOCKING": "FALSE",
         "OMP_NUM_THREADS": str(threads(stage.settings.resources, 1)),
         **site.env,
     }
+    if slot.devices is not None:
+        values["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
     everything = os.sched_getaffinity(0)
     with task.log.open("ab") as log:
         # A child inherits the affinity of the thread that starts it; a `preexec_fn` would do it in
         # the child, but must not be used in a process with threads.
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(0, slot.cpus)
         try:
             task.process = subprocess.Popen(
                 [sys.executable, "-m", "karmma_pipeline.cli", *task.words],
-                env={**os.environ, **values},
+                # The chain says which part is whose, whatever array or ranks this process is of.
+                env={**without(ONE_OF_SEVERAL), **values},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
         finally:
             os.sched_setaffinity(0, everything)
-    task.cpus = cpus
+    task.slot = slot
     return task
 
 

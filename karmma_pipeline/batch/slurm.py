@@ -10,7 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +21,17 @@ from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.jobs.allocation import PARTS
+from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, PARTS, without
 from karmma_pipeline.store.format import layout
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 
-# Exit codes above 128 are 128 + the signal that ended the program: 138 is SIGUSR1 and 143 SIGTERM,
-# received before the handlers of `StopFlag` were set.
+# Exit codes above 128 are 128 + the signal that ended the program. Those that ask for a stop
+# (SIGHUP 1, SIGUSR1 10, SIGUSR2 12, SIGTERM 15, SIGXCPU 24) may come before `StopFlag` can listen.
 _REQUEUE = """\
 case $rc in
-  75 | 138 | 143) again=yes ;;  # stopped and saved, or told to stop before it could listen
+  75) again=yes ;;  # stopped and saved
+  129 | 138 | 140 | 143 | 152) again=yes ;;  # told to stop before it could listen
   13[0-9]) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {retries} ] || again=yes ;;  # killed: try again
 esac
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
@@ -39,6 +41,18 @@ if [ -n "$again" ] && [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
 fi
 exit "$rc"
 """
+
+_OF_ARRAY = {PARTS, "SLURM_ARRAY_*"}
+
+_STOPS = "USR1 USR2 TERM HUP XCPU"
+"""As `StopFlag` listens to."""
+
+_FOREIGN = (
+    *("PBS_*", "SGE_*", "LSB_*", "NSLOTS", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"),
+    *("SLURM_CPU_BIND*", "SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_EXPORT_ENV"),
+    *("SLURM_NTASKS_PER_CORE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_SOCKET"),
+)
+"""What `srun` and our commands would read and this job does not set: it states ``--mem``."""
 
 _WAIT = """\
 pid=$!  # in the background: bash runs a trap only once `wait` returns
@@ -57,7 +71,7 @@ port=$((20000 + SLURM_JOB_ID % 10000))
 export KARMMA_STOPPED={mark}.$SLURM_JOB_ID
 rm -f -- "$KARMMA_STOPPED"
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
-  bash -c 'trap "" USR1; exec "$@"' agent \\
+  bash -c 'trap "" USR1 USR2 XCPU; exec "$@"' agent \\
   {torchrun} --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} \\
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\
   --max-restarts={retries} --no-python \\
@@ -172,7 +186,9 @@ def _options(job: BatchJob, site: Site) -> Iterator[str]:
 
 def _environment(job: BatchJob, site: Site) -> Iterator[str]:
     yield "pid='' told='' again=''"
-    yield 'trap \'told=yes; [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null\' USR1 TERM'
+    yield f'trap \'told=yes; [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null\' {_STOPS}'
+    yield "# Submitted from inside a job, this one was given that job's variables too."
+    yield from _unset(ONE_OF_SEVERAL if not job.array else set(ONE_OF_SEVERAL) - _OF_ARRAY)
     if job.folder:
         yield f"cd -- {shlex.quote(job.folder)} || exit 1"
     values = {
@@ -184,6 +200,19 @@ def _environment(job: BatchJob, site: Site) -> Iterator[str]:
     for name, value in {**values, **site.env}.items():
         yield f"export {name}={shlex.quote(value)}"
     yield from site.setup
+
+
+def _unset(names: Iterable[str]) -> list[str]:
+    """Return the shell lines that take variables out of the environment."""
+    found = sorted({*_FOREIGN, *names})
+    covered = tuple(name[:-1] for name in _FOREIGN if name.endswith("*"))
+    words = [
+        f"${{!{name[:-1]}@}}" if name.endswith("*") else name
+        for name in found
+        if name in _FOREIGN or not name.startswith(covered)
+    ]
+    text = textwrap.fill(f"unset {' '.join(words)}", 98, break_on_hyphens=False)
+    return text.replace("\n", " \\\n  ").split("\n")
 
 
 def _clock(hours: float) -> str:
@@ -356,7 +385,9 @@ def release_locks(stores: Sequence[Path], alive: set[str]) -> None:
 
 def _run(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # Called inside a job, Slurm's commands would take that job's variables for options, and the
+        # new job would find them in its environment.
+        done = subprocess.run(command, env=without(JOB), capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise KarmmaError(
             f"{command[0]}: not found; run this on a login node of the cluster, or with "

@@ -44,6 +44,8 @@ def extract(
 
     with StopFlag() as stop:
         share = Part.parse(part) if part else Part.from_environment()
+        if share.count > 1:
+            click.echo(f"part {share}, as {share.why} says", err=True)
         click.echo(run(resolved, share, stop).summary())
 
 

@@ -9,7 +9,7 @@ import heapq
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,57 @@ PARTS = "KARMMA_PARTS"
 
 # PBS Pro and Torque tell a task its number, but not how many there are.
 _NUMBERS_ALONE = ("PBS_ARRAY_INDEX", "PBS_ARRAYID")
+
+_COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""By which srun, mpirun and mpiexec tell a process how many of it they have started."""
+
+ONE_OF_SEVERAL = (
+    PARTS,
+    "SLURM_ARRAY_*",
+    "SLURM_STEP_*",
+    "SGE_TASK_*",
+    "LSB_JOBINDEX*",
+    "PBS_ARRAY*",
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_*", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "KARMMA_STOPPED"),
+    *("OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMIX_RANK"),
+)
+"""Variables (``*``: all that begin so) that make a process one task, step or rank of several."""
+
+JOB = (
+    *ONE_OF_SEVERAL,
+    *("SLURM_*", "SLURMD_*", "SQUEUE_*", "PBS_*", "SGE_*", "LSB_*", "NSLOTS"),
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+)
+"""Variables that a job has of its batch system."""
+
+_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
+"""Which Slurm is meant: said by the machine or the user, not by a job."""
+
+
+def without(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment without some variables; a name that ends in ``*`` is a beginning.
+
+    What says which Slurm is meant stays in any case.
+    """
+    exact = {name for name in names if not name.endswith("*")}
+    beginnings = tuple(name[:-1] for name in names if name.endswith("*"))
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _CLUSTER or not (name in exact or name.startswith(beginnings))
+    }
+
+
+def copies(environment: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+    """Return by which variable ``srun -n 3`` and its like tell that they started 3 of this process.
+
+    None where there is one.
+    """
+    for name in _COPIES:
+        if environment.get(name, "").isdigit() and int(environment[name]) > 1:
+            return name, int(environment[name])
+    return None
 
 
 def balance(costs: Sequence[float], count: int) -> list[list[int]]:
@@ -50,10 +101,11 @@ def balance(costs: Sequence[float], count: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``index`` (from 0) of ``count`` parts of the work."""
+    """Part ``index`` (from 0) of ``count`` parts of the work; ``why`` says who wants it."""
 
     index: int = 0
     count: int = 1
+    why: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
@@ -73,7 +125,7 @@ class Part:
             raise ConfigError(
                 f"part={text!r}: write i/n with i from 1 to n, such as 1/4."
             ) from None
-        return cls(index - 1, count)
+        return cls(index - 1, count, f"--part {text}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -83,8 +135,15 @@ class Part:
         any of them may be run again alone. Without an array, the whole work is one part.
 
         Raises:
-            ConfigError: the number of parts cannot be known, or does not fit the array.
+            ConfigError: the number of parts cannot be known, or does not fit the array, or this
+                process is one of several that would all do the same.
         """
+        if (several := copies(environment)) is not None:
+            name, number = several
+            raise ConfigError(
+                f"{name}={number}: {number} processes of this command were started, and each would "
+                "do the same work; start one (srun -n 1), or give each its own --part i/n."
+            )
         task = _array_task(environment)
         if task is None:
             if PARTS in environment:
@@ -93,8 +152,10 @@ class Part:
                 )
             return cls()
         name, number, index, count = task
+        why = f"{name}={number}"
         if PARTS in environment:
             index, count = number - 1, _integer(environment, PARTS)
+            why = f"{why} and {PARTS}={count}"
         if count is None:
             raise ConfigError(
                 f"{name}={number}: this batch system does not tell how many tasks there are; "
@@ -105,7 +166,7 @@ class Part:
                 f"{name}={number}: not one of {count} tasks; for an array with gaps, number the "
                 f"tasks from 1 and set {PARTS} to the number of parts."
             )
-        return cls(index, count)
+        return cls(index, count, why)
 
     def shards(self, costs: Sequence[float]) -> list[int]:
         """Return my shards, ascending; every shard belongs to exactly one part.

@@ -10,14 +10,22 @@ from typing import Self
 
 from karmma_pipeline.errors import StoppedError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+"""With what a terminal, Slurm, PBS, LSF, Grid Engine and a limit of CPU time ask for an end."""
 
 
 class StopFlag:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops look at between steps.
+    """Turns `STOP_SIGNALS` into a flag that loops look at between steps.
 
-    A second SIGINT interrupts at once. Used as a context manager in the main thread;
-    elsewhere it only holds the flag.
+    A second SIGINT interrupts at once. A SIGHUP that is ignored, as under ``nohup``, stays so. Used
+    as a context manager in the main thread; elsewhere it only holds the flag.
     """
 
     def __init__(self) -> None:
@@ -28,6 +36,8 @@ class StopFlag:
         # Python lets only the main thread set handlers; a flag made elsewhere is set by `request`.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -9,6 +9,7 @@ every step, and renames them; clips are not divisible, a modality may be absent 
 and these models are small enough that overlapping the sum with the backward pass buys nothing.)
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +20,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.jobs.allocation import copies
+
+_logger = logging.getLogger(__name__)
 
 # How long a rank waits for the others before it gives up.
 _TIMEOUT = timedelta(hours=1)
+
+_MEETING = timedelta(minutes=10)
+"""How long it waits for them at the start, when all that they do is to load their libraries."""
+
+_ADDRESS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Ranks:
         """Read what torchrun says.
 
         Raises:
-            ConfigError: the variables do not fit one another.
+            ConfigError: the variables do not fit one another, or this process is one of several
+                that were started in another way and know nothing of one another.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         try:
@@ -52,6 +63,20 @@ class Ranks:
         if not 0 <= rank < size:
             raise ConfigError(
                 f"RANK={rank}: must lie below WORLD_SIZE={size}; start with torchrun."
+            )
+        missing = [name for name in _ADDRESS if not os.environ.get(name)]
+        if size > 1 and missing:
+            raise ConfigError(
+                f"WORLD_SIZE={size} without {' and '.join(missing)}: this process is told of other "
+                "ranks, but not where they are. Start all of them with torchrun "
+                f"(--nproc-per-node={size}), or unset WORLD_SIZE to train in one process."
+            )
+        if "WORLD_SIZE" not in os.environ and (several := copies()) is not None:
+            name, number = several
+            raise ConfigError(
+                f"{name}={number} without WORLD_SIZE: {number} processes of this training were "
+                "started that know nothing of one another. Start one (srun -n 1), or let torchrun "
+                "start the ranks, with srun once on each node: see train/slurm_nodes.sbatch."
             )
         return cls(rank, size, local)
 
@@ -107,12 +132,40 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+    if ranks.main:
+        _logger.info("waiting for %d other ranks", ranks.size - 1)
+    store = _meet(ranks)
     # Both backends: losses and gradients lie on GPUs, counts and flags on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=_TIMEOUT,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
     try:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks) -> Any:
+    """Return the store by which the ranks find one another, once all have come to it."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torchrun may keep one store for all its attempts: those of one that failed do not count.
+    attempt = f"karmma/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store = next(rendezvous("env://", timeout=_MEETING))[0]
+        store.set(f"{attempt}/{ranks.rank}", "here")
+        store.wait([f"{attempt}/{rank}" for rank in range(ranks.size)], _MEETING)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise KarmmaError(
+            f"rank {ranks.rank}: {ranks.size} ranks were to meet at MASTER_ADDR:MASTER_PORT="
+            f"{where}, but did not ({str(error).strip().splitlines()[0][:160]}). Start all of them "
+            "with torchrun, or unset RANK and WORLD_SIZE to train in one process."
+        ) from None
+    store.set_timeout(_TIMEOUT)
+    return store
 
 
 @contextmanager

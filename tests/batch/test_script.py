@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def job(folder: Path, arguments: str = "x", ranks: int = 0) -> BatchJob:
         (75, "RUNNING", 50, True),
         (75, "CANCELLED", 0, False),  # somebody's scancel is the last word
         (138, "RUNNING", 50, True),  # told to stop before Python could listen
+        (140, "RUNNING", 50, True),
+        (152, "RUNNING", 50, True),
         (137, "RUNNING", 1, True),
         (137, "RUNNING", 2, False),  # killed three times: not by chance
     ],
@@ -192,11 +195,28 @@ def test_what_was_stopped_or_killed_goes_back_into_the_queue(
 def test_array_tasks_are_requeued_one_by_one(tmp_path: Path) -> None:
     site = Site(karmma=str(program(tmp_path / "karmma", "exit 75")))
     task = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
-    process = started(tmp_path, batch_script(job(tmp_path), site), "RUNNING", **task)
+    array = replace(job(tmp_path), array="1-3")
+    process = started(tmp_path, batch_script(array, site), "RUNNING", **task)
     assert process.communicate(timeout=PATIENCE_S)[0] == "scontrol requeue 40_3\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("array", ["", "1-3"])
+def test_nothing_of_an_outer_job_reaches_the_command_or_the_queue(
+    array: str, tmp_path: Path
+) -> None:
+    says = 'echo "${SLURM_ARRAY_TASK_ID-} ${KARMMA_PARTS-} ${SLURM_MEM_PER_CPU-} ${WORLD_SIZE-}'
+    says += ' ${PBS_JOBID-} ${SGE_TASK_ID-} ${SLURM_STEP_NUM_TASKS-}."; exit 75'
+    made = replace(job(tmp_path), array=array, parts=3 if array else 0)
+    text = batch_script(made, Site(karmma=str(program(tmp_path / "karmma", says))))
+    outer = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_MEM_PER_CPU": "9"}
+    outer |= {"KARMMA_PARTS": "8", "WORLD_SIZE": "2", "PBS_JOBID": "1", "SGE_TASK_ID": "4"}
+    process = started(tmp_path, text, "RUNNING", SLURM_STEP_NUM_TASKS="2", **outer)
+    out, _ = process.communicate(timeout=PATIENCE_S)
+    kept, requeued = ("2 3", "40_2") if array else (" ", "7")
+    assert out == f"{kept}     .\nscontrol requeue {requeued}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2])
 @pytest.mark.parametrize("ranks", [0, 1])
 def test_the_warning_reaches_the_command_which_saves(
     number: signal.Signals, ranks: int, tmp_path: Path

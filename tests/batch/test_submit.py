@@ -1,5 +1,6 @@
 """A chain launched again and again: on Slurm (stood in for; see tests/slurm too), and here."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from support.media_files import write_video
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
+from karmma_pipeline.batch import launch
+from karmma_pipeline.batch.chain import load_chain
 from karmma_pipeline.cli import main
 from karmma_pipeline.store import verify
+
+ALL = "2, GPU-a, 5"
 
 
 def run(*arguments: str) -> Result:
@@ -96,6 +101,57 @@ def test_slurm_that_refuses_is_one_sentence(here: Path, slurm: FakeSlurm) -> Non
     assert result.exit_code == 1
     assert "error: invalid account" in result.output
     assert "Traceback" not in result.output
+
+
+def test_slurms_commands_see_nothing_of_the_job_that_submits(
+    here: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chain()
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_MEM_PER_CPU", "SQUEUE_FORMAT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    sbatch = slurm.queue.parent / "sbatch"
+    sbatch.write_text(f"{sbatch.read_text()}\nenv > {here}/env\n")
+    assert run("submit", "chain.yaml").exit_code == 0
+    seen = dict(line.partition("=")[::2] for line in (here / "env").read_text().splitlines())
+    assert seen["SBATCH_ACCOUNT"] == "mine"
+    assert not [name for name in seen if name.startswith(("SLURM", "SQUEUE", "WORLD"))]
+
+
+def test_parts_run_here_have_gpus_of_their_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(launch, "cpu_count", lambda: 8)
+    for gpus, wanted in ((1, ["2", "GPU-a", "5"]), (2, ["2, GPU-a"]), (0, [""] * 4), (9, [ALL])):
+        stage = {"command": "extract", "recipe": "extract.yaml", "array": 4}
+        stage["resources"] = {"gpus": gpus, "cpus": 1}
+        _, (extract, *_) = load_chain(write_chain(extract=stage))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ALL)
+        slots = list(launch._slots(extract, launch.devices()))
+        assert [", ".join(slot.devices or ()) for slot in slots] == wanted
+        assert len({slot.cpus for slot in slots}) == len(slots)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        without = list(launch._slots(extract, launch.devices()))
+        assert [slot.devices for slot in without] == [None] * 4
+
+
+def test_a_chain_run_here_looks_at_what_its_commands_have_left(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = write_chain(teacher=None, student=None, report=None)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setattr(launch.sys, "executable", str(stand_in(here / "python", here / "env")))
+    result = run("submit", str(chain), "--launcher", "local")
+    assert result.exit_code == 1
+    assert "extract: its commands have ended without an error, but it is not done" in result.output
+    assert "everything is done" not in result.output
+    assert "SLURM_ARRAY_TASK_ID" not in (here / "env").read_text()
+
+
+def stand_in(path: Path, said: Path) -> Path:
+    """A program that tells its environment and does nothing, with success."""
+    path.write_text(f"#!/bin/sh\nenv >> {said}\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: FakeSlurm) -> None:

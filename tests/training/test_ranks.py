@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ from support.training import (
 )
 
 from karmma_pipeline import config
+from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.training import ranks
+from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.stages import distill, train_teacher
 
 UNEVEN = {"batch_size": 17, "accumulate": 2, "save_every_s": 0.0}
@@ -51,6 +55,42 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
     assert out.count("best epoch") == 1
     assert err.count("epoch 1/2") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            r"WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT.*torchrun",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "n"}, "without MASTER_PORT"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"},
+            "SLURM_STEP_NUM_TASKS=3 without WORLD",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2: must lie below WORLD_SIZE=2"),
+    ],
+)
+def test_processes_that_were_not_started_by_torchrun_are_told_so(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Ranks.from_environment()
+
+
+def test_a_rank_that_waits_in_vain_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_MEETING", timedelta(milliseconds=300))
+    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KarmmaError, match=r"2 ranks were to meet at .*unset RANK"):  # noqa: SIM117
+        with ranks.joined(torch.device("cpu")):
+            raise AssertionError("alone")
 
 
 def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(
