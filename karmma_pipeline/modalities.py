@@ -15,6 +15,10 @@ KNOWN = ("rgb", "flow", "audio", "boxes")
 _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
 
 
+ALL_SUBSETS_UP_TO = 6
+"""With so many modalities each of the 2^M - 1 subsets is gone through; with more, some of them."""
+
+
 class Reason(enum.IntEnum):
     """Why a modality of a clip is absent; 0 means that it is present. Stored as uint8."""
 

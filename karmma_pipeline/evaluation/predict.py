@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from karmma_pipeline import files
-from karmma_pipeline.data.loading.clips import clips_of_split, predict_subsets
+from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
@@ -76,8 +76,9 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     loader = FeatureLoader(store, clips, recipe.batch_size)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
-    batches = predict_subsets(
-        model, loader, chosen, device, lambda: stop.check("nothing of this evaluation is kept")
+    masks = subset_masks(store, chosen)
+    batches = predict_masked(
+        model, loader, masks, device, lambda: stop.check("nothing of this evaluation is kept")
     )
     bar = progress_bar(batches, f"evaluate {name}", total=len(loader), unit="batch")
     for _, answers in bar:

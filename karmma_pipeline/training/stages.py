@@ -138,7 +138,7 @@ def _train(
     setup = TrainingSetup(recipe, run, store, model, card, *loaders, device, ranks, sources)
     objective: Objective = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     if isinstance(recipe, DistillRecipe):
-        objective = _distillation(recipe, objective, caches, device, ranks, stop)
+        objective = _distillation(recipe, objective, caches, setup, stop)
     return Trainer(setup, state).fit(objective, stop)
 
 
@@ -181,14 +181,14 @@ def _distillation(
     recipe: DistillRecipe,
     labels: Objective,
     caches: list[TeacherLogitsCache],
-    device: torch.device,
-    ranks: Ranks,
+    setup: TrainingSetup,
     stop: StopFlag,
 ) -> DistillationObjective:
     folder: Path = recipe.teacher_table or recipe.out / "teacher_table"
+    draws = (setup.train, recipe.epochs)
     return DistillationObjective(
         labels,
-        [one.load(folder, device, ranks, stop) for one in caches],
+        [one.load(folder, setup.device, setup.ranks, stop, draws) for one in caches],
         recipe.alpha,
         recipe.temperature,
         recipe.teacher_weights,

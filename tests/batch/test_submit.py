@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_chain_run_here_looks_at_what_its_commands_have_left(
 ) -> None:
     chain = write_chain(teacher=None, student=None, report=None)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    monkeypatch.setattr(launch.sys, "executable", str(stand_in(here / "python", here / "env")))
+    monkeypatch.setattr(sys, "executable", str(stand_in(here / "python", here / "env")))
     result = run("submit", str(chain), "--launcher", "local")
     assert result.exit_code == 1
     assert "extract: its commands have ended without an error, but it is not done" in result.output

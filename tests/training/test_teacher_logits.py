@@ -6,18 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from support.any_store import fill_store
 from support.leftovers import leave
 from support.tiny_store import write_store
-from support.training import StopAt, student_recipe, teacher_recipe
+from support.training import SIZE, StopAt, student_recipe, teacher_recipe
 
+from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training import teacher_logits
 from karmma_pipeline.training.objective import teacher_log_probabilities
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.stages import distill, train_teacher
+from karmma_pipeline.training.state import read_checksummed
 from karmma_pipeline.training.teacher_logits import TeacherLogits, TeacherLogitsCache
 
 CPU = torch.device("cpu")
@@ -61,17 +65,65 @@ def test_a_flipped_byte_is_noticed_and_its_chunk_computed_again(
     assert torch.equal(again._logits, made._logits)
 
 
-def test_stopped_in_the_middle_it_keeps_the_chunks_that_are_done(
+def test_stopped_in_the_middle_it_keeps_the_batches_that_are_done(
     store: Path, teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_logits, "CHUNK", 32)
+    monkeypatch.setattr(teacher_logits, "_BATCH", 8)
+    cache(store, teachers[0]).load(tmp_path / "whole", CPU, Ranks(), StopFlag())
+    whole = {p.name: p.read_bytes() for p in tmp_path.glob("whole/*/*.sealed")}
+    passes = 7 * 4  # masks of a batch, batches of a chunk
     with pytest.raises(StoppedError, match="that are done are kept"):
-        cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopAt(3))
-    (first, *_), times = sorted(tmp_path.glob("*/*.sealed")), []
-    times.append(first.stat().st_mtime_ns)
-    cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
-    assert first.stat().st_mtime_ns == times[0]
-    assert len(sorted(tmp_path.glob("*/*.sealed"))) == 3
+        cache(store, teachers[0]).load(tmp_path / "t", CPU, Ranks(), StopAt(passes + 2 * 7 + 3))
+    times = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("t/*/*.sealed")}
+    assert set(times) == {"00000.safetensors.sealed", "00001.part.sealed"}
+    rest = StopAt(1000)
+    cache(store, teachers[0]).load(tmp_path / "t", CPU, Ranks(), rest)
+    assert 1000 - rest.looks == 2 * 7 + 7 + 1  # half a chunk, the last one's 8 clips, the end
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("t/*/*.sealed")} == whole
+    (first,) = tmp_path.glob("t/*/00000.*")
+    assert first.stat().st_mtime_ns == times[first.name]
+
+
+SENSORS = {f"s{i}": (1, 4) for i in range(8)}
+
+
+def test_of_many_modalities_only_the_masks_that_training_draws_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, epochs = [f"c{i:02d}" for i in range(20)], 5
+    root = fill_store(tmp_path / "s", ids, SENSORS, absent=[("c01", f"s{i}") for i in range(7)])
+    for name, absent in (("learned", "learned"), ("drop", "drop")):
+        size = {**SIZE, "absent": absent}
+        train_teacher(teacher_recipe(root, tmp_path / name, epochs=1, size=size))
+        opened = FeatureStore.open(root)
+        clips = np.flatnonzero(opened.split == "train")
+        cached = TeacherLogitsCache(tmp_path / name / "best", root, opened, clips)
+        loader = FeatureLoader(opened, clips, 4, seed=3, p=0.4, shuffle=True)
+        stop = StopAt(10**6)
+        monkeypatch.setattr(teacher_logits, "CHUNK", 8)
+        found = cached.load(tmp_path / "t", CPU, Ranks(), stop, (loader, epochs))
+        wanted = {
+            (int(clip), mask.tobytes())
+            for epoch in range(epochs)
+            for clip, mask in zip(clips, loader.masks(epoch), strict=True)
+        }
+        assert len(found._valid) == len(wanted)
+        assert sum(clip == 1 for clip, _ in wanted) == 1  # one modality: one mask in all epochs
+        assert 10**6 - stop.looks <= 2 * epochs + 1  # passes: of whole batches, not of clips
+        model, _ = load_model(tmp_path / name / "best")
+        for batch in loader.epoch(2):
+            with torch.inference_mode():
+                theirs = model(batch.tokens_on(CPU), batch.mask)["verb"]
+            mine = found.logits(batch.clip_index, batch.mask)["verb"]
+            torch.testing.assert_close(mine.float(), theirs, atol=2e-3, rtol=2e-3)
+            assert found.valid(batch.clip_index, batch.mask).all()
+        with pytest.raises(CheckpointError, match="not computed for"):
+            found.logits(torch.tensor([int(clips[1])]), torch.tensor([[True] + [False] * 7]))
+    student = student_recipe(root, tmp_path / "drop", tmp_path / "student", epochs=2)
+    distill(student)
+    (table,) = (tmp_path / "student/teacher_table").glob("*/00000.safetensors.sealed")
+    assert "masks" in load(bytes(read_checksummed(table)))
 
 
 def test_each_teacher_has_its_own_folder_and_a_foreign_one_is_refused(

@@ -3,7 +3,7 @@
 B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,29 +102,29 @@ def _folder(store: TokenSource, modality: str) -> Path:
     return next((part.path for part in parts if modality in part.modalities), store.path)
 
 
-#: The mask of a subset, bool [B, M], and the logits under it, head to float32 [B, C].
-SubsetLogits = tuple[Tensor, dict[str, Tensor]]
+#: A mask, bool [n, M], of the first n clips of a batch, and the logits under it, head to [n, C].
+MaskLogits = tuple[Tensor, dict[str, Tensor]]
 
 
 @torch.inference_mode()
-def predict_subsets(
+def predict_masked(
     model: nn.Module,
     loader: FeatureLoader,
-    subsets: Sequence[Sequence[str]],
+    masks: Callable[[Batch], Iterable[Tensor]],
     device: torch.device,
     check: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Batch, list[SubsetLogits]]]:
-    """Run a model over the clips of a loader, once per subset of modalities.
+) -> Iterator[tuple[Batch, list[MaskLogits]]]:
+    """Run a model over the clips of a loader, under one mask after the other.
 
     Args:
         model: takes tokens and a mask, on the device already.
         loader: of the clips, in order.
-        subsets: of modalities; one that the store does not have is absent.
+        masks: returns the masks of a batch, bool [n, M] each: of all its clips, or of the first n.
         device: where the model runs.
-        check: called before each batch, may raise.
+        check: called before each pass of a batch, may raise.
 
     Yields:
-        Each batch with the mask and the logits of each subset, on the CPU.
+        Each batch with its masks and the float32 logits under them, on the CPU.
 
     Raises:
         StoreError: logits are not finite since tokens are not. Without this the class of such a
@@ -132,15 +132,13 @@ def predict_subsets(
         CheckpointError: logits are not finite and tokens are.
     """
     store = loader.store
-    columns = [torch.tensor([m in subset for m in store.modalities]) for subset in subsets]
     for batch in loader.epoch(0):
-        check()
         tokens = batch.tokens_on(device)
-        answers: list[SubsetLogits] = []
-        for column in columns:
-            mask = batch.present & column
-            logits = {h: of.float().cpu() for h, of in model(tokens, mask).items()}
-            answers.append((mask, logits))
+        answers: list[MaskLogits] = []
+        for mask in masks(batch):
+            check()
+            some = {m: of[: len(mask)] for m, of in tokens.items()}
+            answers.append((mask, {h: of.float().cpu() for h, of in model(some, mask).items()}))
         if not all(all_finite(logits) for _, logits in answers):
             if bad := non_finite(store, batch):
                 raise non_finite_error(store, bad)
@@ -149,6 +147,17 @@ def predict_subsets(
                 "diverged: train it again with a lower optimiser.lr."
             )
         yield batch, answers
+
+
+def subset_masks(
+    store: TokenSource, subsets: Sequence[Sequence[str]]
+) -> Callable[[Batch], Iterator[Tensor]]:
+    """Return the masks for `predict_masked` under which some subsets of modalities are seen.
+
+    A modality of a subset that the store does not have is absent.
+    """
+    columns = [torch.tensor([m in subset for m in store.modalities]) for subset in subsets]
+    return lambda batch: (batch.present & column for column in columns)
 
 
 def all_finite(logits: dict[str, Tensor]) -> bool:

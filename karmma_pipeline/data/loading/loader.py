@@ -188,20 +188,29 @@ class FeatureLoader:
             self._begun = None
 
     def _begin(self, epoch: int, start_batch: int) -> "_Stream":
-        places = np.arange(len(self.indices))
-        if self.order is not None:
-            places = self.order(epoch)
-        elif self.shuffle:
-            places = np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
-        # The masks of all clips: drawn at once they cost next to nothing.
-        present = self.store.present[self.indices]
-        masks = modality_mask(self.seed, epoch, self._keys, present, self.p)
+        places, masks = self.places(epoch), self.masks(epoch)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
             for b in range(start_batch, len(self))
         )
         loads = (partial(self._load, part, masks) for part in parts)
         return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
+
+    def places(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the places in ``indices`` that an epoch goes through, in its order."""
+        if self.order is not None:
+            return self.order(epoch)
+        if self.shuffle:
+            return np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
+        return np.arange(len(self.indices))
+
+    def masks(self, epoch: int) -> npt.NDArray[np.bool_]:
+        """Return the masks of all ``indices`` in an epoch, [clips, M].
+
+        Drawn at once they cost next to nothing.
+        """
+        present = self.store.present[self.indices]
+        return modality_mask(self.seed, epoch, self._keys, present, self.p)
 
     def _load(self, places: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_]) -> Batch:
         clips = self.indices[places]
