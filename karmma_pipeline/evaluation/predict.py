@@ -103,8 +103,8 @@ def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
     Both may be one store or several as one.
     """
     opened = [FeatureStore.open(path) for path in stores]
-    if (trained_on := find_joined(opened, card.store_digest)) is not None:
-        return trained_on
+    if (found := find_joined(opened, card.store_digest, card.stores)) is not None:
+        return found
     for store in opened:  # other clips, such as a test set
         if _takes(card, store) and _has_all(card, store):
             return store

@@ -40,6 +40,9 @@ class ModelCard(Recipe):
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
     provenance: dict[str, dict[str, Any]] = Field(description="Where the tokens come from.")
     store_digest: str = Field(description="Digest of the feature store it was trained on.")
+    stores: tuple[str, ...] = Field(
+        (), description="Digests of the stores that were joined, in order; empty for one store."
+    )
     training: dict[str, Any] = Field({}, description="The recipe that trained it.")
     weights_sha256: str = Field("", description="Digest of the weights; set when it is saved.")
 
@@ -65,7 +68,8 @@ def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
     # old card those under their second name, until the new card is there.
     _keep_old(folder)
     files.write_bytes(folder / WEIGHTS, data)
-    files.write_json(folder / CARD, card.model_dump(mode="json"))
+    left_out = set() if card.stores else {"stores"}  # earlier versions can read the others
+    files.write_json(folder / CARD, card.model_dump(mode="json", exclude=left_out))
     (folder / _OLD).unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from karmma_pipeline.store.integrity import repair as repair
 from karmma_pipeline.store.integrity import verify as verify
 from karmma_pipeline.store.joined import JoinedStore as JoinedStore
 from karmma_pipeline.store.joined import find_joined as find_joined
+from karmma_pipeline.store.joined import joined_digests as joined_digests
 from karmma_pipeline.store.joined import open_joined as open_joined
 from karmma_pipeline.store.reader import FeatureStore as FeatureStore
 from karmma_pipeline.store.source import TokenSource as TokenSource

@@ -1,8 +1,8 @@
 """Several stores as one: clips meet by id, classes by name; nothing needs to be aligned."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from itertools import chain, permutations
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, combinations, islice, permutations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -220,13 +220,41 @@ def open_joined(paths: Sequence[Path], label_spaces: LabelSpaces = "same") -> To
     return stores[0] if len(stores) == 1 else JoinedStore(stores, label_spaces)
 
 
-def find_joined(stores: Sequence[FeatureStore], digest: str) -> TokenSource | None:
-    """Return what has a digest: one of the stores, or several as one, given in whatever order."""
-    for store in stores:
-        if store.digest == digest:
-            return store
-    sizes = range(2, len(stores) + 1)
-    for chosen in chain.from_iterable(permutations(stores, size) for size in sizes):
+def joined_digests(source: TokenSource) -> tuple[str, ...]:
+    """Return the digests of the stores that a source is a union of, in order; () of one store."""
+    mapped = getattr(source, "source", source)  # tokens may lie on a device
+    return tuple(s.digest for s in mapped.stores) if isinstance(mapped, JoinedStore) else ()
+
+
+#: Orders that are tried where none is recorded: all those of 7 stores, in under a second.
+_MOST_ORDERS = 20_000
+
+
+def find_joined(
+    stores: Sequence[FeatureStore], digest: str, parts: Sequence[str] = ()
+) -> TokenSource | None:
+    """Return what has a digest: one of the stores, or several as one, given in whatever order.
+
+    Args:
+        stores: what there is.
+        digest: of the store, or of several as one, that is looked for.
+        parts: digests of the stores of which it is made, in order. Models of earlier versions do
+            not record them: their stores are tried in every order up to seven, more of them in the
+            order given and then in some others.
+    """
+    by_digest = {store.digest: store for store in stores}
+    if digest in by_digest:
+        return by_digest[digest]
+    orders: Iterable[tuple[FeatureStore, ...]]
+    if parts:
+        known = all(part in by_digest for part in parts)
+        orders = [tuple(by_digest[part] for part in parts)] if known else []
+    else:
+        sizes = range(len(stores), 1, -1)
+        given = chain.from_iterable(combinations(stores, size) for size in sizes)
+        others = chain.from_iterable(permutations(stores, size) for size in sizes)
+        orders = islice(chain(given, others), _MOST_ORDERS)
+    for chosen in orders:
         for label_spaces in get_args(LabelSpaces):
             if _joined_digest(chosen, label_spaces) == digest:
                 return JoinedStore(chosen, label_spaces)

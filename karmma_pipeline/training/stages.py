@@ -15,7 +15,7 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.runs import RunFolder
-from karmma_pipeline.store import TokenSource
+from karmma_pipeline.store import TokenSource, joined_digests
 from karmma_pipeline.training.clips import describe, make_loaders, standardise, usable_clips
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
@@ -163,6 +163,7 @@ def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
         heads=store.heads,
         provenance=store.provenance,
         store_digest=store.digest,
+        stores=joined_digests(store),
         training=recipe.model_dump(mode="json"),
     )
 

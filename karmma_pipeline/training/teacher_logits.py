@@ -201,7 +201,8 @@ class TeacherLogitsCache:
         self.teacher, self.student, self.clips = teacher, student, clips
         self.card = read_card(teacher)
         paths = [teacher_store] if isinstance(teacher_store, Path) else list(teacher_store)
-        store = find_joined([FeatureStore.open(path) for path in paths], self.card.store_digest)
+        opened = [FeatureStore.open(path) for path in paths]
+        store = find_joined(opened, self.card.store_digest, self.card.stores)
         if store is None:
             raise StoreError(
                 f"{', '.join(map(str, paths))}: is not the store that {teacher} was trained on; "

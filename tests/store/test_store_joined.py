@@ -12,7 +12,13 @@ from karmma_pipeline.data.loading.loader import FeatureLoader, LoaderSettings
 from karmma_pipeline.data.loading.open import open_source
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import FeatureStore, JoinedStore, open_joined
+from karmma_pipeline.store import (
+    FeatureStore,
+    JoinedStore,
+    find_joined,
+    joined_digests,
+    open_joined,
+)
 
 IDS = [f"c{i:02d}" for i in range(12)]
 
@@ -103,6 +109,23 @@ def test_the_digest_tells_joins_apart(tmp_path: Path) -> None:
     b = fill_store(tmp_path / "b", IDS[6:])
     assert join(a, b).digest == join(a, b).digest
     assert len({join(a, b).digest, join(b, a).digest, FeatureStore.open(a).digest}) == 3
+
+
+def test_twelve_stores_are_found_as_one_in_any_order(tmp_path: Path) -> None:
+    """Twelve have 1.3 billion orders; the right one is recorded with what learned from them."""
+    paths = [fill_store(tmp_path / f"s{i}", IDS[:2], {f"s{i}": (1, 2)}) for i in range(12)]
+    stores = [FeatureStore.open(path) for path in paths]
+    joined = JoinedStore(stores, "join")
+    turned = stores[::-1]
+    found = find_joined(turned, joined.digest, joined_digests(joined))
+    assert found is not None
+    assert found.digest == joined.digest
+    assert find_joined(turned[1:], joined.digest, joined_digests(joined)) is None
+    # what earlier versions have trained: any order of a few stores, many only as they were given
+    few = JoinedStore([stores[2], stores[0], stores[1]])
+    assert find_joined(stores[:5], few.digest) is not None
+    assert find_joined(stores, joined.digest) is not None
+    assert find_joined(turned, joined.digest) is None
 
 
 @pytest.mark.parametrize("cache", ["map", "device"])

@@ -15,7 +15,7 @@ from support.training import SIZE, StopAt, student_recipe, teacher_recipe
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training import teacher_logits
 from karmma_pipeline.training.objective import teacher_log_probabilities
@@ -207,6 +207,8 @@ def test_a_teacher_that_was_trained_on_several_stores_as_one_teaches(tmp_path: P
     shapes = {"rgb": (4, 6), "audio": (2, 5)}
     parts = [str(fill_store(tmp_path / m, modalities={m: s})) for m, s in shapes.items()]
     train_teacher(teacher_recipe(Path(), tmp_path / "t", epochs=1, store=parts))
+    digests = [FeatureStore.open(Path(part)).digest for part in parts]
+    assert list(read_card(tmp_path / "t/best").stores) == digests
     student = {"epochs": 1, "teacher_store": [parts[::-1]]}
     distill(student_recipe(Path(parts[0]), tmp_path / "t", tmp_path / "s", **student))
     with pytest.raises(StoreError, match="a list in a list"):
