@@ -111,9 +111,9 @@ def test_the_digest_tells_joins_apart(tmp_path: Path) -> None:
     assert len({join(a, b).digest, join(b, a).digest, FeatureStore.open(a).digest}) == 3
 
 
-def test_twelve_stores_are_found_as_one_in_any_order(tmp_path: Path) -> None:
-    """Twelve have 1.3 billion orders; the right one is recorded with what learned from them."""
-    paths = [fill_store(tmp_path / f"s{i}", IDS[:2], {f"s{i}": (1, 2)}) for i in range(12)]
+def test_nine_stores_are_found_as_one_in_any_order(tmp_path: Path) -> None:
+    """Nine have 986,400 orders; the right one is recorded with what learned from them."""
+    paths = [fill_store(tmp_path / f"s{i}", IDS[:2], {f"s{i}": (1, 2)}) for i in range(9)]
     stores = [FeatureStore.open(path) for path in paths]
     joined = JoinedStore(stores, "join")
     turned = stores[::-1]
