@@ -18,6 +18,9 @@ _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
 ALL_SUBSETS_UP_TO = 6
 """With so many modalities each of the 2^M - 1 subsets is gone through; with more, some of them."""
 
+MOST_PASSES = 60
+"""How often an evaluation may pass a clip through a model with more modalities than that."""
+
 
 class Reason(enum.IntEnum):
     """Why a modality of a clip is absent; 0 means that it is present. Stored as uint8."""
@@ -76,6 +79,32 @@ def subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(c for size in range(len(order), 0, -1) for c in combinations(order, size))
 
 
-def label(subset: Iterable[str]) -> str:
-    """Return a short label, ``V+F+A`` as in the paper; unknown names stand as they are."""
-    return "+".join(_LETTERS.get(m, m) for m in canonical(subset))
+def evaluated_subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the subsets that an evaluation goes through, largest first.
+
+    With up to 6 modalities those are all; with more, the full set, those that lack one modality and
+    those of one alone, as far as they leave one of `MOST_PASSES` for drawn masks.
+    """
+    order = canonical(names)
+    if len(order) <= ALL_SUBSETS_UP_TO:
+        return subsets(order)
+    chosen = [order]
+    if 1 + 2 * len(order) < MOST_PASSES:
+        chosen += combinations(order, len(order) - 1)
+    if 1 + len(order) < MOST_PASSES:
+        chosen += combinations(order, 1)
+    return tuple(chosen)
+
+
+def label(subset: Iterable[str], of: Iterable[str] = ()) -> str:
+    """Return a short label, ``V+F+A`` as in the paper; unknown names stand as they are.
+
+    Args:
+        subset: modalities.
+        of: all modalities; if they are more than 6, ``all`` or ``all but V`` says what is missing.
+    """
+    order, every = canonical(subset), canonical(of)
+    without = [m for m in every if m not in order]
+    if len(every) > ALL_SUBSETS_UP_TO and len(without) <= 1:
+        return f"all but {_LETTERS.get(without[0], without[0])}" if without else "all"
+    return "+".join(_LETTERS.get(m, m) for m in order)

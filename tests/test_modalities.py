@@ -1,6 +1,7 @@
+from collections import Counter
 from pathlib import Path
 
-from karmma_pipeline.modalities import Reason, canonical, label, subsets
+from karmma_pipeline.modalities import Reason, canonical, evaluated_subsets, label, subsets
 
 
 def test_subsets_come_in_the_papers_order() -> None:
@@ -23,3 +24,27 @@ def test_the_table_of_reasons_in_the_documents_has_them_all() -> None:
     rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ")]
     told = {name.strip("`"): int(code[2:]) for code, name, *_ in rows if code[2:].isdigit()}
     assert told == {r.name.lower(): r.value for r in Reason if r is not Reason.PRESENT}
+
+
+def test_an_evaluation_never_passes_a_clip_more_than_60_times() -> None:
+    for count, sizes in {
+        3: {3: 1, 2: 3, 1: 3},
+        6: {6: 1, 5: 6, 4: 15, 3: 20, 2: 15, 1: 6},
+        7: {7: 1, 6: 7, 1: 7},
+        29: {29: 1, 28: 29, 1: 29},
+        30: {30: 1, 1: 30},
+        58: {58: 1, 1: 58},
+        59: {59: 1},
+    }.items():
+        chosen = evaluated_subsets(f"s{i:02d}" for i in range(count))
+        assert Counter(map(len, chosen)) == sizes
+        assert [len(s) for s in chosen] == sorted(map(len, chosen), reverse=True)
+        assert count <= 6 or len(chosen) < 60
+
+
+def test_many_modalities_have_short_labels() -> None:
+    every = ["rgb", "audio", *(f"s{i}" for i in range(6))]
+    assert label(every, every) == "all"
+    assert label(every[1:], every) == "all but V"
+    assert label(every[:2], every) == "V+A"
+    assert label(every[:3], every[:3]) == "V+A+s0"

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karmma_pipeline.evaluation.peak_memory import peak_memory_mib
 from karmma_pipeline.evaluation.results import Cost
-from karmma_pipeline.modalities import subsets
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import evaluated_subsets
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice, describe
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 from karmma_pipeline.models.saved import ModelCard
@@ -36,14 +37,15 @@ class SubsetCost:
 def subset_costs(
     backbones: Mapping[str, BackboneChoice], size: FusionSize, heads: Mapping[str, int]
 ) -> list[SubsetCost]:
-    """Count FLOPs and parameters for every subset, on the meta device: it takes no memory.
+    """Count FLOPs and parameters for every subset that is evaluated.
 
-    Parameters are those of the networks that run for the subset.
+    On the meta device, where it takes no memory. Parameters are those of the networks that run for
+    the subset.
     """
     facts = {m: _describe(choice) for m, choice in backbones.items()}
     shapes = {m: choice.output_shape for m, choice in backbones.items()}
     rows = []
-    for subset in subsets(backbones):
+    for subset in evaluated_subsets(backbones):
         gflops, parameters = _fusion(size, {m: shapes[m] for m in subset}, heads)
         as_run = gflops if size.absent == "drop" else _fusion(size, shapes, heads)[0]
         extractors = sum(facts[m][0] for m in subset)
@@ -70,20 +72,21 @@ def _fusion(
     return counter.get_total_flops() / 1e9, sum(p.numel() for p in model.parameters())
 
 
-def model_costs(card: ModelCard, device: torch.device, memory: bool) -> list[Cost]:
+def model_costs(card: ModelCard, device: torch.device, memory: bool, stop: StopFlag) -> list[Cost]:
     """Return the costs of a saved model per subset; a store whose backbones are not ours has none.
 
     Args:
         card: of the model.
         device: where peak memory is measured.
         memory: whether it is.
+        stop: ends the measurement of memory.
     """
     if any(facts.get("backbone") not in ARCHITECTURES for facts in card.provenance.values()):
         return []
     choices = {modality: _choice(facts) for modality, facts in card.provenance.items()}
     heads = {head: len(names) for head, names in card.heads.items()}
     left_out = card.size.model_copy(update={"absent": "drop"})
-    peaks = peak_memory_mib(choices, left_out, heads, str(device)) if memory else {}
+    peaks = peak_memory_mib(choices, left_out, heads, str(device), stop) if memory else {}
     return [
         Cost(**asdict(cost), memory_mib=peaks.get(cost.modalities))
         for cost in subset_costs(choices, card.size, heads)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import config, runs
-from karmma_pipeline.evaluation.predict import Predictions, align, predict
+from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions, align, predict
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.report import tables
 from karmma_pipeline.evaluation.report.page import write_report
@@ -41,14 +41,14 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     predictions = align([predict(run, recipe, device, stop) for run in recipe.runs])
     run_results = []
     for run, folder in zip(predictions, recipe.runs, strict=True):
-        stop.check("nothing of this evaluation is kept")
-        run_results.append(run_result(run, folder, recipe, device))
+        run_results.append(run_result(run, folder, recipe, device, stop))
+    stop.check(NOTHING_KEPT)
     results = Results(
         software={k: v for k, v in runs.environment()["packages"].items() if v},
         commit=runs.commit(),
         modalities=predictions[0].store.modalities,
         rates=tuple(recipe.drop_rates),
-        draws=recipe.draws,
+        draws=len(predictions[0].drawn) or recipe.draws,
         seed=recipe.seed,
         data=clip_facts(predictions[0], recipe),
         runs=tuple(run_results),

@@ -6,20 +6,23 @@ this file is also a program: it reads what to measure from stdin and prints a li
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from karmma_pipeline.errors import KarmmaError
-from karmma_pipeline.modalities import subsets
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import evaluated_subsets
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 
 _PROCESS = Path("/proc/self")
+_LOOK_S = 0.5
 
 
 def peak_memory_mib(
@@ -27,16 +30,20 @@ def peak_memory_mib(
     size: FusionSize,
     heads: Mapping[str, int],
     device: str = "cpu",
+    stop: StopFlag | None = None,
 ) -> dict[tuple[str, ...], float]:
-    """Measure the peak memory of one clip in float32 for every subset, each in its own process.
+    """Measure the peak memory of one clip in float32 for every subset that is evaluated.
+
+    Each in its own process.
 
     On a GPU the allocator's reserved memory, as in the paper; on a CPU what the process grew
     by while it built the networks (of zeros) and ran them. Linux only.
 
     Raises:
         KarmmaError: it could not be measured, for lack of memory perhaps.
+        StoppedError: a stop was asked for.
     """
-    chosen = subsets(backbones)
+    chosen = evaluated_subsets(backbones)
     request = {
         "backbones": {m: choice.model_dump(mode="json") for m, choice in backbones.items()},
         "size": size.model_dump(),
@@ -44,18 +51,37 @@ def peak_memory_mib(
         "device": device,
         "subsets": chosen,
     }
-    return dict(zip(chosen, _measure_elsewhere(json.dumps(request)), strict=True))
+    text = json.dumps(request)
+    if text not in _measured:  # runs of one architecture share what was measured
+        _measured[text] = _measure_elsewhere(text, stop or StopFlag())
+    return dict(zip(chosen, _measured[text], strict=True))
 
 
-@cache
-def _measure_elsewhere(request: str) -> tuple[float, ...]:
-    """Run this file as a program; runs of one architecture share what it prints."""
+_measured: dict[str, tuple[float, ...]] = {}
+
+
+def _measure_elsewhere(request: str, stop: StopFlag) -> tuple[float, ...]:
+    """Run this file as a program; return what it prints."""
     command = [sys.executable, "-m", "karmma_pipeline.evaluation.peak_memory"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        given: str | None = request
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    out, err = process.communicate(given, timeout=_LOOK_S)
+                    break
+                given = None  # it is written only once
+                stop.check("nothing of this evaluation is kept")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has forked
+    if process.returncode:
+        reason = (err.strip().splitlines() or ["killed"])[-1]
         raise KarmmaError(f"peak memory could not be measured ({reason}).")
-    return tuple(float(line) for line in done.stdout.split())
+    return tuple(float(line) for line in out.split())
 
 
 def _main() -> None:

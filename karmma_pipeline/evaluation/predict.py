@@ -1,9 +1,14 @@
-"""The logits of a run for every subset of modalities, each computed once.
+"""The logits of a run for subsets of its modalities, each computed once.
 
-S subsets, N clips of the split, C classes of a head, M modalities.
+Up to 6 modalities those are all subsets. With more they are a few and, of other sizes, subsets that
+are drawn for each clip, at most 60 passes together.
+
+S subsets, D draws for each clip, N clips of the split, C classes of a head, M modalities.
 """
 
 import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,22 +19,28 @@ from safetensors.numpy import save
 
 from karmma_pipeline import files
 from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
-from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.data.loading.masks import clip_keys, sized_masks
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
-from karmma_pipeline.modalities import subsets
+from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, MOST_PASSES, evaluated_subsets
 from karmma_pipeline.models.saved import ModelCard, load_model
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
+
+_logger = logging.getLogger(__name__)
+
+NOTHING_KEPT = "nothing of this evaluation is kept"
 
 
 @dataclass(frozen=True)
 class Predictions:
     """What one run says of the clips of a split.
 
-    logits: head to float32 [S, N, C], raw. labels: head to int64 [N], -1 unknown.
-    present: bool [N, M]. clip_ids: bytes [N]. subsets: S tuples of modalities.
+    logits: head to float32 [S + D, N, C], raw. labels: head to int64 [N], -1 unknown.
+    present: bool [N, M]. clip_ids: bytes [N]. subsets: S tuples of modalities. drawn: bool
+    [D, N, M], the masks of the last D.
     """
 
     name: str
@@ -41,6 +52,7 @@ class Predictions:
     labels: dict[str, npt.NDArray[np.int64]]
     present: npt.NDArray[np.bool_]
     clip_ids: npt.NDArray[np.bytes_]
+    drawn: npt.NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
         """Write raw logits, labels and ids, from which every metric can be computed again.
@@ -54,13 +66,15 @@ class Predictions:
         width = self.clip_ids.dtype.itemsize
         ids = np.ascontiguousarray(self.clip_ids).view(np.uint8).reshape(-1, width)
         tensors |= {"present": self.present.astype(np.uint8), "clip_ids": ids}
+        if len(self.drawn):
+            tensors["drawn"] = self.drawn.astype(np.uint8)
         # One entry only: safetensors writes several in an order that chance decides.
         about = json.dumps({"name": self.name, "subsets": self.subsets})
         files.write_bytes(path, save(tensors, metadata={"karmma": about}))
 
 
 def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag) -> Predictions:
-    """Run a saved model over the split, once per subset of its modalities.
+    """Run a saved model over the split, once per subset of its modalities; says how often.
 
     Raises:
         StoreError: none of the stores is the one that the run was trained on, or a clip has tokens
@@ -72,18 +86,28 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     store = _matching(card, run, recipe.stores)
     clips = clips_of_split(store, recipe.split, recipe.exclude)
     model = model.to(device)
-    chosen = subsets(store.modalities)
+    chosen = evaluated_subsets(store.modalities)
+    drawn = _draw(store, clips, chosen, recipe)
     loader = FeatureLoader(store, clips, recipe.batch_size)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
-    masks = subset_masks(store, chosen)
-    batches = predict_masked(
-        model, loader, masks, device, lambda: stop.check("nothing of this evaluation is kept")
+    _logger.info(
+        "evaluate %s: %d passes for each of %d clips, %d subsets and %d drawn masks",
+        *(name, len(chosen) + len(drawn), len(clips), len(chosen), len(drawn)),
     )
-    bar = progress_bar(batches, f"evaluate {name}", total=len(loader), unit="batch")
-    for _, answers in bar:
-        for head, rows in outputs.items():
-            rows.append(np.stack([logits[head].numpy() for _, logits in answers]))
+    passes = len(chosen) + len(drawn)
+    with progress_bar(
+        total=passes * len(loader), desc=f"evaluate {name}", unit="pass", dynamic_ncols=True
+    ) as bar:
+
+        def check() -> None:
+            stop.check(NOTHING_KEPT)
+            bar.update()
+
+        masks = _masks(store, clips, chosen, drawn)
+        for _, answers in predict_masked(model, loader, masks, device, check):
+            for head, rows in outputs.items():
+                rows.append(np.stack([logits[head].numpy() for _, logits in answers]))
     return Predictions(
         name,
         card,
@@ -94,7 +118,53 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
         {head: np.asarray(of[clips], np.int64) for head, of in store.labels.items()},
         store.present[clips],
         store.clip_ids[clips],
+        drawn,
     )
+
+
+def _draw(
+    store: TokenSource,
+    clips: npt.NDArray[np.int64],
+    chosen: tuple[tuple[str, ...], ...],
+    recipe: EvaluateRecipe,
+) -> npt.NDArray[np.bool_]:
+    """Return the masks that are drawn for each clip, bool [D, N, M]; none where no size is open."""
+    present = store.present[clips]
+    low, high = drawn_sizes(present, chosen)
+    count = min(recipe.draws, MOST_PASSES - len(chosen)) if (low <= high).any() else 0
+    keys = clip_keys(store.clip_ids[clips])
+    return sized_masks(recipe.seed, count, keys, present, low, high)
+
+
+def drawn_sizes(
+    present: npt.NDArray[np.bool_], chosen: Sequence[Sequence[str]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the smallest and the largest size [N] of which not all of a clip's subsets are chosen.
+
+    Where all subsets of all sizes are, the largest is below the smallest.
+    """
+    count, most = present.sum(axis=1), present.shape[1]
+    if most <= ALL_SUBSETS_UP_TO:
+        return np.ones_like(count), np.zeros_like(count)
+    low = 2 if any(len(subset) == 1 for subset in chosen) else 1
+    lack = 2 if any(len(subset) == most - 1 for subset in chosen) else 1
+    return np.full_like(count, low), count - lack
+
+
+def _masks(
+    store: TokenSource,
+    clips: npt.NDArray[np.int64],
+    chosen: tuple[tuple[str, ...], ...],
+    drawn: npt.NDArray[np.bool_],
+) -> Callable[[Batch], Iterator[torch.Tensor]]:
+    """Return the masks of a batch for `predict_masked`."""
+    of_subsets = subset_masks(store, chosen)
+
+    def masks(batch: Batch) -> Iterator[torch.Tensor]:
+        yield from of_subsets(batch)
+        yield from torch.from_numpy(drawn[:, np.searchsorted(clips, batch.clip_index.numpy())])
+
+    return masks
 
 
 def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
@@ -164,4 +234,5 @@ def _in_order(run: Predictions, clip_ids: npt.NDArray[np.bytes_]) -> Predictions
         labels={head: of[rows] for head, of in run.labels.items()},
         present=run.present[rows],
         clip_ids=run.clip_ids[rows],
+        drawn=run.drawn[:, rows],
     )

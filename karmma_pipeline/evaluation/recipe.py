@@ -84,7 +84,10 @@ class EvaluateRecipe(Recipe):
         description="Probabilities with which each modality is dropped, for the drop curve.",
     )
     draws: Annotated[int, Field(ge=0)] = Field(
-        20, description="Draws of the sampled drop curve; 0: the exact expected curve only."
+        20,
+        description="Draws of the sampled drop curve; 0: the exact expected curve only. Above 6\n"
+        "modalities the curve is an estimate from as many subsets that are drawn for each clip;\n"
+        "fewer where they and the chosen subsets would make over 60 passes; 0: no curve.",
     )
     seed: int = Field(0, description="Seed of the draws; every run sees the same masks.")
     costs: bool = Field(True, description="Count FLOPs and parameters, backbones included.")

@@ -1,7 +1,7 @@
 """What an evaluation found: the one file (``results.json``) that tables, figures and pages show.
 
-Accuracies are percentages. Subsets stand in the order of `karmma_pipeline.modalities.subsets`,
-classes in the order of their ids.
+Accuracies are percentages. Subsets stand in the order of
+`karmma_pipeline.modalities.evaluated_subsets`, classes in the order of their ids.
 """
 
 import json
@@ -59,15 +59,20 @@ class Sampled(Recipe):
     """Accuracy under drawn masks."""
 
     mean: Percent = Field(description="Mean over the draws.")
-    low: Percent = Field(description="2.5 % quantile over the draws.")
-    high: Percent = Field(description="97.5 % quantile over the draws.")
+    low: Percent = Field(
+        description="2.5 % quantile over the draws; where the curve itself is an estimate, the "
+        "lower end of the 95 % interval that the draws alone leave open."
+    )
+    high: Percent = Field(description="97.5 % quantile over the draws, or that interval's end.")
 
 
 class DropPoint(Recipe):
     """Top-1 accuracy when each present modality drops with one probability."""
 
     rate: Annotated[float, Field(ge=0, lt=1)] = Field(description="The probability.")
-    expected: Percent = Field(description="Exact mean over all masks.")
+    expected: Percent = Field(
+        description="Mean over all masks: exact up to 6 modalities, else an estimate."
+    )
     low: Percent = Field(description="Lower end of the 95 % interval over clips.")
     high: Percent = Field(description="Upper end of the 95 % interval over clips.")
     sampled: Sampled | None = Field(None, description="The same, with drawn masks.")
@@ -116,7 +121,9 @@ class RunResult(Recipe):
     paper_size: bool = Field(False, description="Whether its costs compare with the paper's.")
     model_digest: str = Field(description="sha256 of the saved model.")
     store_digest: str = Field(description="Digest of the feature store it was evaluated on.")
-    subsets: tuple[SubsetScores, ...] = Field(description="Every subset under both protocols.")
+    subsets: tuple[SubsetScores, ...] = Field(
+        description="Every subset that was evaluated, under both protocols."
+    )
     drop: tuple[DropCurve, ...] = Field(description="Drop curves per head and protocol.")
     costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not asked for.")
     cost_note: str = Field("", description="How the costs were measured.")
@@ -162,7 +169,7 @@ class Results(Recipe):
     commit: str = Field(description="Commit of the code; empty if unknown.")
     modalities: tuple[str, ...] = Field(description="Modalities in canonical order.")
     rates: tuple[float, ...] = Field(description="Drop rates.")
-    draws: int = Field(description="Draws of the sampled curve.")
+    draws: int = Field(description="Draws of the sampled curve, for each clip.")
     seed: int = Field(description="Seed of the draws; all runs see the same masks.")
     data: Data = Field(description="The clips.")
     runs: tuple[RunResult, ...] = Field(description="The models.")
@@ -171,6 +178,16 @@ class Results(Recipe):
     def metrics(self) -> tuple[str, ...]:
         """Heads in order, then `action`; a single head is the action itself."""
         return metric_names(self.data.heads)
+
+    @property
+    def subsets(self) -> tuple[tuple[str, ...], ...]:
+        """The subsets of modalities that were evaluated."""
+        return tuple(s.modalities for s in self.runs[0].subsets if s.protocol == "all")
+
+    @property
+    def every_subset(self) -> bool:
+        """Whether those are all, so that drop curves are exact."""
+        return len(self.subsets) == 2 ** len(self.modalities) - 1
 
     @property
     def main(self) -> str:

@@ -1,8 +1,4 @@
-"""From logits to scores: every subset, and accuracy while modalities drop out.
-
-The subsets are evaluated once; a drop curve follows from them exactly, because a mask is a
-subset: its expected value needs no sampling. S subsets, N clips, M modalities.
-"""
+"""From logits to scores: every subset that was evaluated. S subsets, N clips, M modalities."""
 
 import csv
 import json
@@ -16,21 +12,19 @@ import numpy.typing as npt
 import torch
 
 from karmma_pipeline import files, metrics
-from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import SIDECAR
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.evaluation import results
 from karmma_pipeline.evaluation.costs import model_costs
+from karmma_pipeline.evaluation.drop_curve import Correct, drop_curves
 from karmma_pipeline.evaluation.paper import SIZES
-from karmma_pipeline.evaluation.predict import Predictions
+from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
+from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.saved import WEIGHTS
 
 Bools = npt.NDArray[np.bool_]
-TOP = (1, 5)
-_Z = 1.959964
-
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
 _NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
 
@@ -43,9 +37,6 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
         for head, names in heads.items()
     }
     modalities = run.store.modalities
-    notes = [] if any(c.any() for c in counts.values()) else [_NO_LABELS]
-    if recipe.exclude is not None:
-        notes.append(f"The clips that {recipe.exclude} lists are left out.")
     return results.Data(
         name=recipe.title or run.store.path.resolve().parent.name,
         split=recipe.split,
@@ -58,8 +49,21 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
         heads=heads,
         class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
         constant=_majority_class(run, counts),
-        notes=tuple(notes),
+        notes=tuple(_notes(run, recipe, any(c.any() for c in counts.values()))),
     )
+
+
+def _notes(run: Predictions, recipe: EvaluateRecipe, any_label: bool) -> Iterator[str]:
+    if not any_label:
+        yield _NO_LABELS
+    if len(run.subsets) < 2 ** len(run.store.modalities) - 1:
+        yield (
+            f"Of the {len(run.store.modalities)} modalities' subsets {len(run.subsets)} were "
+            f"evaluated. The drop curve is an estimate from them and from {len(run.drawn)} subsets "
+            "of other sizes that were drawn for each clip; its intervals cover clips and draws."
+        )
+    if recipe.exclude is not None:
+        yield f"The clips that {recipe.exclude} lists are left out."
 
 
 def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
@@ -79,10 +83,14 @@ def _majority_class(run: Predictions, counts: dict[str, npt.NDArray[np.int64]]) 
 
 
 def run_result(
-    run: Predictions, folder: Path, recipe: EvaluateRecipe, device: torch.device
+    run: Predictions, folder: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
 ) -> results.RunResult:
-    """Return everything that the report says of one run, saved in a folder."""
-    correct, card = Correct(run), run.card
+    """Return everything that the report says of one run, saved in a folder.
+
+    Raises:
+        StoppedError: a stop was asked for.
+    """
+    correct, card = Correct(run, lambda: stop.check(NOTHING_KEPT)), run.card
     kind = "teacher" if card.kind == "teacher" else "student"
     return results.RunResult(
         name=run.name,
@@ -95,63 +103,19 @@ def run_result(
         store_digest=run.store.digest,
         subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
         drop=tuple(drop_curves(correct, recipe)),
-        costs=tuple(model_costs(card, device, recipe.memory)) if recipe.costs else (),
+        costs=tuple(model_costs(card, device, recipe.memory, stop)) if recipe.costs else (),
         cost_note=_MEMORY_NOTE if recipe.costs and recipe.memory else "",
         class_correct={head: _correct_per_class(correct, head) for head in run.labels},
     )
 
 
-def _correct_per_class(correct: "Correct", head: str) -> tuple[int, ...]:
+def _correct_per_class(correct: Correct, head: str) -> tuple[int, ...]:
     """Return the clips answered rightly with every modality, by class."""
     labels, known = correct.run.labels[head], correct.known[head]
     right = correct.table[head, 1][0][known]  # the largest subset comes first
     return tuple(
         np.bincount(labels[known][right], minlength=len(correct.run.card.heads[head])).tolist()
     )
-
-
-class Correct:
-    """Right or wrong for every subset and clip, per head and `action`: bool [S, N].
-
-    A clip that has none of a subset's modalities is wrong there, whatever the model says.
-    """
-
-    def __init__(self, run: Predictions) -> None:
-        self.run = run
-        heads = list(run.logits)
-        self.metrics = results.metric_names(heads)
-        modalities = run.store.modalities
-        columns = np.array([[m in subset for m in modalities] for subset in run.subsets])
-        self.seen = np.stack([(run.present & column).any(axis=1) for column in columns])
-        # A mask read as a binary number finds its subset without a search. That of no modality
-        # is no subset: it finds 0, and whoever asks must look at the mask too.
-        self._bits = 1 << np.arange(len(modalities))
-        self._number_of = np.zeros(2 ** len(modalities), np.int64)
-        self._number_of[columns @ self._bits] = np.arange(len(columns))
-        known = np.stack([run.labels[h] >= 0 for h in heads]).all(axis=0)
-        self.known = {**{h: run.labels[h] >= 0 for h in heads}, results.ACTION: known}
-        self.table = {(m, k): self._table(m, k) for m in self.metrics for k in TOP}
-
-    def _table(self, metric: str, k: int) -> Bools:
-        run = self.run
-        rows = []
-        for number in range(len(run.subsets)):
-            if metric in run.logits:
-                rows.append(metrics.topk_correct(run.logits[metric][number], run.labels[metric], k))
-            else:
-                logits = {h: v[number] for h, v in run.logits.items()}
-                rows.append(metrics.action_correct(logits, run.labels, k))
-        return np.stack(rows) & self.seen
-
-    def subset_number(self, masks: Bools) -> npt.NDArray[np.int64]:
-        """Return which subset each mask [..., M] is."""
-        return self._number_of[masks @ self._bits]
-
-    def clips(self, protocol: results.Protocol) -> Bools:
-        """Return which clips a protocol counts, bool [N]."""
-        present = self.run.present
-        every: Bools = np.asarray(present.all(axis=1), bool)
-        return every if protocol == "complete" else np.ones(len(present), bool)
 
 
 def score(correct: Bools) -> results.Score:
@@ -193,76 +157,6 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[result
                 scores=scores,
                 mean_class=mean_class,
             )
-
-
-def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[results.DropCurve]:
-    """Yield the drop curve of every metric under both protocols."""
-    for protocol in ("all", "complete"):
-        counted = correct.clips(protocol)
-        if not counted.any():
-            continue
-        for metric in correct.metrics:
-            rows = counted & correct.known[metric]
-            points = tuple(
-                _point(correct, metric, rows, rate, recipe) for rate in recipe.drop_rates
-            )
-            yield results.DropCurve(head=metric, protocol=protocol, points=points)
-
-
-def _point(
-    correct: Correct, metric: str, rows: Bools, rate: float, recipe: EvaluateRecipe
-) -> results.DropPoint:
-    table = correct.table[metric, 1][:, rows].astype(np.float64)  # [S, rows]
-    present = correct.run.present[rows]
-    per_clip = (_chances(correct, present, rate) * table).sum(axis=0)
-    if not len(per_clip):
-        per_clip = np.zeros(1)  # no clip has a label
-    # The mean over masks is exact, so the interval is over clips alone: how far the mean would
-    # move with other clips of the kind (normal approximation).
-    expected = float(per_clip.mean())
-    spread = _Z * float(per_clip.std()) / len(per_clip) ** 0.5
-    return results.DropPoint(
-        rate=rate,
-        expected=_percent(expected),
-        low=_percent(expected - spread),
-        high=_percent(expected + spread),
-        sampled=_sampled(correct, table, present, rows, rate, recipe) if recipe.draws else None,
-    )
-
-
-def _percent(share: float) -> float:
-    return min(100.0, max(0.0, 100 * share))
-
-
-def _chances(correct: Correct, present: Bools, rate: float) -> npt.NDArray[np.float64]:
-    """Return the probability of each subset for each clip, [S, N]."""
-    chances = np.zeros((len(correct.seen), len(present)))
-    patterns, which = np.unique(present, axis=0, return_inverse=True)
-    for i, pattern in enumerate(patterns):
-        for mask, chance in metrics.drop_distribution(tuple(pattern.tolist()), rate).items():
-            if any(mask):  # nothing present: wrong with any mask
-                chances[correct.subset_number(np.array(mask)), which == i] = chance
-    return chances
-
-
-def _sampled(
-    correct: Correct,
-    table: npt.NDArray[np.float64],
-    present: Bools,
-    rows: Bools,
-    rate: float,
-    recipe: EvaluateRecipe,
-) -> results.Sampled:
-    keys = clip_keys(correct.run.clip_ids[rows])
-    values = []
-    for draw in range(recipe.draws):
-        mask = modality_mask(recipe.seed, draw, keys, present, rate)
-        right = table[correct.subset_number(mask), np.arange(len(mask))] * mask.any(axis=1)
-        values.append(float(right.mean()) if len(right) else 0.0)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return results.Sampled(
-        mean=_percent(float(np.mean(values))), low=_percent(float(low)), high=_percent(float(high))
-    )
 
 
 def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:

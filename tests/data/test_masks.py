@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
+from karmma_pipeline.data.loading.masks import clip_keys, modality_mask, sized_masks
 from karmma_pipeline.errors import ConfigError
 
 N = 40_000
@@ -105,3 +105,24 @@ def test_masks_do_not_depend_on_order_or_batch(order: list[int], size: int) -> N
 def test_a_rate_that_is_no_probability_is_refused(p: float) -> None:
     with pytest.raises(ConfigError, match=r"modality_dropout=.*0\.\.1"):
         modality_mask(0, 0, KEYS, ALL, p)
+
+
+def test_drawn_subsets_have_each_size_and_each_member_equally_often() -> None:
+    present = np.ones((4000, 7), np.bool_)
+    present[:1000, 0] = False
+    low, high = np.full(4000, 2), np.full(4000, 4)
+    high[:500] = 1  # no size at all: what is present stays
+    masks = sized_masks(3, 6, KEYS[:4000], present, low, high)
+    assert not (masks & ~present).any()
+    assert (masks[:, :500] == present[:500]).all()
+    sizes = masks[:, 500:].sum(axis=2)
+    assert {*sizes.ravel().tolist()} == {2, 3, 4}
+    spread = np.sort(sizes, axis=0)  # of each clip: two of every size
+    assert (spread == np.array([2, 2, 3, 3, 4, 4])[:, None]).all()
+    assert np.abs((sizes[0][:, None] == [2, 3, 4]).mean(axis=0) - 1 / 3).max() < five_sigma(
+        0.3, 3500
+    )
+    whole = masks[:, 1000:].mean(axis=(0, 1))
+    assert np.abs(whole - 3 / 7).max() < five_sigma(3 / 7, 3000 * 6)
+    other = sized_masks(3, 6, KEYS[1000:1010], present[1000:1010], low[:10], high[-10:])
+    assert np.array_equal(other, masks[:, 1000:1010])

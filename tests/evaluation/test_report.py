@@ -1,6 +1,7 @@
 """Evaluation of small trained models, and the report made from it."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,71 @@ def test_the_expected_drop_curve_joins_the_subsets_and_the_sampled_one(found: Re
     for point in curve.points:
         assert point.sampled is not None
         assert abs(point.sampled.mean - point.expected) < 4
+
+
+SENSORS = {f"s{i}": (1, 3) for i in range(8)}
+
+
+def test_of_many_modalities_some_subsets_and_drawn_masks_are_evaluated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [f"c{i:02d}" for i in range(60)]
+    absent = [(f"c{i:02d}", f"s{j}") for i in range(20) for j in range(i % 9)]  # some have nothing
+    store = fill_store(tmp_path / "store", ids, SENSORS, absent=absent)
+    run = save_run(tmp_path / "run", store, name="Many")
+    names = {"runs": [str(run)], "names": {}, "draws": 30, "drop_rates": [0.0, 0.3, 0.6, 0.9]}
+    with caplog.at_level("INFO"):
+        found = evaluate(make_recipe(tmp_path, **names)).results
+    assert "47 passes for each of 60 clips, 17 subsets and 30 drawn masks" in caplog.text
+    assert [len(s) for s in found.subsets] == [8] + [7] * 8 + [1] * 8
+    for rate, exact in exact_curve(run, store, [0.0, 0.3, 0.6, 0.9]).items():
+        curve = found.runs[0].curve("verb", "all")
+        assert curve is not None
+        point = curve.at(rate)
+        assert point is not None
+        assert point.sampled is not None
+        assert point.sampled.low <= point.expected <= point.sampled.high
+        assert point.low <= point.sampled.low <= point.sampled.high <= point.high
+        assert abs(point.expected - exact) <= point.sampled.high - point.sampled.low + 1e-9
+        assert point.sampled.high - point.sampled.low < 8
+    page = (tmp_path / "report/index.html").read_text()
+    assert "estimates of the expected values" in page
+    assert "all but s3" in page
+    assert load_file(tmp_path / "report/logits/0_Many.safetensors")["drawn"].shape == (30, 60, 8)
+    short = evaluate(
+        make_recipe(tmp_path, **{**names, "draws": 0}, out=str(tmp_path / "r"))
+    ).results
+    assert short.runs[0].drop == ()
+
+
+def exact_curve(run: Path, root: Path, rates: list[float]) -> dict[float, float]:
+    """The mean over all 2^M masks of every clip, counted out."""
+    store = FeatureStore.open(root)
+    model, _ = load_model(run / "best")
+    tokens = {m: store.gather(m, torch.arange(len(store))) for m in store.modalities}
+    total = dict.fromkeys(rates, 0.0)
+    truth = torch.from_numpy(np.asarray(store.labels["verb"], np.int64))
+    for bits in product((False, True), repeat=len(store.modalities)):
+        mask = torch.from_numpy(store.present & np.array(bits))
+        with torch.inference_mode():
+            right = (model(tokens, mask)["verb"].argmax(dim=1) == truth).numpy()
+        for clip, pattern in enumerate(store.present.tolist()):
+            within = all(p or not b for b, p in zip(bits, pattern, strict=True))
+            if any(bits) and within and right[clip]:
+                kept, count = sum(bits), sum(pattern)
+                for rate in rates:
+                    restored = rate**count / count if kept == 1 else 0.0
+                    total[rate] += (1 - rate) ** kept * rate ** (count - kept) + restored
+    return {rate: 100 * value / len(store) for rate, value in total.items()}
+
+
+def test_a_model_that_is_always_right_has_100_percent_of_drawn_masks_too(tmp_path: Path) -> None:
+    store = fill_store(tmp_path / "store", IDS, SENSORS, absent=[], classes=("only",))
+    run = save_run(tmp_path / "run", store, name="Right")
+    found = evaluate(make_recipe(tmp_path, runs=[str(run)], names={}, draws=5)).results
+    curve = found.runs[0].curve("verb", "all")
+    assert curve is not None
+    assert {(p.low, p.expected, p.high) for p in curve.points} == {(100.0, 100.0, 100.0)}
 
 
 def test_equal_models_make_equal_bytes(place: Path, found: Results, tmp_path: Path) -> None:

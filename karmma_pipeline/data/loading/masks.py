@@ -21,6 +21,7 @@ _WORD = 2**64 - 1
 _REPAIR = 2**32
 #: Stream of `draws` that shuffles the clips of an epoch.
 ORDER = 2**32 + 1
+_SIZE = 2**32 + 5
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -107,6 +108,40 @@ def modality_mask(
     empty = np.flatnonzero(~mask.any(axis=1) & present.any(axis=1))
     mask[empty] = _one_of(present[empty], _uniform(_stream(base[empty], _REPAIR)))
     return mask
+
+
+def sized_masks(
+    seed: int,
+    count: int,
+    keys: NDArray[np.uint64],
+    present: NDArray[np.bool_],
+    low: NDArray[np.int64],
+    high: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Draw subsets of what each clip has: each size about equally often, each subset of a size too.
+
+    Args:
+        seed: of the draws.
+        count: subsets of each clip.
+        keys: uint64 [N] from `clip_keys`.
+        present: bool [N, M], what each clip natively has.
+        low: smallest size [N].
+        high: largest size [N]; below ``low``: the clip keeps what it has.
+
+    Returns:
+        bool [count, N, M]. The size of each is uniform over low..high; of one clip the sizes are
+        spread as evenly as ``count`` allows (systematic sampling).
+    """
+    start = _uniform(draws(seed, 0, keys, _SIZE))
+    sizes = np.maximum(high - low + 1, 0)
+    masks = np.empty((count, *present.shape), np.bool_)
+    for draw in range(count):
+        size = low + ((start + draw / count) % 1 * sizes).astype(np.int64)
+        base = _base(seed, draw, keys)
+        words = np.stack([_uniform(_stream(base, m)) for m in range(present.shape[1])], axis=1)
+        rank = np.where(present, words, 2.0).argsort(axis=1).argsort(axis=1)
+        masks[draw] = present & (rank < np.where(sizes > 0, size, present.shape[1])[:, None])
+    return masks
 
 
 def _one_of(present: NDArray[np.bool_], where: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -11,11 +11,14 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from karmma_pipeline.evaluation.results import Results, RunResult
-from karmma_pipeline.modalities import label, subsets
+from karmma_pipeline.modalities import label
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
+_TALL = 5
+_MOST_UPRIGHT = 8
+"""Subsets whose names have room below upright bars."""
 _STYLE: Any = {
     "svg.hashsalt": "karmma",
     "font.size": 10,
@@ -31,10 +34,9 @@ _STYLE: Any = {
 
 def draw(results: Results) -> dict[str, Figure]:
     """Return the figures by name."""
-    plots: dict[str, Callable[[Results], Figure]] = {
-        "drop_curve": drop_curve,
-        "subsets": subset_bars,
-    }
+    plots: dict[str, Callable[[Results], Figure]] = {"subsets": subset_bars}
+    if any(run.drop for run in results.runs):
+        plots = {"drop_curve": drop_curve, **plots}
     if any(run.costs for run in results.runs):
         plots["costs"] = cost_bars
     with mpl.rc_context(_STYLE):
@@ -59,7 +61,7 @@ def caption(results: Results) -> str:
 
 
 def drop_curve(results: Results) -> Figure:
-    """Return the headline top-1 over the drop rate, expected, with its interval over clips."""
+    """Return the headline top-1 over the drop rate, expected, with its interval."""
     figure, axes = _figure(7, 4.4)
     for number, run in enumerate(results.runs):
         curve = run.curve(results.main, "all")
@@ -97,54 +99,75 @@ def drop_curve(results: Results) -> Figure:
 
 
 def subset_bars(results: Results) -> Figure:
-    """Return the headline top-1 on every subset of modalities."""
-    figure, axes = _figure(7.5, 4)
-    chosen = subsets(results.modalities)
+    """Return the headline top-1 on every subset of modalities that was evaluated."""
+    title = "Every subset of modalities" if results.every_subset else "Subsets of modalities"
+    bars = _SubsetBars(results, len(results.runs), 4)
     for number, run in enumerate(results.runs):
-        scores = [run.subset(s, "all").scores[f"{results.main}_top1"] for s in chosen]
-        _bars(
-            axes,
-            [s.value for s in scores],
-            number,
-            len(results.runs),
-            yerr=[[s.value - s.low for s in scores], [s.high - s.value for s in scores]],
-            error_kw={"linewidth": 0.7, "ecolor": "#555555"},
-            label=_plain(run.name),
-        )
-    _label_subsets(axes, chosen, f"{_plain(results.main)} top-1 (%)")
-    _title(figure, axes, "Every subset of modalities", results)
-    return figure
+        of_subset = [run.subset(s, "all") for s in results.subsets]
+        scores = [of.scores[f"{results.main}_top1"] for of in of_subset]
+        whiskers = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
+        bars.draw([s.value for s in scores], number, _plain(run.name), whiskers)
+    return bars.finish(f"{_plain(results.main)} top-1 (%)", title)
 
 
 def cost_bars(results: Results) -> Figure:
     """Return GFLOPs of one clip on every subset, one bar per architecture."""
-    figure, axes = _figure(7.5, 3.6)
     runs = _architectures(results)
-    chosen = subsets(results.modalities)
+    bars = _SubsetBars(results, len(runs), 3.6)
     for number, (names, run) in enumerate(runs):
         by_subset = {c.modalities: c.gflops or 0.0 for c in run.costs}
-        heights = [by_subset.get(s, 0.0) for s in chosen]
-        bars = _bars(axes, heights, number, len(runs), label=_plain(names))
-        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
-    _label_subsets(axes, chosen, "GFLOPs per clip, backbones included")
-    _title(figure, axes, "What a clip costs (2 FLOPs per multiply-add)", results)
-    return figure
+        drawn = bars.draw([by_subset.get(s, 0.0) for s in results.subsets], number, _plain(names))
+        bars.axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=1)
+    return bars.finish(
+        "GFLOPs per clip, backbones included", "What a clip costs (2 FLOPs per multiply-add)"
+    )
 
 
-def _bars(
-    axes: Axes, heights: Sequence[float], number: int, count: int, **style: Any
-) -> BarContainer:
-    """Draw the bars of one of ``count`` models, beside those of the others on each subset."""
-    width = 0.8 / count
-    places = [i + (number - (count - 1) / 2) * width for i in range(len(heights))]
-    return axes.bar(places, heights, width * 0.92, color=_colour(number), **style)
+class _SubsetBars:
+    """Bars of some models on each subset: upright, or lying where subsets are many.
 
+    Args:
+        results: which subsets.
+        count: models.
+        height: of the figure if bars are upright.
+    """
 
-def _label_subsets(axes: Axes, chosen: Sequence[tuple[str, ...]], height: str) -> None:
-    axes.set_xticks(range(len(chosen)), [_plain(label(s)) for s in chosen])
-    axes.set_xlabel("modalities in use")
-    axes.set_ylabel(height)
-    axes.legend(fontsize=8.5)
+    def __init__(self, results: Results, count: int, height: float) -> None:
+        self.results, self.count = results, count
+        self.lying = len(results.subsets) > _MOST_UPRIGHT
+        rows = len(results.subsets) * (0.1 + 0.12 * count)
+        self.figure, self.axes = _figure(7.5, 1.5 + rows if self.lying else height)
+
+    def draw(
+        self, lengths: Sequence[float], number: int, name: str, whiskers: Any = None
+    ) -> BarContainer:
+        """Draw a model's bars, beside those of the others on each subset."""
+        width = 0.8 / self.count
+        places = [i + (number - (self.count - 1) / 2) * width for i in range(len(lengths))]
+        style: dict[str, Any] = {"color": _colour(number), "label": name}
+        if whiskers is not None:
+            style |= {"error_kw": {"linewidth": 0.7, "ecolor": "#555555"}}
+            style |= {"xerr" if self.lying else "yerr": whiskers}
+        bar = self.axes.barh if self.lying else self.axes.bar
+        return bar(places, lengths, width * 0.92, **style)
+
+    def finish(self, length: str, title: str) -> Figure:
+        """Name subsets, axes and models."""
+        axes, results = self.axes, self.results
+        names = [_plain(label(s, results.modalities)) for s in results.subsets]
+        if self.lying:
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+            axes.margins(y=0.01)
+            axes.set_ylabel("modalities in use")
+            axes.set_xlabel(length)
+        else:
+            axes.set_xticks(range(len(names)), names)
+            axes.set_xlabel("modalities in use")
+            axes.set_ylabel(length)
+        axes.legend(fontsize=8.5)
+        _title(self.figure, axes, title, results)
+        return self.figure
 
 
 def _architectures(results: Results) -> list[tuple[str, RunResult]]:
@@ -164,7 +187,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _title(figure: Figure, axes: Axes, title: str, results: Results) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22)
-    axes.text(0, 1.03, caption(results), transform=axes.transAxes, fontsize=8.5, color="#555555")
+    height = figure.get_figheight()
+    above = 1.03 if height < _TALL else 1 + 0.15 / height
+    axes.text(0, above, caption(results), transform=axes.transAxes, fontsize=8.5, color="#555555")
 
 
 def _colour(number: int) -> str:

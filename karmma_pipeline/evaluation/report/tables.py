@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from karmma_pipeline.evaluation import paper
 from karmma_pipeline.evaluation.results import Protocol, Results
-from karmma_pipeline.modalities import label, subsets
+from karmma_pipeline.modalities import label
 
 Cells = Sequence[str]
 Table = tuple[Cells, list[Cells]]
@@ -18,9 +18,9 @@ def subset_table(results: Results, protocol: Protocol) -> Table:
     header += [f"{m} top-{k}" for m in results.metrics for k in (1, 5)]
     rows: list[Cells] = []
     for run in results.runs:
-        for subset in subsets(results.modalities):
+        for subset in results.subsets:
             of_subset = run.subset(subset, protocol)
-            cells = [run.name, label(subset), str(of_subset.clips)]
+            cells = [run.name, label(subset, results.modalities), str(of_subset.clips)]
             for metric in results.metrics:
                 top1, top5 = (of_subset.scores[f"{metric}_top{k}"] for k in (1, 5))
                 cells += [
@@ -64,7 +64,7 @@ def cost_table(results: Results) -> Table:
             rows.append(
                 [
                     run.name,
-                    label(cost.modalities),
+                    label(cost.modalities, results.modalities),
                     _number(cost.gflops, 3),
                     _number(cost.gflops_as_run, 3),
                     _number(None if cost.parameters is None else cost.parameters / 1e6, 2),
