@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from karmma_pipeline.batch.chain import ChainStage
-from karmma_pipeline.batch.progress import StageProgress, same_recipe
+from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
@@ -29,7 +29,8 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
     faults = list(_writable(folder))
     for stage, progress in zip(stages, progresses, strict=True):
         if not progress.done:
-            faults += [f"{stage.name}: {fault}" for fault in _faults(stage, made)]
+            found = (*_faults(stage, made), *_changed(stage, progress))
+            faults += [f"{stage.name}: {fault}" for fault in found]
     if faults:
         raise ConfigError(f"nothing was submitted: {'; '.join(dict.fromkeys(faults))}.")
 
@@ -42,13 +43,19 @@ def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
         yield from _writable(path)
     if isinstance(stage.recipe, ExtractRecipe):
         yield from _extraction(stage.recipe)
-    if isinstance(stage.recipe, TrainRecipe):
-        out = stage.recipe.out
-        if (out / "recipe.yaml").is_file() and not same_recipe(out, stage.recipe):
-            yield f"{out} holds a run of another recipe; choose another `out` or remove it"
     if isinstance(stage.recipe, EvaluateRecipe):
         files = [stage.recipe.groups.unseen, *stage.recipe.groups.tail.values()]
         yield from (f"{path} is not there" for path in files if path and not path.is_file())
+
+
+def _changed(stage: ChainStage, progress: StageProgress) -> Iterator[str]:
+    """Say that a folder holds what its command will not go on with; a report is written anew."""
+    if progress.changed and isinstance(stage.recipe, ExtractRecipe | TrainRecipe):
+        kind = "a run" if isinstance(stage.recipe, TrainRecipe) else "features"
+        yield (
+            f"{stage.recipe.out} holds {kind} of another recipe, changed since: "
+            f"{', '.join(progress.changed)}; choose another `out` or remove it"
+        )
 
 
 def _extraction(recipe: ExtractRecipe) -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from batch.conftest import RECIPES, extract_recipe, write_chain
 from support.tiny_store import write_store
+from support.training import SIZE, teacher_recipe
 
 from karmma_pipeline import config
 from karmma_pipeline.batch.chain import load_chain
@@ -16,11 +19,14 @@ from karmma_pipeline.batch.launch import submit
 from karmma_pipeline.batch.progress import stage_progress
 from karmma_pipeline.batch.recipe import Chain, Site
 from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
+from karmma_pipeline.evaluation.evaluate import evaluate
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ShardWriter
-from karmma_pipeline.training.recipe import TeacherRecipe
+from karmma_pipeline.training.recipe import DistillRecipe, TeacherRecipe
+from karmma_pipeline.training.stages import distill, train_teacher
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,13 +109,62 @@ def test_a_report_of_other_models_is_made_again(here: Path) -> None:
         weights = here / "runs" / name / "best/model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.write_bytes(name.encode())
-        digests.append({"model_digest": hashlib.sha256(name.encode()).hexdigest()})
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        digests.append({"model_digest": digest, "store_digest": "of a store that is gone"})
     config.save(report.recipe, here / "report/recipe.yaml")
     (here / "report/results.json").write_text(json.dumps({"runs": digests}))
     (here / "report/index.html").write_text("x")
     assert stage_progress(report).done
     weights.write_bytes(b"trained again")
-    assert stage_progress(report).text == "report of other models"
+    assert stage_progress(report).text == "report, changed since: runs/student"
+    assert not stage_progress(report).done
+    fewer = replace(report, recipe=report.recipe.model_copy(update={"draws": 3}))
+    assert stage_progress(fewer).text == "report, changed since: draws"
+
+
+def test_what_was_made_from_something_else_is_not_done(here: Path) -> None:
+    """The chain's recipes as they are now, against a chain that ran to its end before."""
+    chain = write_chain(array=1)
+    features = extraction(here)
+    for name, tree in RECIPES.items():
+        if name in {"teacher", "student"}:
+            tree = {**tree, "size": SIZE, "epochs": 1}
+        Path(f"{name}.yaml").write_text(json.dumps(tree))
+    _, stages = load_chain(chain)
+    train_teacher(cast("TeacherRecipe", stages[1].recipe))
+    distill(cast("DistillRecipe", stages[2].recipe))
+    evaluate(cast("EvaluateRecipe", stages[3].recipe))
+    assert [stage_progress(stage).changed for stage in stages] == [()] * 4
+    assert all(stage_progress(stage).done for stage in stages)
+
+    def said(name: str) -> str:
+        _, stages = load_chain(chain)
+        progress = next(stage_progress(stage) for stage in stages if stage.name == name)
+        assert not progress.done
+        return progress.text
+
+    teacher = json.loads(Path("teacher.yaml").read_text())
+    Path("teacher.yaml").write_text(json.dumps({**teacher, "optimiser": {"lr": 0.5}}))
+    assert said("teacher") == "epoch 1 of 1, changed since: optimiser.lr"
+    assert "runs/teacher holds a run of another recipe, changed since: optimiser.lr" in faults(
+        chain
+    )
+    Path("teacher.yaml").write_text(json.dumps(teacher))
+    other = {**RECIPES["extract"], "precision": "bfloat16", "max_failures": 0.5}
+    Path("extract.yaml").write_text(json.dumps(other))
+    assert said("extract") == "3 of 3 shards, changed since: precision"
+    Path("extract.yaml").write_text(json.dumps(RECIPES["extract"]))
+    for store in features:
+        shutil.rmtree(store)
+        write_store(store, seed=1)
+    assert said("teacher") == "epoch 1 of 1, changed since: features/teacher"
+    assert said("report") == "report, changed since: runs/teacher, runs/student"
+    shutil.rmtree("features")  # to free the disk: nobody knows any better
+    assert stage_progress(stages[1]).done
+    train_teacher(teacher_recipe(write_store(here / "s"), here / "again", epochs=1))
+    shutil.rmtree("runs/teacher")
+    Path("again").rename("runs/teacher")
+    assert said("student") == "epoch 1 of 1, changed since: runs/teacher"
 
 
 def test_finalize_names_the_command_for_what_is_missing(here: Path) -> None:
