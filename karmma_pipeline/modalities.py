@@ -15,11 +15,11 @@ KNOWN = ("rgb", "flow", "audio", "boxes")
 _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
 
 
+#: With so many modalities each of the 2^M - 1 subsets is gone through; with more, some of them.
 ALL_SUBSETS_UP_TO = 6
-"""With so many modalities each of the 2^M - 1 subsets is gone through; with more, some of them."""
 
+#: How often an evaluation may pass a clip through a model with more modalities than that.
 MOST_PASSES = 60
-"""How often an evaluation may pass a clip through a model with more modalities than that."""
 
 
 class Reason(enum.IntEnum):

@@ -70,8 +70,8 @@ def changed_keys(folder: Path, recipe: Recipe, free: Collection[str] = ()) -> tu
     return tuple(key for key in keys if key.partition(".")[0] not in free)
 
 
+# Keys of an extraction that name a place or change no token.
 _HOW = {"manifest", "dataset", "out", "decode", "device", "compile", "memory_gb", "max_failures"}
-"""Keys of an extraction that name a place or change no token."""
 
 
 def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> StageProgress:

@@ -44,15 +44,15 @@ exit "$rc"
 
 _OF_ARRAY = {PARTS, "SLURM_ARRAY_*"}
 
+# As `StopFlag` listens to.
 _STOPS = "USR1 USR2 TERM HUP XCPU"
-"""As `StopFlag` listens to."""
 
+# What `srun` and our commands would read and this job does not set: it states ``--mem``.
 _FOREIGN = (
     *("PBS_*", "SGE_*", "LSB_*", "NSLOTS", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"),
     *("SLURM_CPU_BIND*", "SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_EXPORT_ENV"),
     *("SLURM_NTASKS_PER_CORE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_SOCKET"),
 )
-"""What `srun` and our commands would read and this job does not set: it states ``--mem``."""
 
 _WAIT = """\
 pid=$!  # in the background: bash runs a trap only once `wait` returns
@@ -229,8 +229,8 @@ def _option(text: str) -> str:
     return f'{name}{equals}"{escaped}"'
 
 
+#: Name of the job that joins what the tasks of an array have made.
 FINISH = "finish"
-"""Name of the job that joins what the tasks of an array have made."""
 
 _RETURNS = (
     "Stopped by its time limit or pre-empted, it saves, goes back into the queue and goes on."

@@ -23,9 +23,10 @@ PARTS = "KARMMA_PARTS"
 # PBS Pro and Torque tell a task its number, but not how many there are.
 _NUMBERS_ALONE = ("PBS_ARRAY_INDEX", "PBS_ARRAYID")
 
+# By which srun, mpirun and mpiexec tell a process how many of it they have started.
 _COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""By which srun, mpirun and mpiexec tell a process how many of it they have started."""
 
+#: Variables (``*``: all that begin so) that make a process one task, step or rank of several.
 ONE_OF_SEVERAL = (
     PARTS,
     "SLURM_ARRAY_*",
@@ -37,17 +38,16 @@ ONE_OF_SEVERAL = (
     *("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "KARMMA_STOPPED"),
     *("OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMIX_RANK"),
 )
-"""Variables (``*``: all that begin so) that make a process one task, step or rank of several."""
 
+#: Variables that a job has of its batch system.
 JOB = (
     *ONE_OF_SEVERAL,
     *("SLURM_*", "SLURMD_*", "SQUEUE_*", "PBS_*", "SGE_*", "LSB_*", "NSLOTS"),
     *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
 )
-"""Variables that a job has of its batch system."""
 
+# Which Slurm is meant: said by the machine or the user, not by a job.
 _CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
-"""Which Slurm is meant: said by the machine or the user, not by a job."""
 
 
 def without(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:

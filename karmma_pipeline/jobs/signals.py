@@ -10,6 +10,7 @@ from typing import Self
 
 from karmma_pipeline.errors import StoppedError
 
+#: With what a terminal, Slurm, PBS, LSF, Grid Engine and a limit of CPU time ask for an end.
 STOP_SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -18,7 +19,6 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-"""With what a terminal, Slurm, PBS, LSF, Grid Engine and a limit of CPU time ask for an end."""
 
 
 class StopFlag:

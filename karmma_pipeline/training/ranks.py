@@ -31,8 +31,8 @@ _logger = logging.getLogger(__name__)
 # How long a rank waits for the others before it gives up.
 _TIMEOUT = timedelta(hours=1)
 
+# How long it waits for them at the start, when all that they do is to load their libraries.
 _MEETING = timedelta(minutes=10)
-"""How long it waits for them at the start, when all that they do is to load their libraries."""
 
 _ADDRESS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 

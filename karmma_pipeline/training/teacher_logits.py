@@ -40,8 +40,8 @@ from karmma_pipeline.training.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
 
+#: Clips of a file.
 CHUNK = 1024
-"""Clips of a file."""
 _BATCH = 64
 _KEY = "table.json"
 

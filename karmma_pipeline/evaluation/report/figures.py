@@ -17,8 +17,8 @@ from karmma_pipeline.modalities import label
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 _TALL = 5
+# Subsets whose names have room below upright bars.
 _MOST_UPRIGHT = 8
-"""Subsets whose names have room below upright bars."""
 _STYLE: Any = {
     "svg.hashsalt": "karmma",
     "font.size": 10,
