@@ -4,12 +4,13 @@ A recipe is a pydantic model derived from `Recipe`. Every field has a descriptio
 is also the comment that ``karmma init`` writes beside it.
 """
 
+import copy
 import difflib
 import logging
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def load(model: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names all faults.
     """
+    return build(model, read(path), str(path), overrides)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a recipe file as plain data.
+
+    Raises:
+        ConfigError: the file cannot be read or is no mapping.
+    """
     try:
         text = path.read_text()
     except OSError as error:
@@ -113,7 +123,7 @@ def load(model: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys to values, not {tree!r}.")
-    return build(model, tree, str(path), overrides)
+    return tree
 
 
 def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
@@ -134,14 +144,48 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override!r}: write --set a.b=value.")
+    _put(tree, keys, parse_yaml(value, f"--set {override!r}"), f"--set {override!r}")
+
+
+def _put(tree: dict[str, Any], keys: Sequence[str], value: Any, where: str) -> None:
+    """Set a key of plain data; the sections above it are made if they are not there."""
     for key in keys[:-1]:
         child = tree.get(key)
         if child is None:
             child = tree[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {key}={child!r} has no keys below it.")
+            raise ConfigError(f"{where}: {key}={child!r} has no keys below it.")
         tree = child
-    tree[keys[-1]] = parse_yaml(value, f"--set {override!r}")
+    tree[keys[-1]] = value
+
+
+def resolve(
+    model: type[R], source: R | str | Path | Mapping[str, Any], changes: Mapping[str, Any]
+) -> R:
+    """Return the recipe that a function of the public API is given.
+
+    Args:
+        model: what it is a recipe of.
+        source: its file, its keys and values, or the recipe itself.
+        changes: keys that are set to other values; ``a__b`` is the key b of section a.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; the message names all faults.
+    """
+    if isinstance(source, str | Path):
+        where, tree = str(source), read(Path(source))
+    elif isinstance(source, Mapping):
+        where, tree = "recipe", copy.deepcopy(dict(source))
+    elif isinstance(source, model):
+        where, tree = "recipe", source.model_dump()
+    else:
+        raise ConfigError(
+            f"recipe={source!r}: give a path, a dict or a {model.__name__}, "
+            f"not a {type(source).__name__}."
+        )
+    for name, value in changes.items():
+        _put(tree, name.split("__"), value, f"{name}={value!r}")
+    return build(model, tree, where)
 
 
 def _sentence(model: type[Recipe], fault: Any) -> str:
@@ -275,12 +319,15 @@ def save(recipe: Recipe, path: Path) -> None:
     files.write_text(path, dump(recipe))
 
 
-def template(model: type[Recipe]) -> str:
+def template(model: type[Recipe], values: Recipe | None = None) -> str:
     """Return a commented recipe with every key, made from the model itself.
 
-    A required field shows its first example, a part of a recipe the values of its default there.
+    Args:
+        model: the kind of recipe.
+        values: a recipe whose values are written; without it each field has its default, and a
+            required one its first example.
     """
-    return "\n".join(_template_lines(model, None, 0)) + "\n"
+    return "\n".join(_template_lines(model, values, 0)) + "\n"
 
 
 def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: int) -> Iterator[str]:
@@ -295,13 +342,22 @@ def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: in
             part = value if isinstance(value, nested) else None
             yield from _template_lines(nested if part is None else type(part), part, depth + 1)
         else:
-            text = yaml.safe_dump({name: to_jsonable_python(value)}, sort_keys=False).rstrip()
+            text = yaml.safe_dump({name: _plain(value)}, sort_keys=False).rstrip()
             yield from (pad + line for line in text.splitlines())
 
 
 def _template_value(field: FieldInfo) -> Any:
     if field.default is not PydanticUndefined and not (field.default is None and field.examples):
         return field.default
-    if field.default_factory is not None:
-        return field.default_factory()  # type: ignore[call-arg]
-    return field.examples[0] if field.examples else "???"
+    if field.examples:
+        return field.examples[0]
+    return field.default_factory() if field.default_factory else "???"  # type: ignore[call-arg]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as plain data; a recipe inside a mapping is what it states."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    return to_jsonable_python(value)

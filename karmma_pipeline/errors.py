@@ -17,7 +17,19 @@ class ExitCode(enum.IntEnum):
 
 
 class KarmmaError(ValueError):
-    """Base of all errors that are the input's, not the program's."""
+    """Base of all errors that are the input's, not the program's.
+
+    Attributes:
+        exit_code: how a ``karmma`` command ends that meets it.
+
+    Example:
+        >>> try:
+        ...     km.load_model("runs/nobody")
+        ... except km.KarmmaError as error:
+        ...     print(error)
+        runs/nobody: no trained model is there; runs has the runs baseline, student,
+        teacher. Train it first.
+    """
 
     exit_code = ExitCode.FAILED
 

@@ -6,13 +6,15 @@ uses the package from Python sets up logging as for any other library; `show` is
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 _PACKAGE = "karmma_pipeline"
-# Whether `progress_bar` draws; a list, for it is the process's state and not a constant.
-_bars_enabled = [False]
+# What `progress_bar` draws, if anything; a list, for it is the process's state, not a constant.
+_bar_kind: "list[type[tqdm[Any]] | None]" = [None]
 
 
 class _ConsoleHandler(logging.Handler):
@@ -37,16 +39,31 @@ def show() -> None:
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
         logger.setLevel(logging.INFO)
-    _bars_enabled[0] = True
+    _bar_kind[0] = tqdm
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Draw progress bars inside a function of the public API, a notebook's own in a notebook."""
+    before = _bar_kind[0]
+    if shown:
+        from tqdm.auto import tqdm as auto
+
+        _bar_kind[0] = auto
+    try:
+        yield
+    finally:
+        _bar_kind[0] = before
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> "tqdm[Any]":
-    """Return a `tqdm` bar that draws only in a command, see `show`.
+    """Return a `tqdm` bar that draws only in a command, see `show`, or if asked, see `bars`.
 
     Args:
         *args: tqdm's own: the iterable, the description.
         **kwargs: tqdm's own; ``disable`` says when a command, too, draws no bar.
     """
-    if not _bars_enabled[0]:
+    kind = _bar_kind[0]
+    if kind is None:
         kwargs["disable"] = True
-    return tqdm(*args, **kwargs)
+    return (kind or tqdm)(*args, **kwargs)

@@ -1,11 +1,36 @@
-"""Which recipe belongs to which command; nothing heavy is imported before it is asked for."""
+"""Which recipe belongs to which command, and recipes of a whole project that fit each other.
+
+Nothing heavy is imported before it is asked for.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from karmma_pipeline.config import Recipe
+
+ProjectSize = Literal["tiny", "laptop", "paper"]
+
+COMMANDS = {
+    "extract": "extract",
+    "teacher": "train-teacher",
+    "baseline": "train-baseline",
+    "baseline_delta": "train-baseline",
+    "student": "distill",
+    "evaluation": "evaluate",
+    "chain": "chain",
+}
+"""The recipes of a project, ``NAME.yaml``, to what `recipe_model` takes, in the order of use."""
+
+_NAMES = {
+    "teacher": "Teacher",
+    "baseline": "Baseline",
+    "baseline_delta": "Baseline w/ δ",
+    "student": "Student (distilled)",
+}
 
 
 def recipe_model(command: str) -> type[Recipe]:
@@ -30,3 +55,48 @@ def recipe_model(command: str) -> type[Recipe]:
         "distill": DistillRecipe,
     }
     return models[command]
+
+
+def project(
+    size: ProjectSize, manifest: Path, root: Path = Path(), **training: Any
+) -> dict[str, Recipe]:
+    """Return the recipes of `COMMANDS`, whose folders and networks fit each other.
+
+    Args:
+        size: tiny: small networks of random weights, for a first try; laptop: small networks of
+            published weights; paper: those of the paper, for a GPU.
+        manifest: CSV of the clips.
+        root: goes before the folders that the recipes name.
+        training: keys of all trainings, such as ``epochs``.
+    """
+    from karmma_pipeline import config
+
+    return {
+        name: config.build(recipe_model(COMMANDS[name]), tree, name)
+        for name, tree in _trees(size, manifest, root, training).items()
+    }
+
+
+def _trees(
+    size: ProjectSize, manifest: Path, root: Path, training: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the recipes as plain data, without the keys that keep their defaults."""
+    from karmma_pipeline import config
+
+    text = package_files("karmma_pipeline").joinpath("recipes.yaml").read_text("utf-8")
+    given = config.parse_yaml(text, "recipes.yaml")[size]
+    stores = {name: root / "features" / name for name in ("teacher", "student")}
+    runs = {name: root / "runs" / name for name in _NAMES}
+    trees: dict[str, dict[str, Any]] = {
+        "extract": {"manifest": manifest, "out": root / "features", **given["extract"]}
+    }
+    for name, run in runs.items():
+        store = stores["teacher" if name == "teacher" else "student"]
+        tree = {"store": store, "out": run, "name": _NAMES[name]}
+        trees[name] = tree | given["train"] | given[name] | training
+    trees["student"] |= {"teacher": runs["teacher"], "teacher_store": stores["teacher"]}
+    trees["evaluation"] = {
+        "runs": list(runs.values()), "stores": list(stores.values()), "out": root / "report",
+    }  # fmt: skip
+    stages = {name: {"command": COMMANDS[name], "recipe": root / f"{name}.yaml"} for name in trees}
+    return {**trees, "chain": {"folder": root / "jobs", "stages": stages}}

@@ -1,14 +1,13 @@
 """What ``karmma demo`` runs: its recipes and its commands, as data."""
 
-from importlib.resources import files as package_files
 from pathlib import Path
-from string import Template
 
-from karmma_pipeline import files
+from karmma_pipeline import config, files
+from karmma_pipeline.recipes import COMMANDS, project
 
 RECIPES = ("extract", "teacher", "baseline", "baseline_delta", "student")
-_FULL = {"clips": "700", "epochs": "25"}
-_QUICK = {"clips": "64", "epochs": "2"}
+_FULL = {"clips": 700, "epochs": 25}
+_QUICK = {"clips": 64, "epochs": 2}
 
 
 def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]]:
@@ -24,7 +23,7 @@ def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]
     recipes = out / "recipes"
     runs = [str(out / "runs" / name) for name in RECIPES[1:]]
     stores = [str(out / "features" / name) for name in ("teacher", "student")]
-    clips = _values(out, quick, seed)["clips"]
+    clips = str(_values(quick)["clips"])
     return [
         ["sample", str(out / "clips"), "--clips", clips, "--seed", str(seed)],
         ["extract", str(recipes / "extract.yaml")],
@@ -45,13 +44,14 @@ def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]
 
 def write_recipes(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Path]:
     """Write the recipes of `commands` to ``out/recipes``; return their paths by name."""
-    source = package_files("karmma_pipeline.demo")
+    training = {"epochs": _values(quick)["epochs"], "seed": seed}
+    recipes = project("tiny", out / "clips" / "manifest.csv", out, **training)
     paths = {name: out / "recipes" / f"{name}.yaml" for name in RECIPES}
     for name, path in paths.items():
-        text = source.joinpath(f"{name}.yaml").read_text("utf-8")
-        files.write_text(path, Template(text).substitute(_values(out, quick, seed)))
+        title = f"# karmma {COMMANDS[name]} {path}\n\n"
+        files.write_text(path, title + config.template(type(recipes[name]), recipes[name]))
     return paths
 
 
-def _values(out: Path, quick: bool, seed: int) -> dict[str, str]:
-    return {**(_QUICK if quick else _FULL), "out": str(out), "seed": str(seed)}
+def _values(quick: bool) -> dict[str, int]:
+    return _QUICK if quick else _FULL

@@ -1,11 +1,13 @@
 """The evaluate stage: saved models in, ``results.json`` and everything made from it out."""
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import config, runs
 from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions, align, predict
-from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.evaluation.predictions import html_table
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe, with_stores
 from karmma_pipeline.evaluation.report import tables
 from karmma_pipeline.evaluation.report.page import write_report
 from karmma_pipeline.evaluation.results import Results
@@ -28,6 +30,12 @@ class EvaluateReport:
         note = "frozen backbones of random weights\n" if self.results.weights else ""
         return f"{self.results.main} top-1 (%)\n{table}{note}report: {self.folder / 'index.html'}"
 
+    def _repr_html_(self) -> str:
+        """Show the drop curve in a notebook, and where the whole report lies."""
+        table = html_table(*tables.drop_table(self.results, "all"))
+        place = html.escape(str(self.folder / "index.html"))
+        return f"<p>{html.escape(self.results.main)} top-1 (%)</p>{table}<p>{place}</p>"
+
 
 def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateReport:
     """Evaluate runs on every subset and under drop-out, and write the report.
@@ -36,7 +44,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
         StoppedError: a stop was asked for; run again, nothing is lost but time.
         KarmmaError: see the message.
     """
-    stop = stop or StopFlag()
+    stop, recipe = stop or StopFlag(), with_stores(recipe)
     device = pick_device(recipe.device)
     predictions = align([predict(run, recipe, device, stop) for run in recipe.runs])
     run_results = []

@@ -26,7 +26,7 @@ from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, MOST_PASSES, evaluated_subsets
-from karmma_pipeline.models.saved import ModelCard, load_model
+from karmma_pipeline.models.saved import ModelCard, load_model, saved_folder
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
 
 _logger = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
             that are NaN or infinite.
         ManifestError: the split is empty.
     """
-    folder = run / recipe.checkpoint
-    model, card = load_model(folder if folder.is_dir() else run)
+    model, card = load_model(saved_folder(run, recipe.checkpoint))
     store = _matching(card, run, recipe.stores)
     clips = clips_of_split(store, recipe.split, recipe.exclude)
     model = model.to(device)

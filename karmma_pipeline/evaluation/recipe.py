@@ -5,7 +5,9 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from karmma_pipeline import config
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.errors import ConfigError
 
 
 def _printable(name: str) -> str:
@@ -55,9 +57,10 @@ class EvaluateRecipe(Recipe):
         description="Run folders of train-teacher, train-baseline or distill, in legend order.",
         examples=[["runs/teacher", "runs/student"]],
     )
-    stores: Annotated[list[Path], Field(min_length=1)] = Field(
+    stores: list[Path] = Field(
+        default_factory=list,
         description="Feature stores; each run takes the one whose features it was trained on, or\n"
-        "those of them that it was trained on as one.",
+        "those of them that it was trained on as one. Empty: those of the runs' recipes.",
         examples=[["features/teacher", "features/student"]],
     )
     out: Path = Field(Path("report"), description="Folder of the report.")
@@ -112,3 +115,25 @@ class EvaluateRecipe(Recipe):
         if unknown := [name for name in self.names if str(Path(name)) not in known]:
             raise ValueError(f"names has a key that is no run: {unknown[0]!r}")
         return self
+
+
+def with_stores(recipe: EvaluateRecipe) -> EvaluateRecipe:
+    """Return a recipe that names stores: its own, or else those that its runs were trained on.
+
+    Raises:
+        ConfigError: a run's recipe is not there to tell them.
+    """
+    if recipe.stores:
+        return recipe
+    stores = dict.fromkeys(store for run in recipe.runs for store in _trained_on(run))
+    return recipe.model_copy(update={"stores": list(stores)})
+
+
+def _trained_on(run: Path) -> list[Path]:
+    """Return the stores in the recipe of a run, given its folder or that of a checkpoint in it."""
+    for folder in (run, run.parent):
+        path = folder / "recipe.yaml"
+        if path.is_file():
+            stores = config.read(path).get("store", [])
+            return [Path(store) for store in (stores if isinstance(stores, list) else [stores])]
+    raise ConfigError(f"{run}: no recipe.yaml is there that names a store; give it with --store.")

@@ -22,7 +22,7 @@ from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.saved import WEIGHTS
+from karmma_pipeline.models.saved import WEIGHTS, saved_folder
 
 Bools = npt.NDArray[np.bool_]
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
@@ -99,7 +99,7 @@ def run_result(
         weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
         size=card.size.model_dump(),
         paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
-        model_digest=files.sha256(folder / recipe.checkpoint / WEIGHTS),
+        model_digest=files.sha256(saved_folder(folder, recipe.checkpoint) / WEIGHTS),
         store_digest=run.store.digest,
         subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
         drop=tuple(drop_curves(correct, recipe)),

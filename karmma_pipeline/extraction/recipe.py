@@ -199,8 +199,8 @@ class ExtractRecipe(Recipe):
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
         description="Backbone sets: name to modality (rgb, flow, audio, boxes) to network.\n"
-        "Several sets come out of one decode, each into its own store. The paper's stand here;\n"
-        "`karmma backbones list` names the others.",
+        "Several sets come out of one decode, each into its own store. Networks:\n"
+        "`karmma backbones list`.",
         examples=[
             {
                 "teacher": dict.fromkeys(("rgb", "flow", "audio"), _video("swin3d_b")),

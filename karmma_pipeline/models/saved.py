@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,72 @@ class ModelCard(Recipe):
         """Build the architecture with fresh weights."""
         classes = {head: len(names) for head, names in self.heads.items()}
         return FusionModel(self.size, self.modalities, classes)
+
+
+@dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """A saved model in evaluation mode and its card, as `karmma_pipeline.load_model` gives it.
+
+    Example:
+        >>> model = km.load_model("runs/student")
+        >>> tokens = {m: torch.zeros(2, *model.card.modalities[m]) for m in model.card.modalities}
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> model.network(tokens, mask)["verb"].shape == (2, len(model.card.heads["verb"]))
+        True
+
+    Attributes:
+        network: a `torch.nn.Module`. It takes tokens, modality to [B, N, D], and a mask, bool
+            [B, M] in the order of ``network.modalities``, and gives logits, head to [B, C].
+        card: what it is and where it comes from: ``card.modalities``, ``card.heads``, ...
+        path: the folder it was read from.
+    """
+
+    network: FusionModel
+    card: ModelCard
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its name in legends."""
+        return self.card.name
+
+    def __repr__(self) -> str:
+        heads = ", ".join(f"{head} ({len(of)})" for head, of in self.card.heads.items())
+        takes = ", ".join(self.network.modalities)
+        return f"<{self.card.kind} {self.name!r} of {takes}: {heads}>"
+
+
+def open_model(path: str | Path, checkpoint: str = "best") -> TrainedModel:
+    """Load a model of a run folder or of one of its checkpoints.
+
+    Args:
+        path: a run, such as ``runs/student``, or a folder in it, such as ``runs/student/best``.
+        checkpoint: which one of a run: ``best`` or ``last``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = saved_folder(Path(path), checkpoint)
+    network, card = load_model(folder)
+    return TrainedModel(network, card, folder)
+
+
+def saved_folder(path: Path, checkpoint: str = "best") -> Path:
+    """Return the folder of a saved model, given that folder or the run that it is of.
+
+    Raises:
+        CheckpointError: no model is there.
+    """
+    for folder in (path / checkpoint, path):
+        if (folder / CARD).is_file():
+            return folder
+    if (path / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
+        )
+    beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
+    there = f"; {path.parent} has the runs {', '.join(beside)}" if beside else ""
+    raise CheckpointError(f"{path}: no trained model is there{there}. Train it first.")
 
 
 def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:

@@ -4,21 +4,25 @@ One address range is reserved and the payload of every shard file is mapped into
 a random batch is one gather. The first rows are anonymous zeros: absent clips point there.
 """
 
+from __future__ import annotations
+
 import ctypes
 import math
 import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store.format.layout import PAYLOAD_OFFSET, open_name
 from karmma_pipeline.store.spec import StoredArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Python's `mmap` cannot map at a chosen address (MAP_FIXED), and one address range for all files is
 # what makes a batch one gather. use_errno keeps each thread's errno of its own call.
@@ -163,6 +167,8 @@ class MappedClips:
         Numpy's ``take`` copies a row at once where torch's ``index_select`` goes by elements,
         and lets other threads run. (Mode ``clip``: the others copy twice; rows are always valid.)
         """
+        import torch
+
         clips = index.numpy()
         for (rows, row), target in zip(self._arrays, out, strict=True):
             flat = target.flatten(1).view(torch.uint8).numpy()

@@ -28,9 +28,18 @@ class FeatureStore(MappedStore):
 
     Raises:
         StoreError: there is no store, it is not complete, or files are missing or cut.
+
+    Example:
+        >>> store = km.FeatureStore.open("features/student")
+        >>> store.modalities
+        ('rgb', 'flow', 'audio')
+        >>> len(store) == len(store.clip_ids)
+        True
+        >>> store.tokens("rgb", store.clip_ids[0]).shape == store.shape("rgb")
+        True
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
         self._catalog = Catalog(self.path)
@@ -48,8 +57,8 @@ class FeatureStore(MappedStore):
         self.labels = {head: self._catalog.labels(head) for head in self.heads}
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a store."""
+    def open(cls, path: str | Path) -> Self:
+        """Open a store; nothing but its tables is read before it is asked for."""
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:

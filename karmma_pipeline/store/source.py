@@ -1,19 +1,28 @@
-"""What the loader and the trainings need of a store, whichever kind it is."""
+"""What the loader and the trainings need of a store, whichever kind it is.
+
+Torch is imported where tensors are made: to look at a store must not take seconds.
+"""
+
+from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from karmma_pipeline.errors import StoreError
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.mapping import ClipLocations, MappedClips
 from karmma_pipeline.store.spec import ModalitySpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ class TokenSource(ABC):
 
     def parts(self, modality: str) -> tuple[StoredTensor, ...]:
         """Return what `gather_parts` fills for each clip, see `StoredTensor`."""
+        import torch
+
         spec = self.specs[modality]
         types = (getattr(torch, spec.dtype), torch.float16)  # torch names them as stores do
         return tuple(
@@ -80,6 +91,8 @@ class TokenSource(ABC):
         self, modality: str, clips: int, device: torch.device | None = None
     ) -> tuple[Tensor, ...]:
         """Return new tensors [clips, *shape] for `gather_parts` to fill, undefined."""
+        import torch
+
         return tuple(
             torch.empty(clips, *p.shape, dtype=p.dtype, device=device) for p in self.parts(modality)
         )
@@ -92,6 +105,35 @@ class TokenSource(ABC):
         parts = self.empty_parts(modality, len(index))
         self.gather_parts(modality, index, parts)
         return dense(parts)
+
+    def tokens(self, modality: str, clip_id: str | bytes) -> npt.NDArray[np.float32]:
+        """Return the tokens of one clip, [N, D].
+
+        For training use `FeatureLoader`, which gathers whole batches ahead.
+
+        Args:
+            modality: one of `modalities`.
+            clip_id: one of `clip_ids`.
+
+        Raises:
+            StoreError: there is no such modality or clip, or the clip lacks the modality; the
+                message says why.
+        """
+        import torch
+
+        if modality not in self.modalities:
+            known = ", ".join(self.modalities)
+            raise StoreError(f"{self.path}: modality={modality!r} is not here; it has {known}.")
+        name = clip_id.encode() if isinstance(clip_id, str) else bytes(clip_id)
+        found = np.flatnonzero(self.clip_ids == name)
+        if not len(found):
+            raise StoreError(f"{self.path}: clip_id={name.decode(errors='replace')!r} is not here.")
+        reason = Reason(int(self.reasons[found[0], self.modalities.index(modality)]))
+        if reason is not Reason.PRESENT:
+            raise StoreError(
+                f"{self.path}: clip {name.decode()!r} has no {modality} ({reason.name.lower()})."
+            )
+        return self.gather(modality, torch.from_numpy(found))[0].float().numpy()
 
     @abstractmethod
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:

@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from karmma_pipeline import files
 from karmma_pipeline.jobs import StopFlag
@@ -96,6 +95,8 @@ def _npy(one: ModalitySpec, arrays: Encoded) -> bytes:
 
 
 def _pt(one: ModalitySpec, arrays: Encoded) -> bytes:
+    import torch
+
     tensor = torch.from_numpy(one.decode(arrays) if one.dtype == "int8" else arrays[0].copy())
     tensor = tensor.view(torch.bfloat16) if one.dtype == "bfloat16" else tensor
     return _written(lambda buffer: torch.save(tensor, buffer))

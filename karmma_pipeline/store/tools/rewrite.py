@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
@@ -202,6 +201,8 @@ def clip_rows(source: Store, clips: ClipNumbers) -> Iterator[ClipRow]:
 
 def read_encoded(source: Store, modality: str, clips: ClipNumbers) -> list[Encoded]:
     """Return clips as their store holds them, absent ones as zeros."""
+    import torch
+
     parts = source.empty_parts(modality, len(clips))
     source.gather_parts(modality, torch.from_numpy(clips), parts)
     arrays = source.specs[modality].arrays

@@ -1,0 +1,226 @@
+"""What a saved model says of the clips of a store: the result of `karmma_pipeline.predict`.
+
+N clips, M modalities, C classes of a head.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from karmma_pipeline.data.loading.clips import clips_of_split, predict_subsets
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.errors import ConfigError, StoreError
+from karmma_pipeline.evaluation.results import metric_names
+from karmma_pipeline.logs import progress_bar
+from karmma_pipeline.metrics import action_correct, topk_correct
+from karmma_pipeline.models.device import pick_device
+
+if TYPE_CHECKING:
+    import pandas
+
+    from karmma_pipeline.models.saved import TrainedModel
+    from karmma_pipeline.store import TokenSource
+
+_SHOWN = 10
+"""Clips that a notebook shows."""
+
+
+@dataclass(frozen=True, repr=False)
+class Predictions:
+    """What a model says of N clips.
+
+    A notebook shows the first clips as a table. A clip of which the model could see nothing, since
+    each of its modalities is absent or left out, has logits but no predicted class, and counts as
+    wrong, as in the report of `evaluate`.
+
+    Example:
+        >>> preds = km.predict("runs/student", "features/student", split="val")
+        >>> preds.logits["verb"].shape == (len(preds), len(preds.heads["verb"]))
+        True
+        >>> list(preds.to_pandas().columns[:3])
+        ['clip_id', 'verb', 'verb_predicted']
+
+    Attributes:
+        model: name of the model.
+        clip_ids: of the clips, in the order of the store.
+        heads: head to its C class names.
+        logits: head to float32 [N, C], as the model gives them, before any softmax.
+        labels: head to int64 [N], index of the true class, -1 unknown.
+        modalities: the columns of `mask`.
+        mask: bool [N, M], what the model could see of each clip.
+    """
+
+    model: str
+    clip_ids: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
+    logits: dict[str, npt.NDArray[np.float32]]
+    labels: dict[str, npt.NDArray[np.int64]]
+    modalities: tuple[str, ...]
+    mask: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.clip_ids)
+
+    def top1(self, head: str | None = None) -> float:
+        """Return the top-1 accuracy in percent, over the clips whose label is known.
+
+        Args:
+            head: one of `heads`, or ``action``: every head right. Without it ``action``, or the
+                only head.
+
+        Raises:
+            ConfigError: there is no such head, or no clip has a known label of it.
+        """
+        names = metric_names(self.heads)
+        head = names[-1] if head is None else head
+        if head not in names:
+            raise ConfigError(f"head={head!r}: the model has {', '.join(names)}.")
+        heads = [head] if head in self.heads else list(self.heads)
+        known = np.stack([self.labels[h] >= 0 for h in heads]).all(axis=0)
+        if not known.any():
+            raise ConfigError(f"head={head!r}: no clip has a label that the model knows.")
+        if head in self.heads:
+            right = topk_correct(self.logits[head], self.labels[head], 1)
+        else:
+            right = action_correct(self.logits, self.labels, 1)
+        return 100 * float((right & self.mask.any(axis=1))[known].mean())
+
+    def classes(self, head: str) -> list[str | None]:
+        """Return the most likely class of each clip by name; None where nothing could be seen.
+
+        Raises:
+            ConfigError: there is no such head.
+        """
+        if head not in self.heads:
+            raise ConfigError(f"head={head!r}: the model has {', '.join(self.heads)}.")
+        best = self.logits[head].argmax(axis=1).tolist()
+        seen: list[bool] = np.asarray(self.mask.any(axis=1)).tolist()
+        names = self.heads[head]
+        return [names[k] if s else None for k, s in zip(best, seen, strict=True)]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a table, a row per clip: true and predicted class of each head, modalities.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas: pip install pandas.") from None
+        return pandas.DataFrame(self._columns())
+
+    def _columns(self, most: int | None = None) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {"clip_id": list(self.clip_ids)}
+        for head, names in self.heads.items():
+            columns[head] = [names[k] if k >= 0 else None for k in self.labels[head].tolist()]
+            columns[f"{head}_predicted"] = self.classes(head)
+        columns["modalities"] = [
+            " ".join(m for m, s in zip(self.modalities, row, strict=True) if s)
+            for row in self.mask.tolist()
+        ]
+        return {name: values[:most] for name, values in columns.items()}
+
+    def __repr__(self) -> str:
+        return f"<Predictions of {self.model!r}: {len(self)} clips, heads {', '.join(self.heads)}>"
+
+    def _repr_html_(self) -> str:
+        """Show the first clips as a table in a notebook; names are untrusted text."""
+        columns = self._columns(_SHOWN)
+        rows = zip(*columns.values(), strict=True)
+        more = f"<p>{len(self) - _SHOWN} more clips</p>" if len(self) > _SHOWN else ""
+        return f"<p>{html.escape(repr(self))}</p>{html_table([*columns], rows)}{more}"
+
+
+def html_table(header: Sequence[str], rows: Any) -> str:
+    """Return an HTML table; cells are escaped, None is an empty cell."""
+
+    def line(cells: Any, tag: str) -> str:
+        text = ("" if cell is None else html.escape(str(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in text) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def predict_clips(
+    model: TrainedModel,
+    store: TokenSource,
+    split: str,
+    without: Collection[str] = (),
+    batch_size: int = 64,
+    device: str = "auto",
+) -> Predictions:
+    """Run a model over the clips of a split, with some modalities left out.
+
+    Raises:
+        StoreError: the tokens are not of the kind that the model was trained on.
+        ConfigError: ``without`` names a modality that the model does not have, or all of them.
+        ManifestError: the split is empty.
+    """
+    check_tokens(model, store)
+    without = {without} if isinstance(without, str) else set(without)
+    kept = tuple(m for m in store.modalities if m not in without)
+    if unknown := sorted(without - set(model.card.modalities)):
+        known = ", ".join(store.modalities)
+        raise ConfigError(f"without={unknown[0]!r}: no such modality; there are {known}.")
+    if not kept:
+        raise ConfigError("without: leaves no modality; leave one out of it.")
+    clips = clips_of_split(store, split)
+    on = pick_device(device)
+    network = model.network.to(on)
+    loader = FeatureLoader(store, clips, batch_size)
+    outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in model.card.heads}
+    batches = predict_subsets(network, loader, [kept], on)
+    for _, [(_, logits)] in progress_bar(batches, "predict", total=len(loader), unit="batch"):
+        for head, rows in outputs.items():
+            rows.append(logits[head].numpy())
+    left = [m in kept for m in store.modalities]
+    return Predictions(
+        model=model.name,
+        clip_ids=tuple(clip_id.decode() for clip_id in store.clip_ids[clips].tolist()),
+        heads=dict(model.card.heads),
+        logits={head: np.concatenate(rows) for head, rows in outputs.items()},
+        labels={head: _labels(model, store, head, clips) for head in model.card.heads},
+        modalities=store.modalities,
+        mask=np.asarray(store.present[clips] & np.array(left)),
+    )
+
+
+def check_tokens(model: TrainedModel, store: TokenSource) -> None:
+    """See that a store has the tokens that a model takes; its labels may be others.
+
+    Raises:
+        StoreError: it does not; what differs is named.
+    """
+    card = model.card
+    if {*store.modalities} != {*card.modalities}:
+        raise StoreError(
+            f"{store.path}: has {', '.join(store.modalities)}; {model.name} was trained on "
+            f"{', '.join(card.modalities)}."
+        )
+    for m in store.modalities:
+        if store.shape(m) != card.modalities[m] or store.provenance[m] != card.provenance.get(m):
+            raise StoreError(
+                f"{store.path}: its {m} tokens come from another network or other settings than "
+                f"those that {model.name} was trained on; `karmma store info` shows both. Extract "
+                "these clips with the recipe of the training store."
+            )
+
+
+def _labels(
+    model: TrainedModel, store: TokenSource, head: str, clips: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return the labels of clips as the model numbers its classes: they meet by name."""
+    if head not in store.heads:
+        return np.full(len(clips), -1, np.int64)
+    number = {name: k for k, name in enumerate(model.card.heads[head])}
+    # The last entry is that of clips without a label, whose index is -1.
+    of_store = np.array([*(number.get(name, -1) for name in store.heads[head]), -1], np.int64)
+    return of_store[store.labels[head][clips]]
