@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.loading.clips import clips_of_split, predict_subsets
+from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.evaluation.results import metric_names
@@ -44,7 +44,7 @@ class Predictions:
         >>> preds.logits["verb"].shape == (len(preds), len(preds.heads["verb"]))
         True
         >>> list(preds.to_pandas().columns[:3])
-        ['clip_id', 'verb', 'verb_predicted']
+        ['clip_id', 'noun', 'noun_predicted']
 
     Attributes:
         model: name of the model.
@@ -177,7 +177,7 @@ def predict_clips(
     network = model.network.to(on)
     loader = FeatureLoader(store, clips, batch_size)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in model.card.heads}
-    batches = predict_subsets(network, loader, [kept], on)
+    batches = predict_masked(network, loader, subset_masks(store, [kept]), on)
     for _, [(_, logits)] in progress_bar(batches, "predict", total=len(loader), unit="batch"):
         for head, rows in outputs.items():
             rows.append(logits[head].numpy())
