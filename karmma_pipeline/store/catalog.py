@@ -1,7 +1,10 @@
 """The list of clips of a store: made once before any job writes, the same for all of them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,16 @@ from karmma_pipeline.store.format.layout import zarr_group, zarr_shards
 from karmma_pipeline.store.spec import ClipRow, StoreSpec
 
 
-def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
-    """Make an empty store, or check that the one that is there is the same.
+def create_store(
+    root: Path, spec: StoreSpec, clips: Sequence[ClipRow], grown_from: Sequence[int] = ()
+) -> None:
+    """Make an empty store, or check that the one that is there is the same, or let it grow.
+
+    Args:
+        root: its folder.
+        spec: what it is made of.
+        clips: in the order in which they lie in shards, see `continue_list`.
+        grown_from: how many clips the list had each time before it grew.
 
     Raises:
         StoreError: the folder holds a store of another recipe or other clips (the first
@@ -25,18 +36,18 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
     """
     # All parts of an array job come here at once and write equal bytes, each file by a rename; the
     # description is written last and says that the rest is there.
-    description = _describe(spec, clips)
-    path = root / layout.SPEC
+    description = _describe(spec, clips, grown_from)
+    table, path = _table(root, spec, clips), root / layout.SPEC
     if path.is_file():
         there = layout.read_json(root, path)
         layout.check_version(path, there)
-        differing = sorted(config.differences(there, description))
-        if differing:
-            raise StoreError(
-                f"{root}: was made differently: {'; '.join(differing[:5])}; "
-                "choose another folder, or the recipe that it was made with."
-            )
-        if _has_all(root, spec):
+        if there != description:
+            _check_grew(root, there, description, clips)
+            # The description first, which says what the list was before: whoever finds the table
+            # of that one, or half of it, knows what to do. And no reader may come before the end.
+            (root / layout.MANIFEST).unlink(missing_ok=True)
+            files.write_json(path, description)
+        if _has_all(root, spec, table):
             return
     # zarr.json alone was left by a run that was stopped right here
     elif (
@@ -45,18 +56,154 @@ def create_store(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> None:
         and any(not files.is_temporary(p) for p in root.iterdir())
     ):
         raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
-    files.write_json(
-        root / layout.ROOT, zarr_group({"format": layout.FORMAT, "version": layout.VERSION})
-    )
-    _write_table(root, clips, spec)
-    shards = shard_total(spec, len(clips))
+    version = {"format": layout.FORMAT, "version": description["version"]}
+    files.write_json(root / layout.ROOT, zarr_group(version))
+    shards = len(shard_starts(spec, len(clips), grown_from))
     for modality, one in spec.modalities.items():
         folder = root / modality
         files.write_json(folder / "zarr.json", zarr_group(one.provenance))
         for array in one.arrays:
             meta = zarr_shards(one, array, spec.clips_per_shard, shards)
             files.write_json(folder / array.name / "zarr.json", meta)
+    files.write_json(root / clip_table.FOLDER / "zarr.json", zarr_group({}))
+    for name, (values, attributes) in table.items():
+        write_column(root, name, values, **attributes)
     files.write_json(path, description)  # last: its being there means that the rest is
+
+
+def _check_grew(
+    root: Path, there: dict[str, Any], wanted: dict[str, Any], clips: Sequence[ClipRow]
+) -> None:
+    """See that a store is as wanted but for clips, and names of classes, at the end."""
+    before = _list_of(there)
+    heads = there["spec"].get("heads", {})
+    ours = wanted["spec"]["heads"].items()
+    new_heads = {head: names[: len(heads.get(head, ()))] for head, names in ours}
+    spec = wanted["spec"] | {"heads": new_heads}
+    differing = sorted(config.differences(there["spec"], spec, "spec"))
+    if not differing and before in wanted.get(_GROWN_FROM, ()):
+        return
+    rows = list(_changed_rows(root, clips)) if not differing else []
+    differing = differing or rows or sorted(config.differences(there, wanted))
+    raise StoreError(
+        f"{root}: was made differently: {'; '.join(differing[:5])}; "
+        "choose another folder, or the recipe that it was made with."
+    )
+
+
+def _changed_rows(root: Path, clips: Sequence[ClipRow]) -> Iterator[str]:
+    """Yield what rows of the list say otherwise than those that a store was made of."""
+    with suppress(StoreError):  # the table itself may be damaged; then digests are told
+        there = Catalog(root)
+        columns: dict[str, Any] = {head: there.labels(head) for head in there.spec.heads}
+        columns |= {name: there.names(name) for name in ("split", "group")}
+        columns |= {name: there.column(name, np.float64) for name in ("start_s", "stop_s")}
+        for number, clip in enumerate(clips[: there.count]):
+            for name, column in columns.items():
+                names = there.spec.heads.get(name)
+                old = column[number]
+                new = clip.labels.get(name, -1) if names else getattr(clip, name)
+                if old != new and not (old != old and new != new):  # NaN: the file's end
+                    yield f"clip {clip.clip_id!r}: {name} is {old} there and {new} here"
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """The clips of the stores of an extraction, as they lie in shards.
+
+    heads: class names. rows: the clips. grown_from: how many there were each time before the
+    list grew: there a new shard begins.
+    """
+
+    heads: dict[str, tuple[str, ...]]
+    rows: list[ClipRow]
+    grown_from: tuple[int, ...] = ()
+
+
+def continue_list(
+    roots: Iterable[Path], heads: Mapping[str, tuple[str, ...]], clips: Sequence[ClipRow]
+) -> ClipList:
+    """Arrange clips as stores list them that are there already: new ones at the end.
+
+    So are the names of new classes; ids of those that were there stay.
+
+    Args:
+        roots: of the stores of one extraction, there or not.
+        heads: class names, as the list has them now.
+        clips: of the list.
+
+    Raises:
+        StoreError: clips of a store are in the list no more.
+    """
+    found = [_read_list(root) for root in roots if (root / layout.SPEC).is_file()]
+    if not found:
+        return ClipList(dict(heads), list(clips))
+    there = max(found, key=lambda one: len(one.ids))
+    by_id = {clip.clip_id: clip for clip in clips}
+    ids = there.ids or [clip.clip_id for clip in clips]
+    if gone := [clip_id for clip_id in ids if clip_id not in by_id]:
+        raise StoreError(
+            f"{there.root}: {len(gone)} of its clips are in the list no more, such as {gone[0]!r}; "
+            "a list may grow: put them back, or choose another folder with --set out=FOLDER."
+        )
+    known = set(ids)
+    rows = [by_id[i] for i in ids] + [clip for clip in clips if clip.clip_id not in known]
+    old = {head: there.heads.get(head, ()) for head in heads}
+    names = {h: (*old[h], *(n for n in new if n not in old[h])) for h, new in heads.items()}
+    number = {h: {name: i for i, name in enumerate(names[h])} for h in heads}
+    rows = [
+        replace(
+            row,
+            labels={
+                h: number[h][heads[h][label]] if label >= 0 else label
+                for h, label in row.labels.items()
+            },
+        )
+        for row in rows
+    ]
+    grown = len(rows) > len(ids)
+    return ClipList(names, rows, (*there.grown_from, *((len(ids),) if grown else ())))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The clips that the table of a store lists; empty where it was taken away."""
+
+    root: Path
+    ids: list[str]
+    heads: dict[str, tuple[str, ...]]
+    grown_from: tuple[int, ...]
+
+
+def _read_list(root: Path) -> _Listed:
+    path, column = root / layout.SPEC, clip_table.column_file(root, "clip_id", 2)
+    try:
+        for _ in range(2):  # another part may let it grow just between the two reads
+            there = layout.read_json(root, path)
+            layout.check_version(path, there)
+            heads = {head: tuple(names) for head, names in there["spec"]["heads"].items()}
+            lists = [*there.get(_GROWN_FROM, ()), _list_of(there)]
+            counts = tuple(int(one["clips"]) for one in lists)
+            if not column.is_file():
+                return _Listed(root, [], heads, counts[:-1])
+            data = layout.read_bytes(root, column)
+            for place in reversed(range(len(lists))):
+                width = int(lists[place]["id_bytes"])
+                if counts[place] * width == len(data):
+                    ids = np.frombuffer(data, f"S{width}").tolist()
+                    return _Listed(root, [i.decode() for i in ids], heads, counts[:place])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: the store's description is damaged ({error}).") from None
+    raise StoreError(f"{column}: has another size than {path} says; the clip table is damaged.")
+
+
+_GROWN_FROM = "grown_from"
+
+
+def _list_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: description.get(key) for key in ("clips", "clips_sha256", "id_bytes")}
 
 
 def described_files(spec: StoreSpec) -> dict[str, int]:
@@ -76,9 +223,15 @@ def described_files(spec: StoreSpec) -> dict[str, int]:
     return names
 
 
-def _has_all(root: Path, spec: StoreSpec) -> bool:
-    """Tell whether nothing was taken away, as `karmma store verify --repair` does."""
-    return all((root / name).is_file() for name in described_files(spec))
+def _has_all(root: Path, spec: StoreSpec, table: "_Table") -> bool:
+    """Tell whether all is there, as it may not be after a kill or `verify --repair`."""
+    files_of_columns = (
+        (clip_table.column_file(root, name, values.ndim), values)
+        for name, (values, _) in table.items()
+    )
+    return all((root / name).is_file() for name in described_files(spec)) and all(
+        path.read_bytes() == values.tobytes() for path, values in files_of_columns
+    )
 
 
 #: Columns that every clip table has beside ids and labels.
@@ -88,30 +241,72 @@ _MAX_CLIPS = 100_000_000
 _MAX_ID_BYTES = 120
 
 
-def shard_total(spec: StoreSpec, clips: int) -> int:
-    """Return how many shards that many clips make."""
-    return -(-clips // spec.clips_per_shard)
+def shard_starts(spec: StoreSpec, clips: int, grown_from: Sequence[int] = ()) -> list[int]:
+    """Return the number of the first clip of each shard; what a list grew by has its own."""
+    ends = [*grown_from, clips]
+    return [
+        first
+        for start, end in pairwise([0, *ends])
+        for first in range(start, end, spec.clips_per_shard)
+    ]
 
 
-def _describe(spec: StoreSpec, clips: Sequence[ClipRow]) -> dict[str, Any]:
-    sha = hashlib.sha256()
-    for clip in clips:
+def _describe(
+    spec: StoreSpec, clips: Sequence[ClipRow], grown_from: Sequence[int]
+) -> dict[str, Any]:
+    sha, width, lists = hashlib.sha256(), 1, []
+    for number, clip in enumerate(clips):
+        if number in grown_from:
+            lists.append({"clips": number, "clips_sha256": sha.hexdigest(), "id_bytes": width})
         labels = [clip.labels.get(head, -1) for head in spec.heads]
         sha.update(repr((clip.clip_id, labels, clip.split, clip.group)).encode())
         sha.update(np.array([clip.start_s, clip.stop_s], "<f8").tobytes())
+        width = max(width, len(clip.clip_id)) if number else len(clip.clip_id)
     return {
         "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "version": layout.VERSION_GROWN if lists else layout.VERSION,
         "spec": spec.model_dump(mode="json"),
         "clips": len(clips),
         "clips_sha256": sha.hexdigest(),
-        "id_bytes": max((len(c.clip_id) for c in clips), default=1),
+        "id_bytes": width,
         "splits": sorted({c.split for c in clips}),
         "groups": sorted({c.group for c in clips}),
+        **({_GROWN_FROM: lists} if lists else {}),
     }
 
 
-def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:
+_Table = dict[str, tuple[npt.NDArray[Any], dict[str, Any]]]
+"""Columns by name: values, little-endian, and attributes."""
+
+
+def _table(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> _Table:
+    """Return the columns that a list of clips makes.
+
+    Raises:
+        StoreError: an id is unsafe or comes twice, or a label is beyond its classes.
+    """
+    _check_ids(root, clips)
+    N = len(clips)
+    width = max((len(c.clip_id) for c in clips), default=1)
+    ids = np.array([c.clip_id.encode() for c in clips], f"S{width}")
+    table: _Table = {"clip_id": (ids.view(np.uint8).reshape(N, width), {"encoding": "ascii"})}
+    for head, names in spec.heads.items():
+        labels = np.array([c.labels.get(head, -1) for c in clips], "<i4")
+        if N and labels.max(initial=-1) >= len(names):
+            raise StoreError(f"{root}: head {head}: label {labels.max()} of {len(names)} classes.")
+        table[f"label_{head}"] = labels, {"classes": list(names)}
+    for column in ("split", "group"):
+        values = [getattr(c, column) for c in clips]
+        names = tuple(sorted(set(values)))
+        code = {name: i for i, name in enumerate(names)}
+        table[column] = np.array([code[v] for v in values], "<i4"), {"names": list(names)}
+    for column in ("start_s", "stop_s"):
+        times = np.array([getattr(c, column) for c in clips], "<f8")
+        table[column] = times, {"unit": "second"}
+    return table
+
+
+def _check_ids(root: Path, clips: Sequence[ClipRow]) -> None:
     seen: set[str] = set()
     for clip in clips:
         try:
@@ -121,25 +316,6 @@ def _write_table(root: Path, clips: Sequence[ClipRow], spec: StoreSpec) -> None:
         if clip.clip_id.casefold() in seen:
             raise StoreError(f"{root}: duplicate clip_id={clip.clip_id!r}.")
         seen.add(clip.clip_id.casefold())
-    N = len(clips)
-    width = max((len(c.clip_id) for c in clips), default=1)
-    ids = np.array([c.clip_id.encode() for c in clips], f"S{width}")
-    files.write_json(root / clip_table.FOLDER / "zarr.json", zarr_group({}))
-    write_column(root, "clip_id", ids.view(np.uint8).reshape(N, width), encoding="ascii")
-    for head, names in spec.heads.items():
-        labels = np.array([c.labels.get(head, -1) for c in clips], np.int32)
-        if N and labels.max(initial=-1) >= len(names):
-            raise StoreError(f"{root}: head {head}: label {labels.max()} of {len(names)} classes.")
-        write_column(root, f"label_{head}", labels, classes=list(names))
-    for column in ("split", "group"):
-        values = [getattr(c, column) for c in clips]
-        names = tuple(sorted(set(values)))
-        code = {name: i for i, name in enumerate(names)}
-        codes = np.array([code[v] for v in values], np.int32)
-        write_column(root, column, codes, names=list(names))
-    for column in ("start_s", "stop_s"):
-        times = np.array([getattr(c, column) for c in clips], np.float64)
-        write_column(root, column, times, unit="second")
 
 
 class Catalog:
@@ -161,7 +337,7 @@ class Catalog:
             for name in (*self.spec.modalities, *self.spec.heads):
                 files.check_name(name)
             self.count = int(description["clips"])
-            self.shards = shard_total(self.spec, self.count)
+            grown = [int(one["clips"]) for one in description.get(_GROWN_FROM, ())]
             self.digest: str = description["clips_sha256"]
             self.splits: list[str] = description["splits"]
             self.groups: list[str] = description["groups"]
@@ -170,6 +346,11 @@ class Catalog:
                 raise StoreError(
                     f"{path}: clips={self.count} with ids of {width} bytes: implausible."
                 )
+            if grown != sorted({*grown}) or not all(0 < clips < self.count for clips in grown):
+                raise StoreError(f"{path}: {_GROWN_FROM} of {grown} clips: implausible.")
+            self._starts = [*shard_starts(self.spec, self.count, grown), self.count]
+            self.shards = len(self._starts) - 1
+            self.version = int(description.get("version", layout.VERSION))
             raw = clip_table.map_column(root, "clip_id", np.uint8, (self.count, width))
             self.clip_ids: npt.NDArray[np.bytes_] = raw.view(f"S{width}").reshape(self.count)
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -207,8 +388,12 @@ class Catalog:
 
     def shard_range(self, shard: int) -> range:
         """Return the clip numbers of a shard."""
-        size = self.spec.clips_per_shard
-        return range(shard * size, min((shard + 1) * size, self.count))
+        return range(self._starts[shard], self._starts[shard + 1])
+
+    @property
+    def shard_of(self) -> npt.NDArray[np.int64]:
+        """The shard of each clip [clips]."""
+        return np.repeat(np.arange(self.shards), np.diff(self._starts))
 
     def clips_in(self, shard: int) -> list[str]:
         """Return the ids of a shard's clips, in order; damaged bytes show as escapes."""

@@ -47,7 +47,7 @@ def finalize(root: Path) -> None:
     _write_index(catalog, present)
     content = {
         "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "version": catalog.version,
         "digest": digest,
         "shards": catalog.shards,
         "clips": catalog.count,

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import chain, combinations, islice, permutations
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,6 +56,16 @@ class JoinedStore(MappedStore):
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
         return self._seconds[column]
+
+    @cached_property
+    def clip_digests(self) -> npt.NDArray[np.bytes_]:
+        """Digest of all that a training sees of each clip, whatever order the stores came in."""
+        parts: list[list[bytes]] = [[] for _ in range(len(self))]
+        for store, clips in zip(self.stores, self._clips, strict=True):
+            for clip, digest in zip(clips.tolist(), store.clip_digests, strict=True):
+                parts[clip].append(digest)
+        joined = (hashlib.sha256(b"".join(sorted(part))).hexdigest()[:32] for part in parts)
+        return np.array(list(joined), "S32")
 
     def times_of(self, modality: str, clips: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the sampled times of some clips [B, 2, T], NaN where absent."""

@@ -1,5 +1,6 @@
 """Opens a complete store and gathers batches out of memory-mapped shards."""
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +75,39 @@ class FeatureStore(MappedStore):
         """Group (such as the participant) of each clip [clips]."""
         return self._catalog.names("group")
 
+    @cached_property
+    def clip_digests(self) -> npt.NDArray[np.bytes_]:
+        """Digest of all that a training sees of each clip, 32 hexadecimal digits [clips].
+
+        Its id, classes by name, split, group and times, why modalities are absent, and the
+        checksums of its tokens. Equal clips have equal digests in every store, whatever other
+        clips and classes are in its list.
+        """
+        classes = [np.array([*self.heads[h], ""])[self.labels[h]] for h in sorted(self.heads)]
+        checksums = self._catalog.column("crc32c", np.uint32, len(self.modalities))
+        columns = (self.seconds("start_s"), self.seconds("stop_s"), self.reasons, checksums)
+        numbers = [np.asarray(column) for column in columns]  # a mapped one is slow by the row
+        digests = np.zeros(len(self), "S32")
+        for i, clip_id in enumerate(self.clip_ids):
+            texts = [str(text[i]) for text in (self.split, self.group, *classes)]
+            sha = hashlib.sha256(repr((clip_id.decode(), texts)).encode())
+            for number in numbers:
+                sha.update(number[i].tobytes())
+            digests[i] = sha.hexdigest()[:32]
+        return digests
+
+    @cached_property
+    def shard_digests(self) -> tuple[str, ...]:
+        """Digest of each shard's clips, see `clip_digests`.
+
+        A list of clips that grows leaves those of its first shards as they are; clips that are
+        extracted again with another outcome change theirs.
+        """
+        return tuple(
+            hashlib.sha256(self.clip_digests[shard.start : shard.stop].tobytes()).hexdigest()
+            for shard in map(self._catalog.shard_range, range(self._catalog.shards))
+        )
+
     def times(self, modality: str) -> npt.NDArray[np.float64]:
         """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
         frames = self.spec.modalities[modality].frames
@@ -92,7 +126,7 @@ class FeatureStore(MappedStore):
         one, size = self.spec.modalities[modality], self.spec.clips_per_shard
         shards = self._catalog.shards
         present = self.present[:, self.modalities.index(modality)]
-        shard = np.arange(len(self)) // size
+        shard = self._catalog.shard_of
         counts = np.bincount(shard[present], minlength=shards)[:shards]
         before = np.concatenate([[0], np.cumsum(counts)])
         position = np.cumsum(present) - 1 - before[shard]

@@ -65,6 +65,11 @@ class TokenSource(ABC):
     group: npt.NDArray[np.str_]
     digest: str
 
+    @property
+    @abstractmethod
+    def clip_digests(self) -> npt.NDArray[np.bytes_]:
+        """Digest of all that a training sees of each clip, 32 hexadecimal digits [clips]."""
+
     def __len__(self) -> int:
         return len(self.clip_ids)
 

@@ -58,6 +58,11 @@ class DeviceStore(TokenSource):
         self._check_memory()
         self._tokens = {m: self._load(m) for m in self.modalities}
 
+    @property
+    def clip_digests(self) -> npt.NDArray[np.bytes_]:
+        """Digest of all that a training sees of each clip, 32 digits [clips]."""
+        return self.source.clip_digests
+
     def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] on the CPU."""
         return self.source.gather(modality, index)

@@ -39,11 +39,11 @@ def column_writer(
     """Yield a file that takes the column's bytes, little-endian, in the order of the clips."""
     kind = np.dtype(dtype)
     chunk = [max(1, side) for side in shape]
+    meta = zarr_array(list(shape), chunk, kind, [LITTLE], attributes)
+    files.write_json(root / FOLDER / name / "zarr.json", meta)
     path = column_file(root, name, len(shape))
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         yield file
-    meta = zarr_array(list(shape), chunk, kind, [LITTLE], attributes)
-    files.write_json(root / FOLDER / name / "zarr.json", meta)
 
 
 def write_column(root: Path, name: str, values: npt.NDArray[Any], **attributes: Any) -> None:
