@@ -40,10 +40,17 @@ class Reason(enum.IntEnum):
     UNSAFE_FILE = 12
 
     @property
+    def is_passing(self) -> bool:
+        """Whether another try may end otherwise, unlike with what a clip is or its data set has."""
+        return self not in _FINAL
+
+    @property
     def hint(self) -> str:
         """What a user can do about it, in one sentence."""
         return _HINTS[self]
 
+
+_FINAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET, Reason.TOO_SHORT}
 
 _HINTS = {
     Reason.PRESENT: "",

@@ -23,7 +23,7 @@ STAGES = {"extraction", "training", "evaluation", "recognition"}
 TYPES = MIDDLE | {"extraction.recipe", "extraction.types"}
 DECODE = TYPES | {"extraction.media", "extraction.decode"}
 INFERENCE = DECODE | {"extraction.inference"}
-PIPELINE = ("parts", "pipeline", "preview", "report", "tables")
+PIPELINE = ("again", "parts", "pipeline", "preview", "report", "tables")
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),

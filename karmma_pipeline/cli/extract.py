@@ -15,10 +15,37 @@ from karmma_pipeline.cli.options import (
 )
 
 
-@click.command()
+class _Extract(click.Command):
+    """A command whose `--retry` takes any number of names, and none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Join the names that follow it, for click's options take a fixed number of values."""
+        if "--retry" not in args:
+            return super().parse_args(ctx, args)
+        from karmma_pipeline.extraction.again import CHANGED, PASSING
+
+        joined: list[str] = []
+        names: list[str] | None = None
+        for arg in args:
+            if names is not None and set(arg.split(",")) <= {*PASSING, CHANGED}:
+                names.append(arg)
+                joined[-1] = f"--retry={','.join(names)}"
+                continue
+            names = [] if arg == "--retry" else None
+            joined.append("--retry=" if arg == "--retry" else arg)
+        return super().parse_args(ctx, joined)
+
+
+@click.command(cls=_Extract)
 @recipe_argument
 @set_option
 @check_option
+@click.option(
+    "--retry",
+    metavar="[REASON...]",
+    help="Try clips again that lack a modality for these reasons (as in failures.csv; none: for\n"
+    "any that may pass), or `changed`: whose files are others now, though they have tokens.",
+)
 @click.option("--part", metavar="I/N", help="Do part I of N only; Slurm arrays set it themselves.")
 @click.option(
     "--max-failures",
@@ -30,6 +57,7 @@ def extract(
     recipe: Path,
     overrides: tuple[str, ...],
     check: bool,
+    retry: str | None,
     part: str | None,
     max_failures: str | None,
 ) -> None:
@@ -39,6 +67,7 @@ def extract(
     if max_failures is not None:
         overrides = (*overrides, f"max_failures={max_failures}")
     resolved = load_recipe(ExtractRecipe, recipe, overrides, check)
+    from karmma_pipeline.extraction.again import Retry
     from karmma_pipeline.extraction.pipeline import extract as run
     from karmma_pipeline.jobs import Part, StopFlag
 
@@ -46,7 +75,8 @@ def extract(
         share = Part.parse(part) if part else Part.from_environment()
         if share.count > 1:
             click.echo(f"part {share}, as {share.why} says", err=True)
-        click.echo(run(resolved, share, stop).summary())
+        again = Retry() if retry is None else Retry.parse(retry.split(","))
+        click.echo(run(resolved, share, stop, retry=again).summary())
 
 
 @click.group(cls=Commands)

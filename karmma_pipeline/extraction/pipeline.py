@@ -6,16 +6,19 @@ thread that writes work at the same time, with a bounded number of clips between
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from karmma_pipeline import config, files, jobs
 from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
+from karmma_pipeline.errors import StoreError
 from karmma_pipeline.extraction import parts
+from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
 from karmma_pipeline.extraction.decode.pool import DecodePool
 from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes
 from karmma_pipeline.extraction.inference.batching import (
@@ -30,11 +33,12 @@ from karmma_pipeline.extraction.inference.networks import Computed, Job, Network
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, write_groups
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
-from karmma_pipeline.extraction.tables import note_media
+from karmma_pipeline.extraction.tables import note_media, read_notes
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, create_store
+from karmma_pipeline.store.catalog import continue_list
 
 _logger = logging.getLogger(__name__)
 
@@ -47,14 +51,19 @@ def extract(
     part: Part | None = None,
     stop: StopFlag | None = None,
     manifest: Manifest | None = None,
+    retry: Retry | None = None,
 ) -> ExtractReport:
     """Run an extraction, or go on with one; what is done is not done again.
+
+    Unless files that could not be read, or were not whole, have changed since: their clips are
+    made again. Clips that were added to the list come last.
 
     Args:
         recipe: see `ExtractRecipe`.
         part: which shards are mine; several jobs may run at once.
         stop: asks for a stop between batches.
         manifest: the clips, if they have been read already; some of them will do.
+        retry: which absent clips are tried again though their files are the same.
 
     Raises:
         StoppedError: a stop was asked for; all finished batches are kept.
@@ -69,19 +78,27 @@ def extract(
     networks = Networks(recipe)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     report.workers = recipe.decode.workers or _default_workers(networks)
+    manifest, grown_from = _as_listed(manifest, report.stores.values())
     rows = [_row(clip) for clip in manifest.clips]
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
         configure(networks, report.stores, _logger.info)
         for name, path in report.stores.items():
-            create_store(path, networks.store_spec(name, manifest), rows)
+            create_store(path, networks.store_spec(name, manifest), rows, grown_from)
         config.save(recipe, recipe.out / "recipe.yaml")
         write_groups(recipe.out, manifest)
-        _run(recipe, part, stop, manifest, networks, report)
-    if all(_is_whole(path) for path in report.stores.values()):
-        _complete(recipe, report, len(rows))
+        _run(recipe, part, stop, manifest, networks, report, retry or Retry())
+    _complete(recipe, report, len(rows))
     return report
+
+
+def _as_listed(manifest: Manifest, stores: Iterable[Path]) -> tuple[Manifest, tuple[int, ...]]:
+    """Return the clips in the order of the stores that are there, and what the list grew from."""
+    listed = continue_list(stores, manifest.heads, [_row(clip) for clip in manifest.clips])
+    by_id = {clip.clip_id: clip for clip in manifest.clips}
+    clips = tuple(replace(by_id[row.clip_id], labels=row.labels) for row in listed.rows)
+    return replace(manifest, clips=clips, heads=listed.heads), listed.grown_from
 
 
 def _row(clip: Clip) -> ClipRow:
@@ -95,7 +112,19 @@ def _is_whole(path: Path) -> bool:
 
 
 def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
-    report.failed = parts.join(recipe, report.stores)
+    """Join the stores, if this part was the last one."""
+
+    def all_whole() -> bool:
+        return all(_is_whole(path) for path in report.stores.values())
+
+    if not all_whole():
+        return
+    try:
+        report.failed = parts.join(recipe, report.stores)
+    except StoreError:
+        if all_whole():
+            raise
+        return  # another part has begun to make shards again, and joins them
     report.complete = True
     if report.clips:
         files.write_json(recipe.out / "extract.json", report.facts())
@@ -109,24 +138,28 @@ def _run(
     manifest: Manifest,
     networks: Networks,
     report: ExtractReport,
+    retry: Retry,
 ) -> None:
     catalogs = {name: Catalog(path) for name, path in report.stores.items()}
-    missing = _missing_shards(catalogs, part)
+    notes = read_notes(recipe.out)
+    again = clips_again(manifest.clips, notes, list(catalogs.values()), retry)
+    missing = _missing_shards(catalogs, part, again.keys())
     clips = sum(len(numbers) for numbers, _ in missing.values())
     if not clips:
         return
     # Left in the opposite order: the writer's thread ends when it has written what was computed,
     # then the networks', then the one that prefetches, then the decode processes; the shards are
     # closed when nobody is left who could write to them or open one.
-    with _ShardWriters(catalogs) as writers, ExitStack() as stack:
+    read: dict[str, dict[str, Any]] = {}
+    with _ShardWriters(catalogs, again) as writers, ExitStack() as stack:
         pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
-        plans = _plans(manifest.clips, missing, networks.batch_size, writers)
+        plans = _plans(manifest.clips, missing, networks.batch_size, writers, read)
         batches = stack.enter_context(Prefetcher(_batches(plans, pool, networks)))
         report.forward_workers = worker_count(networks)  # while decoders start
         workers = stack.enter_context(ForwardWorkers(networks, report.forward_workers))
 
         def write(computed: Computed) -> None:
-            _write(recipe, networks, computed, writers, report)
+            _write(recipe, networks, computed, writers, report, read)
 
         writer = stack.enter_context(BackgroundWriter(write))
         bar = stack.enter_context(Bar(clips, report))
@@ -140,14 +173,19 @@ def _run(
 
 
 def _missing_shards(
-    catalogs: Mapping[str, Catalog], part: Part
+    catalogs: Mapping[str, Catalog], part: Part, again: Set[str]
 ) -> dict[int, tuple[range, list[str]]]:
-    """Return the shards of a part that some stores lack: their clips and those stores."""
+    """Return the shards of a part to be made: their clips and the stores that lack them.
+
+    Those of which clips are made again count as missing in all stores.
+    """
     first = next(iter(catalogs.values()))
     committed = {name: catalog.committed() for name, catalog in catalogs.items()}
     missing = {}
     for shard in part.shards(parts.shard_seconds(first)):
         names = [name for name, shards in committed.items() if shard not in shards]
+        if again and not again.isdisjoint(first.clips_in(shard)):
+            names = list(catalogs)
         if names:
             missing[shard] = (first.shard_range(shard), names)
     return missing
@@ -161,8 +199,8 @@ class _ShardWriters:
     written and committed by the writer's thread.
     """
 
-    def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
-        self._catalogs = catalogs
+    def __init__(self, catalogs: Mapping[str, Catalog], again: Mapping[str, bool]) -> None:
+        self._catalogs, self._again = catalogs, again
         self._open: dict[tuple[int, str], ShardWriter] = {}
 
     def __enter__(self) -> Self:
@@ -175,11 +213,14 @@ class _ShardWriters:
     def __getitem__(self, key: tuple[int, str]) -> ShardWriter:
         return self._open[key]
 
-    def open(self, shard: int, names: Sequence[str]) -> int:
-        """Open a shard of some stores; return how many clips all of them hold already."""
+    def open(self, shard: int, names: Sequence[str]) -> frozenset[int]:
+        """Open a shard of some stores; return which of its clips some of them lack."""
         for name in names:
-            self._open[shard, name] = ShardWriter(self._catalogs[name].root, shard).__enter__()
-        return min(self._open[shard, name].next for name in names)
+            catalog = self._catalogs[name]
+            again = {c: self._again[c] for c in catalog.clips_in(shard) if c in self._again}
+            writer = ShardWriter(catalog.root, shard, again)
+            self._open[shard, name] = writer.__enter__()
+        return frozenset().union(*(self._open[shard, name].wanted for name in names))
 
     def commit(self, shard: int, names: Sequence[str]) -> None:
         """Commit a shard to some stores and forget it."""
@@ -196,11 +237,22 @@ def _plans(
     missing: Mapping[int, tuple[range, list[str]]],
     size: int,
     writers: _ShardWriters,
+    read: dict[str, dict[str, Any]],
 ) -> Iterator[BatchPlan]:
-    """Yield the batches of all shards, one after another; each shard is opened at its turn."""
+    """Yield the batches of all shards, one after another; each shard is opened at its turn.
+
+    Before a batch is decoded, what its clips are read from is noted in ``read``.
+    """
     for shard, (numbers, names) in missing.items():
-        done = writers.open(shard, names)
-        yield from plan_batches(shard, [clips[i] for i in numbers], names, size, done)
+        wanted = writers.open(shard, names)
+        lacking = {clips[numbers[position]].clip_id for position in wanted}
+        for plan in plan_batches(shard, [clips[i] for i in numbers], names, size, wanted):
+            for clip in plan.clips:
+                noted = note_sources(clip)
+                # A clip that is read for its batch alone keeps its note, if its files are gone.
+                if clip.clip_id in lacking or any(state for *_, state in noted["sources"]):
+                    read[clip.clip_id] = noted
+            yield plan
 
 
 def _pool(
@@ -278,11 +330,13 @@ def _write(
     computed: Computed,
     writers: _ShardWriters,
     report: ExtractReport,
+    read: dict[str, dict[str, Any]],
 ) -> None:
     """Append a batch to the stores that lack it, in a thread of its own."""
     started = time.perf_counter()
     plan = computed.batch.plan
-    note_media(recipe.out, plan.shard, computed.batch.clips)
+    noted = [clip for clip in computed.batch.clips if clip.clip_id in read]
+    note_media(recipe.out, plan.shard, noted, {c.clip_id: read.pop(c.clip_id) for c in noted})
     for name in plan.stores:
         _append(networks.jobs(name), computed, writers[plan.shard, name])
     if plan.last:

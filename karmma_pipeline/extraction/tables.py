@@ -25,6 +25,7 @@ NOTES = "media_notes"
 _FAILURE_COLUMNS = ("clip_id", "modality", "stage", "reason", "hint", "detail")
 _MEDIA_COLUMNS = ("clip_id", "audio_rate_hz", "audio_windows_padded")
 # In a note: modality to reason code to detail.
+_DECODER = "_decoder"
 _FAULTS = "faults"
 
 # Characters of a detail: of a longer one, its beginning and its end are kept.
@@ -48,13 +49,24 @@ class _Notes:
     details: dict[tuple[str, str, int], str] = field(default_factory=dict)
 
 
-def note_media(out: Path, shard: int, clips: Iterable[DecodedClip]) -> None:
+def note_media(
+    out: Path,
+    shard: int,
+    clips: Iterable[DecodedClip],
+    read: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Note clips that are about to be stored.
+
+    Args:
+        out: the folder of the extraction.
+        shard: whose clips they are.
+        clips: what came of them.
+        read: what was read of each, see `again.note_sources`.
 
     Raises:
         StoreError: the disk is full, or fails.
     """
-    lines = [json.dumps(_note(clip)) for clip in clips]
+    lines = [json.dumps({**_note(clip), **(read or {}).get(clip.clip_id, {})}) for clip in clips]
     path = out / NOTES / f"{shard}.jsonl"
     with files.disk_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -73,7 +85,7 @@ def _note(clip: DecodedClip) -> dict[str, Any]:
         "clip_id": clip.clip_id,
         "audio_rate_hz": clip.audio_rate or "",
         "audio_windows_padded": clip.padded,
-        **{f"{modality}_decoder": decoder for modality, decoder in clip.decoders.items()},
+        **{f"{modality}{_DECODER}": decoder for modality, decoder in clip.decoders.items()},
         **({_FAULTS: faults} if faults else {}),
     }
 
@@ -97,7 +109,7 @@ def write_tables(out: Path, stores: Sequence[FeatureStore]) -> int:
     _write_csv(out / FAILURES, _FAILURE_COLUMNS, rows)
     ids = [clip_id.decode() for clip_id in stores[0].clip_ids]
     noted = [notes.rows[clip_id] for clip_id in ids if clip_id in notes.rows]
-    decoders = sorted({name for row in noted for name in row} - {*_MEDIA_COLUMNS, _FAULTS})
+    decoders = sorted({n for row in noted for n in row if n.endswith(_DECODER)})
     _write_csv(out / MEDIA, (*_MEDIA_COLUMNS, *decoders), noted)
     return len({clip_id for clip_id, _, code in lost if Reason(code) not in NATURAL})
 
@@ -135,6 +147,11 @@ def count_failed(out: Path) -> int:
     natural = {reason.name.lower() for reason in NATURAL}
     with table.open(newline="") as file:
         return len({r["clip_id"] for r in csv.DictReader(file) if r["reason"] not in natural})
+
+
+def read_notes(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the last note of each clip."""
+    return _read_notes(out / NOTES).rows
 
 
 def _read_notes(folder: Path) -> _Notes:

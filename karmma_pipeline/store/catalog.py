@@ -275,8 +275,8 @@ def _describe(
     }
 
 
+#: Columns by name: values, little-endian, and attributes.
 _Table = dict[str, tuple[npt.NDArray[Any], dict[str, Any]]]
-"""Columns by name: values, little-endian, and attributes."""
 
 
 def _table(root: Path, spec: StoreSpec, clips: Sequence[ClipRow]) -> _Table:

@@ -57,6 +57,13 @@ def finalize(root: Path) -> None:
     shutil.rmtree(root / layout.SPOOL, ignore_errors=True)  # of a writer killed after its commit
     files.sweep(files.folders_of(root))
     layout.write_manifest(root, content)  # last: its being there means a complete store
+    # Another part may have begun to make a shard again since its record was read above. It takes
+    # the manifest away after the record, so that one of the two sees what the other did.
+    with suppress(StoreError):
+        if len(catalog.committed()) == catalog.shards and _digest(catalog) == (digest, checksums):
+            return
+    (root / layout.MANIFEST).unlink(missing_ok=True)
+    raise StoreError(f"{root}: another process makes shards again; it completes the store.")
 
 
 def digested_files(spec: StoreSpec) -> list[str]:

@@ -20,6 +20,7 @@ from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.format.clip_table import Record
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
 from karmma_pipeline.store.format.layout import crc32c, shard_index
+from karmma_pipeline.store.former import is_made_again
 from karmma_pipeline.store.spec import StoredArray
 from karmma_pipeline.store.writer import lock_holder
 
@@ -87,6 +88,9 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
     if shards or mine:
         (root / layout.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
     for shard in shards:
+        if is_made_again(root, shard):  # its files have the clips that are not
+            lines.append(f"shard {shard}: is being made again; `karmma extract` goes on with it")
+            continue
         layout.record_file(root, shard).unlink(missing_ok=True)
         for m, array in catalog.spec.arrays:
             layout.shard_file(root, m, shard, array.name).unlink(missing_ok=True)

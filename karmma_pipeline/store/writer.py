@@ -2,6 +2,9 @@
 
 Tokens are appended to one spool per modality; after them a journal record with their
 checksum. What counts after a kill is the longest journal prefix whose tokens are whole.
+
+Clips of a shard can be made again. Its commit record then goes into the spool: the shard counts as
+missing, its files stay until the new ones replace them, and the other clips are taken out of them.
 """
 
 import fcntl
@@ -27,12 +30,10 @@ from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.format.clip_table import Record, write_record
 from karmma_pipeline.store.format.layout import crc32c, create_shard_file
+from karmma_pipeline.store.former import Encoded, FormerShard, is_made_again, reopen
 from karmma_pipeline.store.spec import StoredArray
 
 _COPY_BYTES = 4 << 20
-
-#: One clip as `ModalitySpec.arrays` hold it, to be written as it is.
-Encoded = tuple[npt.NDArray[Any], ...]
 
 
 class ShardWriter:
@@ -40,11 +41,18 @@ class ShardWriter:
 
     A context manager; leaving it without `commit` keeps what was appended for the next run.
 
+    Args:
+        root: the store.
+        shard: its number.
+        again: clips that are made again, by id, whatever an earlier run made of them; true where
+            not even tokens may stay that cannot be made any more.
+
     Raises:
         StoreError: another living process writes this shard.
     """
 
-    def __init__(self, root: Path, shard: int) -> None:
+    def __init__(self, root: Path, shard: int, again: Mapping[str, bool] | None = None) -> None:
+        self._again = dict(again or {})
         self.catalog = Catalog(root)
         self.root, self.shard = root, shard
         self.spec = self.catalog.spec
@@ -60,6 +68,7 @@ class ShardWriter:
             for m in self._order
         }
         self.next = 0
+        self._former: FormerShard | None = None
         self._broken = False
         self._stack = ExitStack()
 
@@ -70,17 +79,29 @@ class ShardWriter:
             self._lock = _lock(folder / "lock", self.shard)
             self._journal = self._open(folder / "journal")
             _hold(self._journal, self._lock, self.shard)
+            if self._again:
+                reopen(self.catalog, self.shard, self._again)
             self._payload = {
                 (m, array.name): self._open(folder / f"{m}.{array.name}")
                 for m, array in self.spec.arrays
             }
             self._recover()
+            if is_made_again(self.root, self.shard):
+                self._former = FormerShard(self.catalog, self.shard)
+                self._former.check(self.next)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         with suppress(OSError):  # on a disk that fails; a dead process's lock counts for nothing
             self._lock.unlink()
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """Positions of the clips that must be made; `append` and `commit` take over the others."""
+        if self._former is None:
+            return frozenset(range(self.next, len(self.clip_ids)))
+        return frozenset(i for i in self._former.again if i >= self.next)
 
     @property
     def done(self) -> frozenset[str]:
@@ -96,6 +117,9 @@ class ShardWriter:
     ) -> None:
         """Append the next clip of the shard.
 
+        In a shard that is made again, what stays before it is taken over first; and so is what
+        the clip itself had, where it is absent now.
+
         Args:
             clip_id: must be the next in clip order.
             tokens: present modalities to [N, D], any float type; cast to the store's. Or to
@@ -106,6 +130,23 @@ class ShardWriter:
         Raises:
             StoreError: order, shapes or values are wrong, or the disk is full.
         """
+        if self._former is not None and clip_id in self.clip_ids[self.next :]:
+            self._take_over(self.clip_ids.index(clip_id))
+            tokens, reasons, times = self._former.fill(self.next, tokens, reasons, times)
+        self._append(clip_id, tokens, reasons, times)
+
+    def _take_over(self, end: int) -> None:
+        """Append clips up to a position as they were before."""
+        while self._former is not None and self.next < end and self.next not in self.wanted:
+            self._append(self.clip_ids[self.next], *self._former.of(self.next))
+
+    def _append(
+        self,
+        clip_id: str,
+        tokens: Mapping[str, npt.NDArray[Any] | Encoded],
+        reasons: Mapping[str, Reason],
+        times: Mapping[str, npt.NDArray[np.float64]],
+    ) -> None:
         if clip_id != self.clip_ids[self.next]:
             raise StoreError(
                 f"{self.root}: shard {self.shard}: clip {clip_id!r} came, "
@@ -167,6 +208,7 @@ class ShardWriter:
         Raises:
             StoreError: clips are missing, or the disk is full.
         """
+        self._take_over(len(self.clip_ids))
         if self.next < len(self.clip_ids):
             raise StoreError(
                 f"{self.root}: shard {self.shard} has {self.next} of {len(self.clip_ids)} clips."
@@ -174,6 +216,8 @@ class ShardWriter:
         # The order is what makes a kill harmless: each file is whole, synced and renamed before the
         # record that says that the shard exists; the spool goes last, and if it stays, the
         # next `finalize` or `gc` removes it.
+        if self._former is not None:  # no reader may open what is half old and half new
+            (self.root / layout.MANIFEST).unlink(missing_ok=True)
         present = dict(zip(self.spec.order, (self._reason == 0).sum(axis=0).tolist(), strict=True))
         crcs = [self._finish(m, array, present[m]) for m, array in self.spec.arrays]
         record = Record(self._reason, self._crc, self._times, np.array(crcs, np.uint32))
@@ -218,7 +262,9 @@ class ShardWriter:
         # is the longest run of records whose checksum holds and whose tokens are there.
         journal = self._journal.read()
         ends = dict.fromkeys(self._payload, 0)
-        while self.next < len(self.clip_ids):
+        first_again = (i for i, clip in enumerate(self.clip_ids) if clip in self._again)
+        end = next(first_again, len(self.clip_ids))
+        while self.next < end:
             entry = journal[self.next * size : (self.next + 1) * size]
             if not self._replay(entry, ends):
                 break

@@ -107,7 +107,7 @@ def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path
     buffer = SharedBuffer(clip_bytes(settings()), slots=4)
     found: list[DecodedClip] = []
     with DecodePool(settings(), 1, PATIENCE_S, StopFlag(), ahead=6, buffer=buffer) as pool:
-        plans = list(plan_batches(0, clips, ["teacher"], size=3, done=0))
+        plans = list(plan_batches(0, clips, ["teacher"], size=3, wanted=range(len(clips))))
         for plan, batch in pool.batches(plans):
             assert plan is plans.pop(0)
             for clip in batch:
@@ -219,7 +219,9 @@ def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Pa
         alone.append(raft.pictures(pairs, clip.flow_scales[spec]))
     buffer = SharedBuffer(clip_bytes(wanted), slots=3)
     with DecodePool(wanted, 1, PATIENCE_S, StopFlag(), ahead=3, buffer=buffer) as pool:
-        ((plan, decoded),) = pool.batches(plan_batches(0, clips, ["teacher"], size=2, done=0))
+        ((plan, decoded),) = pool.batches(
+            plan_batches(0, clips, ["teacher"], size=2, wanted=range(len(clips)))
+        )
         batch = collate(plan, decoded, pin=False)
     buffer.close()  # the batch needs it no longer
     pictures = raft.inputs(batch, spec).numpy()

@@ -6,7 +6,7 @@ so that a run that was killed and goes on writes the same bytes as one that was 
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -48,28 +48,28 @@ class Batch:
 
 
 def plan_batches(
-    shard: int, clips: Sequence[Clip], stores: Sequence[str], size: int, done: int
+    shard: int, clips: Sequence[Clip], stores: Sequence[str], size: int, wanted: Collection[int]
 ) -> Iterator[BatchPlan]:
-    """Yield the batches of a shard.
+    """Yield the batches of a shard of which some store lacks a clip.
 
     Args:
         shard: its number.
         clips: all of the shard.
-        stores: names of those that lack it.
+        stores: names of those that lack some.
         size: clips of a batch.
-        done: clips at its beginning that all of these stores hold already.
+        wanted: places of the clips that one of these stores lacks.
     """
-    # Batches begin at multiples of their size, wherever an earlier run ended: a clip is
+    # Batches begin at multiples of their size, whatever an earlier run has done: a clip is
     # computed with the same others as if nothing had happened. A shard that has all of its
     # clips and was not committed gets its last batch again, which commits it.
-    begin = min(done, len(clips) - 1) // size * size
-    for first in range(begin, len(clips), size):
+    firsts = sorted({place // size * size for place in wanted or (len(clips) - 1,)})
+    for first, before in zip(firsts, [-size, *firsts], strict=False):
         yield BatchPlan(
             shard,
             clips[first : first + size],
             stores,
-            last=first + size >= len(clips),
-            skipped=begin if first == begin else 0,
+            last=first == firsts[-1],
+            skipped=first - before - size,
         )
 
 

@@ -18,10 +18,11 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, create_store
 from karmma_pipeline.store.finalize import finalize
+from karmma_pipeline.store.former import Encoded
 from karmma_pipeline.store.joined import JoinedStore, LabelSpaces
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ClipNumbers, ClipRow, Dtype, ModalitySpec, StoreSpec
-from karmma_pipeline.store.writer import Encoded, ShardWriter
+from karmma_pipeline.store.writer import ShardWriter
 
 # Clips in memory at once.
 _CLIPS = 32

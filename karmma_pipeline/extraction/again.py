@@ -1,0 +1,311 @@
+"""What an extraction makes again: clips whose files have changed, and those that it is asked for.
+
+What was read of each clip lies in its note beside the stores (see `tables`): its span, and of each
+source the path, the size and digests of its first and last MiB. A source is another one if these
+differ; its times never matter, except that a file whose inode and time of change are as noted
+is not read for its digests.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from karmma_pipeline.data.manifest import Clip, Source
+from karmma_pipeline.errors import ConfigError, StoreError
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import Catalog
+
+#: What `--retry` takes beside reasons: clips whose files are others than those that were read.
+CHANGED = "changed"
+
+PASSING = tuple(reason.name.lower() for reason in Reason if reason.is_passing)
+
+_END_BYTES = 1 << 20
+_PATHS_NAMED = 5
+
+
+class SourceState(NamedTuple):
+    """What a file or folder was when it was read; ``head`` and ``tail`` are hexadecimal.
+
+    Of a folder of pictures: how many bytes they have, and a digest of their names and sizes.
+    """
+
+    size: int
+    head: str
+    tail: str
+    inode: int
+    changed_ns: int
+
+    def is_same(self, other: "SourceState") -> bool:
+        """Tell whether two states are of the same content, as far as the ends of files tell."""
+        return self[:3] == other[:3]
+
+
+def state_of(path: Path, before: SourceState | None = None) -> SourceState | None:
+    """Return the state of a file or folder; None if it is not there.
+
+    Args:
+        path: what to look at.
+        before: a state that is returned if nothing has touched the path since.
+    """
+    try:
+        state = path.stat()
+        changed_ns = state.st_ctime_ns
+        if path.is_dir():
+            folders = [Path(folder) for folder, _, _ in os.walk(path)]
+            changed_ns = max(folder.stat().st_ctime_ns for folder in folders)
+        size = before.size if before and path.is_dir() else state.st_size
+        if before and (size, state.st_ino, changed_ns) == (before[0], *before[3:]):
+            return before
+        return _read_state(path, state.st_size, state.st_ino, changed_ns)
+    except OSError:
+        return None
+
+
+# Clips of one video follow one another.
+@lru_cache(maxsize=16)
+def _read_state(path: Path, size: int, inode: int, changed_ns: int) -> SourceState | None:
+    if path.is_dir():
+        sizes = {str(p.relative_to(path)): p.stat().st_size for p in _files_in(path)}
+        names = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:32]
+        return SourceState(sum(sizes.values()), names, "", inode, changed_ns)
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(_END_BYTES)).hexdigest()[:32]
+        file.seek(max(0, size - _END_BYTES))
+        tail = hashlib.sha256(file.read(_END_BYTES)).hexdigest()[:32]
+    return SourceState(size, head, tail, inode, changed_ns)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names)
+
+
+def _has_grown(path: Path, before: SourceState) -> bool:
+    """Tell whether a file begins with what it was before and goes on: a download went on."""
+    if not path.is_file() or path.stat().st_size <= before.size:
+        return False
+    with path.open("rb") as file:
+        head = file.read(min(before.size, _END_BYTES))
+    return hashlib.sha256(head).hexdigest()[:32] == before.head
+
+
+def note_sources(clip: Clip) -> dict[str, Any]:
+    """Return what a note says of a clip's span and sources, JSON-plain; to be asked before reading.
+
+    A source that changes while it is read is then told from what it was, and read again.
+    """
+    by_source: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for modality, source in clip.media.items():
+        by_source[str(source.path), _settings(source)].append(modality)
+    sources = [
+        [of, path, settings, state_of(Path(path))] for (path, settings), of in by_source.items()
+    ]
+    job = os.environ.get("SLURM_JOB_ID")
+    note: dict[str, Any] = {"span": [clip.start_s, clip.stop_s], "sources": sources}
+    return note | ({"job": job} if job else {})
+
+
+def _settings(source: Source) -> str:
+    """Return what else decides what is read: the fields that have not their default value."""
+    set_ = [(f.name, getattr(source, f.name)) for f in fields(source) if f.name != "path"]
+    defaults = {f.name: f.default for f in fields(source)}
+    return repr([(name, value) for name, value in set_ if value != defaults[name]])
+
+
+@dataclass(frozen=True)
+class Retry:
+    """What is tried again, whether its files have changed or not.
+
+    reasons: of absent modalities. changed: clips that have tokens of files that were replaced, too.
+    """
+
+    reasons: frozenset[Reason] = frozenset()
+    changed: bool = False
+
+    @classmethod
+    def parse(cls, names: Iterable[str]) -> "Retry":
+        """Read the names of passing reasons, or ``changed``; none are all reasons.
+
+        Raises:
+            ConfigError: there is no such reason, or it is final.
+        """
+        given = [name for name in names if name]
+        for name in given:
+            if name not in (*PASSING, CHANGED):
+                final = name in {reason.name.lower() for reason in Reason}
+                why = (
+                    "is final: clips are so, however often they are read"
+                    if final
+                    else "is no reason"
+                )
+                raise ConfigError(
+                    f"--retry {name}: {why}; allowed are {', '.join((*PASSING, CHANGED))}."
+                )
+        reasons = frozenset(Reason[name.upper()] for name in given if name != CHANGED)
+        if not given:
+            reasons = frozenset(reason for reason in Reason if reason.is_passing)
+        return cls(reasons, CHANGED in given)
+
+
+#: What has become of a source: grown is one that was missing or that goes on where it ended;
+#: replaced has other bytes at its path; other is another file, or another stream or span of it.
+Change = Literal["same", "gone", "grown", "replaced", "other"]
+
+
+@dataclass(frozen=True)
+class _ReadClip:
+    """A clip that was read before.
+
+    absent: modality to why; a modality of no store is in it as none. changes: modality to its
+    path and what has become of its source.
+    """
+
+    clip: Clip
+    absent: Mapping[str, Reason]
+    changes: Mapping[str, tuple[str, Change]]
+    job: str | None
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether something of it could not be read, so that its files are not as they should."""
+        return any(reason.is_passing for reason in self.absent.values())
+
+    def changed(self) -> dict[str, tuple[str, Change]]:
+        """Return the modalities of which there is something else to read now."""
+        return {m: one for m, one in self.changes.items() if one[1] not in {"same", "gone"}}
+
+
+def clips_again(
+    clips: Sequence[Clip],
+    notes: Mapping[str, Mapping[str, Any]],
+    catalogs: Collection[Catalog],
+    retry: Retry,
+) -> dict[str, bool]:
+    """Return the clips that are made again, by id: true if what they had must not stay.
+
+    Args:
+        clips: of the list.
+        notes: by clip, see `tables.read_notes`.
+        catalogs: of the stores.
+        retry: what is asked for.
+
+    Raises:
+        StoreError: features were made of files that have been replaced by others; the clips
+            are named.
+    """
+    absent = _absences(clips, notes, catalogs)
+    read = [
+        _ReadClip(c, absent[c.clip_id], dict(_changes(c, note, absent[c.clip_id])), note.get("job"))
+        for c in clips
+        if (note := notes.get(c.clip_id))
+    ]
+    known = set(_known_to_have_changed(read))
+    again: dict[str, bool] = {}
+    replaced: dict[str, list[str]] = defaultdict(list)
+    job = os.environ.get("SLURM_JOB_ID")
+    for one in read:
+        clip_id, changed = one.clip.clip_id, one.changed()
+        for modality, (path, change) in changed.items():
+            expected = change == "grown" or (change == "replaced" and path in known)
+            if modality not in one.absent and not expected:
+                replaced[path].append(clip_id)
+        if changed:
+            again[clip_id] = True
+        # A job that the batch system begins again goes on; it does not try all from the start.
+        elif retry.reasons.intersection(one.absent.values()) and (not job or one.job != job):
+            again[clip_id] = False
+    if replaced and not retry.changed:
+        raise _others(replaced)
+    return again
+
+
+def _absences(
+    clips: Sequence[Clip],
+    notes: Mapping[str, Mapping[str, Any]],
+    catalogs: Collection[Catalog],
+) -> dict[str, dict[str, Reason]]:
+    """Return why modalities of clips are absent: as stores say, and before that their notes."""
+    stored = {modality for catalog in catalogs for modality in catalog.spec.order}
+    found: dict[str, dict[str, Reason]] = {
+        clip.clip_id: dict.fromkeys(clip.media.keys() - stored, Reason.NOT_IN_DATASET)
+        for clip in clips
+    }
+    for clip_id, note in notes.items():
+        for modality, codes in note.get("faults", {}).items():
+            for code in codes:
+                found.get(clip_id, {})[modality] = Reason(int(code))
+    for catalog in catalogs:
+        for shard in sorted(catalog.committed()):
+            reasons = catalog.read_record(shard).reason.tolist()
+            for clip_id, row in zip(catalog.clips_in(shard), reasons, strict=True):
+                for modality, code in zip(catalog.spec.order, row, strict=True):
+                    if code:
+                        found.get(clip_id, {})[modality] = Reason(code)
+    return found
+
+
+def _changes(
+    clip: Clip, note: Mapping[str, Any], absent: Mapping[str, Reason]
+) -> Iterator[tuple[str, tuple[str, Change]]]:
+    """Yield each modality with its path and what has become of its source."""
+    noted = note.get("sources")
+    before = {m: (path, rest, state) for of, path, rest, state in noted or () for m in of}
+    for modality, source in clip.media.items():
+        change: Change = "same"
+        path, rest, state = before.get(modality, ("", "", None))
+        if noted is None:  # an older program said only what was missing
+            if absent.get(modality) is Reason.FILE_MISSING and source.path.exists():
+                change = "grown"
+        elif rest != _settings(source) or note.get("span") != [clip.start_s, clip.stop_s]:
+            change = "other"
+        else:
+            change = _change(source.path, state)
+            if change == "replaced" and path != str(source.path):
+                change = "other"
+        yield modality, (str(source.path), change)
+
+
+def _change(path: Path, noted: Sequence[Any] | None) -> Change:
+    before = SourceState(*noted) if noted else None
+    now = state_of(path, before)
+    if now is None:
+        return "gone"
+    if before is None:
+        return "grown"
+    if before.is_same(now):
+        return "same"
+    return "grown" if _has_grown(path, before) else "replaced"
+
+
+def _known_to_have_changed(read: Iterable[_ReadClip]) -> Iterator[str]:
+    """Yield the files of which all clips are made again without being asked.
+
+    Those that were not whole, as they have grown or as some clip of them could not be read; and
+    those of which another part of this extraction, or a run that was killed, has done so already.
+    """
+    for one in read:
+        for path, change in one.changes.values():
+            if change in {"grown", "same"} or (change == "replaced" and one.is_spoilt):
+                yield path
+
+
+def _others(replaced: Mapping[str, Sequence[str]]) -> StoreError:
+    files = [(path, list(dict.fromkeys(ids))) for path, ids in replaced.items()]
+    named = "; ".join(
+        f"{path} (clip {ids[0]!r}{f' and {len(ids) - 1} more' if len(ids) > 1 else ''})"
+        for path, ids in files[:_PATHS_NAMED]
+    )
+    more = f"; and {len(files) - _PATHS_NAMED} more files" if len(files) > _PATHS_NAMED else ""
+    return StoreError(
+        f"features were made of other files, or other parts of them, than the list names now: "
+        f"{named}{more}. Put the old ones back, make these clips again with `--retry {CHANGED}`, "
+        "or choose another folder with --set out=FOLDER."
+    )
