@@ -6,9 +6,10 @@ thread that writes work at the same time, with a bounded number of clips between
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,10 +76,10 @@ def extract(
         manifest = read_clips(recipe)
     for line in (*manifest.notes, *describe_heads(manifest.heads)):
         _logger.info(line)
-    networks = Networks(recipe)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
-    report.workers = recipe.decode.workers or _default_workers(networks)
     manifest, grown_from = _as_listed(manifest, report.stores.values())
+    networks = Networks(recipe)
+    report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
@@ -143,6 +144,8 @@ def _run(
     catalogs = {name: Catalog(path) for name, path in report.stores.items()}
     notes = read_notes(recipe.out)
     again = clips_again(manifest.clips, notes, list(catalogs.values()), retry)
+    if again:
+        _logger.info("%d clips are made again: %s", len(again), _named(again))
     missing = _missing_shards(catalogs, part, again.keys())
     clips = sum(len(numbers) for numbers, _ in missing.values())
     if not clips:
@@ -170,6 +173,10 @@ def _run(
             raise
         finally:
             report.decode_s, report.halved = pool.busy_s, networks.halved
+
+
+def _named(again: Collection[str]) -> str:
+    return ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
 
 
 def _missing_shards(

@@ -18,11 +18,11 @@ import numpy.typing as npt
 from karmma_pipeline import files
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
+from karmma_pipeline.store.former import Encoded
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
 from karmma_pipeline.store.tools.rewrite import read_encoded
 from karmma_pipeline.store.tools.stage import check_space
-from karmma_pipeline.store.writer import Encoded
 
 ExportLayout = Literal["npy", "pt", "actionformer", "tim"]
 _CLIPS = 32
