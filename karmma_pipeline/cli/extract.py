@@ -87,7 +87,7 @@ def backbones() -> None:
 @backbones.command("list")
 def backbones_list() -> None:
     """Print the shipped networks and their published weights."""
-    from karmma_pipeline.models.backbones import list_backbones
+    from karmma_pipeline.models.backbones.describe import list_backbones
 
     for row in list_backbones():
         size = f"{row['parameters'] / 1e6:6.1f} M" if row["parameters"] else ""
@@ -113,7 +113,8 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
     import yaml
 
     from karmma_pipeline import config
-    from karmma_pipeline.models.backbones import BackboneChoice, describe
+    from karmma_pipeline.models.backbones import BackboneChoice
+    from karmma_pipeline.models.backbones.describe import describe
 
     weights = "random:0" if clip is None else "DEFAULT"
     choice = config.build(BackboneChoice, {"name": name, "weights": weights}, name, overrides)

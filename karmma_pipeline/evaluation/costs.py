@@ -16,7 +16,8 @@ from karmma_pipeline.evaluation.peak_memory import peak_memory_mib
 from karmma_pipeline.evaluation.results import Cost
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import evaluated_subsets
-from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice, describe
+from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
+from karmma_pipeline.models.backbones.describe import describe
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 from karmma_pipeline.models.saved import ModelCard
 

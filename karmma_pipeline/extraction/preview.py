@@ -11,7 +11,8 @@ from karmma_pipeline.errors import MediaError
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodeSettings, input_spec
-from karmma_pipeline.models.backbones import Backbone, BackboneChoice, describe, top_classes
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.backbones.describe import describe, top_classes
 
 
 def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:

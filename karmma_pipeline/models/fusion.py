@@ -10,41 +10,14 @@ L length of the whole sequence.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from karmma_pipeline.config import Recipe
 from karmma_pipeline.modalities import canonical
-
-Absent = Literal["learned", "zeros", "drop"]
-
-
-class FusionSize(Recipe):
-    """Size of a fusion model and how it treats absence."""
-
-    dim: int = Field(384, gt=0, description="Width of the tokens inside the fusion block.")
-    layers: int = Field(1, gt=0, description="Transformer layers.")
-    attention_heads: int = Field(6, gt=0, description="Attention heads; must divide dim.")
-    ffn_width: int = Field(384, gt=0, description="Hidden width of each layer's feed-forward net.")
-    head_width: int = Field(768, gt=0, description="Hidden width of the MLP that all heads share.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
-    absent: Absent = Field(
-        "learned",
-        description="What stands for an absent modality: learned (tokens of its own, KARMMA),\n"
-        "zeros (that the model takes for data, Baseline) or drop (left out of the sequence).",
-    )
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> "FusionSize":
-        if self.dim % self.attention_heads:
-            raise ValueError(
-                f"dim={self.dim} must be divisible by attention_heads={self.attention_heads}"
-            )
-        return self
+from karmma_pipeline.models.size import Absent as Absent
+from karmma_pipeline.models.size import FusionSize as FusionSize
 
 
 class _Layer(nn.Module):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.loading.loader import LoaderSettings
-from karmma_pipeline.models.fusion import FusionSize
+from karmma_pipeline.data.loading.settings import LoaderSettings
+from karmma_pipeline.models.size import FusionSize
 
 
 class Optimiser(Recipe):

@@ -13,9 +13,8 @@ from karmma_pipeline.models.backbones import (
     ENTRY_POINTS,
     Backbone,
     BackboneChoice,
-    describe,
-    list_backbones,
 )
+from karmma_pipeline.models.backbones.describe import describe, list_backbones
 
 SMALL: dict[str, Any] = {"name": "mobilenet_v3_large", "weights": "random:0", "image": (32, 32)}
 

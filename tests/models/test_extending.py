@@ -17,8 +17,8 @@ from karmma_pipeline.models.backbones import (
     Backbone,
     BackboneChoice,
     registry,
-    top_classes,
 )
+from karmma_pipeline.models.backbones.describe import top_classes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 MODULES = {

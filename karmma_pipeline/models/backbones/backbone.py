@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.choice import BackboneChoice
+from karmma_pipeline.models.backbones.choice import BackboneChoice, parse_seed
 
 
 class Backbone(nn.Module):
@@ -79,7 +79,7 @@ def _load(choice: BackboneChoice) -> tuple[nn.Module, state_dicts.Loaded]:
     if source == "none":
         return architecture.build(weights=None), state_dicts.Loaded("none")
     if source == "random":
-        seed = state_dicts.parse_seed(choice.weights) or 0
+        seed = parse_seed(choice.weights) or 0
         net = state_dicts.random_net(architecture, seed, choice.input_shape)
         # The digest is that of the drawn parameters: running statistics differ in the last
         # bits between processors.

@@ -1,18 +1,32 @@
-"""What a recipe says about a frozen backbone, and what follows from it without any weights."""
+"""What a recipe says about a frozen backbone, and what follows from it without any weights.
+
+Torch is imported where a network is looked at: to read a recipe must not take seconds.
+"""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, of_weights
-from karmma_pipeline.models.backbones.state_dicts import parse_seed
+
+if TYPE_CHECKING:
+    from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, Kind
 
 WeightSource = Literal["none", "random", "file", "published"]
+
+# The shipped networks that take frames and sizes as they come; what else there is, the registry
+# says.
+_SHIPPED: dict[str, Kind] = {
+    **dict.fromkeys(("swin3d_t", "swin3d_s", "swin3d_b", "s3d"), "video"),
+    **dict.fromkeys(("r2plus1d_18", "r3d_18", "mc3_18"), "video"),
+    **dict.fromkeys(("efficientnet_b0", "resnet18", "mobilenet_v3_large"), "image"),
+    "boxes": "boxes",
+}
 
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
@@ -59,7 +73,9 @@ class BackboneChoice(Recipe):
             raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
         for pattern, replacement in self.key_map:
             _check_pair(pattern, replacement)
-        if ":" not in self.name:
+        if self.name in _SHIPPED:
+            self._check_kind(_SHIPPED[self.name])
+        elif ":" not in self.name:
             self._check_input(self.architecture)
         return self
 
@@ -70,6 +86,8 @@ class BackboneChoice(Recipe):
         Raises:
             ConfigError: the name is unknown, or the factory cannot be imported.
         """
+        from karmma_pipeline.models.backbones import registry
+
         return registry.find(self.name)
 
     @property
@@ -79,6 +97,8 @@ class BackboneChoice(Recipe):
         Raises:
             ConfigError: ``weights`` is none of the three.
         """
+        from karmma_pipeline.models.backbones import state_dicts
+
         if self.architecture.kind == "boxes":
             return "none"
         if parse_seed(self.weights) is not None:
@@ -112,6 +132,9 @@ class BackboneChoice(Recipe):
         return own if self.size is None else own.scaled(self.size)
 
     def _own_transform(self) -> FrameTransform:
+        from karmma_pipeline.models.backbones import state_dicts
+        from karmma_pipeline.models.backbones.registry import of_weights
+
         architecture = self.architecture
         name = self.weights if self.source == "published" else "DEFAULT"
         member = state_dicts.enum_member(architecture, name)
@@ -131,6 +154,8 @@ class BackboneChoice(Recipe):
         Raises:
             ConfigError: the network cannot take what the recipe asks for.
         """
+        from karmma_pipeline.models.backbones import registry
+
         self._check_input(self.architecture)
         if self.architecture.kind == "boxes":
             return (registry.BOX_SLOTS * registry.BOX_NUMBERS, self.frame_count)
@@ -139,14 +164,19 @@ class BackboneChoice(Recipe):
         return (3, self.frame_count, *self.transform.crop)
 
     def _check_input(self, architecture: Architecture) -> None:
-        if architecture.kind == "boxes":
+        self._check_kind(architecture.kind)
+        if architecture.fixed and architecture.kind == "video":
+            self._check_fixed(architecture)
+
+    def _check_kind(self, kind: Kind) -> None:
+        if kind == "boxes":
             if self.size is not None or self.image is not None or self.weights != "DEFAULT":
                 raise ConfigError(
                     f"name={self.name!r}: takes object boxes and has no weights; give frames and "
                     "tokens alone."
                 )
             return
-        if architecture.kind == "image":
+        if kind == "image":
             if self.image is None:
                 raise ConfigError(f"name={self.name!r}: needs image: [height, width].")
             if self.frames is not None or self.size is not None:
@@ -158,8 +188,6 @@ class BackboneChoice(Recipe):
             raise ConfigError(
                 f"image={list(self.image)}: {self.name} takes video frames; give frames and size."
             )
-        elif architecture.fixed:
-            self._check_fixed(architecture)
 
     def _check_fixed(self, architecture: Architecture) -> None:
         side = self._own_transform().crop[0]
@@ -172,6 +200,8 @@ class BackboneChoice(Recipe):
     @property
     def raw_grid(self) -> tuple[int, int, int]:
         """The network's own output grid (t, h, w), before pooling."""
+        from karmma_pipeline.models.backbones import registry
+
         return registry.map_shape(self.architecture, self.input_shape)[1:]
 
     @property
@@ -195,6 +225,8 @@ class BackboneChoice(Recipe):
     @property
     def output_shape(self) -> tuple[int, int]:
         """Tokens N and width D of one clip, worked out without building any weights."""
+        from karmma_pipeline.models.backbones import registry
+
         t, h, w = self.grid
         return t * h * w, registry.map_shape(self.architecture, self.input_shape)[0]
 
@@ -207,3 +239,17 @@ def _check_pair(pattern: str, replacement: str) -> None:
             f"key_map: [{pattern!r}, {replacement!r}] is no regular expression and its "
             f"replacement ({error})"
         ) from None
+
+
+def parse_seed(weights: str) -> int | None:
+    """Return the seed of ``random:SEED``, None for any other source.
+
+    Raises:
+        ConfigError: what follows the colon is no whole number.
+    """
+    if not weights.startswith("random:"):
+        return None
+    try:
+        return int(weights.removeprefix("random:"))
+    except ValueError:
+        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.") from None

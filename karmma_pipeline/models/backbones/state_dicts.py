@@ -302,20 +302,6 @@ CALIBRATION = 2
 _POSITIONS = 2**21
 
 
-def parse_seed(weights: str) -> int | None:
-    """Return the seed of ``random:SEED``, None for any other source.
-
-    Raises:
-        ConfigError: what follows the colon is no whole number.
-    """
-    if not weights.startswith("random:"):
-        return None
-    try:
-        return int(weights.removeprefix("random:"))
-    except ValueError:
-        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.") from None
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw CPU random numbers from a seed inside, and leave the global state as it was."""
