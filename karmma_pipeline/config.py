@@ -129,7 +129,7 @@ def read(path: Path) -> dict[str, Any]:
 def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
     """Make a recipe from plain data; ``where`` opens every error message."""
     for override in overrides:
-        _apply(tree, override)
+        _apply(model, tree, override)
     for key in model.OLD_KEYS.keys() & tree.keys():
         _logger.warning("%s: %s: %s", where, key, model.OLD_KEYS[key])
     try:
@@ -139,12 +139,25 @@ def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[
         raise ConfigError(f"{where}: {faults}.") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(model: type[Recipe], tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override!r}: write --set a.b=value.")
-    _put(tree, keys, parse_yaml(value, f"--set {override!r}"), f"--set {override!r}")
+    where = f"--set {override!r}"
+    # Nothing after the sign is null in YAML; of a key that is text it is the empty text.
+    empty = not value.strip() and _annotation(model, keys) is str
+    _put(tree, keys, "" if empty else parse_yaml(value, where), where)
+
+
+def _annotation(model: type[BaseModel], keys: Sequence[str]) -> Any:
+    """Return the type of a key as it is annotated; None if there is no such key."""
+    here: Any = model
+    for key in keys:
+        here = _unwrap(here)
+        field = here.model_fields.get(key) if hasattr(here, "model_fields") else None
+        here = field.annotation if field else None
+    return here
 
 
 def _put(tree: dict[str, Any], keys: Sequence[str], value: Any, where: str) -> None:

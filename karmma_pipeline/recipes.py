@@ -57,6 +57,20 @@ def recipe_model(command: str) -> type[Recipe]:
     return models[command]
 
 
+def use_of(tree: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return the commands that take a recipe with these keys; None if they do not tell."""
+    for key, commands in (
+        ("sets", ("extract",)),
+        ("runs", ("evaluate",)),
+        ("stages", ("chain",)),
+        ("teacher", ("distill",)),
+        ("store", ("train-teacher", "train-baseline")),
+    ):
+        if key in tree:
+            return commands
+    return None
+
+
 def project(
     size: ProjectSize, manifest: Path, root: Path = Path(), **training: Any
 ) -> dict[str, Recipe]:

@@ -15,10 +15,11 @@ from typing import IO, Any, Self
 
 from karmma_pipeline import config, files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError
 
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
 RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
+CARD = "model.json"  # of a saved model, in a folder of the run
 _LOCK = ".lock"
 _logger = logging.getLogger(__name__)
 
@@ -171,3 +172,21 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def saved_folder(path: Path, checkpoint: str = "best") -> Path:
+    """Return the folder of a saved model, given that folder or the run that it is of.
+
+    Raises:
+        CheckpointError: no model is there.
+    """
+    for folder in (path / checkpoint, path):
+        if (folder / CARD).is_file():
+            return folder
+    if (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
+        )
+    beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
+    there = f"; {path.parent} has the runs {', '.join(beside)}" if beside else ""
+    raise CheckpointError(f"{path}: no trained model is there{there}. Train it first.")

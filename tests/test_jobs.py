@@ -9,6 +9,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import forks
 from support.patience import PATIENCE_S
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
@@ -162,11 +163,19 @@ def test_a_command_under_nohup_goes_on_when_its_terminal_goes() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
-    with StopFlag():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+def test_the_first_interrupt_says_so_and_the_second_ends_at_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted_twice() -> None:
+        with StopFlag() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert forks.in_fork(interrupted_twice) == ExitCode.STOPPED
+    first, second = capfd.readouterr().err.split()[0], capfd.readouterr().err
+    assert first == "stopping"
+    assert not second
 
 
 def cgroups(root: Path, lines: str, limits: dict[str, str]) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from karmma_pipeline.cli.options import check_option, load_recipe, set_option
+from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_option
 
 
 @click.command()
@@ -32,20 +32,19 @@ def evaluate(
 ) -> None:
     """Report accuracy and cost of saved models.
 
-    Accuracy is measured on every subset of modalities and while modalities drop out.
+    Accuracy is measured on every subset of modalities and while modalities drop out. RUNS are run
+    folders; each is evaluated on the store that it was trained on, unless --store names others.
     """
-    from karmma_pipeline.evaluation.recipe import EvaluateRecipe
-
     given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
     switches = [f"{key}={value}" for key, value in given.items() if value]
     if out is not None:
         switches.append(f"out={str(out)!r}")
-    resolved = load_recipe(EvaluateRecipe, recipe, (*switches, *overrides), check)
+    resolved = load_recipe("evaluate", recipe, (*switches, *overrides), check)
     from karmma_pipeline.evaluation.evaluate import evaluate as run
     from karmma_pipeline.jobs import StopFlag
 
     with StopFlag() as stop:
-        click.echo(run(resolved, stop).summary())
+        finish(run(resolved, stop).summary())
 
 
 @click.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -9,7 +11,9 @@ import click
 from karmma_pipeline.cli.options import (
     Commands,
     check_option,
+    finish,
     load_recipe,
+    next_command,
     recipe_argument,
     set_option,
 )
@@ -62,11 +66,10 @@ def extract(
     max_failures: str | None,
 ) -> None:
     """Turn the clips of a manifest into feature stores."""
-    from karmma_pipeline.extraction.recipe import ExtractRecipe
-
     if max_failures is not None:
         overrides = (*overrides, f"max_failures={max_failures}")
-    resolved = load_recipe(ExtractRecipe, recipe, overrides, check)
+    resolved = load_recipe("extract", recipe, overrides, check)
+    click.echo("reading the list of clips and building the networks ...", err=True)
     from karmma_pipeline.extraction.again import Retry
     from karmma_pipeline.extraction.pipeline import extract as run
     from karmma_pipeline.jobs import Part, StopFlag
@@ -76,7 +79,26 @@ def extract(
         if share.count > 1:
             click.echo(f"part {share}, as {share.why} says", err=True)
         again = Retry() if retry is None else Retry.parse(retry.split(","))
-        click.echo(run(resolved, share, stop, retry=again).summary())
+        report = run(resolved, share, stop, retry=again)
+    if report.complete:
+        then = next_command(recipe, "teacher", "train-teacher")
+        finish(report.summary(), *_absences(report.stores), then=then)
+    else:
+        finish(report.summary())
+
+
+def _absences(stores: dict[str, Path]) -> Iterator[str]:
+    """Yield how many clips lack each modality, whatever the reason."""
+    from karmma_pipeline.store import FeatureStore
+
+    said = set()
+    for path in stores.values():
+        store = FeatureStore.open(path)
+        for m, present in zip(store.modalities, store.present.T, strict=True):
+            missing = int((~present).sum())
+            if missing and m not in said:
+                said.add(m)
+                yield f"{missing} of {len(store)} clips have no {m}: {path.parent / 'failures.csv'}"
 
 
 @click.group(cls=Commands)
@@ -160,9 +182,8 @@ def plan(
     Looks at files, clips and splits, and writes nothing. Ends with code 3 if more clips will fail
     than the recipe allows.
     """
-    from karmma_pipeline.extraction.recipe import ExtractRecipe
-
-    resolved = load_recipe(ExtractRecipe, recipe, overrides, check=False)
+    resolved = load_recipe("extract", recipe, overrides, writes=False)
+    click.echo("reading the list of clips and looking at the files ...", err=True)
     from karmma_pipeline import files
     from karmma_pipeline.errors import TooManyFailuresError
     from karmma_pipeline.extraction.estimate.report import estimate, text
@@ -172,6 +193,7 @@ def plan(
     if target is not None:
         files.write_json(target, made)
         click.echo(f"plan: {target}")
+    finish(then=f"karmma extract {shlex.quote(str(recipe))}" if not made["too_many_lost"] else None)
     if made["too_many_lost"]:
         raise TooManyFailuresError(
             f"{recipe}: {made['clips_lost_to_faults']:,} of {made['clips']:,} clips will lose a "

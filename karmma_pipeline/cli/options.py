@@ -1,16 +1,25 @@
-"""What the commands share: errors as one sentence, options, recipes."""
+"""What the commands share: errors as one sentence, options, recipes and checks before the work."""
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import (
+    ConfigError,
+    ExitCode,
+    KarmmaError,
+    ManifestError,
+)
 
-if TYPE_CHECKING:
-    from karmma_pipeline.config import Recipe
+_STARTED = "karmma_pipeline.started"
 
 
 class Problem(click.ClickException):
@@ -19,6 +28,12 @@ class Problem(click.ClickException):
     def __init__(self, error: KarmmaError) -> None:
         super().__init__(str(error))
         self.exit_code = error.exit_code  # type: ignore[misc]
+
+
+class Stopped(click.ClickException):
+    """Ctrl-C, shown as one line."""
+
+    exit_code = int(ExitCode.STOPPED)
 
 
 class Commands(click.Group):
@@ -33,10 +48,20 @@ class Commands(click.Group):
         from karmma_pipeline import logs
 
         logs.show()
+        ctx.meta.setdefault(_STARTED, time.monotonic())
         try:
             return super().invoke(ctx)
         except KarmmaError as error:
             raise Problem(error) from error
+        except KeyboardInterrupt:  # while nobody looked at a `StopFlag`, such as during imports
+            raise Stopped("stopped by SIGINT; run the same command again to go on.") from None
+        except OSError as error:
+            # What commands write to files comes as a KarmmaError; this is standard output.
+            if error.errno != errno.ENOSPC:
+                raise
+            raise click.ClickException(
+                f"the output cannot be written ({os.strerror(error.errno)})."
+            ) from None
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -53,16 +78,99 @@ check_option = click.option(
 
 
 def load_recipe(
-    model: type[Recipe], path: Path | None, overrides: tuple[str, ...], check: bool
+    command: str,
+    path: Path | None,
+    overrides: tuple[str, ...],
+    check: bool = False,
+    writes: bool = True,
 ) -> Any:
-    """Read a recipe with its overrides; with ``check``, print it and stop there."""
-    from karmma_pipeline import config
+    """Read the recipe of a command and see that its inputs are there, before torch is imported.
 
-    if path is None:
-        recipe = config.build(model, {}, "options", overrides)
-    else:
-        recipe = config.load(model, path, overrides)
+    Args:
+        command: a key of `recipe_model`.
+        path: its file; None: all keys come from the overrides.
+        overrides: as ``--set``.
+        check: print it and stop there.
+        writes: whether the command writes into the recipe's folder.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong, or it is the recipe of another command.
+        KarmmaError: what it reads is not there, or its folder cannot be written.
+    """
+    from karmma_pipeline import config
+    from karmma_pipeline.recipes import recipe_model, use_of
+
+    tree = {} if path is None else config.read(path)
+    if (use := use_of(tree)) is not None and command not in use:
+        raise ConfigError(f"{path} is a recipe for {' or '.join(f'karmma {one}' for one in use)}.")
+    where = "options" if path is None else str(path)
+    recipe: Any = config.build(recipe_model(command), tree, where, overrides)
     if check:
         click.echo(config.dump(recipe).rstrip())
         raise click.exceptions.Exit(0)
+    if writes:
+        _check_writable(recipe.out)
+    _check_inputs(recipe)
     return recipe
+
+
+def _check_inputs(recipe: Any) -> None:
+    """See that a recipe's inputs are there.
+
+    A run that has begun is not asked for its inputs: a finished one needs none of them.
+    """
+    from karmma_pipeline.runs import RECIPE, saved_folder
+    from karmma_pipeline.store.catalog import Catalog
+
+    manifest = getattr(recipe, "manifest", None)
+    if manifest is not None and not manifest.is_file():
+        raise ManifestError(f"{manifest}: no such file; set manifest to the CSV with the clips.")
+    for run in getattr(recipe, "runs", ()):
+        saved_folder(run, recipe.checkpoint)
+    if (recipe.out / RECIPE).is_file() or manifest is not None:
+        return
+    for key in ("store", "stores", "teacher_store"):
+        for store in _paths(getattr(recipe, key, ())):
+            Catalog(store)
+    for teacher in _paths(getattr(recipe, "teacher", ())):
+        saved_folder(teacher)
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Yield the paths of a key that has one or several."""
+    if isinstance(value, Path):
+        yield value
+    else:
+        for one in value:
+            yield from _paths(one)
+
+
+def _check_writable(out: Path) -> None:
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out={str(out)!r}: {there} is a file; choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise KarmmaError(
+            f"out={str(out)!r}: {there} cannot be written (Permission denied); choose another "
+            "folder or change its permissions."
+        )
+
+
+def finish(*lines: str, then: str | None = None) -> None:
+    """Print the closing lines of a command, how long all of it took, and the next command."""
+    for line in lines:
+        click.echo(line)
+    seconds = time.monotonic() - click.get_current_context().meta[_STARTED]
+    text = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    click.echo(f"{text} in all")
+    if then is not None:
+        click.echo(f"next: {then}")
+
+
+def next_command(recipe: Path, name: str, command: str) -> str:
+    """Return a command whose recipe, ``NAME.yaml``, lies beside another, or is to be written."""
+    path = recipe.with_name(f"{name}.yaml")
+    words = ["karmma", *command.split(), str(path)]
+    if path.is_file():
+        return shlex.join(words)
+    return f"karmma init {command.split()[0]} --out {shlex.quote(str(path))}"

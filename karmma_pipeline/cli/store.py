@@ -18,7 +18,7 @@ _out = click.argument("out", type=click.Path(path_type=Path))
 
 @click.group(cls=Commands)
 def store() -> None:
-    """Look at feature stores, check them, and make others out of them."""
+    """Inspect, verify and derive feature stores."""
 
 
 @store.command("info")
@@ -34,7 +34,9 @@ def store_info(path: Path) -> None:
 
 @store.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--repair", is_flag=True, help="Take damaged shards away, to be extracted again.")
+@click.option(
+    "--repair", is_flag=True, help="Remove damaged shards so that the next extract rebuilds them."
+)
 def store_verify(path: Path, repair: bool) -> None:
     """Check every byte of a store against its checksums."""
     from karmma_pipeline.errors import StoreError
@@ -55,8 +57,8 @@ def store_verify(path: Path, repair: bool) -> None:
         )
     elif damages:
         raise StoreError(
-            f"{path}: {len(damages)} damaged places; they are listed above. --repair takes "
-            "them away, then `karmma extract` with the same recipe makes only these."
+            f"{path}: {len(damages)} damaged places; they are listed above. --repair removes "
+            "them, then `karmma extract` with the same recipe makes only these."
         )
     else:
         click.echo(f"{path}: whole")
@@ -66,9 +68,9 @@ def store_verify(path: Path, repair: bool) -> None:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--parts", default=1, help="Number of tasks of the array, to name what is missing.")
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
-    """Join the shards of all parts; extraction's last part does this itself.
+    """Join the shards of all parts of an array.
 
-    Refuses while a shard is missing, and prints the command that makes it.
+    Extraction's last part does this itself. Refuses while a shard is missing, and prints the command that makes it.
     """
     from karmma_pipeline.extraction.parts import finish, recipe_of
     from karmma_pipeline.store import finalize
@@ -86,7 +88,10 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 @_store
 @click.argument("folder", type=click.Path(path_type=Path))
 def store_stage(store: Path, folder: Path) -> None:
-    """Copy a store to a node's own disk and verify every byte, of a copy that is there too."""
+    """Copy a store to a node's own disk, verified.
+
+    Every byte is checked, of a copy that is there already too.
+    """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store import stage
 
@@ -146,9 +151,9 @@ def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     help="New token grid, such as rgb=12,1,1: means over blocks of the old one.",
 )
 def store_convert(store: Path, out: Path, dtype: Any, pool: tuple[str, ...]) -> None:
-    """Write a store in another type.
+    """Write a store in another type or with fewer tokens.
 
-    Or with fewer tokens; or unpack an archive that an older program compressed. To compress a
+    Or unpack an archive that an older program compressed. To compress a
     store, use `tar --zstd`.
     """
     from karmma_pipeline.jobs import StopFlag
@@ -190,11 +195,47 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
         click.echo(f"{export(store, out, layout, stop)} files: {out}")
 
 
+@store.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_out
+@click.option(
+    "--csv",
+    "clips",
+    type=click.Path(path_type=Path),
+    help="List of the clips: clip_id, split, labels; default: FOLDER/clips.csv.",
+)
+@click.option(
+    "--source",
+    required=True,
+    help="Network, weights and preprocessing that made the features; models keep to it.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
+    default="float16",
+    show_default=True,
+)
+def store_import(folder: Path, out: Path, clips: Path | None, source: str, dtype: Any) -> None:
+    """Write a store of .npy or .npz features.
+
+    FOLDER has a folder per modality with a file per clip, CLIP_ID.npy, that holds its tokens
+    [N, D], as `karmma store export` writes them.
+    """
+    from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.store.tools.imports import import_features
+
+    with StopFlag() as stop:
+        counts = import_features(folder, clips or folder / "clips.csv", out, source, dtype, stop)
+    for modality, count in counts.items():
+        click.echo(f"{modality}: {count} clips")
+    click.echo(f"store: {out}")
+
+
 @store.command("diff")
 @_store
 @click.argument("other", type=click.Path(path_type=Path))
 def store_diff(store: Path, other: Path) -> None:
-    """Say where two stores differ; exit code 1 if they do."""
+    """Compare two stores; exit code 1 if they differ."""
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.info import diff
 
@@ -210,9 +251,12 @@ def store_diff(store: Path, other: Path) -> None:
 
 @store.command("gc")
 @_store
-@click.option("--delete", is_flag=True, help="Take it away; without this it is only listed.")
+@click.option("--delete", is_flag=True, help="Remove it; without this it is only listed.")
 def store_gc(store: Path, delete: bool) -> None:
-    """List what stopped runs left in a store, and files that are not its own."""
+    """List or remove what stopped runs left in a store.
+
+    Files that are not the store's own are listed too.
+    """
     from karmma_pipeline.store.integrity import collect, garbage
 
     removable = list(garbage(store))
@@ -220,4 +264,4 @@ def store_gc(store: Path, delete: bool) -> None:
         click.echo(str(one))
     if delete:
         collect(removable)
-    click.echo(f"{len(removable)} {'taken away' if delete else 'found (--delete takes them away)'}")
+    click.echo(f"{len(removable)} {'removed' if delete else 'found (--delete removes them)'}")

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from karmma_pipeline.cli.options import check_option, load_recipe, recipe_argument, set_option
+from karmma_pipeline.cli.options import (
+    check_option,
+    finish,
+    load_recipe,
+    next_command,
+    recipe_argument,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +39,10 @@ def train_teacher(
     recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
 ) -> None:
     """Train the multimodal teacher on cached tokens."""
-    from karmma_pipeline.training.recipe import TeacherRecipe
-
-    resolved = load_recipe(TeacherRecipe, recipe, _with_stage(overrides, stage), check)
+    resolved = load_recipe("train-teacher", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages
 
-    _train(stages.train_teacher, resolved)
+    _train(stages.train_teacher, resolved, next_command(recipe, "student", "distill"))
 
 
 @click.command("train-baseline")
@@ -48,13 +53,14 @@ def train_teacher(
 def train_baseline(
     recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool
 ) -> None:
-    """Train the student's architecture without a teacher: Baseline and Baseline w/ delta."""
-    from karmma_pipeline.training.recipe import BaselineRecipe
+    """Train the student's architecture without a teacher.
 
-    resolved = load_recipe(BaselineRecipe, recipe, _with_stage(overrides, stage), check)
+    With modality_dropout 0 it is the paper's Baseline, above 0 its Baseline w/ delta.
+    """
+    resolved = load_recipe("train-baseline", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages
 
-    _train(stages.train_baseline, resolved)
+    _train(stages.train_baseline, resolved, f"karmma evaluate {resolved.out}")
 
 
 @click.command()
@@ -63,20 +69,22 @@ def train_baseline(
 @_stage_option
 @check_option
 def distill(recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool) -> None:
-    """Train the student to follow the teacher under the same missing modalities."""
-    from karmma_pipeline.training.recipe import DistillRecipe
+    """Train the student to follow the teacher.
 
-    resolved = load_recipe(DistillRecipe, recipe, _with_stage(overrides, stage), check)
+    Both see the same missing modalities.
+    """
+    resolved = load_recipe("distill", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages
 
-    _train(stages.distill, resolved)
+    runs = " ".join(str(run) for run in (*resolved.teacher, resolved.out))
+    _train(stages.distill, resolved, f"karmma evaluate {runs}")
 
 
 def _with_stage(overrides: tuple[str, ...], stage: Path | None) -> tuple[str, ...]:
     return overrides if stage is None else (*overrides, f"loader.stage={json.dumps(str(stage))}")
 
 
-def _train(run: Callable[..., Any], recipe: Recipe) -> None:
+def _train(run: Callable[..., Any], recipe: Recipe, then: str) -> None:
     """Train; of several ranks under torchrun the first speaks for all that end alike."""
     from karmma_pipeline.errors import StoppedError
     from karmma_pipeline.jobs import StopFlag
@@ -91,4 +99,4 @@ def _train(run: Callable[..., Any], recipe: Recipe) -> None:
             raise
         raise click.exceptions.Exit(error.exit_code) from None
     if main:
-        click.echo(report.summary())
+        finish(report.summary(), then=then)

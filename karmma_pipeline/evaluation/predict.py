@@ -26,7 +26,8 @@ from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, MOST_PASSES, evaluated_subsets
-from karmma_pipeline.models.saved import ModelCard, load_model, saved_folder
+from karmma_pipeline.models.saved import ModelCard, load_model
+from karmma_pipeline.runs import saved_folder
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
 
 _logger = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.saved import WEIGHTS, saved_folder
+from karmma_pipeline.models.saved import WEIGHTS
+from karmma_pipeline.runs import saved_folder
 
 Bools = npt.NDArray[np.bool_]
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "

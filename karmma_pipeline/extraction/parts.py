@@ -102,7 +102,7 @@ def check_failures(recipe: ExtractRecipe, failed: int, clips: int) -> None:
     Raises:
         TooManyFailuresError: they did.
     """
-    if failed > recipe.max_failures * clips:
+    if not recipe.allows(failed, clips):
         raise TooManyFailuresError(
             f"{recipe.out / FAILURES}: {failed} of {clips} clips lost a modality to an "
             f"error, max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; "

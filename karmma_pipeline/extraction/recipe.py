@@ -19,6 +19,9 @@ from karmma_pipeline.store.spec import Dtype
 
 _logger = logging.getLogger(__name__)
 
+#: With fewer clips than these a share of them says nothing: one bad file of five is no failure.
+FEW_CLIPS = 20
+
 # Faulty entries that are named; the JSON of `karmma plan` has them all.
 _SHOWN = 20
 
@@ -248,7 +251,8 @@ class ExtractRecipe(Recipe):
         ge=0,
         le=1,
         description="Share of clips that may lose a modality to an error, and of entries of a\n"
-        "published list that may be faulty and are left out.",
+        "published list that may be faulty and are left out. Of fewer than 20 clips any number\n"
+        "may lose one, but not all.",
     )
 
     @model_validator(mode="before")
@@ -259,6 +263,11 @@ class ExtractRecipe(Recipe):
             _logger.warning("layout is called memory_format now; rename the key in the recipe")
             return {("memory_format" if k == "layout" else k): v for k, v in given.items()}
         return given
+
+    def allows(self, failed: int, clips: int) -> bool:
+        """Tell whether so many clips may lose a modality to an error; of a few any number may."""
+        few = clips < FEW_CLIPS and failed < clips
+        return few or failed <= self.max_failures * clips
 
     @field_validator("sets")
     @classmethod

@@ -4,11 +4,12 @@ import multiprocessing
 import os
 import signal
 import threading
+from contextlib import suppress
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Self
 
-from karmma_pipeline.errors import StoppedError
+from karmma_pipeline.errors import ExitCode, StoppedError
 
 #: With what a terminal, Slurm, PBS, LSF, Grid Engine and a limit of CPU time ask for an end.
 STOP_SIGNALS = (
@@ -24,7 +25,8 @@ STOP_SIGNALS = (
 class StopFlag:
     """Turns `STOP_SIGNALS` into a flag that loops look at between steps.
 
-    A second SIGINT interrupts at once. A SIGHUP that is ignored, as under ``nohup``, stays so. Used
+    The first SIGINT says so at once; a second one ends the process there and then, which costs no
+    more than what was not saved yet. A SIGHUP that is ignored, as under ``nohup``, stays so. Used
     as a context manager in the main thread; elsewhere it only holds the flag.
     """
 
@@ -50,8 +52,12 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A handler runs between any two instructions of the main thread, so it may do no more
         # than set the flag: a lock that it took could be held by the code that it interrupted.
+        # os.write takes none.
         if self._signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
+            _say("stopped at once; run the same command again to go on from what was saved.")
+            os._exit(ExitCode.STOPPED)
+        if number == signal.SIGINT:
+            _say("stopping after this batch; press Ctrl-C again to stop now")
         self._signal = number
 
     def request(self) -> None:
@@ -68,6 +74,11 @@ class StopFlag:
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             raise StoppedError(f"stopped by {name}: {saved}; run the same command again to go on.")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{line}\n".encode())
 
 
 def become_worker() -> None:

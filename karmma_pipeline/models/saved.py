@@ -24,8 +24,9 @@ from karmma_pipeline import config, files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.runs import CARD, saved_folder
 
-WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS = "model.safetensors"
 _OLD = "model.previous.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._ -]*")
 
@@ -107,24 +108,6 @@ def open_model(path: str | Path, checkpoint: str = "best") -> TrainedModel:
     folder = saved_folder(Path(path), checkpoint)
     network, card = load_model(folder)
     return TrainedModel(network, card, folder)
-
-
-def saved_folder(path: Path, checkpoint: str = "best") -> Path:
-    """Return the folder of a saved model, given that folder or the run that it is of.
-
-    Raises:
-        CheckpointError: no model is there.
-    """
-    for folder in (path / checkpoint, path):
-        if (folder / CARD).is_file():
-            return folder
-    if (path / "recipe.yaml").is_file():
-        raise CheckpointError(
-            f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
-        )
-    beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
-    there = f"; {path.parent} has the runs {', '.join(beside)}" if beside else ""
-    raise CheckpointError(f"{path}: no trained model is there{there}. Train it first.")
 
 
 def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:

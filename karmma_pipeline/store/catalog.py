@@ -328,6 +328,9 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         path = root / layout.SPEC
         if not path.is_file():
+            inside = ", ".join(sorted(p.parent.name for p in root.glob(f"*/{layout.SPEC}")))
+            if inside:
+                raise StoreError(f"{root}: is no feature store, it holds the stores {inside}.")
             raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
         try:
             description = layout.read_json(root, path)

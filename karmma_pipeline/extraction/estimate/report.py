@@ -64,7 +64,7 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         "disk": {**disk, "total_bytes_about_without_faults": whole},
         "time": {**time, "hours": hours},
         "array_tasks": None if hours is None else tasks(hours, disk["shards"], TASK_HOURS),
-        "too_many_lost": lost > recipe.max_failures * len(manifest.clips),
+        "too_many_lost": not recipe.allows(lost, len(manifest.clips)),
     }
 
 

@@ -1,6 +1,7 @@
 """Facts about backbones without building their weights: rows of a list, cost of a choice."""
 
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ def describe(choice: BackboneChoice) -> dict[str, Any]:
     """Return shapes and cost of a choice, computed without weights.
 
     GFLOPs count 2 per multiply-add, for one clip, as the paper's figures do.
+
+    Raises:
+        CheckpointError: the weights are a file that is not there.
     """
+    if choice.source == "file" and not Path(choice.weights).is_file():
+        raise CheckpointError(f"{choice.weights}: no such weights file.")
     tokens, width = choice.output_shape
     with torch.device("meta"), torch.inference_mode():
         net = choice.architecture.headless().eval()

@@ -143,12 +143,17 @@ def _write_actionformer(store: FeatureStore, out: Path) -> None:
         database = {}
         for i, clip_id in enumerate(store.clip_ids):
             label = int(store.labels[head][i])
-            action = {"label": names[label], "label_id": label, "segment": [0.0, duration[i]]}
+            segment = [0.0, duration[i]]
+            actions = (
+                [{"label": names[label], "label_id": label, "segment": segment}]
+                if label >= 0
+                else []
+            )
             database[clip_id.decode()] = {
                 "subset": str(store.split[i]),
                 "duration": duration[i],
                 "fps": 1.0,
-                "annotations": [action] if label >= 0 else [],
+                "annotations": actions,
             }
         text = json.dumps({"version": "karmma", "database": database}, indent=1, sort_keys=True)
         files.write_text(out / f"{head}.json", text + "\n")
