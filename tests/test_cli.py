@@ -1,8 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support.tiny_store import write_store
@@ -11,10 +14,30 @@ from karmma_pipeline import config
 from karmma_pipeline.cli import main
 from karmma_pipeline.cli.init import STAGES
 from karmma_pipeline.recipes import recipe_model
+from karmma_pipeline.store import FeatureStore
 
 
 def run(*arguments: Any) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def every_command(
+    command: click.Command = main, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    yield words
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from every_command(below, (*words, name))
+
+
+@pytest.mark.parametrize("words", list(every_command()), ids=" ".join)
+def test_help_fits_80_columns_and_cuts_no_summary(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, [*words, "--help"], terminal_width=80)
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "\\b" not in result.output
+    summaries = result.output.partition("Commands:\n")[2]
+    assert "..." not in summaries
 
 
 def test_help_names_every_command() -> None:
@@ -89,3 +112,160 @@ def test_the_program_answers_help_without_loading_networks() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert " torch" not in done.stderr
     assert " numpy" not in done.stderr
+
+
+LIGHT = """
+import os, sys
+from karmma_pipeline.cli import main
+{before}
+try:
+    main({arguments!r})
+except SystemExit as end:
+    print(end.code, sorted({{"torch", "torchvision", "av", "zarr"}} & {{*sys.modules}}))
+"""
+
+
+def light(*arguments: Any, cwd: Path, before: str = "") -> tuple[str, str]:
+    """Run a command; return its code with the heavy libraries that it loaded, and what it said."""
+    code = LIGHT.format(arguments=[str(a) for a in arguments], before=before)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=cwd
+    )
+    return done.stdout.splitlines()[-1], done.stderr.strip() or done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of recipes; nothing has been made with them but the student's store."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "videos.csv").write_text("clip_id,video\n")
+    arguments = ["init", "project", root, "--manifest", root / "videos.csv"]
+    assert run(*arguments).exit_code == 0
+    assert "videos.csv: no such file" not in run(*arguments).output
+    assert "the file exists" in run(*arguments).output
+    write_store(root / "features/student", clips=8)
+    (root / "videos.csv").unlink()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("extract none.yaml", 2, "none.yaml: the recipe cannot be read"),
+        ("extract extract.yaml", 1, "videos.csv: no such file"),
+        ("train-teacher teacher.yaml", 1, "features/teacher: no feature store is there"),
+        ("train-teacher student.yaml", 2, "student.yaml is a recipe for karmma distill."),
+        ("extract teacher.yaml", 2, "teacher.yaml is a recipe for karmma train-teacher or"),
+        ("distill evaluation.yaml", 2, "evaluation.yaml is a recipe for karmma evaluate."),
+        (
+            "train-baseline baseline.yaml --set store=features",
+            1,
+            "features: is no feature store, it holds the stores student.",
+        ),
+        ("distill student.yaml", 1, "features/teacher: no feature store is there"),
+        (
+            "distill student.yaml --set teacher_store=features/student",
+            1,
+            "runs/teacher: no trained model is there",
+        ),
+        ("evaluate runs/nope", 1, "runs/nope: no trained model is there"),
+        ("train-baseline baseline.yaml --set out=videos/run", 1, "videos is a file"),
+        ("extract extract.yaml --check", 0, "sets:"),
+        ("distill student.yaml --check --set val_split=", 0, "val_split: ''"),
+        ("init train-teacher", 0, "modality_dropout"),
+        ("store info features/student", 0, "clips: 8"),
+    ],
+)
+def test_checks_come_before_torch(folder: Path, arguments: str, code: int, message: str) -> None:
+    (folder / "videos").touch()
+    ended, said = light(*arguments.split(), cwd=folder)
+    if "videos is a file" in message:
+        code = 2
+    assert message in " ".join(said.split())
+    assert ended == f"{code} []"
+
+
+def test_a_folder_without_rights_is_told_before_torch(folder: Path) -> None:
+    ended, said = light(
+        *("train-baseline", "baseline.yaml"),
+        cwd=folder,
+        before="os.access = lambda path, mode: mode == os.R_OK",
+    )
+    assert "cannot be written (Permission denied)" in " ".join(said.split())
+    assert ended == "1 []"
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "karmma_pipeline.cli", "init", "train-teacher"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "Error: the output cannot be written (No space left on device).\n"
+
+
+def test_an_interrupt_during_imports_is_one_line_and_code_75(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("")
+    interrupt = (
+        "import karmma_pipeline.config as config, signal\n"
+        "config.read = lambda path: signal.raise_signal(signal.SIGINT)"
+    )
+    ended, said = light("extract", "r.yaml", cwd=tmp_path, before=interrupt)
+    assert ended == "75 []"
+    assert said == "Error: stopped by SIGINT; run the same command again to go on."
+
+
+def test_a_missing_weights_file_is_an_error() -> None:
+    result = run("backbones", "show", "s3d", "--set", "weights=missing.pt")
+    assert result.exit_code == 1
+    assert "missing.pt: no such weights file" in result.output
+
+
+def test_features_of_another_program_are_imported_as_they_were_exported(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", clips=12, dtype="float32")
+    assert run("store", "export", store, tmp_path / "files").exit_code == 0
+    arguments = ["store", "import", tmp_path / "files", tmp_path / "t", "--dtype", "float32"]
+    assert "Missing option '--source'" in run(*arguments).output
+    result = run(*arguments, "--source", "synthetic, seed 0")
+    assert result.exit_code == 0, result.output
+    assert "audio: 9 clips" in result.output
+    one, other = (FeatureStore.open(tmp_path / name) for name in ("s", "t"))
+    assert other.clip_ids.tolist() == one.clip_ids.tolist()
+    assert other.split.tolist() == one.split.tolist()
+    assert other.provenance["rgb"] == {"source": "synthetic, seed 0"}
+    for head in one.heads:
+        names = [[s.heads[head][k] for k in s.labels[head]] for s in (one, other)]
+        assert names[0] == names[1]
+    assert np.array_equal(one.present, other.present)
+    for modality in one.modalities:
+        here = one.present[:, one.modalities.index(modality)]
+        clip = one.clip_ids[here][-1]
+        assert np.array_equal(one.tokens(modality, clip), other.tokens(modality, clip))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 5)), "the first file of imu [2, 4]"),
+        (np.full((2, 4), np.nan), "not finite"),
+        (np.array([{"a": 1}]), "holds no array of numbers"),
+        (np.zeros((1, 2, 4)), "tokens are [N, D] or [D]"),
+    ],
+)
+def test_a_wrong_feature_file_is_named(tmp_path: Path, array: Any, message: str) -> None:
+    (tmp_path / "f/imu").mkdir(parents=True)
+    np.save(tmp_path / "f/imu/a.npy", np.zeros((2, 4)))
+    np.save(tmp_path / "f/imu/b.npy", array)
+    (tmp_path / "f/clips.csv").write_text("clip_id,action\na,run\nb,\n")
+    result = run("store", "import", tmp_path / "f", tmp_path / "s", "--source", "x")
+    assert result.exit_code == 1
+    assert "imu/b.npy" in result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_a_store_without_labels_is_exported_for_actionformer(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", clips=8, heads={"action": ()})
+    result = run("store", "export", store, tmp_path / "out", "--layout", "actionformer")
+    assert result.exit_code == 0, result.output
+    assert '"annotations": []' in (tmp_path / "out/action.json").read_text()

@@ -70,7 +70,8 @@ def store_verify(path: Path, repair: bool) -> None:
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
     """Join the shards of all parts of an array.
 
-    Extraction's last part does this itself. Refuses while a shard is missing, and prints the command that makes it.
+    Extraction's last part does this itself. Refuses while a shard is missing, and prints the
+    command that makes it.
     """
     from karmma_pipeline.extraction.parts import finish, recipe_of
     from karmma_pipeline.store import finalize
