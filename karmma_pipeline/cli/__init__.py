@@ -12,6 +12,7 @@ from karmma_pipeline.cli.evaluate import costs, evaluate
 from karmma_pipeline.cli.extract import backbones, extract, plan
 from karmma_pipeline.cli.init import init
 from karmma_pipeline.cli.options import Commands
+from karmma_pipeline.cli.predict import predict
 from karmma_pipeline.cli.store import store
 from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
 
@@ -43,6 +44,7 @@ for _command in (
     train_baseline,
     distill,
     evaluate,
+    predict,
     submit,
     status,
     costs,

@@ -41,6 +41,7 @@ class ModelCard(Recipe):
     modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D of each.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
     provenance: dict[str, dict[str, Any]] = Field(description="Where the tokens come from.")
+    dtypes: dict[str, str] = Field({}, description="How the store rounded the tokens of each.")
     store_digest: str = Field(description="Digest of the feature store it was trained on.")
     stores: tuple[str, ...] = Field(
         (), description="Digests of the stores that were joined, in order; empty for one store."

@@ -162,6 +162,7 @@ def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
         modalities={m: store.shape(m) for m in store.modalities},
         heads=store.heads,
         provenance=store.provenance,
+        dtypes={m: str(store.parts(m)[0].dtype).removeprefix("torch.") for m in store.modalities},
         store_digest=store.digest,
         stores=joined_digests(store),
         training=recipe.model_dump(mode="json"),

@@ -1,0 +1,108 @@
+"""`karmma predict`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.recognition.clips import Wanted
+    from karmma_pipeline.recognition.output import Row
+    from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--start", "start_s", type=float, default=0.0, help="Seconds; of videos.")
+@click.option("--stop", "stop_s", type=float, help="Seconds; default: the file's end.")
+@click.option("--window", "window_s", type=float, help="Seconds of a sliding window.")
+@click.option("--hop", "hop_s", type=float, help="Seconds between windows; default: --window.")
+@click.option("--without", multiple=True, metavar="MODALITY", help="Leave it out; repeatable.")
+@click.option("--drop", type=float, default=0.0, help="Probability that a modality is left out.")
+@click.option("--seed", type=int, default=0, help="Of --drop.")
+@click.option("--top", type=click.IntRange(1, 100), default=5, help="Classes that are kept.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
+              show_default=True, help="Folder of the answers.")  # fmt: skip
+@click.option("--video", is_flag=True, help="Also write the videos with the answers drawn in.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option("--weights", multiple=True, metavar="MODALITY=FILE",
+              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+def predict(
+    run: Path,
+    inputs: tuple[Path, ...],
+    start_s: float,
+    stop_s: float | None,
+    window_s: float | None,
+    hop_s: float | None,
+    without: tuple[str, ...],
+    drop: float,
+    seed: int,
+    top: int,
+    out: Path,
+    video: bool,
+    device: str,
+    weights: tuple[str, ...],
+) -> None:
+    """Recognise actions in videos with a trained model.
+
+    INPUTS are videos, or CSVs as `karmma extract` reads them, with or without labels. The
+    answers are those of an evaluation: the same decoding, backbones and fusion. Writes
+    predictions.csv, predictions.jsonl and timeline.html.
+    """
+    from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.recognition.backbones import parse_weights
+    from karmma_pipeline.recognition.clips import Spans, wanted_clips
+    from karmma_pipeline.recognition.output import summary, write_timeline
+    from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
+
+    started = time.perf_counter()
+    wanted = wanted_clips(inputs, Spans(start_s, stop_s, window_s, hop_s))
+    recognizer = Recognizer.load(run, device, parse_weights(weights))
+    for note in recognizer.notes:
+        click.echo(f"note: {note}", err=True)
+    with StopFlag() as stop:
+        rows = _answers(recognizer, wanted, Dropout(without, drop, seed), out, top, stop)
+        write_timeline(out / "timeline.html", rows, recognizer.card.name)
+        if video:
+            _overlays(rows, out, stop)
+    seconds = time.perf_counter() - started
+    click.echo(f"{len(rows)} clips in {seconds:.1f} s; {summary(rows) or 'nothing was missing'}")
+    click.echo(f"predictions: {out / 'predictions.csv'}, timeline: {out / 'timeline.html'}")
+
+
+def _answers(
+    recognizer: Recognizer, wanted: Wanted, dropout: Dropout, out: Path, top: int, stop: StopFlag
+) -> list[Row]:
+    """Recognise, print and write the clips one by one."""
+    from karmma_pipeline.logs import progress_bar
+    from karmma_pipeline.recognition.output import PredictionWriter, row_of
+
+    rows = []
+    heads = recognizer.card.heads
+    with PredictionWriter(out, list(heads), truth=any(wanted.truth.values())) as writer:
+        predictions = recognizer.predict(wanted.clips, dropout, stop)
+        for one in progress_bar(predictions, "predict", total=wanted.count, unit="clip"):
+            truth = wanted.truth.get(one.clip.clip_id, {})
+            row = row_of(one, heads, top, truth)
+            if row.stop_s is None and row.source in wanted.ends:
+                row = row_of(one, heads, top, truth, wanted.ends[row.source])
+            writer.write(row)
+            click.echo(row.sentence())
+            rows.append(row)
+    return rows
+
+
+def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> None:
+    from karmma_pipeline.recognition.overlay import write_overlay
+
+    sources = dict.fromkeys(row.source for row in rows)
+    for number, source in enumerate(sources):
+        some = sorted((r for r in rows if r.source == source), key=lambda row: row.start_s)
+        name = f"{number:03d}_{source.stem}.mp4" if len(sources) > 1 else f"{source.stem}.mp4"
+        write_overlay(source, some, out / name, stop)
+        click.echo(f"video: {out / name}")

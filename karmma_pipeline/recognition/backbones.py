@@ -1,0 +1,148 @@
+"""The backbones behind a trained model, set up again from what its card records of them.
+
+A model knows where its tokens came from: network, weights by digest, sampling, front ends. So
+raw video needs no recipe; and what is set up here is compared with the record before it is used,
+for a model that is fed other features answers without an error, and wrongly.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from karmma_pipeline import config
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
+from karmma_pipeline.models.backbones import registry
+from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.store import ModalitySpec
+
+SET = "model"
+"""Name of the one backbone set that a model needs."""
+
+# Versions of libraries are part of the record, but no reason to refuse: bits may differ.
+_VERSIONS = {"torchvision", "decoder", "flow.opencv", "audio.librosa", "flow.pairs", "rounding_s"}
+# The digest says whether the weights are the right ones, wherever they lie.
+_PLACES = {"weights"}
+
+
+def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> ExtractRecipe:
+    """Return the extraction recipe whose tokens a model takes.
+
+    Args:
+        card: of the model.
+        weights: modality to a file of weights that has moved since, or its published name.
+        device: where the backbones run.
+
+    Raises:
+        ConfigError: the card does not say enough, or an option names what it does not have.
+    """
+    recorded = {m: facts for m, facts in card.provenance.items() if "backbone" in facts}
+    if not recorded:
+        raise ConfigError(
+            f"the model {card.name!r} was trained on imported features; which networks made them "
+            "is not recorded, so that raw video cannot be turned into them."
+        )
+    if unknown := [m for m in weights if m not in recorded]:
+        raise ConfigError(
+            f"--weights {unknown[0]}=...: the model has no backbone for it; it has "
+            f"{', '.join(recorded)}."
+        )
+    choices = {m: _choice(facts, weights.get(m)) for m, facts in recorded.items()}
+    tree: dict[str, Any] = {
+        "manifest": "-",
+        "out": "-",
+        "device": device,
+        "sets": {SET: choices},
+        "sampling": _common(recorded, "sampling"),
+    }
+    for key, model in (("flow", Flow), ("audio", Audio)):
+        if of := recorded.get(key, {}).get(key):  # beside the settings stand facts
+            tree[key] = {name: value for name, value in of.items() if name in model.model_fields}
+    return config.build(ExtractRecipe, tree, f"the model {card.name!r}")
+
+
+def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
+    """Turn a record of a backbone into the choice that a recipe would make."""
+    architecture = registry.find(facts["backbone"])
+    choice = {
+        "name": facts["backbone"],
+        "tokens": facts["token_grid"],
+    }
+    if architecture.kind == "boxes":
+        return choice | {"frames": facts["input"][1]}
+    choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}
+    if architecture.kind == "image":
+        return choice | {"image": facts["input"][1:]}
+    return choice | {"frames": facts["input"][1], "size": facts["input"][-1]}
+
+
+def _common(recorded: Mapping[str, Mapping[str, Any]], key: str) -> Any:
+    """Return a setting that all modalities share, as those of one extraction do."""
+    values = [facts[key] for facts in recorded.values()]
+    if any(value != values[0] for value in values):
+        raise ConfigError(
+            f"the model's modalities were extracted with different {key}; one pass over the video "
+            "cannot serve them all. Extract them together and train on that store."
+        )
+    return values[0]
+
+
+def check_networks(networks: Networks, card: ModelCard) -> list[str]:
+    """Compare what was set up with what the model was trained on.
+
+    Returns:
+        Sentences on libraries that have other versions now.
+
+    Raises:
+        ConfigError: the tokens would be others.
+    """
+    notes: list[str] = []
+    faults: list[str] = []
+    for modality, spec in specs_of(networks).items():
+        then, now = _flat(card.provenance[modality]), _flat(spec.provenance)
+        for key in sorted({*then, *now} - _PLACES):
+            if then.get(key) != now.get(key):
+                said = f"{modality}.{key} is {now.get(key)} here and was {then.get(key)}"
+                (notes if key in _VERSIONS else faults).append(said)
+    if faults:
+        raise ConfigError(
+            f"the model {card.name!r} was trained on other features: {'; '.join(faults[:3])}. "
+            "Name the weights that it was trained on with --weights MODALITY=FILE."
+        )
+    return notes
+
+
+def specs_of(networks: Networks) -> dict[str, ModalitySpec]:
+    """Return how the tokens of each modality look, and where they come from."""
+    return dict(networks.store_spec(SET, Manifest((), {})).modalities)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def parse_weights(given: tuple[str, ...]) -> dict[str, str]:
+    """Read ``MODALITY=FILE`` options.
+
+    Raises:
+        ConfigError: one has no ``=``, or its file does not exist.
+    """
+    pairs = {}
+    for text in given:
+        modality, equals, value = text.partition("=")
+        if not (equals and modality and value):
+            raise ConfigError(f"--weights {text!r}: write MODALITY=FILE, such as rgb=swin.pt.")
+        if Path(value).suffix and not Path(value).is_file():
+            raise ConfigError(f"--weights {text}: there is no such file.")
+        pairs[modality] = value
+    return pairs

@@ -1,0 +1,151 @@
+"""What is to be recognised: whole videos, spans or sliding windows of them, rows of a CSV."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, FileSource, read_manifest
+from karmma_pipeline.errors import ConfigError, MediaError
+from karmma_pipeline.extraction.media.interface import MediaFaultError
+from karmma_pipeline.extraction.media.open import OpenMedia
+
+# A window may reach this far past the end of its file: times are rounded in many containers.
+_SLACK_S = 0.05
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which parts of a video are looked at, in seconds.
+
+    Attributes:
+        start_s, stop_s: part of the file; None: to its end.
+        window_s, hop_s: of sliding windows in it; None: it is one clip.
+    """
+
+    start_s: float = 0.0
+    stop_s: float | None = None
+    window_s: float | None = None
+    hop_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window_s), ("hop", self.hop_s)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"--{name} {value}: seconds above 0 are allowed.")
+        if self.hop_s is not None and self.window_s is None:
+            raise ConfigError("--hop: needs --window, the length of what is moved by it.")
+        if self.start_s < 0 or (self.stop_s is not None and self.stop_s <= self.start_s):
+            raise ConfigError(
+                f"--start {self.start_s} --stop {self.stop_s}: the stop must lie after the start, "
+                "which must not be negative."
+            )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Clips, as many as are asked for, one after another.
+
+    Attributes:
+        clips: may be an iterator that is used up once.
+        count: of them.
+        truth: clip id to head to the class that a CSV names.
+        ends: file to its end in seconds, where it was looked up.
+    """
+
+    clips: Iterable[Clip]
+    count: int
+    truth: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ends: Mapping[Path, float] = field(default_factory=dict)
+
+
+def wanted_clips(inputs: Sequence[Path], spans: Spans) -> Wanted:
+    """Return the clips of videos and manifests.
+
+    Args:
+        inputs: videos and sound files, or CSVs as `karmma extract` reads them, with or without
+            labels.
+        spans: of the videos.
+
+    Raises:
+        ConfigError: an input is a folder, or spans are asked of a CSV, whose rows have their own.
+        MediaError: a file is missing or holds neither pictures nor sound.
+        ManifestError: a CSV is faulty.
+    """
+    for path in inputs:
+        _check(path)
+    tables = [path for path in inputs if path.suffix.lower() == ".csv"]
+    if tables and spans != Spans():
+        raise ConfigError(
+            f"{tables[0]}: rows have their own start and stop; --start, --stop and --window are "
+            "for videos."
+        )
+    clips: list[Clip] = []
+    truth: dict[str, Mapping[str, str]] = {}
+    for path in tables:
+        manifest = read_manifest(path)
+        clips += manifest.clips
+        truth |= {clip.clip_id: _named(clip, manifest.heads) for clip in manifest.clips}
+    videos = [path for path in inputs if path not in tables]
+    ends = {path: _end(path) for path in videos}
+    starts = {path: _starts(path, end, spans) for path, end in ends.items()}
+    streamed = (clip for path in videos for clip in _clips(path, starts[path], spans))
+    count = len(clips) + sum(len(of) for of in starts.values())
+    return Wanted(_chain(clips, streamed), count, truth, ends)
+
+
+def _check(path: Path) -> None:
+    if (path / "spec.json").is_file():
+        raise ConfigError(
+            f"{path}: is a feature store, which `karmma evaluate` takes; name videos or a CSV."
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name videos, or a CSV that lists them.")
+    if not path.is_file():
+        raise MediaError(f"{path}: there is no such file.")
+
+
+def _chain(rows: Iterable[Clip], windows: Iterable[Clip]) -> Iterator[Clip]:
+    yield from rows
+    yield from windows
+
+
+def _named(clip: Clip, heads: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {head: heads[head][i] for head, i in clip.labels.items() if i != UNKNOWN}
+
+
+def _end(path: Path) -> float:
+    """Return when a file's pictures end, or its sound if it has no pictures."""
+    try:
+        with OpenMedia() as media:
+            reader = media.of(FileSource(path))
+            try:
+                return reader.stop_s
+            except MediaFaultError:
+                return reader.sound_span(16_000)[1]
+    except MediaFaultError as fault:
+        raise MediaError(f"{path}: {fault.reason.name.lower()}: {fault.reason.hint}") from None
+
+
+def _starts(path: Path, end_s: float, spans: Spans) -> Sequence[float]:
+    """Return the start of each window: every hop, and one more that ends where the part ends."""
+    stop_s = end_s if spans.stop_s is None else min(spans.stop_s, end_s)
+    if spans.start_s >= end_s:
+        raise ConfigError(f"--start {spans.start_s}: {path} ends at {end_s:.2f} s.")
+    if spans.window_s is None:
+        return (spans.start_s,)
+    hop_s = spans.hop_s or spans.window_s
+    room = stop_s - spans.start_s - spans.window_s
+    count = max(0, math.floor((room + _SLACK_S) / hop_s) + 1)
+    starts = [spans.start_s + i * hop_s for i in range(count)]
+    if not starts:  # shorter than a window: one clip
+        return (spans.start_s,)
+    last = stop_s - spans.window_s
+    return [*starts, last] if last - starts[-1] > _SLACK_S else starts
+
+
+def _clips(path: Path, starts: Sequence[float], spans: Spans) -> Iterator[Clip]:
+    source = FileSource(path)
+    media = dict.fromkeys(("rgb", "flow", "audio"), source)
+    for start_s in starts:
+        stop_s = spans.stop_s if spans.window_s is None else start_s + spans.window_s
+        yield Clip(f"{path.name}@{start_s:.3f}", media, start_s, stop_s, {})

@@ -1,0 +1,262 @@
+"""From raw video to answers: the decoding, backbones and fusion of extraction and evaluation.
+
+B clips in a batch, M modalities, N tokens, D width, C classes of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from karmma_pipeline import jobs
+from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.extraction.decode.pool import DecodePool
+from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes, decode_clips
+from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
+from karmma_pipeline.extraction.inference.defaults import configure
+from karmma_pipeline.extraction.inference.networks import Computed, Networks
+from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
+from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.saved import CARD, ModelCard, load_model
+from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
+from karmma_pipeline.store import ModalitySpec
+
+_logger = logging.getLogger(__name__)
+
+DROPPED = "dropped"
+"""Why a modality is absent that was there and was left out on purpose."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a clip.
+
+    logits: head to float32 [C]; empty if no modality was left: there was nothing to see.
+    mask: modality to whether the model saw it.
+    reasons: absent modality to why: a reason of an extraction, or ``dropped``.
+    """
+
+    clip: Clip
+    logits: Mapping[str, npt.NDArray[np.float32]]
+    mask: Mapping[str, bool]
+    reasons: Mapping[str, str]
+
+    @property
+    def probabilities(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Head to the softmax of its logits, float64 [C]."""
+        return {head: _softmax(of) for head, of in self.logits.items()}
+
+
+def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(powers / powers.sum())
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Modalities that are left out on purpose.
+
+    without: these, of every clip.
+    rate, seed: the others as modality dropout would in training, each with this probability.
+    """
+
+    without: tuple[str, ...] = ()
+    rate: float = 0.0
+    seed: int = 0
+
+
+class Recognizer:
+    """A trained model together with the backbones that it was trained on.
+
+    Attributes:
+        model: in evaluation mode, on the device.
+        card: what it is.
+        modalities: that it takes, in the order of a mask's columns.
+        notes: what a user should know, such as libraries of other versions.
+    """
+
+    def __init__(self, model: FusionModel, card: ModelCard, networks: Networks) -> None:
+        self.networks, self.card = networks, card
+        self.model = model.to(networks.device)
+        self.modalities = model.modalities
+        self.notes = check_networks(networks, card)
+        self._settings = replace(DecodeSettings.of(networks.recipe), index_folder=None)
+        # Tokens are rounded as the store of the training did, so that the answers are those of
+        # an evaluation. Cards of earlier versions do not say how: then nothing is rounded.
+        self._specs = {
+            m: ModalitySpec.model_validate(
+                spec.model_dump() | {"dtype": card.dtypes.get(m, "float32")}
+            )
+            for m, spec in specs_of(networks).items()
+        }
+
+    @classmethod
+    def load(
+        cls, run: str | Path, device: str = "auto", weights: Mapping[str, str] | None = None
+    ) -> Self:
+        """Load a trained model and its backbones.
+
+        Args:
+            run: folder of a run, or of one of its checkpoints.
+            device: ``auto``, ``cpu``, ``cuda``, ...
+            weights: modality to a file of backbone weights that has moved since.
+
+        Raises:
+            CheckpointError: no model is there, it is damaged, or weights are missing.
+            ConfigError: the backbones cannot be set up as they were.
+        """
+        run = Path(run)
+        model, card = load_model(run if (run / CARD).is_file() else run / "best")
+        networks = Networks(recipe_of(card, weights or {}, device))
+        with one_thread(networks.device):
+            configure(networks, {}, _logger.info)
+        return cls(model, card, networks)
+
+    def predict(
+        self,
+        clips: Iterable[Clip],
+        dropout: Dropout | None = None,
+        stop: StopFlag | None = None,
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield a prediction per clip, in order; decoding runs ahead in processes of its own.
+
+        Clips are taken as they are needed, so that there may be any number of them. Clips of one
+        video that follow one another are decoded together, each frame once per sixteen of them.
+
+        Args:
+            clips: whose labels are not looked at.
+            dropout: what is left out on purpose.
+            stop: asks for an end between batches.
+            workers: decode processes; None: half of the CPUs. 0 decodes in this process: nothing
+                has to be started, but a file that hangs or crashes its decoder ends the program.
+
+        Raises:
+            ConfigError: ``dropout`` names a modality that the model does not take.
+            StoppedError: a stop was asked for.
+        """
+        dropout, stop = dropout or Dropout(), stop or StopFlag()
+        if unknown := [m for m in dropout.without if m not in self.modalities]:
+            raise ConfigError(
+                f"without={unknown[0]!r}: the model takes {', '.join(self.modalities)}."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(one_thread(self.networks.device))
+            if workers == 0:
+                batches = self._decoded_here(clips)
+            else:
+                count = workers or max(1, jobs.cpu_count() // 2)
+                batches = self._batches(stack, clips, count, stop)
+            yield from self._computed(stack, batches, lambda c: self._answers(c, dropout), stop)
+
+    def _decoded_here(self, clips: Iterable[Clip]) -> Iterator[Batch]:
+        for plan in _plans(clips, self.networks.batch_size):
+            decoded = decode_clips([*plan.clips], self._settings)
+            yield collate(plan, decoded, self.networks.device.type == "cuda")
+
+    def _batches(
+        self, stack: ExitStack, clips: Iterable[Clip], workers: int, stop: StopFlag
+    ) -> Iterator[Batch]:
+        settings = self._settings
+        decode, size = self.networks.recipe.decode, self.networks.batch_size
+        ahead = max(workers + 1, int(decode.queue_gb * 1e9 / clip_bytes(settings)))
+        ahead = min(ahead, 16 * workers + 4 * size)
+        buffer = SharedBuffer(clip_bytes(settings), ahead + size)
+        stack.callback(buffer.close)
+        pool = DecodePool(
+            settings, workers, decode.timeout_s, stop, decode.memory_gb, ahead, buffer
+        )
+        stack.enter_context(pool)
+        decoded = pool.batches(_plans(clips, size))
+        pin = self.networks.device.type == "cuda"
+        return iter(
+            stack.enter_context(Prefetcher(collate(plan, some, pin) for plan, some in decoded))
+        )
+
+    def _computed(
+        self,
+        stack: ExitStack,
+        batches: Iterator[Batch],
+        answer: Callable[[Computed], Iterator[Prediction]],
+        stop: StopFlag,
+    ) -> Iterator[Prediction]:
+        workers = ForwardWorkers(self.networks, worker_count(self.networks))
+        stack.enter_context(workers)
+        try:
+            for batch in batches:
+                stop.check("what was recognised is written")
+                workers.put(batch)
+                if workers.full:
+                    yield from answer(workers.take())
+            while len(workers):
+                yield from answer(workers.take())
+        except BaseException:
+            stop.request()  # or the thread that prefetches would wait for decoders
+            raise
+
+    def _answers(self, computed: Computed, dropout: Dropout) -> Iterator[Prediction]:
+        computed.wait()
+        clips = computed.batch.plan.clips
+        tokens, reasons = self._tokens(computed)
+        present = np.array([[m not in why for m in self.modalities] for why in reasons])
+        mask = _left(present, [clip.clip_id for clip in clips], self.modalities, dropout)
+        with torch.inference_mode():
+            logits = self.model(tokens, torch.from_numpy(mask))
+        for row, clip in enumerate(clips):
+            seen = dict(zip(self.modalities, mask[row].tolist(), strict=True))
+            why = {m: reasons[row].get(m, DROPPED) for m, there in seen.items() if not there}
+            said = {h: of[row].float().cpu().numpy() for h, of in logits.items()}
+            yield Prediction(clip, said if any(seen.values()) else {}, seen, why)
+
+    def _tokens(self, computed: Computed) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+        """Return tokens, modality to [B, N, D], zeros where absent, and why they are, per clip."""
+        clips = computed.batch.clips
+        tokens = {m: np.zeros((len(clips), *self.card.modalities[m]), np.float32)
+                  for m in self.modalities}  # fmt: skip
+        reasons: list[dict[str, str]] = [{} for _ in clips]
+        of_modality = self.networks.jobs(SET)
+        for row, clip in enumerate(clips):
+            for m in self.modalities:
+                job = of_modality.get(m)
+                if job is None:  # imported features: no network is known for it
+                    reasons[row][m] = Reason.NOT_IN_DATASET.name.lower()
+                    continue
+                values, spec = computed.of(job, row), self._specs[m]
+                if values is None:
+                    reasons[row][m] = clip.reasons[job.spec].name.lower()
+                elif not float(np.abs(values).max()) <= spec.largest:  # which NaN is not
+                    reasons[row][m] = Reason.BAD_VALUE.name.lower()
+                else:
+                    tokens[m][row] = spec.decode(spec.encode(values))
+        on = self.networks.device
+        return {m: torch.from_numpy(of).to(on) for m, of in tokens.items()}, reasons
+
+
+def _plans(clips: Iterable[Clip], size: int) -> Iterator[BatchPlan]:
+    source = iter(clips)
+    while some := list(islice(source, size)):
+        yield BatchPlan(0, some, (SET,), last=False)
+
+
+def _left(
+    present: npt.NDArray[np.bool_], ids: list[str], modalities: tuple[str, ...], dropout: Dropout
+) -> npt.NDArray[np.bool_]:
+    """Return the mask, bool [B, M]: what is present and not left out."""
+    kept = present & np.array([m not in dropout.without for m in modalities])
+    keys = clip_keys(np.array([i.encode() for i in ids], np.bytes_))
+    return modality_mask(dropout.seed, 0, keys, kept, dropout.rate)

@@ -1,0 +1,283 @@
+"""A trained model on raw video says what an evaluation of the cached tokens says."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from support.media_files import write_video
+
+from karmma_pipeline import config
+from karmma_pipeline.cli import main
+from karmma_pipeline.data.loading.clips import predict_masked
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.data.manifest import read_manifest
+from karmma_pipeline.data.sample.dataset import write_sample
+from karmma_pipeline.errors import ConfigError, MediaError
+from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.recognition.clips import Spans, wanted_clips
+from karmma_pipeline.recognition.output import PredictionWriter, row_of
+from karmma_pipeline.recognition.recognizer import Dropout, Prediction, Recognizer
+from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.training.recipe import BaselineRecipe
+from karmma_pipeline.training.stages import train_baseline
+
+S3D = {"name": "s3d", "frames": 8, "size": 32}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with clips, a store of their tokens and a trained model."""
+    root = tmp_path_factory.mktemp("recognition")
+    write_sample(root / "clips", clips=12, seed=3)
+    choices = {
+        "rgb": S3D | {"weights": "random:1"},
+        "flow": S3D | {"weights": "random:2", "tokens": [1, 1, 1]},
+        "audio": {"name": "resnet18", "weights": "random:3", "image": [32, 32]},
+    }
+    tree: dict[str, Any] = {
+        "manifest": str(root / "clips/manifest.csv"),
+        "out": str(root / "features"),
+        "sets": {"small": choices},
+        "batch_size": 4,
+        "audio": {"front_end": "vggish", "window_s": 0.5},
+    }
+    extract(config.build(ExtractRecipe, tree, "test"))
+    tree = {
+        "store": str(root / "features/small"),
+        "out": str(root / "run"),
+        "epochs": 1,
+        "val_split": "train",
+        "size": {"dim": 32, "attention_heads": 2, "ffn_width": 32, "head_width": 32},
+    }
+    train_baseline(config.build(BaselineRecipe, tree, "test"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def recognizer(root: Path) -> Recognizer:
+    return Recognizer.load(root / "run", "cpu")
+
+
+@pytest.fixture(scope="module")
+def seen(root: Path, recognizer: Recognizer) -> list[Prediction]:
+    """Return what is said of every clip of the manifest."""
+    clips = read_manifest(root / "clips/manifest.csv").clips
+    return list(recognizer.predict(clips, workers=1))
+
+
+def test_raw_video_and_cached_tokens_give_the_same_answers(
+    root: Path, recognizer: Recognizer, seen: list[Prediction]
+) -> None:
+    store = FeatureStore.open(root / "features/small")
+    model, _ = load_model(root / "run/best")
+    loader = FeatureLoader(store, np.arange(len(store)), len(store))
+    chosen = [("rgb", "flow", "audio"), ("rgb", "flow"), ("audio",)]
+    columns = [torch.tensor([m in subset for m in store.modalities]) for subset in chosen]
+    ((batch, cached),) = predict_masked(
+        model, loader, lambda batch: [batch.present & c for c in columns], torch.device("cpu")
+    )
+    ids = [store.clip_ids[i].decode() for i in batch.clip_index]
+    clips = read_manifest(root / "clips/manifest.csv").clips
+    for subset, (mask, logits) in zip(chosen, cached, strict=True):
+        left_out = tuple(m for m in store.modalities if m not in subset)
+        raw = recognizer.predict(clips, Dropout(left_out), workers=0) if left_out else iter(seen)
+        for one in raw:
+            row = ids.index(one.clip.clip_id)
+            assert [*one.mask.values()] == mask[row].tolist()
+            assert set(one.reasons) == {m for m, there in one.mask.items() if not there}
+            for head, said in one.logits.items():
+                np.testing.assert_allclose(said, logits[head][row].numpy(), atol=1e-4)
+
+
+def test_a_window_that_is_a_clip_is_that_clip(
+    root: Path, recognizer: Recognizer, seen: list[Prediction]
+) -> None:
+    clip = seen[1].clip
+    length = (clip.stop_s or 0) - clip.start_s
+    spans = Spans(clip.start_s, clip.stop_s, window_s=length)
+    (window,) = recognizer.predict(wanted_clips([clip.media["rgb"].path], spans).clips, workers=0)
+    for head, said in window.logits.items():
+        np.testing.assert_allclose(said, seen[1].logits[head], atol=1e-4)
+
+
+def starts(video: Path, *spans: Any) -> list[float]:
+    return [clip.start_s for clip in wanted_clips([video], Spans(*spans)).clips]
+
+
+def test_windows_cover_the_video_and_end_with_it(root: Path) -> None:
+    video = next((root / "clips/videos").glob("*.mp4"))
+    (end,) = wanted_clips([video], Spans()).ends.values()
+    assert starts(video, 0.0, None, 2.0, 0.5)[:3] == [0.0, 0.5, 1.0]
+    assert starts(video, 0.0, None, 2.0, 0.5)[-1] == pytest.approx(end - 2.0, abs=0.06)
+    assert starts(video, 1.0, 2.0, 5.0) == [1.0]  # the part is shorter than a window
+    assert starts(video, 0.5, 2.5, 1.0) == [0.5, 1.5]
+    assert starts(video, 0.5, 2.7, 1.0) == pytest.approx([0.5, 1.5, 1.7])
+    assert starts(video) == [0.0]
+
+
+def test_a_video_without_sound_is_answered_without_it(
+    root: Path, recognizer: Recognizer, tmp_path: Path
+) -> None:
+    silent = write_video(tmp_path / "silent.mp4", sound=False)
+    (one,) = recognizer.predict(wanted_clips([silent], Spans()).clips, workers=0)
+    assert dict(one.reasons) == {"audio": "no_stream"}
+    assert one.probabilities["verb"].sum() == pytest.approx(1)
+
+
+def test_the_same_seed_drops_the_same_and_without_leaves_it_out(
+    root: Path, recognizer: Recognizer
+) -> None:
+    clips = read_manifest(root / "clips/manifest.csv").clips
+
+    def masks(dropout: Dropout) -> list[list[bool]]:
+        return [[*one.mask.values()] for one in recognizer.predict(clips, dropout, workers=0)]
+
+    some = Dropout(("flow",), 0.5, seed=1)
+    dropped = masks(some)
+    assert dropped == masks(some)
+    assert not any(flow for _, flow, _ in dropped)
+    assert all(any(mask) for mask in dropped)
+    assert {rgb for rgb, _, _ in dropped} == {True, False}
+
+
+def test_a_clip_of_which_nothing_is_left_gets_no_class(
+    recognizer: Recognizer, seen: list[Prediction], tmp_path: Path
+) -> None:
+    everything = Dropout(("rgb", "flow", "audio"))
+    (nothing,) = recognizer.predict([seen[0].clip], everything, workers=0)
+    row = row_of(nothing, recognizer.card.heads, 5, {})
+    with PredictionWriter(tmp_path, ["verb", "noun"], truth=False) as writer:
+        writer.write(row)
+    (written,) = rows(tmp_path)
+    assert written["verb"] == written["action"] == "nothing to see"
+    assert written["verb_probability"] == ""
+    assert written["absent"] == "rgb: dropped; flow: dropped; audio: dropped"
+    assert "nothing to see" in row.sentence()
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """Run the command and return what it says."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def out(root: Path) -> Path:
+    """Return what the command writes of windows of one video."""
+    out = root / "answers"
+    video = sorted((root / "clips/videos").glob("*.mp4"))[0]
+    run("predict", root / "run/best", video, "--window", 2, "--hop", 0.5, "--out", out, "--video")
+    return out
+
+
+def test_the_command_writes_tables_a_page_and_the_video(root: Path, out: Path) -> None:
+    table = rows(out)
+    assert [float(row["start_s"]) for row in table[:2]] == [0.0, 0.5]
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    heads = load_model(root / "run/best")[1].heads
+    for row, line in zip(table, lines, strict=True):
+        assert row["verb"] == line["top"]["verb"][0]["class"] in heads["verb"]
+        assert row["action"] == f"{row['verb']} {row['noun']}"
+        both = float(row["verb_probability"]) * float(row["noun_probability"])
+        assert float(row["action_probability"]) == pytest.approx(both, abs=1e-3)
+        of_verb = [guess["probability"] for guess in line["top"]["verb"]]
+        assert of_verb == sorted(of_verb, reverse=True)
+    page = (out / "timeline.html").read_text()
+    assert table[0]["verb"] in page
+    assert "http://" not in page  # nothing is fetched
+    assert "https://" not in page
+
+
+def test_the_video_keeps_its_pictures_their_times_and_its_sound(root: Path, out: Path) -> None:
+    source = sorted((root / "clips/videos").glob("*.mp4"))[0]
+    with av.open(source) as one, av.open(next(out.glob("*.mp4"))) as other:
+        before = [(f.time, f.height) for f in one.decode(video=0)]
+        after = [(f.time, f.height) for f in other.decode(video=0)]
+        assert bool(one.streams.audio) == bool(other.streams.audio)
+    assert [t for t, _ in after] == pytest.approx([t for t, _ in before], abs=0.002)
+    assert after[0][1] > before[0][1]  # the answers stand below the picture
+
+
+def test_rows_with_labels_show_the_truth(root: Path, tmp_path: Path) -> None:
+    run("predict", root / "run", root / "clips/manifest.csv", "--out", tmp_path)
+    manifest = read_manifest(root / "clips/manifest.csv")
+    for row, clip in zip(rows(tmp_path), manifest.clips, strict=True):
+        verb, noun = (manifest.heads[h][clip.labels[h]] for h in ("verb", "noun"))
+        assert (row["verb_true"], row["action_true"]) == (verb, f"{verb} {noun}")
+
+
+def test_rows_without_labels_are_answered(root: Path, tmp_path: Path) -> None:
+    video = next((root / "clips/videos").glob("*.mp4"))
+    table = tmp_path / "new.csv"
+    table.write_text(f"clip_id,video,start,stop\na,{video},0.5,1.5\n")
+    wanted = wanted_clips([table], Spans())
+    assert not any(wanted.truth.values())
+    assert [clip.stop_s for clip in wanted.clips] == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nowhere", "{video}"], 1, "no saved model is there"),
+        (["{run}", "nowhere.mp4"], 1, "there is no such file"),
+        (["{run}", "{store}"], 2, "is a feature store, which `karmma evaluate` takes"),
+        (["{run}", "{run}"], 2, "is a folder; name videos"),
+        (["{run}", "{card}"], 1, "model.json"),
+        (["{run}", "{video}", "--hop", "1"], 2, "needs --window"),
+        (["{run}", "{video}", "--start", "99"], 2, "ends at"),
+        (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
+        (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for it"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    root: Path, tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    places = {
+        "run": root / "run",
+        "store": root / "features/small",
+        "video": next((root / "clips/videos").glob("*.mp4")),
+        "card": root / "run/best/model.json",
+    }
+    told = run("predict", *(a.format(**places) for a in arguments), "--out", tmp_path, code=code)
+    assert says in told
+    assert [line for line in told.splitlines() if line.startswith("Error: ")] == [
+        told.splitlines()[-1]
+    ]
+
+
+def test_spans_that_make_no_sense_and_imported_features_are_refused(
+    root: Path, recognizer: Recognizer
+) -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        Spans(window_s=0)
+    with pytest.raises(ConfigError, match="after the start"):
+        Spans(2, 1)
+    with pytest.raises(ConfigError, match="rows have their own"):
+        wanted_clips([root / "clips/manifest.csv"], Spans(window_s=2))
+    with pytest.raises(MediaError, match="no such file"):
+        wanted_clips([root / "nowhere.mp4"], Spans())
+    with pytest.raises(ConfigError, match="the model takes rgb, flow, audio"):
+        next(recognizer.predict([], Dropout(("imu",)), workers=0))
+    other = recognizer.card.model_copy(deep=True)
+    other.provenance["rgb"]["weights_sha256"] = "0"
+    with pytest.raises(ConfigError, match=r"rgb\.weights_sha256 is .* here and was 0"):
+        Recognizer(recognizer.model, other, recognizer.networks)
+    imported = recognizer.card.model_copy(update={"provenance": {"rgb": {}}})
+    from karmma_pipeline.recognition.backbones import recipe_of
+
+    with pytest.raises(ConfigError, match="imported features"):
+        recipe_of(imported, {}, "cpu")
