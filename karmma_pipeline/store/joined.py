@@ -155,6 +155,10 @@ class JoinedStore(MappedStore):
                 f"before, such as {ids}; clips of one id must be the same clip."
             )
 
+    def _check_is_current(self) -> None:
+        for store in self.stores:
+            store._check_is_current()
+
     def locate(self, modality: str) -> ClipLocations:
         """Return where the clips of a modality lie among the files of all stores."""
         arrays = self.specs[modality].arrays

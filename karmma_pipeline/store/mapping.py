@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class Region:
         self.row_bytes = row_bytes
         self.first_row = (starts[:-1] // row_bytes).astype(np.int64)
         self._size = int(starts[-1])
+        self._mapped: list[tuple[str, os.stat_result]] = []
         # Private and without reserve: pages that nobody reads cost nothing, and those before the
         # first payload read as the kernel's one page of zeros.
         self._base = _mmap(
@@ -91,9 +93,11 @@ class Region:
             ) from None
         try:
             # Touching a page beyond a file's end is SIGBUS, which kills the process: a file that
-            # was cut is refused here. One that shrinks later cannot be: committed files are
-            # replaced by renames and never cut, so what is mapped stays whole.
-            actual = os.fstat(descriptor).st_size
+            # was cut is refused here, and by `check`. One that is cut between that and the read
+            # cannot be: no handler of Python's runs before the read is tried once more. We never
+            # cut a committed file, but replace it by a rename, and what is mapped stays whole.
+            state = os.fstat(descriptor)
+            actual = state.st_size
             if actual != payload.file_size:
                 raise StoreError(
                     f"{path}: has {actual} bytes, not {payload.file_size}; the shard is damaged."
@@ -102,10 +106,28 @@ class Region:
             flags = mmap.MAP_SHARED | _MAP_FIXED
             if payload.size:
                 _mmap(self._base + start, payload.size, flags, descriptor, PAYLOAD_OFFSET)
+                self._mapped.append((path, state))
         except OSError as error:
             raise StoreError(f"{path}: cannot be mapped ({error}).") from None
         finally:
             os.close(descriptor)  # the mapping stays: thousands of shards would exhaust descriptors
+
+    def check(self) -> None:
+        """See that no file that is mapped was cut meanwhile; one that was replaced is as it was.
+
+        Raises:
+            StoreError: one was.
+        """
+        for path, before in self._mapped:
+            with suppress(OSError):  # taken away: what is mapped lives on without a name
+                now = os.stat(path)  # noqa: PTH116  (a thousand shards, before every epoch)
+                same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+                if same and now.st_size < before.st_size:
+                    raise StoreError(
+                        f"{path}: was cut to {now.st_size} bytes while it was in use; it had "
+                        f"{before.st_size}. `karmma store verify --repair` marks the shard, then "
+                        "extract again."
+                    )
 
     def rows(self) -> npt.NDArray[np.uint8]:
         """Return the whole range as uint8 [rows, row bytes]; valid until `close`."""
@@ -173,6 +195,11 @@ class MappedClips:
         for (rows, row), target in zip(self._arrays, out, strict=True):
             flat = target.flatten(1).view(torch.uint8).numpy()
             rows.take(row[clips], axis=0, out=flat, mode="clip")
+
+    def check(self) -> None:
+        """See that no mapped file was cut; see `Region.check`."""
+        for region in self._regions:
+            region.check()
 
     def close(self) -> None:
         """Unmap the files."""

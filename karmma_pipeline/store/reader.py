@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -120,6 +121,16 @@ class FeatureStore(MappedStore):
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
         """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
         return self._catalog.column(column, "<f8")
+
+    def _check_is_current(self) -> None:
+        # Whoever makes a shard again takes the manifest away before the first file is replaced.
+        with suppress(StoreError):
+            if layout.read_manifest(self.path)["digest"] == self.digest:
+                return
+        raise StoreError(
+            f"{self.path}: the store was changed after it was opened; wait until `karmma extract` "
+            "has made its clips again, then start again."
+        )
 
     def locate(self, modality: str) -> ClipLocations:
         """Return where each clip's tokens of a modality lie."""

@@ -141,6 +141,14 @@ class TokenSource(ABC):
         return self.gather(modality, torch.from_numpy(found))[0].float().numpy()
 
     @abstractmethod
+    def check_files(self) -> None:
+        """See that what lies on disk can still be read, such as before an epoch.
+
+        Raises:
+            StoreError: a shard that is mapped was cut, so that reading it would end the process.
+        """
+
+    @abstractmethod
     def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
         """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
 
@@ -164,8 +172,23 @@ class MappedStore(TokenSource):
             with self._lock:
                 if modality not in self._mapped:
                     arrays = self.specs[modality].arrays
-                    self._mapped[modality] = MappedClips(arrays, self.locate(modality))
+                    mapped = MappedClips(arrays, self.locate(modality))
+                    self._check_is_current()
+                    self._mapped[modality] = mapped
         self._mapped[modality].gather(index, out)
+
+    @abstractmethod
+    def _check_is_current(self) -> None:
+        """See that no shard was made again since the store was opened; what is mapped then stays.
+
+        Raises:
+            StoreError: one may have been: its clips lie elsewhere now.
+        """
+
+    def check_files(self) -> None:
+        """See that no shard that is mapped was cut; see `TokenSource`."""
+        for clips in list(self._mapped.values()):
+            clips.check()
 
     def close(self) -> None:
         """Unmap the shards."""

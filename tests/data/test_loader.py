@@ -8,7 +8,9 @@ import torch
 from support.tiny_store import write_store
 
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.errors import StoreError
 from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.store.format.layout import PAYLOAD_OFFSET, shard_file
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +147,29 @@ def test_a_rank_without_a_clip_gets_an_empty_batch(store: FeatureStore) -> None:
         m: (0, *store.shape(m)) for m in store.modalities
     }
     assert tuple(batch.mask.shape) == (0, 3)
+
+
+def test_a_shard_that_was_cut_or_replaced_under_the_loader(tmp_path: Path) -> None:
+    root = write_store(tmp_path / "s", clips=50)
+    loader = FeatureLoader(FeatureStore.open(root), range(50), 8, p=0.5)
+    first = flat(loader.epoch(0))
+    path = shard_file(root, "rgb", 0)
+    other = path.with_name("other")
+    other.write_bytes(b"")
+    other.replace(path)  # as a shard is that is made again: what is mapped stays
+    assert flat(loader.epoch(0)) == first
+    path = shard_file(root, "rgb", 1)
+    with path.open("r+b") as file:
+        file.truncate(PAYLOAD_OFFSET)
+    with pytest.raises(StoreError, match="was cut to 16384 bytes while it was in use"):
+        next(loader.epoch(1))
+    with pytest.raises(StoreError, match="was cut"):
+        loader.prefetch(2)
+
+
+def test_a_store_that_changes_between_opening_and_mapping_is_refused(tmp_path: Path) -> None:
+    root = write_store(tmp_path / "s", clips=10)
+    store = FeatureStore.open(root)
+    (root / "manifest.json").unlink()  # as whoever makes a shard again does first
+    with pytest.raises(StoreError, match="changed after it was opened"):
+        store.gather("rgb", torch.arange(2))

@@ -122,6 +122,7 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start_batch`` on."""
+        self.store.check_files()
         if self._begun is None or self._begun.name != (epoch, start_batch):
             self.close()
             self._begun = self._begin(epoch, start_batch)
@@ -143,6 +144,7 @@ class FeatureLoader:
             self._begun = None
 
     def _begin(self, epoch: int, start_batch: int) -> "_Stream":
+        self.store.check_files()
         places, masks = self.places(epoch), self.masks(epoch)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
