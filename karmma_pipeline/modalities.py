@@ -52,22 +52,30 @@ class Reason(enum.IntEnum):
 
 _FINAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET, Reason.TOO_SHORT}
 
+_THEN = "then run the same command again"
+_NEW = "in another folder (--set out=FOLDER)"
+
 _HINTS = {
     Reason.PRESENT: "",
-    Reason.FILE_MISSING: "Check the path in the manifest, or download the file.",
+    Reason.FILE_MISSING: f"Check the path in the list, or download the file; {_THEN}.",
     Reason.NO_STREAM: "The file has no such stream; nothing to do if that is how it was recorded.",
-    Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it.",
-    Reason.TIMEOUT: "Decoding took too long; raise decode.timeout_s or re-encode the file.",
-    Reason.OUT_OF_MEMORY: "Decoding took too much memory; raise decode.memory_gb or re-encode it.",
-    Reason.CRASHED: "The decoder died on this file; re-encode it.",
-    Reason.TOO_SHORT: "The clip holds no frame or sample; check its start and stop.",
-    Reason.OUT_OF_RANGE: "The clip lies outside its file; check start, stop and the file's length.",
-    Reason.BAD_VALUE: "The backbone gave NaN or infinity; try precision float32.",
-    Reason.NOT_IN_DATASET: "The manifest names no file for this modality.",
-    Reason.TIMESTAMP_MISMATCH: "The file has nothing near a wanted moment; raise "
-    "sampling.tolerance_s if its frame rate is that low, or look for missing frames.",
+    Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it, "
+    f"{_THEN}.",
+    Reason.TIMEOUT: "Decoding took too long; re-encode the file, or raise decode.timeout_s; "
+    f"{_THEN} with --retry timeout.",
+    Reason.OUT_OF_MEMORY: "Decoding took too much memory; re-encode the file, or raise "
+    f"decode.memory_gb; {_THEN} with --retry out_of_memory.",
+    Reason.CRASHED: f"The decoder died on this file; re-encode it, {_THEN}.",
+    Reason.TOO_SHORT: f"The clip holds no frame or sample; correct its start and stop, {_THEN}.",
+    Reason.OUT_OF_RANGE: "The clip lies outside its file; correct its start and stop, or complete "
+    f"the file, {_THEN}.",
+    Reason.BAD_VALUE: "The backbone gave NaN, infinity, or more than store.dtype holds; try "
+    f"precision float32 or store.dtype bfloat16 {_NEW}.",
+    Reason.NOT_IN_DATASET: "The list names no file for this modality.",
+    Reason.TIMESTAMP_MISMATCH: "The file has nothing near a wanted moment; look for missing "
+    f"frames, or, if its frame rate is that low, raise sampling.tolerance_s {_NEW}.",
     Reason.UNSAFE_FILE: "The file would make us read other files (a playlist, an HDF5 link) or "
-    "claims an implausible size; use a file that holds the media itself.",
+    f"claims an implausible size; put a file there that holds the media itself, {_THEN}.",
 }
 
 

@@ -6,8 +6,8 @@ thread that writes work at the same time, with a bounded number of clips between
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -81,15 +81,16 @@ def extract(
     networks = Networks(recipe)
     report.workers = recipe.decode.workers or _default_workers(networks)
     rows = [_row(clip) for clip in manifest.clips]
+    again = _again(recipe, manifest, report.stores.values(), retry or Retry())
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
         configure(networks, report.stores, _logger.info)
         for name, path in report.stores.items():
-            create_store(path, networks.store_spec(name, manifest), rows, grown_from)
+            create_store(path, networks.store_spec(name, manifest), rows, grown_from, again)
         config.save(recipe, recipe.out / "recipe.yaml")
         write_groups(recipe.out, manifest)
-        _run(recipe, part, stop, manifest, networks, report, retry or Retry())
+        _run(recipe, part, stop, manifest, networks, report, again)
     _complete(recipe, report, len(rows))
     return report
 
@@ -139,13 +140,9 @@ def _run(
     manifest: Manifest,
     networks: Networks,
     report: ExtractReport,
-    retry: Retry,
+    again: Mapping[str, bool],
 ) -> None:
     catalogs = {name: Catalog(path) for name, path in report.stores.items()}
-    notes = read_notes(recipe.out)
-    again = clips_again(manifest.clips, notes, list(catalogs.values()), retry)
-    if again:
-        _logger.info("%d clips are made again: %s", len(again), _named(again))
     missing = _missing_shards(catalogs, part, again.keys())
     clips = sum(len(numbers) for numbers, _ in missing.values())
     if not clips:
@@ -175,8 +172,19 @@ def _run(
             report.decode_s, report.halved = pool.busy_s, networks.halved
 
 
-def _named(again: Collection[str]) -> str:
-    return ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
+def _again(
+    recipe: ExtractRecipe, manifest: Manifest, stores: Iterable[Path], retry: Retry
+) -> dict[str, bool]:
+    """Return the clips that are made again, see `clips_again`, and say which."""
+    catalogs = []
+    for path in stores:
+        with suppress(StoreError):  # not there yet, or a part was killed while its list grew
+            catalogs.append(Catalog(path))
+    again = clips_again(manifest.clips, read_notes(recipe.out), catalogs, retry)
+    if again:
+        named = ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
+        _logger.info("%d clips are made again: %s", len(again), named)
+    return again
 
 
 def _missing_shards(

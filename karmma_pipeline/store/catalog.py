@@ -1,7 +1,7 @@
 """The list of clips of a store: made once before any job writes, the same for all of them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +20,11 @@ from karmma_pipeline.store.spec import ClipRow, StoreSpec
 
 
 def create_store(
-    root: Path, spec: StoreSpec, clips: Sequence[ClipRow], grown_from: Sequence[int] = ()
+    root: Path,
+    spec: StoreSpec,
+    clips: Sequence[ClipRow],
+    grown_from: Sequence[int] = (),
+    moved: Collection[str] = (),
 ) -> None:
     """Make an empty store, or check that the one that is there is the same, or let it grow.
 
@@ -29,6 +33,7 @@ def create_store(
         spec: what it is made of.
         clips: in the order in which they lie in shards, see `continue_list`.
         grown_from: how many clips the list had each time before it grew.
+        moved: ids of clips that may have other times than before, as they are made again.
 
     Raises:
         StoreError: the folder holds a store of another recipe or other clips (the first
@@ -42,7 +47,7 @@ def create_store(
         there = layout.read_json(root, path)
         layout.check_version(path, there)
         if there != description:
-            _check_grew(root, there, description, clips)
+            _check_grew(root, there, description, clips, moved)
             # The description first, which says what the list was before: whoever finds the table
             # of that one, or half of it, knows what to do. And no reader may come before the end.
             (root / layout.MANIFEST).unlink(missing_ok=True)
@@ -72,39 +77,49 @@ def create_store(
 
 
 def _check_grew(
-    root: Path, there: dict[str, Any], wanted: dict[str, Any], clips: Sequence[ClipRow]
+    root: Path,
+    there: dict[str, Any],
+    wanted: dict[str, Any],
+    clips: Sequence[ClipRow],
+    moved: Collection[str],
 ) -> None:
     """See that a store is as wanted but for clips, and names of classes, at the end."""
-    before = _list_of(there)
+    before, lists = _list_of(there), [*wanted.get(_GROWN_FROM, ()), _list_of(wanted)]
     heads = there["spec"].get("heads", {})
     ours = wanted["spec"]["heads"].items()
-    new_heads = {head: names[: len(heads.get(head, ()))] for head, names in ours}
-    spec = wanted["spec"] | {"heads": new_heads}
+    spec = wanted["spec"] | {"heads": {h: names[: len(heads.get(h, ()))] for h, names in ours}}
     differing = sorted(config.differences(there["spec"], spec, "spec"))
-    if not differing and before in wanted.get(_GROWN_FROM, ()):
+    if not differing and before in lists:
         return
-    rows = list(_changed_rows(root, clips)) if not differing else []
-    differing = differing or rows or sorted(config.differences(there, wanted))
+    if not differing and before["clips"] in {one["clips"] for one in lists}:
+        rows = list(_changed_rows(root, clips))
+        differing = [
+            text for clip_id, name, text in rows if not (clip_id in moved and name in TIMES)
+        ]
+        if rows and not differing:
+            return
+    differing = differing or sorted(config.differences(there, wanted))
     raise StoreError(
         f"{root}: was made differently: {'; '.join(differing[:5])}; "
         "choose another folder, or the recipe that it was made with."
     )
 
 
-def _changed_rows(root: Path, clips: Sequence[ClipRow]) -> Iterator[str]:
-    """Yield what rows of the list say otherwise than those that a store was made of."""
+def _changed_rows(root: Path, clips: Sequence[ClipRow]) -> Iterator[tuple[str, str, str]]:
+    """Yield clip, column and a text for each row that a store was made of and that is another."""
     with suppress(StoreError):  # the table itself may be damaged; then digests are told
         there = Catalog(root)
         columns: dict[str, Any] = {head: there.labels(head) for head in there.spec.heads}
         columns |= {name: there.names(name) for name in ("split", "group")}
-        columns |= {name: there.column(name, np.float64) for name in ("start_s", "stop_s")}
+        columns |= {name: there.column(name, np.float64) for name in TIMES}
         for number, clip in enumerate(clips[: there.count]):
             for name, column in columns.items():
                 names = there.spec.heads.get(name)
                 old = column[number]
                 new = clip.labels.get(name, -1) if names else getattr(clip, name)
                 if old != new and not (old != old and new != new):  # NaN: the file's end
-                    yield f"clip {clip.clip_id!r}: {name} is {old} there and {new} here"
+                    text = f"clip {clip.clip_id!r}: {name} is {old} there and {new} here"
+                    yield clip.clip_id, name, text
 
 
 @dataclass(frozen=True)
@@ -235,7 +250,8 @@ def _has_all(root: Path, spec: StoreSpec, table: "_Table") -> bool:
 
 
 #: Columns that every clip table has beside ids and labels.
-PLAIN = ("split", "group", "start_s", "stop_s")
+TIMES = ("start_s", "stop_s")
+PLAIN = ("split", "group", *TIMES)
 
 _MAX_CLIPS = 100_000_000
 _MAX_ID_BYTES = 120

@@ -294,3 +294,33 @@ def test_a_list_that_grows_is_extracted_into_new_shards(folder: Path) -> None:
     assert store.shard_digests[:3] == shards
     list_clips(rows)
     assert "in the list no more, such as 'first'" in karmma(code=1)
+
+
+def test_what_the_hints_advise_makes_the_reasons_go_away(folder: Path) -> None:
+    still = write_video(folder / "still.mkv", times=[0.0], seconds=0.04)
+    (folder / "page.mkv").write_text("<html>")
+    (folder / "list.mkv").write_text("#EXTM3U\nfile:///etc/hostname\n")
+    names = ("gone", "page", "list", "still", "v1", "v0")
+    rows: list[tuple[str, str, Any, Any]] = [(f"c{i}", n, 0, 1) for i, n in enumerate(names)]
+    rows[3], rows[4] = ("c3", "still", 5, 6), ("c4", "v1", 50, 51)
+    list_clips(rows)
+    karmma()
+    assert {clip: reasons()[f"{clip} rgb"] for clip in ("c0", "c1", "c2", "c3", "c4")} == {
+        "c0": "file_missing",
+        "c1": "decode_error",
+        "c2": "unsafe_file",
+        "c3": "out_of_range",
+        "c4": "out_of_range",
+    }
+    for name in ("gone", "page", "list"):
+        shutil.copy("v3.mkv", f"{name}.mkv")
+    shutil.copy("v4.mkv", still)
+    rows[3], rows[4] = ("c3", "still", 0, 1), ("c4", "v1", 1, 2)
+    list_clips(rows)
+    karmma()
+    assert reasons() == {}
+    karmma(out="fresh")
+    assert contents() == contents("fresh")
+    rows[5] = ("c5", "v0", 0.5, 1.5)  # which has tokens
+    list_clips(rows)
+    assert "v0.mkv (clip 'c5')" in karmma(code=1)
