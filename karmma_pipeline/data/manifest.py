@@ -233,7 +233,10 @@ def unique(
     return tuple(kept)
 
 
-FrameName = Annotated[str, Field(pattern=r"^([^{}/][^{}]*)?\{:0?\d{0,2}d\}[^{}]*$", max_length=100)]
+FrameName = Annotated[
+    str,
+    Field(pattern=r"^([^{}/][^{}]*)?(\{video\}[^{}]*)?\{:0?\d{0,2}d\}[^{}]*$", max_length=100),
+]
 """File name of a numbered picture, such as ``img_{:05d}.jpg``."""
 
 
@@ -241,7 +244,9 @@ class PictureNames(Recipe):
     """How numbered pictures are named, in folders and tars."""
 
     frame_name: FrameName = Field(
-        "img_{:05d}.jpg", description="Name of a picture, with its number to fill in."
+        "img_{:05d}.jpg",
+        description="Name of a picture, with its number to fill in and, as {video}, its folder's\n"
+        "name. Pictures that are all called alike are found by any name.",
     )
     flow_names: tuple[FrameName, FrameName] = Field(
         ("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg"),
@@ -457,7 +462,8 @@ def _frames(row: Row, folder: Path, pictures: PictureNames) -> FrameSource | Non
     path = _path(row, folder, "frames")
     if path is None:
         return None
-    return FrameSource(path, (pictures.frame_name,), _fps(row, "frames"), pictures.first_frame)
+    name = pictures.frame_name.replace("{video}", re.sub("[{}]", r"\g<0>\g<0>", path.stem))
+    return FrameSource(path, (name,), _fps(row, "frames"), pictures.first_frame)
 
 
 def _flow(row: Row, folder: Path, pictures: PictureNames) -> Source | None:

@@ -32,7 +32,12 @@ from karmma_pipeline.extraction.inference.batching import (
 from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
-from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, write_groups
+from karmma_pipeline.extraction.recipe import (
+    ExtractRecipe,
+    check_files,
+    read_clips,
+    write_groups,
+)
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
 from karmma_pipeline.extraction.tables import note_media, read_notes
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
@@ -76,6 +81,8 @@ def extract(
         manifest = read_clips(recipe)
     for line in (*manifest.notes, *describe_heads(manifest.heads)):
         _logger.info(line)
+    if not any((recipe.out / name).exists() for name in recipe.sets):
+        check_files(recipe, manifest)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     manifest, grown_from = _as_listed(manifest, report.stores.values())
     networks = Networks(recipe)

@@ -326,6 +326,24 @@ def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:
     return replace(manifest, notes=(*manifest.notes, *lines))
 
 
+def check_files(recipe: ExtractRecipe, manifest: Manifest) -> None:
+    """Tell at once that nothing of what a recipe wants is there, before anything is written.
+
+    Raises:
+        ManifestError: not one of the files is.
+    """
+    wanted = {modality for choices in recipe.sets.values() for modality in choices}
+    media = (clip.media[m] for clip in manifest.clips for m in wanted if m in clip.media)
+    paths = dict.fromkeys(source.path for source in media)
+    if paths and not any(path.exists() for path in paths):
+        first = next(iter(paths))
+        raise ManifestError(
+            f"none of the {len(paths):,} files of {len(manifest.clips):,} clips is there, such as "
+            f"{first.absolute()}; check the paths (relative ones start at the manifest's folder), "
+            "dataset.root, or that the disk is mounted."
+        )
+
+
 def write_groups(folder: Path, manifest: Manifest) -> None:
     """Write the sidecar that `karmma evaluate` reads, if the data set publishes groups."""
     groups = manifest.groups

@@ -15,6 +15,7 @@ from karmma_pipeline.errors import ManifestError
 def epic(folder: Path, **changes: Any) -> Manifest:
     if not (folder / "annotations").is_dir():
         write_annotations(folder / "annotations")
+    (folder / "EPIC").mkdir(exist_ok=True)
     values = {"root": folder / "EPIC", "annotations": folder / "annotations", **changes}
     return read_dataset(EpicKitchens(kind="epic_kitchens_100", **values))
 
@@ -194,3 +195,32 @@ def test_wrong_lists_are_named_too(tmp_path: Path, name: str, text: str, message
     folder = write_annotations(tmp_path / "annotations")
     (folder / f"EPIC_100_{name}.csv").write_text(text)
     assert re.search(message, complaint(lambda: epic(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["P01_01.Mp4", "p01_01.mp4", "P01_01.MOV", "P01_01.mkv"])
+def test_a_video_is_found_in_upper_and_lower_case_and_with_another_ending(
+    tmp_path: Path, name: str
+) -> None:
+    touch(tmp_path / "EPIC", f"P01/videos/{name}")
+    media = by_id(epic(tmp_path))["P01_01_0"].media
+    assert media["rgb"] == media["audio"] == FileSource(tmp_path / "EPIC/P01/videos" / name)
+
+
+def test_a_folder_is_no_video_and_pictures_are_looked_for_by_any_name(tmp_path: Path) -> None:
+    root = tmp_path / "EPIC"
+    touch(root, "P01/videos/P01_01.MP4/0.MP4", "P02/rgb_frames/P02_103/img_00002.png")
+    touch(root, "P03/rgb_frames/P03_02/P03_02/frame_0000000002.jpg")
+    manifest = epic(tmp_path)
+    clips = by_id(manifest)
+    assert clips["P01_01_0"].media["rgb"] == FileSource(root / "P01/videos/P01_01.MP4")
+    assert "a folder lies there, not a file" in "\n".join(manifest.notes)
+    assert clips["P02_103_1"].media["rgb"].path == root / "P02/rgb_frames/P02_103"
+    assert clips["P03_02_7"].media["rgb"].path == root / "P03/rgb_frames/P03_02"
+
+
+def test_a_folder_that_is_not_there_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"dataset\.root=nowhere: there is no such folder in /"):
+        epic(tmp_path, root="nowhere")
+    for key in ("flow_root", "audio_array"):
+        with pytest.raises(ManifestError, match=rf"dataset\.media\.{key}=gone: does not exist"):
+            epic(tmp_path, media={key: "gone"})

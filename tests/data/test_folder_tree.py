@@ -58,10 +58,22 @@ def test_any_path_gives_a_safe_id(parts: list[str]) -> None:
     [
         (["train/a/x.mp4", "walk/y.mp4"], "has the split folder 'train' beside the folder 'walk'"),
         (["a/x.txt", "b.mp4"], "no videos in class folders"),
-        ([], "cannot be read"),
+        ([], "there is no such folder"),
     ],
 )
 def test_a_tree_of_another_shape_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
     touch(tmp_path / "root", *names) if names else None
     with pytest.raises(ManifestError, match=message):
         read(tmp_path / "root")
+
+
+def test_every_ending_of_a_video_is_one_and_other_files_are_told(tmp_path: Path) -> None:
+    endings = ["mp4", "MOV", "wmv", "flv", "mts", "m2ts", "vob", "TS", "ogv", "mpg", "3gp", "webm"]
+    touch(tmp_path, *(f"a/{number}.{ending}" for number, ending in enumerate(endings)))
+    touch(tmp_path, "a/readme.txt", "a/notes.txt", "b/only.txt", "b/.hidden", "c/")
+    manifest = read_dataset(FolderTree(kind="folder_tree", root=tmp_path))
+    assert len(manifest.clips) == len(endings)
+    assert manifest.heads == {"action": ("a",)}
+    said = "\n".join(manifest.notes)
+    assert "folders without videos, which are no classes: b, c" in said
+    assert "files that end in .txt are no videos: 3 (such as a/notes.txt)" in said

@@ -62,6 +62,18 @@ def test_videos_come_before_frames_and_missing_ones_have_a_name(tmp_path: Path) 
     assert frames.media["flow"] == FrameSource(folder / "9", ("{:04d}.jpg",), 30.0)
 
 
+def test_other_cases_and_names_are_found(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "78687.WEBM").touch()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/9.mov").touch()
+    first, second = read(tmp_path).clips
+    assert first.media["rgb"] == FileSource(tmp_path / "78687.WEBM")
+    assert second.media["rgb"] == FileSource(tmp_path / "videos/9.mov")
+    frames = read(tmp_path, prefer="frames", frame_name="{video}_{:06d}.jpg").clips[1]
+    assert frames.media["rgb"] == FrameSource(tmp_path / "9", ("9_{:06d}.jpg",), 12.0)
+
+
 def test_boxes_point_at_their_own_bytes(tmp_path: Path) -> None:
     write(tmp_path)
     frame = {"name": "9/0001.jpg", "labels": [{"category": 'a "5": [ trap'}]}

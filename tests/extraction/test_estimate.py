@@ -216,6 +216,19 @@ def test_the_command_prints_writes_json_and_ends_with_3_if_too_much_is_lost(tmp_
     assert CliRunner().invoke(main, allowed).exit_code == 0
 
 
+def test_a_list_without_a_single_file_is_one_sentence_and_no_store(tmp_path: Path) -> None:
+    rows = "".join(f"c{i},v{i}.mp4,0,1,{i % 9},train\n" for i in range(5_000))
+    recipe = recipe_of(tmp_path, rows)
+    config.save(recipe, tmp_path / "r.yaml")
+    result = CliRunner().invoke(main, ["extract", str(tmp_path / "r.yaml")])
+    said = (
+        f"none of the 50,000 files of 50,000 clips is there, such as {tmp_path / 'v0.mp4'}; check"
+    )
+    assert said in result.output
+    assert result.exit_code == 1
+    assert not recipe.out.exists()
+
+
 def test_a_modality_that_no_clip_has_is_refused_with_the_nearest(tmp_path: Path) -> None:
     sets = {"one": {"rbg": {"name": "s3d", "weights": "random:0"}}}
     recipe = recipe_of(tmp_path, "a,v.mp4,0,1,x,train\n", sets=sets)

@@ -1,5 +1,6 @@
 """Pictures in folders and tars: the right ones, near enough, and none from elsewhere."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -131,3 +132,69 @@ def test_links_and_other_folders_members_are_never_read(tmp_path: Path) -> None:
             archive.addfile(member, io.BytesIO(data))
     assert reason(FrameSource(tar, RGB, fps=60)) is Reason.FILE_MISSING
     assert not os.path.lexists(tmp_path / NAME.format(1))
+
+
+NAMES_IN_USE = [
+    ("P01_01/", "frame_{:010d}.jpg"),  # packed with its folder
+    ("", "img_{:05d}.jpg"),
+    ("", "{:06d}.jpg"),
+    ("", "1_{:06d}.jpg"),  # PySlowFast's, in the folder 1
+    ("1/", "1_{:06d}.png"),
+    ("", "frame_{:010d}.png"),
+    ("", "frame_{:010d}.JPG"),
+    ("", "frame{:d}.jpg"),
+    ("a{b}/", "frame_{:010d}.jpg"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("folder", "name"), NAMES_IN_USE)
+def test_pictures_are_found_by_the_name_that_all_of_them_have(
+    tmp_path: Path, folder: str, name: str, packed: bool
+) -> None:
+    path = tmp_path / "P01_01"
+    write_frames(path / folder, range(2, 13), name)  # the first one is missing
+    (path / folder / "Thumbs.db").touch()
+    (path / folder / "._x_1.jpg").touch()
+    if packed:
+        path = pack(path, tmp_path / "P01_01.tar")
+    for index in (None, tmp_path / "index", tmp_path / "index"):
+        files = ImageFrames(FrameSource(path, RGB, fps=10), index)
+        assert shown(files, 0.0, 0.1, 0.5, 1.05) == [2, 2, 6, 11]
+        np.testing.assert_allclose([files.frame_starts[0], files.stop_s], [0.1, 1.2])
+
+
+def test_pictures_that_are_counted_from_zero_begin_at_zero(tmp_path: Path) -> None:
+    write_frames(tmp_path / "a", range(5), "{:06d}.jpg")
+    files = ImageFrames(FrameSource(tmp_path / "a", RGB, fps=10))
+    assert shown(files, 0.0, 0.45) == [0, 4]
+    np.testing.assert_allclose([files.frame_starts[0], files.stop_s], [0, 0.5])
+
+
+def test_flow_is_found_in_a_folder_inside(tmp_path: Path) -> None:
+    write_flow(tmp_path / "P01_01/P01_01", range(1, 4), (3.0, -1.5), bound_px=8)
+    tar = pack(tmp_path / "P01_01", tmp_path / "P01_01.tar")
+    for path in (tmp_path / "P01_01", tar):
+        motion = ImageFrames(FrameSource(path, UV, fps=60, bound_px=8)).motion(np.array([1]))
+        np.testing.assert_allclose(motion[:, 0], 3, atol=8 / 255 + 1e-3)
+
+
+def detail(source: FrameSource) -> str:
+    with pytest.raises(MediaFaultError) as caught:
+        ImageFrames(source)
+    return caught.value.detail
+
+
+def test_what_is_there_instead_is_said(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    assert "it holds no pictures" in detail(FrameSource(tmp_path / "none", RGB, fps=60))
+    write_frames(tmp_path / "two", range(1, 4), "left_{:d}.jpg")
+    write_frames(tmp_path / "two", range(1, 4), "right_{:d}.jpg")
+    said = detail(FrameSource(tmp_path / "two", RGB, fps=60))
+    assert "no frame_{:010d}.jpg; it holds 6 others such as left_1.jpg" in said
+    write_frames(tmp_path / "flow", range(1, 4), "flow_x_{:d}.jpg")  # of an unknown scale
+    assert "others such as flow_x_1.jpg" in detail(FrameSource(tmp_path / "flow", UV, fps=60))
+    packed = gzip.compress(pack(tmp_path / "two", tmp_path / "a.tar").read_bytes())
+    (tmp_path / "a.tar").write_bytes(packed)
+    said = detail(FrameSource(tmp_path / "a.tar", RGB, fps=60))
+    assert "no plain tar (compressed with gzip" in said

@@ -96,7 +96,7 @@ def test_sound_whose_size_was_not_known_is_whole(whole: dict[str, bytes], tmp_pa
 def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
     write_frames(tmp_path / "pictures", range(2, 12))
     (tmp_path / "none").mkdir()
-    (tmp_path / "none/img_1.png").touch()
+    (tmp_path / "none/readme.txt").touch()
     pack(tmp_path / "pictures", tmp_path / "fine.tar")
     data = (tmp_path / "fine.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3 + 7])
@@ -115,7 +115,7 @@ def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
     }
     for name in ("pictures", "fine.tar", "open.tar"):
         assert (found[name].ends or {})["video"] == pytest.approx(1.1)
-    assert found["none"].detail == f"no {NAME}"
+    assert found["none"].detail == f"no {NAME}; it holds no pictures"
     assert 0.3 < ((found["cut.tar"].ends or {})["video"] or 0) < 0.9
 
 

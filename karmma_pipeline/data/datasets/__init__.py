@@ -19,6 +19,7 @@ from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
 from karmma_pipeline.data.datasets.something_something import SomethingSomething
 from karmma_pipeline.data.manifest import Manifest, PictureNames, read_manifest
+from karmma_pipeline.errors import ManifestError
 
 __all__ = ["CsvList", "Dataset", "read_dataset"]
 
@@ -49,8 +50,13 @@ def read_dataset(dataset: Dataset) -> Manifest:
     """Read a data set's annotations and find its media.
 
     Raises:
-        ManifestError: an annotation file is missing or faulty; file, line and column are named.
+        ManifestError: an annotation file is missing or faulty; file, line and column are named. Or
+            a folder of media is not there.
     """
+    root = getattr(dataset, "root", None)
+    if root is not None and not root.is_dir():
+        where = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise ManifestError(f"dataset.root={root}: there is no such folder{where}.")
     match dataset:
         case CsvList():
             return read_manifest(dataset.path, dataset.pictures, dataset.heads)

@@ -160,11 +160,10 @@ class _ActionReader:
         root, left_half = self.dataset.root, video in self.videos.stereo
         self.stereo += left_half
         for place in self.dataset.prefer:
-            name = f"{place}/{clip if place == 'clips' else video}.mp4"
-            if self.listing.has(root / name):
-                self.counts.add("rgb", f"in {place}", root / name)
-                source = FileSource(root / name, left_half=left_half)
-                return source, self._offset(place, entry)
+            path = self.listing.video(root, [f"{place}/{clip if place == 'clips' else video}"])
+            if path is not None:
+                self.counts.add("rgb", f"in {place}", path)
+                return FileSource(path, left_half=left_half), self._offset(place, entry)
         place = self.dataset.prefer[0]
         path = root / f"{place}/{clip if place == 'clips' else video}.mp4"
         self.counts.add("rgb", MISSING, path)

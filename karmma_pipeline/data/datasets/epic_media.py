@@ -19,7 +19,13 @@ import h5py
 from pydantic import Field
 
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
+from karmma_pipeline.data.datasets.listing import (
+    MISSING,
+    PICTURE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Listing,
+    SourceCounts,
+)
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.errors import ManifestError
 
@@ -74,6 +80,10 @@ class EpicMedia:
 
     def __init__(self, root: Path, prefer: Prefer) -> None:
         self.root, self.prefer = root, prefer
+        for key in ("flow_root", "audio_array"):
+            path = getattr(prefer, key)
+            if path is not None and not path.exists():
+                raise ManifestError(f"dataset.media.{key}={path}: does not exist.")
         self._listing, self._counts = Listing(), SourceCounts()
         self._places: dict[str, dict[str, Path | None]] = {}
 
@@ -112,7 +122,7 @@ class EpicMedia:
     def _find(self, participant: str, video: str) -> dict[str, Path | None]:
         """Look for a video's files; what is wanted and not there is named by its usual path."""
         prefer, expected = self.prefer, f"{participant}/videos/{video}.MP4"
-        mp4 = self._listing.first(self.root, _videos(participant, video))
+        mp4 = self._listing.video(self.root, _videos(participant, video))
         rgb = mp4 if prefer.rgb != "frames" else None
         if rgb is None and prefer.rgb != "video":
             rgb = self._frames(self.root, participant, video, "rgb")
@@ -169,34 +179,39 @@ class EpicMedia:
         """Return a tar or folder of frames; a folder only if the kind's pictures are in it."""
         for candidate in _frame_places(participant, video, kind):
             path = root / candidate
-            if not self._listing.has(path):
-                continue
-            if path.suffix == ".tar" or self._has_pictures(path, kind):
+            is_folder = self._listing.names(path.parent).get(path.name)
+            fits = is_folder is (path.suffix != ".tar")
+            if fits and (not is_folder or self._has_pictures(path, kind)):
                 return path
         return None
 
     def _has_pictures(self, folder: Path, kind: str) -> bool:
-        name = RGB_NAMES[0] if kind == "rgb" else FLOW_NAMES[0]
-        return (folder / name.format(1)).is_file()
+        """Tell whether pictures of a kind lie in a folder, or in one inside of it."""
+        names = self._listing.names(folder)
+        listed = [names, *(self._listing.names(folder / n) for n, deep in names.items() if deep)]
+        if kind == "flow":
+            return any("u" in some for some in listed)
+        endings = {Path(name).suffix.lower() for some in listed for name in some}
+        return bool(endings & PICTURE_SUFFIXES)
 
     def _count(self, modality: str, path: Path | None, expected: Path) -> None:
+        hint = ""
         if path is None:
-            kind = MISSING
+            kind, hint = MISSING, self._listing.beside(expected)
         elif path.suffix == ".tar":
             kind = "as frames in a tar"
         else:
             kind = "as video files" if path.suffix else "as frames in a folder"
-        self._counts.add(modality, kind, path or expected)
+        self._counts.add(modality, kind, path or expected, hint)
 
 
 def _videos(participant: str, video: str) -> Iterator[str]:
-    for suffix in (".MP4", ".mp4"):
-        yield f"{participant}/videos/{video}{suffix}"
-        yield from (f"videos/{part}/{participant}/{video}{suffix}" for part in _PARTS)
-        yield f"videos/{participant}/{video}{suffix}"
-        yield f"{participant}/{video}{suffix}"
-        yield f"videos/{video}{suffix}"
-        yield f"{video}{suffix}"
+    yield f"{participant}/videos/{video}"
+    yield from (f"videos/{part}/{participant}/{video}" for part in _PARTS)
+    yield f"videos/{participant}/{video}"
+    yield f"{participant}/{video}"
+    yield f"videos/{video}"
+    yield video
 
 
 def _frame_places(participant: str, video: str, kind: str) -> Iterator[str]:
@@ -209,7 +224,7 @@ def _frame_places(participant: str, video: str, kind: str) -> Iterator[str]:
 
 
 def _rgb(path: Path, video: str, frames: tuple[int, int], end_s: float | None) -> Source:
-    if path.suffix.lower() == ".mp4":
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         return FileSource(path)
     fps = grid_fps(video)
     return FrameSource(path, RGB_NAMES, fps, span=_within(frames, _frame_count(end_s, fps)))

@@ -12,13 +12,9 @@ from pydantic import Field, model_validator
 
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.datasets.listing import VIDEO_SUFFIXES
 from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, unique
 from karmma_pipeline.errors import ManifestError
-
-SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"}
-    | {".mpeg", ".ts", ".3gp", ".wmv", ".flv", ".ogv"}
-)
 
 _SPLITS = ("train", "val", "test")
 _ALIASES = {"train": "train", "training": "train", "val": "val", "valid": "val"}
@@ -71,9 +67,10 @@ def read(dataset: FolderTree) -> Manifest:
         if splits
         else [(name, name, "") for name in tops]
     )
-    names = tuple(sorted({name for name, _, _ in places}))
+    other: dict[str, list[str]] = {}
+    videos = [(place, video) for place in places for video in _videos(root, place[1], other)]
+    names = tuple(sorted({name for (name, _, _), _ in videos}))
     ids = {name: number for number, name in enumerate(names)}
-    videos = [(place, video) for place in places for video in _videos(root, place[1])]
     stems = Counter(_stem(video).casefold() for _, video in videos)
     clips = []
     for (name, _, split), relative in videos:
@@ -89,11 +86,17 @@ def read(dataset: FolderTree) -> Manifest:
         clips.append((relative, clip))
     if not clips:
         raise ManifestError(
-            f"{root}: no videos in class folders; known are {' '.join(sorted(SUFFIXES))}."
+            f"{root}: no videos in class folders; known are {' '.join(sorted(VIDEO_SUFFIXES))}."
         )
     how = "by folder" if splits else f"drawn with seed {dataset.seed}"
-    note = f"{len(clips):,} videos in {len(names):,} classes, split {how}"
-    return Manifest(unique(root, clips), {dataset.head: names}, notes=(note,))
+    notes = [f"{len(clips):,} videos in {len(names):,} classes, split {how}"]
+    empty = sorted({name for name, _, _ in places} - {*names})
+    if empty:
+        notes.append(f"folders without videos, which are no classes: {', '.join(empty)}")
+    for suffix, files_of in sorted(other.items()):
+        ending = f"that end in {suffix}" if suffix else "without an ending"
+        notes.append(f"files {ending} are no videos: {len(files_of):,} (such as {files_of[0]})")
+    return Manifest(unique(root, clips), {dataset.head: names}, notes=tuple(notes))
 
 
 def _folders(root: Path) -> list[str]:
@@ -104,14 +107,22 @@ def _folders(root: Path) -> list[str]:
         raise ManifestError(f"{root}: the folder cannot be read ({error.strerror}).") from None
 
 
-def _videos(root: Path, folder: str) -> Iterator[str]:
-    """Yield the videos below a class folder, relative to root; links below it are not followed."""
+def _videos(root: Path, folder: str, other: dict[str, list[str]]) -> Iterator[str]:
+    """Yield the videos below a class folder, relative to root; links below it are not followed.
+
+    Other files are added to ``other`` by their suffix.
+    """
     for place, folders, names in os.walk(root / folder):
         folders.sort()
         below = Path(place).relative_to(root)
         for name in sorted(names):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            suffix = Path(name).suffix.lower()
+            if suffix in VIDEO_SUFFIXES:
                 yield str(below / name)
+            else:
+                other.setdefault(suffix, []).append(str(below / name))
 
 
 def _stem(relative: str) -> str:

@@ -2,24 +2,34 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+#: How video files end, in lower case: those of the containers that FFmpeg reads.
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mj2", ".f4v", ".mkv", ".mk3d", ".webm"}
+    | {".avi", ".divx", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2t"}
+    | {".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".ogm", ".rm", ".rmvb", ".mxf", ".dv", ".nut"}
+)
+
+PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
 
 
 class Listing:
     """Contents of folders, each read once: on network disks a look per file takes minutes."""
 
     def __init__(self) -> None:
-        self._names: dict[Path, frozenset[str]] = {}
-        self._below: dict[tuple[Path, str], frozenset[str]] = {}
+        self._names: dict[Path, Mapping[str, bool]] = {}
+        self._below: dict[tuple[Path, str], Mapping[str, bool]] = {}
+        self._stems: dict[Path, dict[str, list[str]]] = {}
 
-    def names(self, folder: Path) -> frozenset[str]:
-        """Return the names in a folder, none if it cannot be read."""
+    def names(self, folder: Path) -> Mapping[str, bool]:
+        """Return the names in a folder, and whether each is one; none if it cannot be read."""
         if folder not in self._names:
-            names: frozenset[str] = frozenset()
+            names: dict[str, bool] = {}
             with suppress(OSError, ValueError), os.scandir(folder) as entries:
-                names = frozenset(entry.name for entry in entries)
+                names = {entry.name: entry.is_dir() for entry in entries}
             self._names[folder] = names
         return self._names[folder]
 
@@ -27,16 +37,43 @@ class Listing:
         """Tell whether something lies at a path."""
         return path.name in self.names(path.parent)
 
-    def first(self, root: Path, candidates: Iterable[str]) -> Path | None:
-        """Return the first of the paths, relative to root, at which something lies."""
+    def first(self, root: Path, candidates: Iterable[str], *, folder: bool = False) -> Path | None:
+        """Return the first of the paths, relative to root, at which a file or a folder lies."""
         for candidate in candidates:
-            folder, _, name = candidate.rpartition("/")
-            below = self._below.get((root, folder))  # texts: a Path for each costs seconds in all
+            place, _, name = candidate.rpartition("/")
+            below = self._below.get((root, place))  # texts: a Path for each costs seconds in all
             if below is None:
-                below = self._below[root, folder] = self.names(root / folder)
-            if name in below:
+                below = self._below[root, place] = self.names(root / place)
+            if below.get(name) is folder:
                 return root / candidate
         return None
+
+    def video(self, root: Path, candidates: Iterable[str]) -> Path | None:
+        """Return the first of some paths without suffix at which a video lies.
+
+        Whatever its suffix, and in upper or lower case; the first by name if there are several.
+        """
+        for candidate in candidates:
+            place, _, stem = candidate.rpartition("/")
+            folder = root / place
+            if folder not in self._stems:
+                stems = self._stems[folder] = {}
+                for name, is_folder in sorted(self.names(folder).items()):
+                    if not is_folder and Path(name).suffix.lower() in VIDEO_SUFFIXES:
+                        stems.setdefault(Path(name).stem.casefold(), []).append(name)
+            for name in self._stems[folder].get(stem.casefold(), []):
+                return folder / name
+        return None
+
+    def beside(self, path: Path) -> str:
+        """Say what lies where a file is missing; empty if there is nothing like it."""
+        names = self.names(path.parent)
+        if path.name in names:
+            return "a folder lies there, not a file" if names[path.name] else ""
+        for name in names:
+            if Path(name).stem.casefold() == path.stem.casefold():
+                return f"there is {name}"
+        return "" if names or path.parent.is_dir() else f"there is no folder {path.parent}"
 
 
 class SourceCounts:
@@ -44,12 +81,12 @@ class SourceCounts:
 
     def __init__(self) -> None:
         self._kinds: dict[str, Counter[str]] = {}
-        self._example: dict[tuple[str, str], Path] = {}
+        self._example: dict[tuple[str, str], str] = {}
 
-    def add(self, modality: str, kind: str, path: Path) -> None:
-        """Count one video; kind ``missing`` for one that is not there."""
+    def add(self, modality: str, kind: str, path: Path, hint: str = "") -> None:
+        """Count one video; kind ``missing`` for one that is not there, and what is, if anything."""
         self._kinds.setdefault(modality, Counter())[kind] += 1
-        self._example.setdefault((modality, kind), path)
+        self._example.setdefault((modality, kind), f"{path}; {hint}" if hint else str(path))
 
     def lines(self, what: str = "videos") -> list[str]:
         """Return a sentence per modality, and a warning where kinds are mixed."""

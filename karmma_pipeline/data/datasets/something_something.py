@@ -57,7 +57,11 @@ class SomethingSomething(Recipe):
     prefer: Literal["auto", "video", "frames"] = Field(
         "auto", description="auto: the video file, else the folder of frames; or only one of them."
     )
-    frame_name: FrameName = Field("img_{:05d}.jpg", description="Name of a frame.")
+    frame_name: FrameName = Field(
+        "img_{:05d}.jpg",
+        description="Name of a frame, such as {video}_{:06d}.jpg; frames that are all called\n"
+        "alike are found by any name.",
+    )
     frame_fps: float = Field(FPS, gt=0, description="Rate at which frames were extracted, Hz.")
     boxes: tuple[Path, ...] = Field(
         (), description="Something-Else annotation files (JSON); they give the modality boxes."
@@ -148,8 +152,9 @@ class _VideoReader:
         if prefer != "frames":
             names = (f"{f}{video}{suffix}" for f in _FOLDERS for suffix in _SUFFIXES)
             path = self.listing.first(root, names)
+            path = path or self.listing.video(root, (f"{f}{video}" for f in _FOLDERS))
         if path is None and prefer != "video":
-            folder = self.listing.first(root, (f"{f}{video}" for f in _FOLDERS))
+            folder = self.listing.first(root, (f"{f}{video}" for f in _FOLDERS), folder=True)
         if path is not None:
             self.counts.add("rgb", "as video files", path)
             return FileSource(path)
@@ -160,9 +165,8 @@ class _VideoReader:
         self.counts.add(
             "rgb", MISSING if folder is None else "as frames in a folder", folder or root / video
         )
-        return FrameSource(
-            folder or root / video, (self.dataset.frame_name,), self.dataset.frame_fps
-        )
+        name = self.dataset.frame_name.replace("{video}", video)
+        return FrameSource(folder or root / video, (name,), self.dataset.frame_fps)
 
     def lines(self) -> Sequence[str]:
         return [*self.counts.lines(), "audio: the data set has none"]

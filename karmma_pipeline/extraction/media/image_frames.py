@@ -1,14 +1,18 @@
 """Numbered pictures in a folder or inside a tar, found by number, read without unpacking.
 
-K pictures that are there, H and W their size. A tar is listed once; links, devices and sparse
-members in it are never read, and member names are only compared, never used as paths.
+They may lie in a folder of their own inside of it, and be called otherwise than the recipe says if
+all of them are called alike. A tar is listed once; links, devices and sparse members in it are
+never read, and member names are only compared, never used as paths. K pictures that are there, H
+and W their size.
 """
 
 import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -28,9 +32,17 @@ _LARGEST = 256 << 20
 
 _END_OF_JPEG = b"\xff\xd9"
 _CUT = re.compile(rb"\xff\xd8\xff")
+_PICTURE = re.compile(r"(.*?)(\d{1,18})(\.(?:jpe?g|png|bmp|webp|tiff?))", re.IGNORECASE | re.ASCII)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 Table = npt.NDArray[np.int64]
 """Number, and per plane offset and size in the tar (zeros in a folder) [K, 1 + 2 * planes]."""
+
+Places = Mapping[str, tuple[int, int]]
+"""Names of files in a folder or tar, relative to it, and where their bytes lie in the tar."""
+
+Found = tuple[tuple[str, ...], Table]
+"""How the pictures are really called, per plane, and where they are."""
 
 
 class ImageFrames(MediaReader):
@@ -41,15 +53,16 @@ class ImageFrames(MediaReader):
     """
 
     def __init__(self, source: FrameSource, index_folder: Path | None = None) -> None:
-        self.source, self.path = source, source.path
+        self.path = source.path
         if source.path.is_dir():
-            self._table = _folder_table(source.path, source.names)
+            names, self._table = _in_folder(source.path, source.names)
         elif source.path.is_file():
-            self._table = _tar_table(source.path, source.names, index_folder)
+            names, self._table = _in_tar(source.path, source.names, index_folder)
         else:
             raise MediaFaultError(Reason.FILE_MISSING, str(source.path))
-        if not len(self._table):
-            raise MediaFaultError(Reason.FILE_MISSING, f"{source.path}: no {source.names[0]}")
+        # Numbers that begin before the first one's are a grid that begins there.
+        base = min(source.base, int(self._table[0, 0]))
+        self.source = replace(source, names=names, base=base)
         self.stores_flow = len(source.names) == 2  # one picture for u, one for v
         self._starts: Times = self._start(self._table[:, 0])
 
@@ -170,24 +183,78 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _folder_table(path: Path, names: tuple[str, ...]) -> Table:
+def _in_folder(path: Path, names: tuple[str, ...]) -> Found:
     # A folder's time changes with its entries, so that a listing is never older than the folder.
-    key = tuple((path / name).parent.stat().st_mtime_ns if (path / name).parent.is_dir() else 0
-                for name in names)  # fmt: skip
+    parents = dict.fromkeys((path, *((path / name).parent for name in names)))
+    key = tuple(parent.stat().st_mtime_ns if parent.is_dir() else 0 for parent in parents)
     return _listed_folder(path, names, key)
 
 
 @lru_cache(maxsize=8)
-def _listed_folder(path: Path, names: tuple[str, ...], _key: tuple[int, ...]) -> Table:
-    planes: list[dict[int, tuple[int, int]]] = []
-    for name in names:
-        folder, pattern = (path / name).parent, _pattern(Path(name).name)
-        listed = os.listdir(folder) if folder.is_dir() else ()  # noqa: PTH208  (a million names)
-        matches = [pattern.fullmatch(entry) for entry in listed]
-        numbers = [int(match[1]) for match in matches if match]
-        there = set(listed)
-        planes.append({n: (0, 0) for n in numbers if Path(name).name.format(n) in there})
-    return _table(planes)
+def _listed_folder(path: Path, names: tuple[str, ...], _key: tuple[int, ...]) -> Found:
+    folders = dict.fromkeys(str(Path(name).parent) for name in names)
+    places = {name: (0, 0) for folder in folders for name in _files(path, folder)}
+    if not len(_table(_planes(places, names))):  # look one folder deeper
+        inner = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+        inside = (f"{one}/{folder}" for one in inner for folder in (".", *folders))
+        places = {name: (0, 0) for folder in (".", *inside) for name in _files(path, folder)}
+    return _resolved(path, places, names)
+
+
+def _files(path: Path, folder: str) -> Iterator[str]:
+    place = os.path.normpath(folder)
+    listed = os.listdir(path / place) if (path / place).is_dir() else ()  # noqa: PTH208  (a million)
+    yield from (os.path.normpath(f"{place}/{name}") for name in listed)
+
+
+def _resolved(path: Path, places: Places, names: tuple[str, ...]) -> Found:
+    """Find the pictures by their stated names, in a folder inside, or by the names they have.
+
+    Raises:
+        MediaFaultError: there are none, or one cannot tell which.
+    """
+    places = {
+        name: at for name, at in places.items() if not name.rpartition("/")[2].startswith(".")
+    }
+    depth = names[0].count("/")
+    folders = {name.rsplit("/", depth + 1)[0] for name in places if name.count("/") > depth}
+    inside = [tuple(f"{_plain(folder)}/{name}" for name in names) for folder in sorted(folders)]
+    tried = [names, *(inside if len(inside) == 1 else []), *_as_they_are(places, names)]
+    for some in tried:
+        table = _table(_planes(places, some))
+        if len(table):
+            return some, table
+    pictures = [name for name in places if _PICTURE.fullmatch(name)]
+    holds = f"{len(pictures):,} others such as {min(pictures)}" if pictures else "no pictures"
+    raise MediaFaultError(Reason.FILE_MISSING, f"{path}: no {names[0]}; it holds {holds}")
+
+
+def _as_they_are(places: Places, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield the name that all pictures have in common, if they have one; flow is not guessed."""
+    digits: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name in places:
+        if found := _PICTURE.fullmatch(name):
+            digits[found[1], found[3]].add(found[2])
+    if len(names) == len(digits) == 1:
+        (((before, after), numbers),) = digits.items()
+        widths = {len(number) for number in numbers}
+        width = f"0{widths.pop()}" if len(widths) == 1 else ""
+        yield (f"{_plain(before)}{{:{width}d}}{_plain(after)}",)
+
+
+def _plain(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _planes(places: Places, names: tuple[str, ...]) -> list[dict[int, tuple[int, int]]]:
+    planes: list[dict[int, tuple[int, int]]] = [{} for _ in names]
+    for plane, template in zip(planes, names, strict=True):
+        pattern = _pattern(template)
+        for name, place in places.items():
+            match = pattern.fullmatch(name)
+            if match and template.format(int(match[1])) == name:
+                plane[int(match[1])] = place
+    return planes
 
 
 def _table(planes: list[dict[int, tuple[int, int]]]) -> Table:
@@ -197,47 +264,53 @@ def _table(planes: list[dict[int, tuple[int, int]]]) -> Table:
     return np.array(rows, np.int64).reshape(len(rows), 1 + 2 * len(planes))
 
 
-def _tar_table(path: Path, names: tuple[str, ...], index_folder: Path | None) -> Table:
+def _in_tar(path: Path, names: tuple[str, ...], index_folder: Path | None) -> Found:
     status = path.stat()
     key = (str(path.absolute()), status.st_size, status.st_mtime_ns, names)
     return _listed_tar(path, names, repr(key), index_folder)
 
 
 @lru_cache(maxsize=8)
-def _listed_tar(path: Path, names: tuple[str, ...], key: str, index_folder: Path | None) -> Table:
+def _listed_tar(path: Path, names: tuple[str, ...], key: str, index_folder: Path | None) -> Found:
     """List a tar once for all processes: reading its headers means reading much of the disk."""
     if index_folder is None:
-        return _read_tar(path, names)
-    kept = index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        return _resolved(path, _read_tar(path), names)
+    kept = index_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if kept.is_file():
-        return np.load(kept, allow_pickle=False)
-    table = _read_tar(path, names)
+        with np.load(kept, allow_pickle=False) as saved:
+            return tuple(saved["names"].tolist()), saved["table"]
+    real, table = _resolved(path, _read_tar(path), names)
     with files.replacing(kept) as temporary, temporary.open("wb") as file:
-        np.save(file, table)
-    return table
+        np.savez(file, names=np.array(real), table=table)
+    return real, table
 
 
-def _read_tar(path: Path, names: tuple[str, ...]) -> Table:
+def _read_tar(path: Path) -> Places:
     # "r:" and not "r": a compressed tar has no places to read from. Names are matched and never
     # used as paths, so a member called ../../x or /etc/x is nothing but a name that does not match;
     # links and devices are skipped, and what reaches past the end was cut off.
-    patterns = [_pattern(name) for name in names]
-    planes: list[dict[int, tuple[int, int]]] = [{} for _ in names]
+    places: dict[str, tuple[int, int]] = {}
     length = path.stat().st_size
     try:
+        with path.open("rb") as file:
+            head = file.read(8)
         with tarfile.open(path, "r:") as tar:
             for member in _members(tar):
                 inside = member.offset_data + member.size <= length
                 if not member.isreg() or member.issparse() or not inside or member.size > _LARGEST:
                     continue
                 name = member.name.removeprefix("./")
-                for plane, template, pattern in zip(planes, names, patterns, strict=True):
-                    match = pattern.fullmatch(name)
-                    if match and template.format(int(match[1])) == name:
-                        plane[int(match[1])] = (member.offset_data, member.size)
+                if not name.startswith("/") and ".." not in name.split("/"):
+                    places[name] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no plain tar ({error})") from None
-    return _table(planes)
+        how = next((how for mark, how in _COMPRESSED.items() if head.startswith(mark)), None)
+        why = (
+            f"compressed with {how}, so that no picture can be read alone; unpack that"
+            if how
+            else error
+        )
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no plain tar ({why})") from None
+    return places
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
