@@ -5,6 +5,7 @@
 Starts a Slurm of three nodes on this machine, sends the road from extraction (an array of 8) to
 the report off as one chain, and then kills the launching process, a decoder, tasks, a node and
 ranks, requeues a task, and warns others, one by its time limit. Some clips raise, crash or hang.
+A second chain is submitted inside a task of an array that asked for memory per CPU.
 In the end store and weights must equal, byte for byte, those of the same recipes run here in
 peace. Exits with 0 and says why where Slurm cannot run.
 
@@ -28,11 +29,13 @@ from slurm.scene import (
     PARTS,
     POISON,
     RUNS,
+    TRAINING,
     WARNING_S,
     hold,
     is_held,
     karmma,
     prepare,
+    prepare_inside,
     release,
     start_reference,
 )
@@ -96,6 +99,7 @@ def run_road(cluster: Cluster, folder: Path, *, quick: bool) -> None:
     expect(process.returncode == 0, f"the undisturbed run failed; see {reference / 'out.txt'}")
     compare(reference, disturbed)
     check_exit_codes(disturbed)
+    submit_from_inside(prepare_inside(folder))
     if not quick:
         lose_a_shard(disturbed)
         compare(reference, disturbed)
@@ -285,6 +289,30 @@ def check_exit_codes(folder: Path) -> None:
     done = karmma("extract", "recipes/extract.yaml", cwd=folder)
     expect(done.returncode == 0, f"nothing to do: exit code {done.returncode}")
     say("exit codes: 3 with a stricter max_failures, 0 without")
+
+
+def submit_from_inside(folder: Path) -> None:
+    """Submit inside a task of an array that asked for memory per CPU: nothing of it may matter."""
+    for name in ("outer", "inside"):
+        hold(name)
+    options = ["--array=1-3", "--mem-per-cpu=200M", "--output=outer.%a.log", f"--chdir={folder}"]
+    array = shell("sbatch", "--parsable", *options, str(folder / "outer.sh"))
+    wait_for("a training submitted from inside a job", lambda: is_held("inside"))
+    shards = list((folder / "features/teacher/commit").iterdir())
+    expect(
+        len(shards) == 3, f"{len(shards)} of 3 shards: it took the outer task's part for its own"
+    )
+    job = jobs("inside")[0]["id"]
+    shell("scancel", "--signal=USR1", job)
+    wait_for("its way back into the queue", lambda: restarts(job))
+    expect(restarts(f"{array}_2") == 0, "the task that submitted it was requeued instead")
+    for name in ("inside", "outer"):
+        release(name)
+    wait_for("the end of what was submitted from inside a job", lambda: not queue())
+    done = epochs(folder / "runs/inside/metrics.jsonl")
+    said = (folder / "outer.2.log").read_text()
+    expect(done == TRAINING["epochs"], f"{done} epochs; {folder}/jobs/logs; {said}")
+    say("submitted from inside an array's task with memory per CPU: all shards, all epochs")
 
 
 def lose_a_shard(folder: Path) -> None:

@@ -115,6 +115,42 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     return reference, disturbed
 
 
+def prepare_inside(folder: Path) -> Path:
+    """Write a small chain, and the job of an array that submits it while it runs.
+
+    Its training is on two nodes, so that it starts with ``srun``, which reads a job's variables.
+    """
+    with (folder / "clips/manifest.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["clip_id"] not in POISON][:12]
+    with (folder / "clips/few.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    place = folder / "inside"
+    extract = {**RECIPES["extract"], "manifest": "../clips/few.csv"}
+    extract["sets"] = {"teacher": {"rgb": {**RGB, "size": 32}}}
+    _write_yaml(place / "recipes/extract.yaml", extract)
+    train = {**RECIPES["two_nodes"], "out": "runs/inside", "train_split": "", "val_split": ""}
+    _write_yaml(place / "recipes/inside.yaml", train)
+    commands = {"extract": {"command": "extract"}, "inside": STAGES["two_nodes"]}
+    stages = {
+        name: {**stage, "recipe": f"recipes/{name}.yaml", "resources": RESOURCES}
+        for name, stage in commands.items()
+    }
+    _write_yaml(place / "chain.yaml", {"name": "road", "stages": stages})
+    shutil.copy(folder / "a cluster/site.yaml", place)
+    submit = shlex.join([*KARMMA, "submit", "chain.yaml", "--site", "site.yaml"])
+    script = place / "outer.sh"
+    script.write_text(
+        f"""#!/usr/bin/env bash
+[ "$SLURM_ARRAY_TASK_ID" = 2 ] || exit 0
+{submit} || exit 1
+while [ -e {shlex.quote(str(_place("outer")))} ]; do sleep 0.2; done
+"""
+    )
+    return place
+
+
 def _poison(manifest: Path) -> None:
     with manifest.open(newline="") as file:
         rows = list(csv.DictReader(file))
