@@ -15,12 +15,13 @@ from support.leftovers import leave
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
-from karmma_pipeline.errors import ConfigError, ManifestError, StoreError
+from karmma_pipeline.errors import ConfigError, ManifestError, StoppedError, StoreError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.evaluate import evaluate
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.report.page import write_report
 from karmma_pipeline.evaluation.results import Results
+from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, load_model, save_model
 from karmma_pipeline.store import FeatureStore, open_joined
@@ -277,6 +278,29 @@ def test_runs_on_other_clips_are_not_put_into_one_report(place: Path, tmp_path: 
     )
     with pytest.raises(ConfigError, match="do not share their clips"):
         evaluate(recipe)
+
+
+class StopsAt(StopFlag):
+    """Has been told to stop at the n-th time that anybody looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def check(self, saved: str) -> None:
+        self.looks -= 1
+        if self.looks == 0:
+            self.request()
+        super().check(saved)
+
+
+@pytest.mark.parametrize("looks", [5, 17, 40])  # of the first run: passes of a batch, then tables
+def test_an_evaluation_ends_between_two_passes(place: Path, tmp_path: Path, looks: int) -> None:
+    stop = StopsAt(looks)
+    with pytest.raises(StoppedError, match="nothing of this evaluation is kept"):
+        evaluate(make_recipe(place, runs=[str(place / "run0")], out=str(tmp_path / "r")), stop)
+    assert not (tmp_path / "r").exists()
+    assert stop.looks == 0
 
 
 def test_an_unknown_split_names_the_known_ones(place: Path) -> None:
