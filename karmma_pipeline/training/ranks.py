@@ -9,6 +9,7 @@ every step, and renames them; clips are not divisible, a modality may be absent 
 and these models are small enough that overlapping the sum with the backward pass buys nothing.)
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -134,6 +135,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if ranks.main:
         _logger.info("waiting for %d other ranks", ranks.size - 1)
+    # This module keeps the group that is joined when it is first loaded, which an optimiser would
+    # do later: the group and its threads would then outlive `destroy_process_group` and be torn
+    # down by the interpreter's end, which now and then aborts.
+    importlib.import_module("torch.distributed.nn.functional")
     store = _meet(ranks)
     # Both backends: losses and gradients lie on GPUs, counts and flags on the CPU.
     dist.init_process_group(
@@ -152,12 +157,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 def _meet(ranks: Ranks) -> Any:
     """Return the store by which the ranks find one another, once all have come to it."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    # torchrun may keep one store for all its attempts: those of one that failed do not count.
-    attempt = f"karmma/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store = next(rendezvous("env://", timeout=_MEETING))[0]
-        store.set(f"{attempt}/{ranks.rank}", "here")
-        store.wait([f"{attempt}/{rank}" for rank in range(ranks.size)], _MEETING)
+        store.set(f"karmma/{ranks.rank}", "here")
+        store.wait([f"karmma/{rank}" for rank in range(ranks.size)], _MEETING)
     except (RuntimeError, ValueError, OSError) as error:
         raise KarmmaError(
             f"rank {ranks.rank}: {ranks.size} ranks were to meet at MASTER_ADDR:MASTER_PORT="

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +34,16 @@ UNEVEN = {"batch_size": 17, "accumulate": 2, "save_every_s": 0.0}
 """72 clips: 9 and 8 of each batch, then 4 clips that one rank passes in two parts."""
 
 
+NAME_THREADS = """
+import atexit, os, pathlib, sys
+def tell():
+    if "RANK" in os.environ:
+        names = [p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+        print("threads at the end:", names, file=sys.stderr)
+atexit.register(tell)
+"""
+
+
 def losses(folder: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return np.array([[row["train_loss"], row["val_loss"], row["val_action_top1"]] for row in rows])
@@ -47,9 +58,13 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     }
     distill(recipes["one"])
     config.save(recipes["two"], tmp_path / "two.yaml")
-    process = karmma("distill", str(tmp_path / "two.yaml"), ranks=2)
+    (tmp_path / "sitecustomize.py").write_text(NAME_THREADS)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    process = karmma("distill", str(tmp_path / "two.yaml"), ranks=2, PYTHONPATH=path)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
+    assert err.count("threads at the end: ['python") == 2
+    assert "gloo" not in err  # what outlives its group may abort while the interpreter ends
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = says(tmp_path / "one", store), says(tmp_path / "two", store)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
