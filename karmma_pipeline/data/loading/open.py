@@ -64,9 +64,6 @@ class DeviceStore(TokenSource):
         """Digest of all that a training sees of each clip, 32 digits [clips]."""
         return self.source.clip_digests
 
-    def check_files(self) -> None:
-        """Do nothing: the tokens lie on the device."""
-
     def gather(self, modality: str, index: Tensor) -> Tensor:
         """Return tokens [B, N, D] on the CPU."""
         return self.source.gather(modality, index)
