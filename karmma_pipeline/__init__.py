@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from karmma_pipeline.extraction.recipe import ExtractRecipe
     from karmma_pipeline.extraction.report import ExtractReport
     from karmma_pipeline.models.saved import TrainedModel
+    from karmma_pipeline.recognition.recognizer import Recognizer
     from karmma_pipeline.store import FeatureStore, JoinedStore
     from karmma_pipeline.training.progress import TrainReport
     from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
@@ -40,6 +41,7 @@ __all__ = [
     "FeatureStore",
     "KarmmaError",
     "Predictions",
+    "Recognizer",
     "TrainedModel",
     "__version__",
     "distill",
@@ -55,6 +57,7 @@ _CLASSES = {
     "FeatureStore": "karmma_pipeline.store",
     "KarmmaError": "karmma_pipeline.errors",
     "Predictions": "karmma_pipeline.evaluation.predictions",
+    "Recognizer": "karmma_pipeline.recognition.recognizer",
     "TrainedModel": "karmma_pipeline.models.saved",
 }
 

@@ -26,8 +26,20 @@ from karmma_pipeline.training.recipe import TeacherRecipe
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = [n for n in km.__all__ if inspect.isfunction(getattr(km, n))]
-ORDER = ("extract", "train_teacher", "train_baseline", "distill", "evaluate", "load_model",
-         "predict", "FeatureStore", "TrainedModel", "Predictions", "KarmmaError")  # fmt: skip
+ORDER = (
+    "extract",
+    "train_teacher",
+    "train_baseline",
+    "distill",
+    "evaluate",
+    "load_model",
+    "predict",
+    "FeatureStore",
+    "TrainedModel",
+    "Predictions",
+    "Recognizer",
+    "KarmmaError",
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 
 from karmma_pipeline import files
@@ -73,7 +71,6 @@ class Row:
 
 def row_of(
     prediction: Prediction,
-    classes: Mapping[str, Sequence[str]],
     count: int,
     truth: Mapping[str, str],
     end_s: float | None = None,
@@ -82,13 +79,15 @@ def row_of(
 
     Args:
         prediction: of a clip.
-        classes: names of each head.
         count: how many of the best classes are kept.
         truth: head to the class that the clip has.
         end_s: end of the file, if the clip has none of its own.
     """
     clip = prediction.clip
-    top = {h: _best(p, classes[h], count) for h, p in prediction.probabilities.items()}
+    top = {
+        head: tuple(Guess(*best) for best in prediction.top(head, count))
+        for head in prediction.logits
+    }
     if len(top) > 1 and ACTION not in top:
         # "take cup", as people say it, whatever the order of the heads.
         order = sorted(top, key=lambda head: head != "verb")
@@ -100,13 +99,6 @@ def row_of(
     return Row(
         clip.clip_id, source.path, clip.start_s, stop_s, seen, prediction.reasons, top, truth
     )
-
-
-def _best(
-    probabilities: npt.NDArray[np.float64], names: Sequence[str], count: int
-) -> tuple[Guess, ...]:
-    order = np.argsort(-probabilities, kind="stable")[:count]
-    return tuple(Guess(names[i], float(probabilities[i])) for i in order)
 
 
 def _composite(heads: Sequence[tuple[Guess, ...]], count: int) -> tuple[Guess, ...]:

@@ -6,7 +6,7 @@ B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -32,8 +32,9 @@ from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
-from karmma_pipeline.models.saved import CARD, ModelCard, load_model
+from karmma_pipeline.models.saved import ModelCard, open_model
 from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
+from karmma_pipeline.recognition.clips import Spans, wanted_clips
 from karmma_pipeline.store import ModalitySpec
 
 _logger = logging.getLogger(__name__)
@@ -46,15 +47,28 @@ DROPPED = "dropped"
 class Prediction:
     """What a model says of a clip.
 
-    logits: head to float32 [C]; empty if no modality was left: there was nothing to see.
-    mask: modality to whether the model saw it.
-    reasons: absent modality to why: a reason of an extraction, or ``dropped``.
+    Attributes:
+        clip: with its id, ``start_s`` and ``stop_s`` (None: the end of the file).
+        logits: head to float32 [C]; empty if no modality was left: there was nothing to see.
+        mask: modality to whether the model saw it.
+        reasons: absent modality to why: a reason of an extraction, or ``dropped``.
+        heads: head to its C class names.
     """
 
     clip: Clip
     logits: Mapping[str, npt.NDArray[np.float32]]
     mask: Mapping[str, bool]
     reasons: Mapping[str, str]
+    heads: Mapping[str, Sequence[str]]
+
+    def top(self, head: str, count: int = 1) -> list[tuple[str, float]]:
+        """Return the best classes of a head and their probabilities; none if nothing was seen."""
+        if head not in self.heads:
+            raise ConfigError(f"head={head!r}: the model has {', '.join(self.heads)}.")
+        if head not in self.logits:
+            return []
+        of = self.probabilities[head]
+        return [(self.heads[head][i], float(of[i])) for i in np.argsort(-of, kind="stable")[:count]]
 
     @property
     def probabilities(self) -> dict[str, npt.NDArray[np.float64]]:
@@ -81,7 +95,20 @@ class Dropout:
 
 
 class Recognizer:
-    """A trained model together with the backbones that it was trained on.
+    """A trained model together with the backbones that it was trained on, for raw video.
+
+    In a script, keep the call of `predict` and `video` under ``if __name__ == "__main__":``, since
+    decoding runs in processes of its own; or decode in this one, with ``workers=0``.
+
+    Example:
+        >>> recognizer = km.Recognizer.load("runs/student")
+        >>> windows = recognizer.video("clips/videos/v0000.mp4", window_s=2, hop_s=1, workers=0)
+        >>> first = next(windows)
+        >>> first.clip.start_s, first.clip.stop_s, first.mask
+        (0.0, 2.0, {'rgb': True, 'flow': True, 'audio': True})
+        >>> (verb, probability), *others = first.top("verb", 3)
+        >>> verb in recognizer.card.heads["verb"], len(others)
+        (True, 2)
 
     Attributes:
         model: in evaluation mode, on the device.
@@ -120,12 +147,42 @@ class Recognizer:
             CheckpointError: no model is there, it is damaged, or weights are missing.
             ConfigError: the backbones cannot be set up as they were.
         """
-        run = Path(run)
-        model, card = load_model(run if (run / CARD).is_file() else run / "best")
+        opened = open_model(run)
+        card = opened.card
         networks = Networks(recipe_of(card, weights or {}, device))
         with one_thread(networks.device):
             configure(networks, {}, _logger.info)
-        return cls(model, card, networks)
+        return cls(opened.network, card, networks)
+
+    def video(
+        self,
+        path: str | Path,
+        *,
+        start_s: float = 0.0,
+        stop_s: float | None = None,
+        window_s: float | None = None,
+        hop_s: float | None = None,
+        without: tuple[str, ...] = (),
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield a prediction of a video, or of each window that slides over it.
+
+        Args:
+            path: the file.
+            start_s: seconds, where to begin.
+            stop_s: seconds, where to end; None: the file's end.
+            window_s: length of a window; None: it is one clip.
+            hop_s: from one window to the next; None: ``window_s``.
+            without: modalities that are left out.
+            workers: as of `predict`.
+
+        Raises:
+            MediaError: the file is missing, or holds neither pictures nor sound.
+            ConfigError: times or modalities make no sense.
+        """
+        spans = Spans(start_s, stop_s, window_s, hop_s)
+        clips = wanted_clips([Path(path)], spans).clips
+        return self.predict(clips, Dropout(tuple(without)), workers=workers)
 
     def predict(
         self,
@@ -221,7 +278,8 @@ class Recognizer:
             seen = dict(zip(self.modalities, mask[row].tolist(), strict=True))
             why = {m: reasons[row].get(m, DROPPED) for m, there in seen.items() if not there}
             said = {h: of[row].float().cpu().numpy() for h, of in logits.items()}
-            yield Prediction(clip, said if any(seen.values()) else {}, seen, why)
+            said = said if any(seen.values()) else {}
+            yield Prediction(clip, said, seen, why, self.card.heads)
 
     def _tokens(self, computed: Computed) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
         """Return tokens, modality to [B, N, D], zeros where absent, and why they are, per clip."""
