@@ -131,6 +131,7 @@ RULES = (
         without("exclude", "bad_clips"),
         "clips whose tokens are not finite stop a training and may be excluded",
     ),
+    Rule("*/recipe.yaml", renamed({"layout": "memory_format"}), "the key has a new name"),
     Rule("*/model.json", without("training.exclude", "training.bad_clips"), "the same"),
     Rule("*/media_notes/*", notes, "details of faults are noted"),
     Rule("*/failures.csv", failures, "a column for details, two reasons' names, hints"),

@@ -233,7 +233,7 @@ def test_rows_without_labels_are_answered(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["nowhere", "{video}"], 1, "no saved model is there"),
+        (["nowhere", "{video}"], 1, "no trained model is there"),
         (["{run}", "nowhere.mp4"], 1, "there is no such file"),
         (["{run}", "{store}"], 2, "is a feature store, which `karmma evaluate` takes"),
         (["{run}", "{run}"], 2, "is a folder; name videos"),
