@@ -160,6 +160,7 @@ def _run(
     read: dict[str, dict[str, Any]] = {}
     with _ShardWriters(catalogs, again) as writers, ExitStack() as stack:
         pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
+        pool.look_first = True
         plans = _plans(manifest.clips, missing, networks.batch_size, writers, read)
         batches = stack.enter_context(Prefetcher(_batches(plans, pool, networks)))
         report.forward_workers = worker_count(networks)  # while decoders start

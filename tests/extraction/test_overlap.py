@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pebble import ProcessPool
 from support.media_files import write_video
 from support.patience import PATIENCE_S
 
@@ -31,6 +32,7 @@ from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec, input_spec
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice
 
 
@@ -205,6 +207,21 @@ def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> Non
     assert not refs
     assert decoded.arrays[spec].sum() == 5000
     buffer.close()
+
+
+def test_clips_without_any_file_get_no_decode_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProcessPool, "schedule", lambda *_, **__: pytest.fail("a process"))
+    clips = [clip for n in range(40) for clip in clips_of(tmp_path / f"{n}.mp4", 2)]
+    with DecodePool(settings(), 1, PATIENCE_S, StopFlag(), ahead=6) as pool:
+        pool.look_first = True
+        plans = list(plan_batches(0, clips, ["teacher"], size=3, wanted=range(len(clips))))
+        found = [decoded for _, batch in pool.batches(plans) for decoded in batch]
+    assert [decoded.clip_id for decoded in found] == [clip.clip_id for clip in clips]
+    for decoded, clip in zip(found, clips, strict=True):
+        assert set(decoded.reasons.values()) == {Reason.FILE_MISSING}
+        assert set(decoded.details.values()) == {str(clip.media["rgb"].path)}
 
 
 def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class DecodePool:
 
     Attributes:
         busy_s: CPU seconds that processes have spent on decoding, all together.
+        look_first: a clip of which no file is there gets no process.
 
     Raises:
         StoppedError: from `batches`, when a stop was asked for.
@@ -102,7 +103,7 @@ class DecodePool:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
         self._workers, self._ahead = workers, ahead or 2 + workers
         self._buffer = buffer
-        self.busy_s = 0.0
+        self.busy_s, self.look_first = 0.0, False
         self._pool = self._start()
         self._open: set[_Future] = set()
         self._watch = _MemoryWatch(memory_gb)
@@ -156,10 +157,21 @@ class DecodePool:
             while waiting and pending + len(group) > self._ahead:
                 pending -= len(waiting[0].clips)
                 yield from self._result(waiting.popleft())
-            waiting.append(self._submit(group))
+            gone = self.look_first and not any(path.exists() for path in self._paths(group))
+            waiting.append(self._absent(group) if gone else self._submit(group))
             pending += len(group)
         while waiting:
             yield from self._result(waiting.popleft())
+
+    def _paths(self, clips: list[Clip]) -> set[Path]:
+        wanted = {spec.modality for spec in self.settings.inputs}
+        return {clip.media[m].path for clip in clips for m in wanted if m in clip.media}
+
+    def _absent(self, clips: list[Clip]) -> _Task:
+        """Say why clips without any file are absent: nothing is opened, so no process is needed."""
+        future: _Future = ProcessFuture()
+        future.set_result((0.0, [(lost, {}) for lost in decode_clips(clips, self.settings)]))
+        return _Task(clips, [None] * len(clips), future)
 
     def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
         # More clips may be on their way than there are slots, as second tries have some of their
