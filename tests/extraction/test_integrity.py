@@ -12,7 +12,9 @@ import pytest
 from support.media_files import RATE, pack, write_frames, write_video
 
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.integrity import Kind, check_source, check_sources
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
 
 NAME = "frame_{:010d}.jpg"
@@ -117,6 +119,24 @@ def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
         assert (found[name].ends or {})["video"] == pytest.approx(1.1)
     assert found["none"].detail == f"no {NAME}; it holds no pictures"
     assert 0.3 < ((found["cut.tar"].ends or {})["video"] or 0) < 0.9
+
+
+def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_path: Path) -> None:
+    (tmp_path / "P01_03.Mp4").touch()
+    (tmp_path / "P01_01.MP4").mkdir()
+    for name, said in (
+        ("P01_03.MP4", "there is P01_03.Mp4"),
+        ("P01_03.MOV", "there is P01_03.Mp4"),
+        ("P01_01.MP4", "a folder lies there, not a file"),
+        ("gone/v.mp4", f"there is no folder {tmp_path / 'gone'}"),
+        ("other.mp4", ""),
+    ):
+        path = tmp_path / name
+        (check,) = check_sources({0: FileSource(path)}).values()
+        with pytest.raises(MediaFaultError) as fault:
+            read_info(path)
+        assert (check.state, check.detail) == ("missing", said)
+        assert fault.value.detail == (f"{path}: {said}" if said else str(path))
 
 
 def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:

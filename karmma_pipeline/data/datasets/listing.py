@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 #: How video files end, in lower case: those of the containers that FFmpeg reads.
@@ -55,25 +56,41 @@ class Listing:
         """
         for candidate in candidates:
             place, _, stem = candidate.rpartition("/")
-            folder = root / place
-            if folder not in self._stems:
-                stems = self._stems[folder] = {}
-                for name, is_folder in sorted(self.names(folder).items()):
-                    if not is_folder and Path(name).suffix.lower() in VIDEO_SUFFIXES:
-                        stems.setdefault(Path(name).stem.casefold(), []).append(name)
-            for name in self._stems[folder].get(stem.casefold(), []):
-                return folder / name
+            for name in self._alike(root / place, stem):
+                is_folder = self._names[root / place][name]
+                if not is_folder and Path(name).suffix.lower() in VIDEO_SUFFIXES:
+                    return root / place / name
         return None
+
+    def _alike(self, folder: Path, stem: str) -> list[str]:
+        """Return the names in a folder that differ in case and ending at most."""
+        if folder not in self._stems:
+            stems = self._stems[folder] = {}
+            for name in sorted(self.names(folder)):
+                stems.setdefault(Path(name).stem.casefold(), []).append(name)
+        return self._stems[folder].get(stem.casefold(), [])
 
     def beside(self, path: Path) -> str:
         """Say what lies where a file is missing; empty if there is nothing like it."""
-        names = self.names(path.parent)
-        if path.name in names:
-            return "a folder lies there, not a file" if names[path.name] else ""
-        for name in names:
-            if Path(name).stem.casefold() == path.stem.casefold():
-                return f"there is {name}"
-        return "" if names or path.parent.is_dir() else f"there is no folder {path.parent}"
+        alike = self._alike(path.parent, path.stem)
+        if self.names(path.parent).get(path.name):
+            return "a folder lies there, not a file"
+        if alike and path.name not in alike:
+            return f"there is {alike[0]}"
+        there = bool(self.names(path.parent)) or path.parent.is_dir()
+        return "" if there else f"there is no folder {path.parent}"
+
+
+def missing(path: Path) -> str:
+    """Return a missing file's path for people, with what lies in its place."""
+    folder = path.parent
+    hint = _listed(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0).beside(path)
+    return f"{path}: {hint}" if hint else str(path)
+
+
+@lru_cache(maxsize=1)
+def _listed(_folder: Path, _changed_ns: int) -> Listing:
+    return Listing()
 
 
 class SourceCounts:

@@ -11,6 +11,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
+from karmma_pipeline.data.datasets.listing import missing
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
@@ -68,7 +69,7 @@ def open_container(path: Path) -> "av.container.InputContainer":
         MediaFaultError: it is missing, refused as a playlist, or no media file.
     """
     if not path.is_file():
-        raise MediaFaultError(Reason.FILE_MISSING, str(path))
+        raise MediaFaultError(Reason.FILE_MISSING, missing(path))
     # FFmpeg tells formats by content and not by name: a playlist called clip.mp4 would be opened
     # as one, and could name any file or address. Both lists are closed; `file:` keeps a name with
     # a colon in it from being taken for a protocol.

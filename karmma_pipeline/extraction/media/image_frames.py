@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline import files
+from karmma_pipeline.data.datasets.listing import missing
 from karmma_pipeline.data.manifest import FrameSource
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times
@@ -59,7 +60,7 @@ class ImageFrames(MediaReader):
         elif source.path.is_file():
             names, self._table = _in_tar(source.path, source.names, index_folder)
         else:
-            raise MediaFaultError(Reason.FILE_MISSING, str(source.path))
+            raise MediaFaultError(Reason.FILE_MISSING, missing(source.path))
         # Numbers that begin before the first one's are a grid that begins there.
         base = min(source.base, int(self._table[0, 0]))
         self.source = replace(source, names=names, base=base)

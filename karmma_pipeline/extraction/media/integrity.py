@@ -16,6 +16,7 @@ from typing import Literal
 from pebble import ProcessExpired, ProcessPool
 
 from karmma_pipeline import jobs
+from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
@@ -65,10 +66,10 @@ def check_sources(sources: Mapping[object, Source], *, probe: bool = True) -> Ch
         sources: what to look at.
         probe: open each, in at most eight processes; else tell only what is not there.
     """
-    checks = {
-        key: SourceCheck("fine" if source.path.exists() else "missing")
-        for key, source in sources.items()
-    }
+    checks, listing = dict.fromkeys(sources, SourceCheck("fine")), Listing()
+    for key, source in sources.items():
+        if not source.path.exists():
+            checks[key] = SourceCheck("missing", listing.beside(source.path))
     there = {k: s for k, s in sources.items() if probe and checks[k].state == "fine"}
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(total=len(there), desc="probe", unit="file"))
