@@ -10,13 +10,13 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -32,12 +32,56 @@ class Recipe(BaseModel):
     OLD_KEYS: typing.ClassVar[dict[str, str]] = {}
     """Keys of older versions that no longer mean anything, and what to do instead."""
 
+    FREE: typing.ClassVar[frozenset[str]] = frozenset()
+    """Keys that change no number of the result (paths, names, saving): they may differ when work
+    goes on that began with others."""
+
+    SETTLED: typing.ClassVar[frozenset[str]] = frozenset()
+    """Keys whose value ``auto`` is settled when work begins, and saved."""
+
     @model_validator(mode="before")
     @classmethod
-    def _drop_old_keys(cls, given: Any) -> Any:
+    def _read_older(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if key not in cls.OLD_KEYS}
+        version = (info.context or {}).get("version", VERSION)
+        for (
+            key,
+            value,
+        ) in given.items():  # a folder may be called 2024, which YAML takes for a number
+            if type(value) is int and _may_be_path(cls, key):
+                given = {**given, key: str(value)}
+        return newer_keys(cls, version) | {k: v for k, v in given.items() if k not in cls.OLD_KEYS}
+
+
+def _may_be_path(model: type[BaseModel], key: str) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and Path in (field.annotation, *typing.get_args(field.annotation))
+
+
+VERSION = 2
+"""Version of the recipes that are saved; 1 is any without a version."""
+
+NEWER_KEYS: dict[str, tuple[int, Any]] = {
+    "TrainRecipe.select_by": (2, "action_top1"),
+    "TrainRecipe.init_from": (2, None),
+}
+"""``Recipe.key`` to the first version of saved recipes that has it, and what was done before.
+
+A recipe that an older program saved lacks the key and means that. A user's own recipe that lacks
+it means today's default.
+"""
+
+
+def newer_keys(model: type[Recipe], version: int) -> dict[str, Any]:
+    """Return the keys that recipes saved by a version lack, and what they mean by that."""
+    names = {base.__name__ for base in model.__mro__}
+    found = {}
+    for name, (since, before) in NEWER_KEYS.items():
+        recipe, _, key = name.partition(".")
+        if recipe in names and since > version:
+            found[key] = before
+    return found
 
 
 R = typing.TypeVar("R", bound=Recipe)
@@ -111,7 +155,7 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is no mapping.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path}: the recipe cannot be read ({error.strerror}); `karmma init` writes one."
@@ -128,15 +172,29 @@ def read(path: Path) -> dict[str, Any]:
 
 def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
     """Make a recipe from plain data; ``where`` opens every error message."""
+    version = _take_version(model, tree, where, VERSION)
     for override in overrides:
         _apply(model, tree, override)
     for key in model.OLD_KEYS.keys() & tree.keys():
         _logger.warning("%s: %s: %s", where, key, model.OLD_KEYS[key])
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, context={"version": version})
     except ValidationError as error:
         faults = "; ".join(_sentence(model, fault) for fault in error.errors())
         raise ConfigError(f"{where}: {faults}.") from None
+
+
+def _take_version(model: type[Recipe], tree: dict[str, Any], where: str, without: int) -> int:
+    """Take the version out of a saved recipe and return it; ``without``: what none means."""
+    if "version" in model.model_fields:  # a key of its own, such as a model card's
+        return VERSION
+    version = tree.pop("version", without)
+    if not isinstance(version, int) or version > VERSION:
+        raise ConfigError(
+            f"{where}: version={version!r}: recipes up to version {VERSION} can be read; a newer "
+            "karmma-pipeline saved this one."
+        )
+    return version
 
 
 def _apply(model: type[Recipe], tree: dict[str, Any], override: str) -> None:
@@ -281,15 +339,51 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def saved_tree(model: type[Recipe], path: Path) -> Any:
-    """Return a saved recipe as plain data with today's keys: what a version before lacked or named.
+def saved(model: type[R], path: Path) -> R | None:
+    """Return a recipe that `save` left; None if this version cannot read it as one of the model."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if isinstance(tree, dict):
+        version = _take_version(model, tree, str(path), without=1)
+        with suppress(ValidationError):
+            return model.model_validate(tree, context={"version": version})
+    return None
 
-    A recipe that this version cannot read comes back as it stands in the file.
+
+def resumed(began: R, recipe: R) -> R:
+    """Return the recipe with which work goes on that began with another one.
+
+    It is the one that is given now, but for what that leaves open: ``auto`` that was settled, and
+    keys that it lacks and that came later than the first version. Work that goes on keeps to both.
     """
-    tree = parse_yaml(path.read_text(), str(path))
-    with suppress(ValidationError):
-        return parse_yaml(dump(model.model_validate(tree)), str(path))
-    return tree
+    newer, changes = newer_keys(type(recipe), 1), {}
+    for key in type(recipe).model_fields:
+        here, there = getattr(recipe, key), getattr(began, key)
+        settled = key in recipe.SETTLED and here == "auto"
+        if settled or (key in newer and key not in recipe.model_fields_set):
+            changes[key] = there
+        elif isinstance(here, Recipe) and type(here) is type(there):
+            changes[key] = resumed(there, here)
+    return recipe.model_copy(update=changes)
+
+
+def changed_defaults(recipe: Recipe) -> Iterator[str]:
+    """Yield the defaults that a recipe leaves open and that were others in earlier versions."""
+    for key, before in newer_keys(type(recipe), 0).items():
+        now = getattr(recipe, key)
+        if key not in recipe.model_fields_set and now != before:
+            yield f"{key}={now!r} by default; it was {before!r} in earlier versions"
+
+
+def identity(value: Any) -> Any:
+    """Return what a recipe asks for as plain data, without keys that change no number."""
+    if isinstance(value, Recipe):
+        keys = [key for key in type(value).model_fields if key not in value.FREE]
+        return {key: identity(getattr(value, key)) for key in keys}
+    if isinstance(value, dict):
+        return {key: identity(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
@@ -302,34 +396,18 @@ def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
         yield f"{path} is {there!r} there and {wanted!r} here"
 
 
-def saved_differences(path: Path, recipe: Recipe, free: Collection[str] = ()) -> list[str]:
-    """Return where the recipe that `save` left in a file differs from this one.
-
-    Args:
-        path: the file.
-        recipe: this one.
-        free: dotted keys that may differ.
-    """
-    # Both go through YAML: what the model holds as a path or a tuple is text or a list there.
-    there = saved_tree(type(recipe), path)
-    here = parse_yaml(dump(recipe), "recipe")
-    for key in free:
-        _remove(there, key)
-        _remove(here, key)
-    return list(differences(there, here))
-
-
-def _remove(tree: Any, key: str) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.get(section) if isinstance(tree, dict) else None
-    if isinstance(tree, dict):
-        tree.pop(last, None)
+def saved_differences(path: Path, recipe: Recipe) -> list[str]:
+    """Return where the recipe that `save` left in a file differs from this one, if it matters."""
+    began = saved(type(recipe), path)
+    if began is not None:
+        return list(differences(identity(began), identity(resumed(began, recipe))))
+    there = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return list(differences(there, identity(recipe))) or [f"{path} is no recipe"]
 
 
 def save(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe."""
-    files.write_text(path, dump(recipe))
+    """Write the resolved recipe, whole and with its version."""
+    files.write_text(path, f"version: {VERSION}\n{dump(recipe)}")
 
 
 def template(model: type[Recipe], values: Recipe | None = None) -> str:

@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _create_beside(path)
+        temporary = create_beside(path)
         try:
             yield temporary
             # First the bytes, then the name, then the folder that holds the name: after a power cut
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def _create_beside(path: Path) -> Path:
+def create_beside(path: Path) -> Path:
     """Create an empty file in the folder of ``path`` whose name says which process writes it.
 
     Not by `tempfile`, whose files are the owner's alone. The system itself applies the umask (or

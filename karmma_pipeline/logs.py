@@ -4,9 +4,11 @@ Modules log through ``logging.getLogger(__name__)``, below the logger ``karmma_p
 uses the package from Python sets up logging as for any other library; `show` is for commands.
 """
 
+import io
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +19,53 @@ _PACKAGE = "karmma_pipeline"
 _bar_kind: "list[type[tqdm[Any]] | None]" = [None]
 
 
+class _Console(io.TextIOBase):
+    """Whatever stderr is now; a terminal, pipe or disk that is gone or full ends no work.
+
+    stderr is looked up each time, for tests and notebooks replace it. It may be None: closed.
+    """
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stderr, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> int:
+        """Write text; characters that the console's encoding lacks become escapes."""
+        safe = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda: sys.stderr.write(safe))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        self._try(lambda: sys.stderr.flush())
+
+    def isatty(self) -> bool:
+        """Whether somebody watches."""
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor, of which tqdm asks the width."""
+        return sys.stderr.fileno()
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            if sys.stderr is not None:
+                write()
+        except (OSError, ValueError):
+            # What could not be written would be tried again when the interpreter ends, which then
+            # would report a failure (120) of a run that has none.
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+
+
+CONSOLE = _Console()
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes each record as a line on stderr, above the progress bars that are drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; stderr is looked up each time, for tests and notebooks replace it."""
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except (OSError, ValueError):
-            # The terminal or the pipe behind it is gone: that must not end hours of work.
-            return
+        """Write one record."""
+        tqdm.write(self.format(record), file=CONSOLE)
 
 
 def show() -> None:
@@ -66,4 +105,4 @@ def progress_bar(*args: Any, **kwargs: Any) -> "tqdm[Any]":
     kind = _bar_kind[0]
     if kind is None:
         kwargs["disable"] = True
-    return (kind or tqdm)(*args, **kwargs)
+    return (kind or tqdm)(*args, **kwargs | {"file": CONSOLE})

@@ -87,9 +87,12 @@ def _log_sum_exp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def mean_class_accuracy(correct: Bools, labels: Labels) -> float:
-    """Return the mean over the classes that occur of the share of right clips, 0 to 1."""
+    """Return the mean over the classes that occur of the share of right clips, 0 to 1.
+
+    Of no clips it is NaN.
+    """
     if not len(labels):
-        return 0.0
+        return math.nan
     counts = np.bincount(labels)
     hits = np.bincount(labels, correct, len(counts))
     return float((hits[counts > 0] / counts[counts > 0]).mean())
@@ -102,7 +105,8 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
     p, z2 = correct / n, z * z
     centre, spread = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     low, high = (centre - spread) / (1 + z2 / n), (centre + spread) / (1 + z2 / n)
-    return max(0.0, low), min(1.0, high)
+    # Rounding may put an end on the wrong side of the share itself, at 0 and at 1.
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def kept_distribution(count: int, rate: float) -> npt.NDArray[np.float64]:

@@ -1,39 +1,44 @@
 """One run, one folder: its recipe, the software that ran it, its metrics and its log."""
 
-import fcntl
 import json
 import logging
 import platform
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from karmma_pipeline import config, files
+from karmma_pipeline import config, files, locks
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError
+from karmma_pipeline.errors import CheckpointError, ConfigError
 
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
 RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
 CARD = "model.json"  # of a saved model, in a folder of the run
+MODELS = ("best", "last")
+_STARTED, _MADE = {ENVIRONMENT, LOG, METRICS}, {"state", "tensorboard", "teacher_table"}
 _LOCK = ".lock"
+ELSE = "choose another folder with --set out=FOLDER"
 _logger = logging.getLogger(__name__)
 
 
 class RunFolder:
     """The folder of a run; while it is open no other process may train into it.
 
+    Nothing is written into a new one before `claim`, so that a start that fails leaves nothing.
+
     Args:
         path: the folder.
         recipe: of the run.
         writes: of several ranks only the one that writes changes anything; to the others all
             methods that write do nothing.
-        free: dotted keys of the recipe that may change when a run goes on, since what comes out
-            does not depend on them.
+
+    Attributes:
+        recipe: the one given, with what it leaves open as the run that is there began with it.
 
     Raises:
         ConfigError: the folder belongs to another run (the first difference is named) or
@@ -41,34 +46,65 @@ class RunFolder:
         KarmmaError: another process trains into it.
     """
 
-    def __init__(
-        self, path: Path, recipe: Recipe, writes: bool = True, free: Collection[str] = ()
-    ) -> None:
-        self.path, self.writes, self._free = path, writes, free
+    def __init__(self, path: Path, recipe: Recipe, writes: bool = True) -> None:
+        self.path, self.recipe, self.writes = path, recipe, writes
         self.metrics = path / METRICS
-        self._lock: IO[str] | None = None
+        self._held = ExitStack()
+        self._claimed = False
         if writes:
-            self._open(recipe)
+            with self._held:
+                self._open(recipe)
+                self._held = self._held.pop_all()
+        began = config.saved(type(recipe), path / RECIPE) if (path / RECIPE).is_file() else None
+        if began is not None and not config.saved_differences(path / RECIPE, recipe):
+            self.recipe = config.resumed(began, recipe)
 
     def _open(self, recipe: Recipe) -> None:
+        self._check(recipe)  # before anything is changed in a folder that is not ours
+        self._held.enter_context(locks.locked(self.path / _LOCK, "trains into this folder", ELSE))
+        self._check(recipe)
+        # The lock comes before the sweep: only whoever holds it may take temporary files for
+        # those of a dead process.
+        with files.disk_errors(self.path / RECIPE):
+            files.sweep((self.path, *self.path.glob("*/")), alone=True)  # of a killed process
+
+    def _check(self, recipe: Recipe) -> None:
         there = self.path / RECIPE
         if there.is_file():
-            _check_same(self.path, there, recipe, self._free)
-        elif self.path.is_dir():
-            _check_ours(self.path)
-        elif self.path.exists():
-            raise ConfigError(f"{self.path}: is a file; choose a folder with --set out=FOLDER.")
-        with files.disk_errors(there):
-            self.path.mkdir(parents=True, exist_ok=True)
-            # The lock comes before the sweep: only whoever holds it may take temporary files for
-            # those of a dead process.
-            self._lock = _locked(self.path / _LOCK)
-            files.sweep((self.path, *self.path.glob("*/")), alone=True)  # of a killed process
+            self._claimed = not (differing := config.saved_differences(there, recipe))
+            if differing and _is_trained(self.path):
+                raise ConfigError(
+                    f"{self.path}: holds a run of another recipe ({differing[0]}); "
+                    f"{ELSE}, or remove this one."
+                )
+            if differing:  # of a start that failed
+                check_output(self.path, {RECIPE, *_STARTED, *_MADE}, "and a recipe")
+        else:
+            check_output(self.path, _STARTED, "and no run")
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder that of this run; called after every check that may fail.
+
+        Args:
+            recipe: with everything settled; it is what the folder keeps, unless this run is there.
+        """
+        if not self.writes or self._claimed:
+            return
+        with files.disk_errors(self.path / RECIPE):
+            for left in (self.metrics, *self.path.glob("tensorboard/*")):  # of a start that failed
+                left.unlink(missing_ok=True)
         # The recipe is written last, for it is what makes a folder a run: one that was killed
-        # before has only files that `_check_ours` knows, and the next start takes it over.
-        if not there.is_file():
-            files.write_json(self.path / ENVIRONMENT, environment())
-            config.save(recipe, there)
+        # before has only files that `_check` knows, and the next start takes it over.
+        files.write_json(self.path / ENVIRONMENT, environment())
+        config.save(recipe, self.path / RECIPE)
+        self._claimed = True
+        for line in config.changed_defaults(recipe):
+            self.note(line)
+
+    def check(self) -> None:
+        """Check that no other process has taken the folder over; see `locks.check`."""
+        if self.writes:
+            locks.check(self.path / _LOCK)
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +114,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     def note(self, text: str) -> None:
         """Log a line, and append it to ``log.txt`` with the time."""
@@ -89,8 +123,8 @@ class RunFolder:
             self.log(text)
 
     def log(self, text: str) -> None:
-        """Append a line to ``log.txt`` with the time."""
-        if self.writes:
+        """Append a line to ``log.txt`` with the time; a folder that is not claimed has no log."""
+        if self.writes and self._claimed:
             path = self.path / LOG
             with files.disk_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
@@ -102,43 +136,28 @@ class RunFolder:
             files.write_text(self.metrics, "".join(lines))
 
 
-def _check_same(path: Path, there: Path, recipe: Recipe, free: Collection[str]) -> None:
-    if differing := config.saved_differences(there, recipe, free):
-        raise ConfigError(
-            f"{path}: holds a run of another recipe ({differing[0]}); "
-            "choose another folder with --set out=FOLDER, or remove this one."
-        )
+def _is_trained(run: Path) -> bool:
+    """Tell whether anything was trained: else a folder is that of a start that failed."""
+    return any(run.glob("state/*.pt")) or any((run / name).exists() for name in MODELS)
 
 
-def _check_ours(path: Path) -> None:
-    """Refuse a folder with other files; those of a run that was killed at its start are ours."""
-    ours = {ENVIRONMENT, LOG, _LOCK}
-    others = [p.name for p in path.iterdir() if p.name not in ours and p.suffix != ".tmp"]
-    if others:
-        raise ConfigError(
-            f"{path}: holds other files, such as {min(others)}, and no run; "
-            "choose another folder with --set out=FOLDER."
-        )
+def check_output(path: Path, ours: Collection[str], but: str) -> None:
+    """Refuse to write into a folder that holds other files than those of one's own kind.
 
+    Args:
+        path: the folder; it may be missing.
+        ours: names of files and folders that may lie in it; hidden ones may, too.
+        but: what it holds besides them, or does not, to end the sentence.
 
-def _locked(path: Path) -> IO[str]:
-    """Return the open file whose lock this process holds; closing it lets others in.
-
-    The kernel drops the lock with the process, however that ends: none is ever left behind. The
-    file itself stays, for whoever removed it could let two processes lock two files of one name.
+    Raises:
+        ConfigError: it holds others, or is a file.
     """
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise KarmmaError(
-            f"{path.parent}: another process trains into this folder; wait for it, stop it, or "
-            "choose another folder with --set out=FOLDER."
-        ) from None
-    except OSError:
-        pass  # a file system without locks: better no protection than no run
-    return file
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; choose a folder with --set out=FOLDER.")
+    names = [p.name for p in path.iterdir()] if path.is_dir() else []
+    others = [name for name in names if name not in ours and not name.startswith(".")]
+    if others:
+        raise ConfigError(f"{path}: holds other files, such as {min(others)}, {but}; {ELSE}.")
 
 
 def environment() -> dict[str, Any]:

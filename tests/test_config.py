@@ -1,3 +1,7 @@
+import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -99,3 +103,84 @@ def test_the_template_shows_a_parts_default_where_it_stands() -> None:
         optimiser: Optimiser = Field(Optimiser(lr=1.0), description="How weights move.")
 
     assert config.build(Fast, config.parse_yaml(config.template(Fast), "w"), "w") == Fast()
+
+
+def test_recipes_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from karmma_pipeline import config\n"
+        "class Named(config.Recipe):\n"
+        "    name: str = ''\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "recipe = config.load(Named, path)\n"
+        "assert recipe.name == 'Sch\\u00fcler \\u03b4', ascii(recipe)\n"
+        "config.save(recipe, path)\n"
+        "assert config.saved(Named, path) == recipe\n"
+    )
+    (tmp_path / "r.yaml").write_text("name: Schüler δ\n", encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "r.yaml"], env={**os.environ, **plain}, check=True
+    )
+
+
+def test_every_text_file_is_opened_as_utf8() -> None:
+    """A file whose encoding is left to the locale is another one on another machine."""
+    package = Path(config.__file__).parent
+    faults = []
+    for path in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                named = {keyword.arg for keyword in call.keywords}
+                if call.func.attr == "read_text" and not call.args and "encoding" not in named:
+                    faults.append(f"{path}:{call.lineno}")
+    assert not faults
+
+
+def test_a_folder_may_be_called_by_a_number(tmp_path: Path) -> None:
+    assert load(tmp_path, "store: 2024").store == Path("2024")
+    assert load(tmp_path, "store: a", "store=12345").store == Path("12345")
+
+
+class Old(config.Recipe):
+    lr: float = Field(1e-4, description="Peak learning rate.")
+    rule: str = Field("new", description="Came later.")
+    mode: str = Field("auto", description="Settled at the start.")
+    place: Path = Field(Path("a"), description="Where.")
+    FREE = frozenset({"place"})
+    SETTLED = frozenset({"mode"})
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.NEWER_KEYS, "Old.rule", (2, "old"))
+
+
+@pytest.mark.usefixtures("newer")
+def test_a_saved_recipe_means_by_a_key_that_it_lacks_what_was_done_before(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lr: 0.1\nmode: fast\nplace: there\n")
+    mine = config.build(Old, {"lr": 0.1}, "mine")
+    began = config.saved(Old, path)
+    assert began is not None
+    assert (began.rule, mine.rule) == ("old", "new")
+    assert config.saved_differences(path, mine) == []
+    goes_on = config.resumed(began, mine)
+    assert (goes_on.rule, goes_on.mode, goes_on.place) == ("old", "fast", Path("a"))
+    assert list(config.changed_defaults(mine)) == [
+        "rule='new' by default; it was 'old' in earlier versions"
+    ]
+    wanted = config.build(Old, {"lr": 0.1, "rule": "new"}, "mine")
+    assert config.saved_differences(path, wanted) == ["rule is 'old' there and 'new' here"]
+    assert list(config.changed_defaults(wanted)) == []
+
+
+@pytest.mark.usefixtures("newer")
+def test_a_recipe_is_saved_whole_with_its_version_and_read_again_as_it_is(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "recipe.yaml", config.build(Old, {}, "mine")
+    config.save(recipe, path)
+    assert path.read_text().startswith(f"version: {config.VERSION}\n")
+    assert config.load(Old, path) == recipe == config.saved(Old, path)
+    path.write_text(path.read_text().replace("version: 2", "version: 99"))
+    with pytest.raises(ConfigError, match="version=99: recipes up to version 2 can be read"):
+        config.load(Old, path)

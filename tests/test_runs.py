@@ -20,12 +20,18 @@ class Example(Recipe):
     part: dict[str, int] = Field({"a": 1})
 
 
+def begin(folder: Path, recipe: Recipe) -> None:
+    with RunFolder(folder, recipe) as run:
+        run.claim(recipe)
+
+
 def test_a_run_folder_explains_itself_and_can_be_opened_again(tmp_path: Path) -> None:
     for _ in range(2):
         with RunFolder(tmp_path / "r", Example()) as run:
+            run.claim(Example())
             run.log("hello")
             run.write_metrics([{"epoch": 1, "loss": 0.5}])
-    assert (tmp_path / "r/recipe.yaml").read_text().startswith("size: 1\n")
+    assert (tmp_path / "r/recipe.yaml").read_text().startswith("version: 2\nsize: 1\n")
     environment = json.loads((tmp_path / "r/environment.json").read_text())
     assert environment["packages"]["torch"]
     lines = (tmp_path / "r/log.txt").read_text().splitlines()
@@ -34,7 +40,8 @@ def test_a_run_folder_explains_itself_and_can_be_opened_again(tmp_path: Path) ->
 
 
 def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "r", Example()).close()
+    begin(tmp_path / "r", Example())
+    (tmp_path / "r/best").mkdir()
     with pytest.raises(ConfigError, match=r"part\.a is 1 there and 2 here"):
         RunFolder(tmp_path / "r", Example(part={"a": 2}))
 
@@ -53,7 +60,7 @@ def test_what_a_killed_start_left_is_taken_over_and_swept(tmp_path: Path) -> Non
     (tmp_path / ".recipe.yaml.abc.tmp").write_text("half")
     (tmp_path / "state").mkdir()
     (tmp_path / "state").rmdir()
-    RunFolder(tmp_path, Example()).close()
+    begin(tmp_path, Example())
     assert not list(tmp_path.glob("*.tmp"))
     assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "recipe.yaml").is_file()
@@ -76,7 +83,7 @@ def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
     with RunFolder(folder, Recipe()):
         refused = ask()
         assert refused.returncode != 0
-        assert "another process trains into this folder" in refused.stderr
+        assert " trains into this folder; choose another" in refused.stderr
     assert ask().returncode == 0
 
 

@@ -17,6 +17,7 @@ from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.jobs import Part
 from karmma_pipeline.models.saved import WEIGHTS, read_card
+from karmma_pipeline.runs import METRICS
 from karmma_pipeline.store import Catalog, FeatureStore, find_joined
 from karmma_pipeline.training.progress import TrainingProgress
 from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
@@ -99,10 +100,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
 
 
 def _training(recipe: TrainRecipe) -> StageProgress:
-    metrics = recipe.out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    rows = [row for row in map(_json, lines) if {"epoch", "val_action_top1"} <= row.keys()]
-    run = TrainingProgress(max((int(row["epoch"]) for row in rows), default=0), history=rows)
+    run = TrainingProgress.read(recipe.out / METRICS)
     there = all((recipe.out / name / WEIGHTS).is_file() for name in ("best", "last"))
     return StageProgress(
         there and run.finished(recipe),
@@ -120,12 +118,20 @@ def _changed_inputs(recipe: TrainRecipe) -> Iterator[str]:
             yield str(stores[0])
     if isinstance(recipe, DistillRecipe):
         folder = recipe.teacher_table or recipe.out / "teacher_table"
-        tables = [_json(path.read_text()) for path in folder.glob("*/table.json")]
+        tables = [_json(path) for path in folder.glob("*/table.json")]
         learned_from = {table.get("teacher_weights") for table in tables}
         for teacher in recipe.teacher:
             with suppress(CheckpointError):
                 if tables and read_card(teacher / "best").weights_sha256 not in learned_from:
                     yield str(teacher)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _hold(paths: Iterable[Path], digest: str, parts: Sequence[str] = ()) -> bool:
@@ -134,14 +140,6 @@ def _hold(paths: Iterable[Path], digest: str, parts: Sequence[str] = ()) -> bool
         stores = [FeatureStore.open(path) for path in paths]
         return find_joined(stores, digest, parts) is not None
     return True
-
-
-def _json(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return {}  # the last line of a killed run
-    return row if isinstance(row, dict) else {}
 
 
 def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
@@ -155,7 +153,7 @@ def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
         return StageProgress(done=False, text="half a report")
     if changed := changed_keys(recipe.out, recipe):
         return StageProgress(done=False, text="report", changed=changed)
-    runs = json.loads(results.read_text())["runs"]
+    runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
     others = [
         str(run)
         for run, evaluated in zip(recipe.runs, runs, strict=True)

@@ -378,8 +378,8 @@ def release_locks(stores: Sequence[Path], alive: set[str]) -> None:
     """
     for store in stores:
         for lock in sorted(layout.spool_folder(store, 0).parent.glob("*/lock")):
-            words = lock.read_text().split()
-            if len(words) == 3 and words[2].isdigit() and words[2] not in alive:
+            words = lock.read_text(encoding="utf-8").split()
+            if len(words) > 2 and words[2].isdigit() and words[2] not in alive:
                 lock.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -36,9 +37,10 @@ def evaluate(
     folders; each is evaluated on the store that it was trained on, unless --store names others.
     """
     given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
-    switches = [f"{key}={value}" for key, value in given.items() if value]
+    # JSON is YAML in which no character of a path means anything else.
+    switches = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
     if out is not None:
-        switches.append(f"out={str(out)!r}")
+        switches.append(f"out={json.dumps(str(out))}")
     resolved = load_recipe("evaluate", recipe, (*switches, *overrides), check)
     from karmma_pipeline.evaluation.evaluate import evaluate as run
     from karmma_pipeline.jobs import StopFlag

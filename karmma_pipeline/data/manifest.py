@@ -483,7 +483,10 @@ def _flow(row: Row, folder: Path, pictures: PictureNames) -> Source | None:
 
 def write_manifest(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows (all with the same keys) as a manifest CSV."""
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -102,10 +102,10 @@ def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[DropCurve]
         return
     for protocol in ("all", "complete"):
         counted = correct.clips(protocol)
-        if not counted.any():
-            continue
         for metric in correct.metrics:
             rows = counted & correct.known[metric]
+            if not rows.any():
+                continue
             points = tuple(
                 _point(correct, metric, rows, rate, recipe) for rate in recipe.drop_rates
             )
@@ -116,8 +116,6 @@ def _point(
     correct: Correct, metric: str, rows: Bools, rate: float, recipe: EvaluateRecipe
 ) -> DropPoint:
     table = correct.table[metric, 1][:, rows].astype(np.float64)  # [S + D, rows]
-    if not table.shape[1]:  # no clip has a label
-        return DropPoint(rate=rate, expected=0, low=0, high=0)
     if not correct.every_subset:
         return _estimate(correct.run, table, rows, rate)
     present = correct.run.present[rows]
@@ -163,7 +161,7 @@ def _sampled(
     for draw in range(recipe.draws):
         mask = modality_mask(recipe.seed, draw, keys, present, rate)
         right = table[correct.subset_number(mask), np.arange(len(mask))] * mask.any(axis=1)
-        values.append(float(right.mean()) if len(right) else 0.0)
+        values.append(float(right.mean()))
     low, high = np.quantile(values, [0.025, 0.975])
     return Sampled(
         mean=_percent(float(np.mean(values))), low=_percent(float(low)), high=_percent(float(high))

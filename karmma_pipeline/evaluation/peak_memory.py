@@ -135,7 +135,7 @@ def _zeros(choice: BackboneChoice, device: torch.device) -> torch.nn.Module:
 
 
 def _resident_mib(key: str) -> float:
-    lines = (_PROCESS / "status").read_text().splitlines()
+    lines = (_PROCESS / "status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
 

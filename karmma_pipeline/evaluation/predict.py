@@ -6,6 +6,8 @@ are drawn for each clip, at most 60 passes together.
 S subsets, D draws for each clip, N clips of the split, C classes of a head, M modalities.
 """
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +23,22 @@ from karmma_pipeline import files
 from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import clip_keys, sized_masks
-from karmma_pipeline.errors import ConfigError, StoreError
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.evaluation.features import features_for
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, MOST_PASSES, evaluated_subsets
 from karmma_pipeline.models.saved import ModelCard, load_model
 from karmma_pipeline.runs import saved_folder
-from karmma_pipeline.store import FeatureStore, TokenSource, find_joined, open_joined
+from karmma_pipeline.store import TokenSource
 
 _logger = logging.getLogger(__name__)
 
 NOTHING_KEPT = "nothing of this evaluation is kept"
+
+#: Instead of a class, of a clip that has no modality at all.
+NOTHING = "nothing to see"
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,33 @@ class Predictions:
     present: npt.NDArray[np.bool_]
     clip_ids: npt.NDArray[np.bytes_]
     drawn: npt.NDArray[np.bool_]
+
+    def to_csv(self) -> str:
+        """Return what the run says of each clip with every modality that it has, as a table.
+
+        A clip that has none gets no class: what a network answers then is what is frequent, not
+        what is there.
+        """
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        heads = [name for head in self.logits for name in (head, f"{head}_score", f"{head}_label")]
+        writer.writerow(["clip_id", "seen", *heads])
+        modalities = np.array(self.store.modalities)
+        for row, clip_id in enumerate(self.clip_ids):
+            seen = "+".join(modalities[self.present[row]]) or NOTHING
+            cells = [cell for head in self.logits for cell in self._cells(head, row, seen)]
+            writer.writerow([clip_id.decode(), seen, *cells])
+        return buffer.getvalue()
+
+    def _cells(self, head: str, row: int, seen: str) -> list[str]:
+        names, true = self.card.heads[head], int(self.labels[head][row])
+        truth = names[true] if true >= 0 else ""
+        if seen == NOTHING:
+            return [NOTHING, "", truth]
+        scores = self.logits[head][0, row].astype(np.float64)  # the largest subset comes first
+        shares = np.exp(scores - scores.max())
+        best = int(np.argmax(scores))
+        return [names[best], f"{shares[best] / shares.sum():.4f}", truth]
 
     def save(self, path: Path) -> None:
         """Write raw logits, labels and ids, from which every metric can be computed again.
@@ -83,7 +116,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
         ManifestError: the split is empty.
     """
     model, card = load_model(saved_folder(run, recipe.checkpoint))
-    store = _matching(card, run, recipe.stores)
+    store = features_for(card, run, recipe.stores)
     clips = clips_of_split(store, recipe.split, recipe.exclude)
     model = model.to(device)
     chosen = evaluated_subsets(store.modalities)
@@ -165,40 +198,6 @@ def _masks(
         yield from torch.from_numpy(drawn[:, np.searchsorted(clips, batch.clip_index.numpy())])
 
     return masks
-
-
-def _matching(card: ModelCard, run: Path, stores: list[Path]) -> TokenSource:
-    """Return what the run was trained on, or else other clips of the same features.
-
-    Both may be one store or several as one.
-    """
-    opened = [FeatureStore.open(path) for path in stores]
-    if (found := find_joined(opened, card.store_digest, card.stores)) is not None:
-        return found
-    for store in opened:  # other clips, such as a test set
-        if _takes(card, store) and _has_all(card, store):
-            return store
-    if fitting := [store.path for store in opened if _takes(card, store)]:
-        joined = open_joined(fitting)
-        if _has_all(card, joined):
-            return joined
-    given = ", ".join(map(str, stores))
-    raise StoreError(
-        f"{run}: was trained on other features than those in {given}; add the store, or all the "
-        "stores, that it was trained on with --store."
-    )
-
-
-def _takes(card: ModelCard, store: TokenSource) -> bool:
-    """Whether all that a store has is what the model was trained on."""
-    return all(
-        card.modalities.get(m) == store.shape(m) and card.provenance.get(m) == store.provenance[m]
-        for m in store.modalities
-    ) and (store.heads.items() <= card.heads.items())
-
-
-def _has_all(card: ModelCard, store: TokenSource) -> bool:
-    return {*card.modalities} == {*store.modalities} and card.heads == store.heads
 
 
 def align(runs: list[Predictions]) -> list[Predictions]:

@@ -53,6 +53,8 @@ class EpicSubmission(Recipe):
 class EvaluateRecipe(Recipe):
     """``karmma evaluate``: accuracy on every subset, drop curves, costs, and a report."""
 
+    FREE = frozenset({"out", "device"})
+
     runs: Annotated[list[Path], Field(min_length=1)] = Field(
         description="Run folders of train-teacher, train-baseline or distill, in legend order.",
         examples=[["runs/teacher", "runs/student"]],

@@ -33,9 +33,9 @@ class Score(Recipe):
 
     correct: int = Field(description="Clips answered rightly.")
     n: int = Field(description="Clips with a known label.")
-    value: Percent = Field(description="100 * correct / n; 0 if n is 0.")
-    low: Percent = Field(description="Lower end of the interval.")
-    high: Percent = Field(description="Upper end of the interval.")
+    value: Percent | None = Field(description="100 * correct / n; null if n is 0.")
+    low: Percent | None = Field(description="Lower end of the interval; null if n is 0.")
+    high: Percent | None = Field(description="Upper end of the interval; null if n is 0.")
 
 
 class SubsetScores(Recipe):
@@ -52,7 +52,9 @@ class SubsetScores(Recipe):
         description="`HEAD_top1`, `HEAD_top5`, and `tail_HEAD`, `unseen_HEAD` where asked for; "
         "HEAD may be `action`."
     )
-    mean_class: dict[str, Percent] = Field(description="Mean over classes of the top-1 accuracy.")
+    mean_class: dict[str, Percent | None] = Field(
+        description="Mean over the classes that occur of the top-1 accuracy; null if none does."
+    )
 
 
 class Sampled(Recipe):
@@ -138,7 +140,7 @@ class RunResult(Recipe):
         )
 
     def curve(self, head: str, protocol: Protocol) -> DropCurve | None:
-        """Return a drop curve; a protocol without clips has none."""
+        """Return a drop curve; a protocol without clips that have a label has none."""
         return next((c for c in self.drop if c.head == head and c.protocol == protocol), None)
 
 
@@ -155,8 +157,9 @@ class Data(Recipe):
     reasons: dict[str, dict[str, int]] = Field(description="Why clips lack a modality, counted.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names per head.")
     class_clips: dict[str, tuple[int, ...]] = Field(description="Clips per class and head.")
-    constant: dict[str, Percent] = Field(
-        description="Accuracy of always naming the majority class, per head and `action`."
+    constant: dict[str, Percent | None] = Field(
+        description="Accuracy of always naming the majority class, per head and `action`; null "
+        "where no clip has a label."
     )
     notes: tuple[str, ...] = Field((), description="What else a reader must know.")
 
@@ -214,7 +217,7 @@ def read(path: Path) -> Results:
         KarmmaError: the file cannot be read, or another version wrote it.
     """
     try:
-        return Results.model_validate(json.loads(path.read_text()))
+        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise KarmmaError(f"{path}: the results cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karmma_pipeline import files, metrics
+from karmma_pipeline import metrics
 from karmma_pipeline.data.manifest import SIDECAR
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.evaluation import results
@@ -22,8 +22,6 @@ from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.saved import WEIGHTS
-from karmma_pipeline.runs import saved_folder
 
 Bools = npt.NDArray[np.bool_]
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
@@ -50,13 +48,21 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
         heads=heads,
         class_clips={head: tuple(c.tolist()) for head, c in counts.items()},
         constant=_majority_class(run, counts),
-        notes=tuple(_notes(run, recipe, any(c.any() for c in counts.values()))),
+        notes=tuple(_notes(run, recipe, counts)),
     )
 
 
-def _notes(run: Predictions, recipe: EvaluateRecipe, any_label: bool) -> Iterator[str]:
-    if not any_label:
+def _notes(
+    run: Predictions, recipe: EvaluateRecipe, counts: dict[str, npt.NDArray[np.int64]]
+) -> Iterator[str]:
+    if not any(c.any() for c in counts.values()):
         yield _NO_LABELS
+    for head, count in counts.items():
+        if 0 < count.sum() < len(run.clips):
+            yield f"{len(run.clips) - count.sum()} clips have no known {head}: they do not count."
+    yield from getattr(run.store, "notes", ())
+    if nothing := int((~run.present.any(axis=1)).sum()):
+        yield f"{nothing} clips have no modality at all, nothing to see: they count as wrong."
     if len(run.subsets) < 2 ** len(run.store.modalities) - 1:
         yield (
             f"Of the {len(run.store.modalities)} modalities' subsets {len(run.subsets)} were "
@@ -72,21 +78,23 @@ def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
     return {Reason(c).name.lower(): n for c, n in sorted(codes.items()) if c != Reason.PRESENT}
 
 
-def _majority_class(run: Predictions, counts: dict[str, npt.NDArray[np.int64]]) -> dict[str, float]:
+def _majority_class(
+    run: Predictions, counts: dict[str, npt.NDArray[np.int64]]
+) -> dict[str, float | None]:
     """Return the accuracy of naming the most frequent class, or combination of classes."""
-    accuracy = {head: 100 * float(c.max() / max(1, c.sum())) for head, c in counts.items()}
+    accuracy = {h: 100 * float(c.max() / c.sum()) if c.any() else None for h, c in counts.items()}
     if len(counts) > 1:
         labels = np.stack([run.labels[h] for h in counts], axis=1)
         labels = labels[(labels >= 0).all(axis=1)]
         actions = Counter(map(tuple, labels.tolist()))
-        accuracy[results.ACTION] = 100 * max(actions.values(), default=0) / max(1, len(labels))
+        accuracy[results.ACTION] = 100 * max(actions.values()) / len(labels) if actions else None
     return accuracy
 
 
 def run_result(
-    run: Predictions, folder: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
+    run: Predictions, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
 ) -> results.RunResult:
-    """Return everything that the report says of one run, saved in a folder.
+    """Return everything that the report says of one run.
 
     Raises:
         StoppedError: a stop was asked for.
@@ -100,7 +108,7 @@ def run_result(
         weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
         size=card.size.model_dump(),
         paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
-        model_digest=files.sha256(saved_folder(folder, recipe.checkpoint) / WEIGHTS),
+        model_digest=card.weights_sha256,
         store_digest=run.store.digest,
         subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
         drop=tuple(drop_curves(correct, recipe)),
@@ -122,9 +130,10 @@ def _correct_per_class(correct: Correct, head: str) -> tuple[int, ...]:
 def score(correct: Bools) -> results.Score:
     """Return the share of right clips in percent with its Wilson interval."""
     n, right = len(correct), int(correct.sum())
+    if not n:
+        return results.Score(correct=0, n=0, value=None, low=None, high=None)
     low, high = metrics.wilson_interval(right, n)
-    value = 100 * right / n if n else 0.0
-    return results.Score(correct=right, n=n, value=value, low=100 * low, high=100 * high)
+    return results.Score(correct=right, n=n, value=100 * right / n, low=100 * low, high=100 * high)
 
 
 def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[results.SubsetScores]:
@@ -145,7 +154,7 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[result
                 if k == 1 and metric in run.labels:
                     truth = run.labels[metric][rows]
                     mean = metrics.mean_class_accuracy(table[number, rows], truth)
-                    mean_class[metric] = 100 * mean
+                    mean_class[metric] = 100 * mean if len(truth) else None
             for name, members in groups.items():
                 metric = name.partition("_")[2]
                 rows = counted & correct.known[metric] & members
@@ -203,7 +212,7 @@ def _published(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        published = json.loads(path.read_text())
+        published = json.loads(path.read_text(encoding="utf-8"))
         return {
             "unseen": [str(name) for name in published["unseen"]],
             "tail": {str(head): [int(i) for i in ids] for head, ids in published["tail"].items()},

@@ -190,7 +190,7 @@ def _peak_memory() -> int:
 
     Not `resource.getrusage`: its peak is that of the program before `exec`, too.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 

@@ -129,7 +129,10 @@ def _failure_row(clip_id: str, modality: str, code: int, detail: str) -> dict[st
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -162,7 +165,7 @@ def _read_notes(folder: Path) -> _Notes:
     """
     notes = _Notes()
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
                 clip_id = str(row["clip_id"])

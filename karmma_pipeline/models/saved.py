@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +128,7 @@ def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
 def _keep_old(folder: Path) -> None:
     """Give the weights that the card names a second name, unless they have it already."""
     try:
-        wanted = json.loads((folder / CARD).read_text())["weights_sha256"]
+        wanted = json.loads((folder / CARD).read_text(encoding="utf-8"))["weights_sha256"]
         if files.sha256(folder / WEIGHTS) != wanted:
             return  # killed here before: the old name is the right one
         if (folder / _OLD).exists() and (folder / _OLD).samefile(folder / WEIGHTS):
@@ -150,7 +151,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        return config.build(ModelCard, json.loads(path.read_text()), str(path))
+        return config.build(ModelCard, json.loads(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: no saved model is there ({error.strerror}).") from None
     except (ConfigError, TypeError, ValueError, RecursionError) as error:
@@ -176,6 +177,64 @@ def load_model(folder: Path) -> tuple[FusionModel, ModelCard]:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: does not fit {CARD} ({reason}).") from None
     return model.eval(), card
+
+
+def begin_from(model: FusionModel, card: ModelCard, folder: Path) -> list[str]:
+    """Give a model the weights of a saved one, as far as they mean the same in both.
+
+    Modalities meet by name if their tokens come from the same network in the same way, classes of
+    a head by name.
+
+    Args:
+        model: changed in place.
+        card: what it is.
+        folder: of the saved model.
+
+    Returns:
+        What keeps its fresh weights: modalities, and classes as ``head: 3 of 8 classes``.
+
+    Raises:
+        CheckpointError: there is none, or it is of another size.
+    """
+    found, theirs = load_model(folder)
+    for key in ("dim", "layers", "attention_heads", "ffn_width", "head_width"):
+        here, there = getattr(card.size, key), getattr(theirs.size, key)
+        if here != there:
+            raise CheckpointError(
+                f"{folder}: size.{key} is {there} there and {here} here; to begin with its weights "
+                f"set size.{key}: {there}."
+            )
+    anew = [m for m in model.modalities if not _same_tokens(card, theirs, m)]
+    old, new = found.state_dict(), model.state_dict()
+    for name, tensor in new.items():
+        of_new = any(part in anew for part in (*name.split("."), *name.split("_", 1)))
+        if name in old and not of_new and not name.startswith("classify."):
+            tensor.copy_(old[name])
+    rows, lacking = _class_rows(card.heads, theirs.heads)
+    for name in ("classify.weight", "classify.bias"):
+        for row, its in rows.items():
+            new[name][row] = old[name][its]
+    return [*anew, *lacking]
+
+
+def _same_tokens(one: ModelCard, other: ModelCard, modality: str) -> bool:
+    shapes = [card.modalities.get(modality) for card in (one, other)]
+    return shapes[0] == shapes[1] and one.provenance[modality] == other.provenance[modality]
+
+
+def _class_rows(
+    heads: Mapping[str, tuple[str, ...]], theirs: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[int, int], list[str]]:
+    """Return the rows of the classes that both have, and how many of each head only the first."""
+    order = [(head, name) for head, names in theirs.items() for name in names]
+    its = {key: row for row, key in enumerate(order)}
+    mine = [(head, name) for head, names in heads.items() for name in names]
+    rows = {row: its[key] for row, key in enumerate(mine) if key in its}
+    lacking = []
+    for head, names in heads.items():
+        if count := sum((head, name) not in its for name in names):
+            lacking.append(f"{head}: {count} of {len(names)} classes")
+    return rows, lacking
 
 
 def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:

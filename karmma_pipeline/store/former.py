@@ -49,7 +49,7 @@ def reopen(catalog: Catalog, shard: int, again: Mapping[str, bool]) -> None:
     if committed.is_file():
         os.truncate(folder / "journal", 0)  # of a writer that was killed after its commit
     elif is_made_again(catalog.root, shard):
-        before = json.loads((folder / _AGAIN).read_text())
+        before = json.loads((folder / _AGAIN).read_text(encoding="utf-8"))
     else:
         return
     merged = before | {clip: anew or before.get(clip, False) for clip, anew in again.items()}
@@ -73,7 +73,7 @@ class FormerShard:
         folder = layout.spool_folder(catalog.root, shard)
         self._catalog, self._shard = catalog, shard
         self._record: Record = catalog.parse_record(shard, (folder / _RECORD).read_bytes())
-        listed = json.loads((folder / _AGAIN).read_text())
+        listed = json.loads((folder / _AGAIN).read_text(encoding="utf-8"))
         ids = catalog.clips_in(shard)
         self.again: dict[int, bool] = {i: listed[c] for i, c in enumerate(ids) if c in listed}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from karmma_pipeline import files
+from karmma_pipeline import files, locks
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
@@ -22,7 +22,6 @@ from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
 from karmma_pipeline.store.format.layout import crc32c, shard_index
 from karmma_pipeline.store.former import is_made_again
 from karmma_pipeline.store.spec import StoredArray
-from karmma_pipeline.store.writer import lock_holder
 
 _PIECE = 4 << 20
 
@@ -286,15 +285,15 @@ def garbage(root: Path) -> Iterator[Garbage]:
     listed: set[Path] = set()
     for folder in sorted(spools.glob("*")) if spools.is_dir() else []:
         number = int(folder.name) if folder.name.isdecimal() else -1
-        if folder.is_dir() and not folder.is_symlink() and not lock_holder(folder / "lock"):
+        if folder.is_dir() and not folder.is_symlink() and not locks.holder(folder / "lock"):
             if number in committed or not 0 <= number < catalog.shards:
                 listed.add(folder)
                 yield Garbage(folder, "spool of a shard that is done", _size(folder))
-        elif lock_holder(folder / "lock"):
+        elif locks.holder(folder / "lock"):
             listed.add(folder)
     # A temporary file of another machine cannot be told from one of a dead process: while anybody
     # holds a shard of this store, all of them stay.
-    alive = any(lock_holder(path) for path in spools.glob("*/lock"))
+    alive = any(locks.holder(path) for path in spools.glob("*/lock"))
     for path, name in foreign_files(catalog):
         if any(folder in path.parents for folder in listed):
             continue

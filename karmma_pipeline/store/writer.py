@@ -7,23 +7,19 @@ Clips of a shard can be made again. Its commit record then goes into the spool: 
 missing, its files stay until the new ones replace them, and the other clips are taken out of them.
 """
 
-import fcntl
 import math
-import os
 import shutil
-import socket
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
-from karmma_pipeline import files
+from karmma_pipeline import files, locks
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
@@ -48,7 +44,7 @@ class ShardWriter:
             not even tokens may stay that cannot be made any more.
 
     Raises:
-        StoreError: another living process writes this shard.
+        KarmmaError: another living process writes this shard.
     """
 
     def __init__(self, root: Path, shard: int, again: Mapping[str, bool] | None = None) -> None:
@@ -74,11 +70,9 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         folder = layout.spool_folder(self.root, self.shard)
-        with files.disk_errors(self._journal_path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder / "lock", self.shard)
+        with files.disk_errors(self._journal_path), self._stack:
+            self._stack.enter_context(locks.locked(folder / "lock", f"writes shard {self.shard}"))
             self._journal = self._open(folder / "journal")
-            _hold(self._journal, self._lock, self.shard)
             if self._again:
                 reopen(self.catalog, self.shard, self._again)
             self._payload = {
@@ -89,12 +83,11 @@ class ShardWriter:
             if is_made_again(self.root, self.shard):
                 self._former = FormerShard(self.catalog, self.shard)
                 self._former.check(self.next)
+            self._stack = self._stack.pop_all()  # kept open from here on
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        with suppress(OSError):  # on a disk that fails; a dead process's lock counts for nothing
-            self._lock.unlink()
 
     @property
     def wanted(self) -> frozenset[int]:
@@ -323,63 +316,3 @@ def _write(file: FileIO, data: bytes) -> None:
     left = memoryview(data)  # an unbuffered write may take only a part of it
     while left:
         left = left[file.write(left) :]
-
-
-def _lock(path: Path, shard: int) -> Path:
-    """Take a shard's lock, which names its writer; that of a dead one is taken over."""
-    job = os.environ.get("SLURM_JOB_ID", "-")
-    # A link of a file that is already written appears whole or not at all, on NFS too, where
-    # O_EXCL is not always; nobody ever reads a lock that is half written.
-    mine = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
-    mine.write_text(f"{socket.gethostname()} {os.getpid()} {job}")
-    try:
-        os.link(mine, path)  # whole or not there, and an error if it is there
-        mine.unlink()
-    except FileExistsError:
-        if not _is_stale(path.read_text(errors="replace")):
-            mine.unlink()
-            raise _taken(path, shard, path.read_text(errors="replace")) from None
-        mine.replace(path)
-    return path
-
-
-def _is_stale(text: str) -> bool:
-    host, pid, job = [*text.split(), "", "", "-"][:3]
-    if not pid.isdecimal():  # damaged: nobody is known to hold it, and the journal is locked, too
-        return True
-    # Slurm gives a requeued job its old number: the process that wrote the lock is gone. On this
-    # machine the process table tells; one's own number is of a container that was started anew.
-    # Of another machine nobody here can know: the lock holds, and the error names it.
-    requeued = job != "-" and job == os.environ.get("SLURM_JOB_ID")
-    here = host == socket.gethostname()
-    alive = psutil.pid_exists(int(pid)) and int(pid) != os.getpid()
-    return requeued or (here and not alive)
-
-
-def lock_holder(path: Path) -> str:
-    """Return who holds a shard's lock, empty if nobody does."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return ""
-    return "" if _is_stale(text) else text
-
-
-def _taken(path: Path, shard: int, text: str) -> StoreError:
-    host, pid = [*text.split(), "?", "?"][:2]
-    return StoreError(
-        f"{path}: shard {shard} is being written by process {pid} on {host}; "
-        "if that job is dead, remove this file."
-    )
-
-
-def _hold(journal: FileIO, lock: Path, shard: int) -> None:
-    """Lock the journal where the file system can: of two that take over at once one wins."""
-    # Two that find the same stale lock both replace it and both believe to hold it. The kernel's
-    # lock on the journal decides, and dies with its process; some network disks lack it.
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _taken(lock, shard, lock.read_text(errors="replace")) from None
-    except OSError:
-        return

@@ -4,7 +4,7 @@ N clips in an epoch.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,13 @@ from torch import Tensor
 from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non_finite_error
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.store.spec import ClipNumbers
 from karmma_pipeline.training.ranks import Ranks
-from karmma_pipeline.training.recipe import TrainRecipe
+from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
 NEW_FOLDER = "Then train into a new folder, --set out=FOLDER: a run keeps to its clips."
 
@@ -61,8 +61,69 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
         why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
         parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
     without = len(reasons) - len(clips)
-    left_out = f"; {without} with nothing are left out" if without else ""
+    left_out = f"; {without} with nothing to see: no network is asked about them" if without else ""
     return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"
+
+
+def check_labels(
+    recipe: TrainRecipe,
+    store: TokenSource,
+    train: npt.NDArray[np.int64],
+    val: npt.NDArray[np.int64],
+) -> Iterator[str]:
+    """Check that there is something to learn and to choose by; yield what a reader should know.
+
+    Raises:
+        ManifestError: no training clip has a label, or no validation clip has those that
+            `select_by` needs.
+        ConfigError: `select_by` names no metric.
+    """
+    labels = {head: np.asarray(of) for head, of in store.labels.items()}
+    if not any((of[train] >= 0).any() for of in labels.values()) and _needs_labels(recipe):
+        raise ManifestError(
+            f"{store.path}: no clip of train_split={recipe.train_split!r} has a label, so that "
+            "nothing can be learned; choose another split, or label the clips."
+        )
+    known = {f"{head}_top1": bool((of[val] >= 0).any()) for head, of in labels.items()}
+    every = np.logical_and.reduce([of[val] >= 0 for of in labels.values()])
+    known |= {"action_top1": bool(every.any()), "loss": any(known.values()), "epoch": True}
+    if recipe.select_by not in known:
+        raise ConfigError(f"select_by={recipe.select_by!r}: allowed are {', '.join(known)}.")
+    if not known[recipe.select_by]:
+        raise ManifestError(
+            f"{store.path}: no clip of val_split={recipe.val_split!r} has the labels that "
+            f"select_by={recipe.select_by!r} needs to choose the best epoch; set select_by to one "
+            f"of {', '.join(name for name, defined in known.items() if defined)}."
+        )
+    for head, names in store.heads.items():
+        yield from _never_seen(head, names, labels[head][train], labels[head][val])
+
+
+def _needs_labels(recipe: TrainRecipe) -> bool:
+    return not (isinstance(recipe, DistillRecipe) and recipe.alpha == 1)
+
+
+def _never_seen(
+    head: str, names: Sequence[str], train: npt.NDArray[np.int32], val: npt.NDArray[np.int32]
+) -> Iterator[str]:
+    """Say which classes no training clip has, and how many validation clips ask for them."""
+    never = np.bincount(train[train >= 0], minlength=len(names)) == 0
+    if never.any():
+        some = ", ".join(names[i] for i in np.flatnonzero(never)[:5])
+        more = ", ..." if never.sum() > 5 else ""
+        asked = int(never[val[val >= 0]].sum())
+        yield (
+            f"{head}: {int(never.sum())} of {len(names)} classes have no training clip ({some}"
+            f"{more}); {asked} validation clips are of these"
+        )
+
+
+def unseen_labels(store: TokenSource, clips: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Count the labels, per head and of the action, of clips that have no modality at all."""
+    nothing = clips[~store.present[clips].any(axis=1)]
+    known = {head: np.asarray(of)[nothing] >= 0 for head, of in store.labels.items()}
+    known["action"] = np.logical_and.reduce([*known.values()])
+    return {name: int(of.sum()) for name, of in known.items()}
 
 
 def make_loaders(

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.clips import NEW_FOLDER
-from karmma_pipeline.training.objective import Objective
+from karmma_pipeline.training.objective import TERMS, Objective
 from karmma_pipeline.training.optimization import Gradient, adamw, learning_rate, moving_average
 from karmma_pipeline.training.progress import (
     EpochTimer,
@@ -42,7 +42,10 @@ _DROPOUT = 2**32 + 4
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training consists of. ``sources``: digests of what it learns from, by name."""
+    """What a training consists of.
+
+    sources: digests of what it learns from, by name. unseen: see `validate`.
+    """
 
     recipe: TrainRecipe
     run: RunFolder
@@ -54,6 +57,7 @@ class TrainingSetup:
     device: torch.device
     ranks: Ranks
     sources: dict[str, str]
+    unseen: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -69,9 +73,8 @@ class Trainer:
         self.model = setup.model.to(setup.device)
         self.ema = moving_average(self.model, recipe.ema) if recipe.ema else None
         self.optimiser = adamw(self.model, recipe.optimiser)
-        self.gradient = Gradient(self.model)
-        auto = recipe.precision == "auto" and setup.device.type == "cuda"
-        self.bfloat16 = recipe.precision == "bfloat16" or auto
+        self.gradient = Gradient(self.model, len(TERMS))
+        self.bfloat16 = recipe.precision == "bfloat16"
         self.progress = TrainingProgress()
         if state:
             self._restore(state)
@@ -126,9 +129,11 @@ class Trainer:
 
     def _step(self, objective: Objective, batch: Batch, counts: Tensor) -> float:
         """Move the weights by one batch; nothing that is not finite ever reaches them."""
-        loss, norm = self._find_gradient(objective, batch, counts)
+        terms, norm = self._find_gradient(objective, batch, counts)
+        loss = terms.pop("loss")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(batch, loss, norm)
+        self.progress.add_step(gradient_norm=norm, **terms)
         self.optimiser.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
@@ -136,8 +141,8 @@ class Trainer:
 
     def _find_gradient(
         self, objective: Objective, batch: Batch, counts: Tensor
-    ) -> tuple[float, float]:
-        """Return the loss and the norm of the gradient of the whole batch, of all ranks."""
+    ) -> tuple[dict[str, float], float]:
+        """Return the loss, its parts, and the gradient's norm, of the whole batch of all ranks."""
         self._prepare_step()
         clips = len(batch.clip_index)
         size = max(1, -(-clips // self.setup.recipe.accumulate))
@@ -145,16 +150,18 @@ class Trainer:
             # ``counts`` are of the whole batch of all ranks, not of this piece: each piece adds its
             # share, so that pieces and ranks of unequal size sum to the loss of the batch.
             piece = batch.rows(slice(start, start + size)) if size < clips else batch
-            loss = objective.loss(self._logits(self.model, piece), piece, counts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.gradient.add_loss(loss)
+            terms = objective.loss(self._logits(self.model, piece), piece, counts)
+            terms["loss"].backward()  # type: ignore[no-untyped-call]
+            zero = terms["loss"].new_zeros(())
+            self.gradient.add_loss([terms.get(name, zero) for name in TERMS])
         self.setup.ranks.sum(self.gradient.buffer)
-        return self.gradient.clip(self.setup.recipe.optimiser.clip_norm)
+        values, norm = self.gradient.clip(self.setup.recipe.optimiser.clip_norm)
+        of = dict(zip(TERMS, values, strict=True))
+        return {name: of[name] for name in objective.terms}, norm
 
     def _prepare_step(self) -> None:
         """Set learning rate and dropout, both pure functions of the step's number."""
-        recipe, step = self.setup.recipe, self._step_number()
-        rate = learning_rate(recipe.optimiser, step, recipe.epochs * len(self.setup.train))
+        recipe, step, rate = self.setup.recipe, self._step_number(), self._learning_rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         if recipe.size.dropout:
@@ -162,6 +169,11 @@ class Trainer:
             rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
         self.gradient.zero()
+
+    def _learning_rate(self, step: int | None = None) -> float:
+        recipe = self.setup.recipe
+        step = self._step_number() if step is None else step
+        return learning_rate(recipe.optimiser, step, recipe.epochs * len(self.setup.train))
 
     def _refuse(self, batch: Batch, loss: float, norm: float) -> NoReturn:
         """Say which clips made a step that is not finite, or that the weights diverge.
@@ -204,20 +216,32 @@ class Trainer:
         """The weights that are validated and saved as a model."""
         return self.model if self.ema is None else cast("FusionModel", self.ema.module)
 
-    def _close_epoch(self, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, float]:
-        setup, model = self.setup, self._eval_model.eval()
-        values, bad = validate(lambda b: self._logits(model, b), setup.val, setup.ranks)
+    def _close_epoch(self, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, Any]:
+        setup, model, how = self.setup, self._eval_model.eval(), timer.measured()
+        if not self.progress.history and self.progress.batch:
+            self._save()  # models without any state are those of a run whose states were removed
+        values, bad = validate(
+            lambda b: self._logits(model, b), setup.val, setup.ranks, setup.unseen
+        )
         self._refuse_clips(bad)
-        if not math.isfinite(values["loss"]):
+        if values["loss"] is not None and not math.isfinite(values["loss"]):
             raise KarmmaError(
                 f"{setup.run.path}: the validation loss is {values['loss']} after epoch "
                 f"{self.progress.epoch + 1}; the weights have diverged. Lower optimiser.lr."
             )
-        row = self.progress.close_epoch(values)
+        row = self.progress.close_epoch(
+            values,
+            setup.recipe.select_by,
+            lr=self._learning_rate(self._step_number() - 1),
+            device=_name(setup.device),
+            ranks=setup.ranks.size,
+            threads=torch.get_num_threads(),
+            **how,
+        )
         self._save_epoch(model, is_best=self.progress.best is row)
-        bar.set_postfix({k: f"{v:.1f}" for k, v in row.items() if k.endswith("_top1")})
+        bar.set_postfix({k: _percent(v) for k, v in row.items() if k.endswith("_top1")})
         tell = setup.run.log if on_screen() else setup.run.note
-        tell(self._describe(row, timer))
+        tell(self._describe(row))
         return row
 
     def _save_epoch(self, model: FusionModel, is_best: bool) -> None:
@@ -234,12 +258,14 @@ class Trainer:
         setup.run.write_metrics(self.progress.history)
         self._save()
 
-    def _describe(self, row: dict[str, float], timer: EpochTimer) -> str:
+    def _describe(self, row: dict[str, Any]) -> str:
+        val_loss = "unknown" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         return (
             f"epoch {self.progress.epoch}/{self.setup.recipe.epochs}: "
-            f"train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}, "
-            f"val action {row['val_action_top1']:.1f} %"
-            f"{' (best)' if self.progress.best is row else ''}; {timer.describe()}"
+            f"train loss {row['train_loss']:.4f}, val loss {val_loss}, "
+            f"val action {_percent(row['val_action_top1'])}"
+            f"{' (best)' if self.progress.best is row else ''}; {row['clips_per_s']:.0f} clips/s, "
+            f"{row['waiting_for_data']:.1%} waiting for data"
         )
 
     def _tensorboard(self) -> AbstractContextManager[TensorboardWriter | None]:
@@ -252,6 +278,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
+        self.setup.run.check()
         if not self.setup.ranks.main:
             return
         state = {
@@ -269,3 +296,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(state["average"])
         self.progress = TrainingProgress(**state["progress"])
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} %"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -6,7 +6,7 @@ of a batch (of ranks, or passed one after another) simply add up, however unequa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -114,18 +114,26 @@ def distillation(
     return temperature**2 * (torch.stack(losses) / _divisor(count, losses[0])).mean()
 
 
+TERMS = ("loss", "kl", "cross_entropy")
+"""What an objective may say of a batch: the loss that is minimised, and its parts."""
+
+
 class Objective(Protocol):
-    """What a model is trained for."""
+    """What a model is trained for. ``terms``: those of `TERMS` that `loss` returns."""
+
+    terms: ClassVar[tuple[str, ...]]
 
     def counts(self, batch: Batch) -> Tensor:
         """Return how many clips each term of the loss averages over, float64 on the CPU."""
 
-    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
-        """Return the share of these clips in the loss of the whole batch."""
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> dict[str, Tensor]:
+        """Return the share of these clips in the loss of the whole batch, and in its parts."""
 
 
 class LabelObjective:
     """Cross-entropy with the labels."""
+
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
 
     def __init__(self, heads: Sequence[str], smoothing: float) -> None:
         self.heads, self.smoothing = tuple(heads), smoothing
@@ -134,10 +142,11 @@ class LabelObjective:
         """Return the labels that are known, [heads]."""
         return known_labels(batch.labels, self.heads)
 
-    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Return the share of these clips."""
         labels = {head: batch.labels[head].to(of.device) for head, of in logits.items()}
-        return cross_entropy(logits, labels, self.smoothing, counts)
+        entropy = cross_entropy(logits, labels, self.smoothing, counts)
+        return {"loss": entropy, "cross_entropy": entropy}
 
 
 class MaskedLogits(Protocol):
@@ -170,12 +179,14 @@ class DistillationObjective:
     weights: Sequence[float] = ()
     average: str = "probabilities"
 
+    terms: ClassVar[tuple[str, ...]] = TERMS
+
     def counts(self, batch: Batch) -> Tensor:
         """Return the labels that are known and the clips that a teacher saw, [heads + 1]."""
         taught = self._valid(batch).any(dim=0).sum().double()
         return torch.cat([self.labels.counts(batch), taught[None]])
 
-    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> Tensor:
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Return alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
         device = next(iter(logits.values())).device
         valid = self._valid(batch).to(device)
@@ -191,7 +202,9 @@ class DistillationObjective:
             for head in logits
         }
         kl = distillation(logits, targets, valid.any(dim=0), self.temperature, counts[-1:])
-        return self.alpha * kl + (1 - self.alpha) * self.labels.loss(logits, batch, counts[:-1])
+        entropy = self.labels.loss(logits, batch, counts[:-1])["loss"]
+        loss = self.alpha * kl + (1 - self.alpha) * entropy
+        return {"loss": loss, "kl": kl, "cross_entropy": entropy}
 
     def _valid(self, batch: Batch) -> Tensor:
         """Return whether each teacher saw anything of each clip, bool [teachers, B]."""

@@ -13,18 +13,23 @@ from karmma_pipeline.training.recipe import Optimiser
 
 
 class Gradient:
-    """The gradient of all parameters, and the loss, in one buffer.
+    """The gradient of all parameters, and the loss with its parts, in one buffer.
 
     Parameters' ``grad`` are views into it, so one call zeroes, sums over ranks, measures or
     clips all of it. A parameter that a step does not touch has a gradient of zero, whatever
     the number of ranks.
+
+    Args:
+        model: whose parameters.
+        terms: how many numbers go with the gradient, the loss first.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, terms: int = 1) -> None:
         parameters = list(model.parameters())
         total = sum(p.numel() for p in parameters)
-        # The last number is the loss: one sum over ranks, and one wait, serve both.
-        self.buffer = torch.zeros(total + 1, device=parameters[0].device)
+        # The last numbers are losses: one sum over ranks, and one wait, serve both.
+        self.buffer = torch.zeros(total + terms, device=parameters[0].device)
+        self._all, self._terms = self.buffer[:total], self.buffer[total:]
         start = 0
         for p in parameters:
             # A view, which backward adds to in place. Nobody may set grad to None after this
@@ -37,17 +42,19 @@ class Gradient:
         """Begin a step."""
         self.buffer.zero_()
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add a part of the loss, already sent backward."""
-        self.buffer[-1] += loss.detach()
+    def add_loss(self, terms: Sequence[Tensor]) -> None:
+        """Add a part of the loss, already sent backward, and of its parts."""
+        self._terms += torch.stack([term.detach() for term in terms])
 
-    def clip(self, largest: float) -> tuple[float, float]:
-        """Shrink the gradient to a norm of at most ``largest``; return loss and norm before."""
-        norm = self.buffer[:-1].norm()
-        loss, length = torch.stack([self.buffer[-1], norm]).tolist()  # the one wait for the device
+    def clip(self, largest: float) -> tuple[list[float], float]:
+        """Shrink the gradient to a norm of at most ``largest``; return losses and norm before."""
+        norm = self._all.norm()
+        *terms, length = torch.cat(
+            [self._terms, norm[None]]
+        ).tolist()  # the one wait for the device
         if length > largest:
-            self.buffer[:-1].mul_(largest / (length + 1e-6))
-        return loss, length
+            self._all.mul_(largest / (length + 1e-6))
+        return terms, length
 
 
 def adamw(model: nn.Module, settings: Optimiser) -> torch.optim.AdamW:

@@ -38,6 +38,8 @@ class TrainRecipe(Recipe):
         "bad_clips": "has no effect any more and can go: clips with NaN or infinite tokens stop a "
         "training, which names them and says what to do",
     }
+    FREE = frozenset({"store", "out", "name", "exclude", "init_from", "save_every_s", "device"})
+    SETTLED = frozenset({"precision"})
 
     store: Path | tuple[Path, ...] = _store("features/student")
     loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
@@ -47,6 +49,11 @@ class TrainRecipe(Recipe):
     val_split: str = Field("val", description="Clips that choose the best epoch.")
     exclude: Path | None = Field(
         None, description="Text file with one clip id per line: clips of both splits left out."
+    )
+    init_from: Path | None = Field(
+        None,
+        description="Run folder whose weights training begins with, to train longer, finer or for\n"
+        "other labels: classes of a head meet by name, and what has no like begins anew.",
     )
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
@@ -82,10 +89,15 @@ class TrainRecipe(Recipe):
         description="Decay per step of the moving average of the weights; above 0, the average\n"
         "is what is validated and saved as best and last.",
     )
+    select_by: str = Field(
+        "action_top1",
+        description="Validation metric that chooses the best epoch: action_top1, HEAD_top1, loss,\n"
+        "or epoch (the last one). Among equal ones the lower loss is better.",
+    )
     patience: int = Field(
         0,
         ge=0,
-        description="Epochs without a better validation accuracy after which training ends;\n"
+        description="Epochs without a better one, see `select_by`, after which training ends;\n"
         "0 trains all epochs.",
     )
     standardise: bool = Field(
@@ -99,7 +111,9 @@ class TrainRecipe(Recipe):
     seed: int = Field(0, description="Of initial weights, order, masks and dropout.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs, float32 elsewhere."
+        "auto",
+        description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps to what it\n"
+        "began with.",
     )
 
 
@@ -145,6 +159,8 @@ class DistillRecipe(TrainRecipe):
     (batchmean).
     """
 
+    FREE = TrainRecipe.FREE | {"teacher", "teacher_store", "teacher_table", "allow_unfinished"}
+
     teacher: Paths = Field(
         description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
     )
@@ -152,6 +168,9 @@ class DistillRecipe(TrainRecipe):
         description="The store that the teacher was trained on; one for all, or one for each.\n"
         "Several that were trained on as one are a list in the list: [[rgb, audio]].",
         examples=["features/teacher"],
+    )
+    allow_unfinished: bool = Field(
+        False, description="Take the best epoch so far of a teacher that is still to train."
     )
     teacher_weights: tuple[float, ...] = Field(
         (), description="Weight of each teacher in their average; empty: all the same."

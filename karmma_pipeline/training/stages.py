@@ -13,10 +13,18 @@ from karmma_pipeline.data.loading.open import open_source
 from karmma_pipeline.errors import CheckpointError, KarmmaError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
-from karmma_pipeline.models.saved import ModelCard
-from karmma_pipeline.runs import RunFolder
+from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
+from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
-from karmma_pipeline.training.clips import describe, make_loaders, standardise, usable_clips
+from karmma_pipeline.training.clips import (
+    check_labels,
+    describe,
+    make_loaders,
+    standardise,
+    unseen_labels,
+    usable_clips,
+)
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
 from karmma_pipeline.training.progress import TrainingProgress, TrainReport
@@ -31,9 +39,6 @@ from karmma_pipeline.training.state import load_state
 from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
 RunKind = Literal["teacher", "student", "baseline"]
-
-# Keys that a run may resume with other values of: a job's own disk has another name each time.
-_WHERE_TOKENS_LIE = ("loader.cache", "loader.stage", "loader.threads", "loader.ahead")
 
 
 def train_teacher(recipe: TeacherRecipe, stop: StopFlag | None = None) -> TrainReport:
@@ -53,17 +58,23 @@ def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
 
 def _run(recipe: TrainRecipe, kind: RunKind, stop: StopFlag) -> TrainReport:
     device = pick_device(recipe.device, Ranks.from_environment().local_rank)
-    with (
-        joined(device) as ranks,
-        RunFolder(recipe.out, recipe, writes=ranks.main, free=_WHERE_TOKENS_LIE) as run,
-    ):
-        ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has made it
+    with joined(device) as ranks, RunFolder(recipe.out, recipe, writes=ranks.main) as run:
+        ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has it
         try:
-            return _resume_or_start(recipe, kind, run, device, ranks, stop)
+            return _resume_or_start(_settled(run, device), kind, run, device, ranks, stop)
         except KarmmaError as error:
             with suppress(KarmmaError, OSError):  # the disk may be what is wrong
                 run.log(f"ended: {error}")
             raise
+
+
+def _settled(run: RunFolder, device: torch.device) -> Any:
+    """Return the recipe with which a run goes on, or begins, with nothing left open."""
+    recipe: Any = run.recipe
+    if recipe.precision != "auto":
+        return recipe
+    precision = "bfloat16" if device.type == "cuda" else "float32"
+    return recipe.model_copy(update={"precision": precision})
 
 
 def _resume_or_start(
@@ -77,35 +88,76 @@ def _resume_or_start(
     state, faults = load_state(recipe.out / "state")
     for fault in faults:
         run.note(f"{fault} The training state before it is used.")
-    if state is not None and TrainingProgress(**state["progress"]).finished(recipe):
-        return _finished(recipe, state)
+    if state is not None:
+        progress, sources = TrainingProgress(**state["progress"]), state["sources"]
+    else:
+        progress, sources = _without_state(recipe)
+    if progress.finished(recipe):
+        return _finished(recipe, progress, sources)
     return _train(recipe, kind, run, state, device, ranks, stop)
 
 
-def _finished(recipe: TrainRecipe, state: dict[str, Any]) -> TrainReport:
+def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str]]:
+    """Return how far a run is whose training states are gone, and what its model was made of.
+
+    Raises:
+        CheckpointError: there are models and the run is not finished: to train from the first
+            step would write over them.
+    """
+    models = [recipe.out / name for name in MODELS if (recipe.out / name).exists()]
+    if not models:
+        return TrainingProgress(), {}
+    progress = TrainingProgress.read(recipe.out / METRICS)
+    if progress.finished(recipe) and len(models) == len(MODELS):
+        return progress, {"store": read_card(models[0]).store_digest}
+    raise CheckpointError(
+        f"{recipe.out}: its training states (state/) are gone after epoch {progress.epoch} of "
+        f"{recipe.epochs}, so that it cannot go on; put them back, or choose another folder with "
+        f"--set out=FOLDER; init_from={models[-1]} begins with what it had learned."
+    )
+
+
+def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]) -> TrainReport:
     """Return the report of a run that needs neither its store nor its teacher any more."""
-    try:
+    now: dict[str, str] = {}
+    with suppress(StoreError, CheckpointError):  # what is gone cannot be another one
         where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
-        sources = {"store": open_source(recipe.store, where_it_lies, torch.device("cpu")).digest}
-    except StoreError:
-        sources = {}
-    _check_sources(recipe, state, sources)
-    done = TrainingProgress(**state["progress"])
+        store = open_source(recipe.store, where_it_lies, torch.device("cpu"))
+        now = _sources(recipe, store, [], began)
+        clips = usable_clips(recipe, store, recipe.train_split)
+        now = _sources(recipe, store, _teacher_caches(recipe, store, clips), began)
+    if now:
+        _check_sources(recipe, began, now)
     early = done.epoch < recipe.epochs
     return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
 
 
-def _check_sources(recipe: TrainRecipe, state: dict[str, Any], sources: dict[str, str]) -> None:
-    """Refuse to resume with other data than a run began with."""
-    for name, digest in sources.items():
-        before = state["sources"].get(name)
-        if before != digest:
-            where = recipe.store if name == "store" else name
+def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on with other data than a run began with; where they lie does not matter."""
+    before, there = _numbered(began), _numbered(now)
+    for name in dict.fromkeys([*there, *(n for n in before if n.startswith(("exclude", "init")))]):
+        if before.get(name) != there.get(name):
+            kind, number = name.split()
+            paths = getattr(recipe, kind)
+            path = paths[int(number)] if kind == "teacher" else paths
             raise CheckpointError(
-                f"{recipe.out}: the run began with {where} of digest {str(before)[:12]}, there is "
-                f"now one of digest {digest[:12]}; put the old one back, or choose another folder "
-                "with --set out=FOLDER."
+                f"{recipe.out}: the run began with {kind} {_digest(before.get(name))}, there is "
+                f"now {path} {_digest(there.get(name))}; put the old one back, or choose another "
+                "folder with --set out=FOLDER."
             )
+
+
+def _digest(digest: str | None) -> str:
+    return f"of digest {digest[:12]}" if digest else "not set"
+
+
+def _numbered(sources: dict[str, str]) -> dict[str, str]:
+    """Name sources by kind and number; up to version 1 their names held paths."""
+    numbered: dict[str, str] = {}
+    for name, digest in sources.items():
+        kind = name.split()[0]
+        numbered[f"{kind} {sum(n.startswith(kind) for n in numbered)}"] = digest
+    return numbered
 
 
 def _train(
@@ -118,39 +170,82 @@ def _train(
     stop: StopFlag,
 ) -> TrainReport:
     store = open_source(recipe.store, recipe.loader, device, stop)
-    splits = (recipe.train_split, recipe.val_split)
-    train, val = (usable_clips(recipe, store, name) for name in splits)
+    train, val = (usable_clips(recipe, store, s) for s in (recipe.train_split, recipe.val_split))
+    notes = [*check_labels(recipe, store, train, val)]
     caches = _teacher_caches(recipe, store, train)
-    sources = _sources(recipe, store, caches)
-    if state is not None:
-        _check_sources(recipe, state, sources)
-    if recipe.exclude is not None:
-        run.note(f"exclude: the clips that {recipe.exclude} lists are left out")
-    run.note(f"{'resuming' if state else 'starting'}: {ranks.size} x {device}, {store.path}")
-    for name, clips in zip(splits, (train, val), strict=True):
-        run.note(f"{name}: {describe(store, clips_of_split(store, name, recipe.exclude), clips)}")
+    began = None if state is None else state["sources"]
+    sources = _sources(recipe, store, caches, began)
+    if began is not None:
+        _check_sources(recipe, began, sources)
     card = _card(recipe, kind, store)
     torch.manual_seed(recipe.seed)  # of the initial weights; steps seed themselves
     model = card.build()
-    if recipe.standardise and state is None:
-        standardise(model, store, train)
+    if state is None:
+        if recipe.standardise:
+            standardise(model, store, train)
+        notes += _begin_from(recipe, model, card)
     loaders = make_loaders(recipe, store, train, val, device, ranks)
-    setup = TrainingSetup(recipe, run, store, model, card, *loaders, device, ranks, sources)
+    run.claim(recipe)
+    _describe_start(recipe, run, store, (train, val), state is not None, device, ranks)
+    for note in notes:
+        run.note(note)
+    unseen = unseen_labels(store, clips_of_split(store, recipe.val_split, recipe.exclude))
+    parts = (*loaders, device, ranks, sources, unseen)
+    setup = TrainingSetup(recipe, run, store, model, card, *parts)
     objective: Objective = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     if isinstance(recipe, DistillRecipe):
         objective = _distillation(recipe, objective, caches, setup, stop)
     return Trainer(setup, state).fit(objective, stop)
 
 
+def _begin_from(recipe: TrainRecipe, model: FusionModel, card: ModelCard) -> list[str]:
+    """Give a model the weights of another run, as far as they fit; say what began anew."""
+    if recipe.init_from is None:
+        return []
+    anew = begin_from(model, card, saved_folder(recipe.init_from))
+    return [f"init_from {recipe.init_from}: all weights but {', '.join(anew) or 'none'}"]
+
+
+def _describe_start(
+    recipe: TrainRecipe,
+    run: RunFolder,
+    store: TokenSource,
+    chosen: tuple[np.ndarray, np.ndarray],
+    resuming: bool,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    if recipe.exclude is not None:
+        run.note(f"exclude: the clips that {recipe.exclude} lists are left out")
+    how = f"{ranks.size} x {device}, {recipe.precision}, {torch.get_num_threads()} threads"
+    run.note(f"{'resuming' if resuming else 'starting'}: {how}, {store.path}")
+    for split, clips in zip((recipe.train_split, recipe.val_split), chosen, strict=True):
+        every = clips_of_split(store, split, recipe.exclude)
+        run.note(f"{split}: {describe(store, every, clips)}")
+
+
 def _sources(
-    recipe: TrainRecipe, store: TokenSource, caches: list[TeacherLogitsCache]
+    recipe: TrainRecipe,
+    store: TokenSource,
+    caches: list[TeacherLogitsCache],
+    began: dict[str, str] | None,
 ) -> dict[str, str]:
-    """Return the digests of all that a run learns from, by name: it keeps to them."""
-    sources = {"store": store.digest}
-    sources |= {f"teacher {cache.teacher.parent}": cache.digest for cache in caches}
+    """Return the digests of all that a run learns from: it keeps to them, wherever they lie.
+
+    ``began``: those of the run that goes on, which does not need `init_from` any more.
+    """
+    sources = {"store 0": store.digest}
+    sources |= {f"teacher {number}": cache.digest for number, cache in enumerate(caches)}
     if recipe.exclude is not None:  # its content decides, as that of a store does
         ids = excluded_ids(store, recipe.exclude)
-        sources[f"exclude {recipe.exclude}"] = hashlib.sha256(ids.tobytes()).hexdigest()
+        sources["exclude 0"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    if recipe.init_from is not None:
+        try:
+            sources["init_from 0"] = read_card(saved_folder(recipe.init_from)).weights_sha256
+        except CheckpointError:
+            if began is None:
+                raise
+            sources |= {k: v for k, v in began.items() if k == "init_from 0"}
     return sources
 
 
@@ -176,7 +271,24 @@ def _teacher_caches(
         return []
     stores = recipe.teacher_store * (len(recipe.teacher) // len(recipe.teacher_store))
     pairs = zip(recipe.teacher, stores, strict=True)
+    if not recipe.allow_unfinished:
+        for teacher in recipe.teacher:
+            _check_teacher(teacher)
     return [TeacherLogitsCache(teacher / "best", its, store, clips) for teacher, its in pairs]
+
+
+def _check_teacher(teacher: Path) -> None:
+    """Refuse a teacher that is still to train; one without metrics was copied, and is taken."""
+    if not (teacher / METRICS).is_file():
+        return
+    trained = read_card(teacher / "best").training
+    wanted = {key: trained[key] for key in ("epochs", "patience") if key in trained}
+    progress = TrainingProgress.read(teacher / METRICS)
+    if "epochs" in wanted and not progress.finished(TrainRecipe.model_construct(**wanted)):
+        raise CheckpointError(
+            f"teacher={str(teacher)!r}: has trained {progress.epoch} of {wanted['epochs']} epochs; "
+            "let it finish, or set allow_unfinished: true to learn from its best epoch so far."
+        )
 
 
 def _distillation(

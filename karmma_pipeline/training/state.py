@@ -120,7 +120,11 @@ class TensorboardWriter:
     def __init__(self, folder: Path, first: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
-        name = f"events.out.tfevents.{time.time():.0f}.{host}.{os.getpid()}"
+        # TensorBoard reads files in the order of their names and drops what comes before what it
+        # has read. The clock of this machine may be behind that of the one before.
+        stamp = max([int(time.time()), *(s + 1 for s in map(_stamp, folder.iterdir()))])
+        self._ahead_s = max(0.0, stamp - time.time())
+        name = f"events.out.tfevents.{stamp}.{host}.{os.getpid()}"
         self._file = (folder / name).open("ab", buffering=0)
         self._records = RecordWriter(self._file)
         self._add(Event(step=first, file_version="brain.Event:2"))
@@ -132,11 +136,18 @@ class TensorboardWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, values: Mapping[str, float], step: int) -> None:
-        """Add a point to the curve of each value."""
-        points = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+    def write(self, values: Mapping[str, Any], step: int) -> None:
+        """Add a point to the curve of each value that is a number."""
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        points = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
         self._add(Event(step=step, summary=Summary(value=points)))
 
     def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
+        event.wall_time = time.time() + self._ahead_s
         self._records.write(event.SerializeToString())
+
+
+def _stamp(events: Path) -> int:
+    """Return the time in the name of an events file, s."""
+    words = events.name.split(".")
+    return int(words[3]) if len(words) > 3 and words[3].isdecimal() else 0

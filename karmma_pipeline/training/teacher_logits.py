@@ -324,7 +324,7 @@ class TeacherLogitsCache:
                 files.write_json(path, key)
             return
         try:
-            there = json.loads(path.read_text())
+            there = json.loads(path.read_text(encoding="utf-8"))
             differences = [
                 f"{k}={there.get(k)!r} there, {v!r} here"
                 for k, v in key.items()

@@ -1,6 +1,7 @@
 """Validation: accuracy and loss with every native modality; each clip counts once."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ Predict = Callable[[Batch], dict[str, Tensor]]
 
 @torch.inference_mode()
 def validate(
-    predict: Predict, loader: FeatureLoader, ranks: Ranks
-) -> tuple[dict[str, float], list[ClipModality]]:
+    predict: Predict, loader: FeatureLoader, ranks: Ranks, unseen: Mapping[str, int] | None = None
+) -> tuple[dict[str, float | None], list[ClipModality]]:
     """Return loss and top-1 in percent per head and of the action, and this rank's bad clips.
+
+    What no clip has a label for is None. ``unseen``: per head and of the action, clips with a
+    label and without any modality, which no network is asked about: they count as wrong.
 
     Ranks share the clips of the loader, and only counts are summed, so that no clip is
     counted twice whatever the number of ranks. With logits that are not finite the loss is NaN,
@@ -38,10 +42,15 @@ def validate(
             totals[2] = torch.nan
         totals += _count(logits, batch, heads)
     right, known, loss = ranks.sum(totals)
-    shares = (100 * right / known.clamp(min=1)).tolist()
-    mean_loss = float((loss[:-1] / known[:-1].clamp(min=1)).mean())
-    names = [f"{head}_top1" for head in (*heads, "action")]
-    return {"loss": mean_loss, **dict(zip(names, shares, strict=True))}, bad
+    seen = known[:-1] > 0
+    mean_loss = float((loss[:-1] / known[:-1].clamp(min=1))[seen].mean()) if seen.any() else None
+    if not loss.isfinite().all():
+        mean_loss = math.nan
+    values: dict[str, float | None] = {"loss": mean_loss}
+    for number, head in enumerate((*heads, "action")):
+        every = float(known[number]) + (unseen or {}).get(head, 0)
+        values[f"{head}_top1"] = 100 * float(right[number]) / every if every else None
+    return values, bad
 
 
 def _count(logits: dict[str, Tensor], batch: Batch, heads: tuple[str, ...]) -> Tensor:

@@ -76,7 +76,35 @@ def state(data: bytes) -> bytes:
     """
     tree = torch.load(BytesIO(data[32:]), map_location="cpu", weights_only=True)
     tree.pop("bad", None)  # clips that are not finite, which older programs took as absent
+    progress = tree.get("progress", {})
+    progress.pop("sums", None)  # of the columns that were added
+    for row in progress.get("history", []):
+        for column in NEW_COLUMNS:
+            row.pop(column, None)
+    if "sources" in tree:  # their names held paths
+        tree["sources"] = list(tree["sources"].values())
     return "\n".join(_plain(tree)).encode()
+
+
+NEW_KEYS = ("version", "select_by", "init_from", "allow_unfinished", "precision")
+NEW_COLUMNS = (
+    "best_epoch",
+    "clips_per_s",
+    "device",
+    "lr",
+    "ranks",
+    "threads",
+    "train_cross_entropy",
+    "train_gradient_norm",
+    "train_kl",
+    "waiting_for_data",
+)
+
+
+def metrics(data: bytes) -> bytes:
+    """Compare the columns that the older program has."""
+    rows = [json.loads(line) for line in data.decode().splitlines()]
+    return repr([{k: v for k, v in row.items() if k not in NEW_COLUMNS} for row in rows]).encode()
 
 
 def events(data: bytes) -> bytes:
@@ -87,7 +115,9 @@ def events(data: bytes) -> bytes:
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
         event = Event.FromString(data[at + 12 : at + 12 + size])
-        lines |= {f"{event.step} {value}" for value in event.summary.value}
+        lines |= {
+            f"{event.step} {value}" for value in event.summary.value if value.tag not in NEW_COLUMNS
+        }
         at += 12 + size + 4
     return "\n".join(sorted(lines)).encode()
 
@@ -128,11 +158,17 @@ RULES = (
     Rule("*/media_notes/*", ignored, "clips that are read again are noted again", killed=True),
     Rule(
         "*/recipe.yaml",
-        without("exclude", "bad_clips"),
-        "clips whose tokens are not finite stop a training and may be excluded",
+        without("exclude", "bad_clips", *NEW_KEYS),
+        "clips whose tokens are not finite stop a training and may be excluded; newer keys, and "
+        "the precision that was settled",
     ),
     Rule("*/recipe.yaml", renamed({"layout": "memory_format"}), "the key has a new name"),
-    Rule("*/model.json", without("training.exclude", "training.bad_clips"), "the same"),
+    Rule(
+        "*/model.json",
+        without("training.exclude", "training.bad_clips", *(f"training.{k}" for k in NEW_KEYS)),
+        "the same",
+    ),
+    Rule("*/metrics.jsonl", metrics, "columns were added"),
     Rule("*/media_notes/*", notes, "details of faults are noted"),
     Rule("*/failures.csv", failures, "a column for details, two reasons' names, hints"),
     Rule("*/state/*.pt", state, "a pickle of the same has no fixed bytes"),
@@ -150,8 +186,8 @@ NAMES = (
 )
 """Names that two programs do not give alike, and under which name they meet."""
 
-LEFT = ("*/tar_index/.*.tmp",)
-"""What a killed program leaves and neither program takes away."""
+LEFT = ("*/tar_index/.*.tmp", "*/.lock", "*/report/predictions*")
+"""What is not compared: leftovers of a killed program, locks, tables that the older one lacks."""
 
 
 def name_of(path: str) -> str:

@@ -11,41 +11,18 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.any_store import IDS, fill_store
+from support.evaluation import BACKBONE, EVIL, make_recipe, save_run
 from support.leftovers import leave
 from support.tiny_store import write_store
 
-from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, ManifestError, StoppedError, StoreError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.evaluate import evaluate
-from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.report.page import write_report
-from karmma_pipeline.evaluation.results import Results
+from karmma_pipeline.evaluation.results import Results, SubsetScores
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.fusion import FusionSize
-from karmma_pipeline.models.saved import ModelCard, load_model, save_model
+from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore, open_joined
-
-BACKBONE = {"backbone": "x", "weights": "random:3"}
-EVIL = "<script>alert(1)</script> $x_$ | a"
-
-
-def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
-    opened = open_joined(stores, "join")
-    card = ModelCard.model_validate(
-        {
-            "kind": kind,
-            "name": name,
-            "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
-            "modalities": {m: opened.shape(m) for m in opened.modalities},
-            "heads": opened.heads,
-            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
-            "store_digest": opened.digest,
-        }
-    )
-    torch.manual_seed(seed)
-    save_model(run / "best", card.build(), card)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +32,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("Plain", EVIL)):
         save_run(root / f"run{seed}", store, name=name, seed=seed)
     return root
-
-
-def make_recipe(place: Path, **changes: Any) -> EvaluateRecipe:
-    tree = {
-        "runs": [str(place / "run0"), str(place / "run1")],
-        "stores": [str(place / "store")],
-        "out": str(place / "report"),
-        "split": "",
-        "title": EVIL,
-        **changes,
-    }
-    return config.build(EvaluateRecipe, tree, "test")
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +70,21 @@ def test_clips_that_lack_a_modality_are_counted_and_can_be_left_out(found: Resul
     assert found.data.complete == 48
 
 
+def value_of(subset: SubsetScores) -> float:
+    value = subset.scores["action_top1"].value
+    assert value is not None
+    return value
+
+
 def test_the_expected_drop_curve_joins_the_subsets_and_the_sampled_one(found: Results) -> None:
     run = found.runs[0]
     curve = run.curve("action", "complete")
     assert curve is not None
-    whole = run.subset(("rgb", "flow", "audio"), "complete").scores["action_top1"].value
+    whole = value_of(run.subset(("rgb", "flow", "audio"), "complete"))
     assert curve.points[0].expected == pytest.approx(whole)
-    singles = [run.subset((m,), "complete").scores["action_top1"].value for m in found.modalities]
+    singles = [value_of(run.subset((m,), "complete")) for m in found.modalities]
     pairs = [
-        run.subset(s, "complete").scores["action_top1"].value
+        value_of(run.subset(s, "complete"))
         for s in (("rgb", "flow"), ("rgb", "audio"), ("flow", "audio"))
     ]
     p = 0.5

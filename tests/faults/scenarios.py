@@ -15,13 +15,14 @@ import torch
 from support.any_store import IDS, fill_store
 from support.media_files import write_video
 from support.tiny_store import write_store
-from support.training import SIZE, common
+from support.training import SIZE, common, what
 from torchvision.models import resnet18
 from torchvision.models.video import s3d
 
 from karmma_pipeline import config, files
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.training.progress import HOW
 from karmma_pipeline.training.recipe import TeacherRecipe
 from karmma_pipeline.training.stages import train_teacher
 from karmma_pipeline.training.state import load_state, read_checksummed
@@ -59,6 +60,8 @@ def digest(path: Path) -> str:
     The bytes of a pickle depend on which equal strings are one object.
     """
     data = path.read_bytes()
+    if path.name == "metrics.jsonl":
+        data = what(path)
     if path.suffix == ".pt":
         state = torch.load(BytesIO(read_checksummed(path)), weights_only=True)
         data = "\n".join(_plain(state)).encode()
@@ -67,7 +70,7 @@ def digest(path: Path) -> str:
 
 def _plain(value: Any, name: str = "") -> Iterator[str]:
     if isinstance(value, dict):
-        for key in value:
+        for key in (key for key in value if key not in HOW):
             yield from _plain(value[key], f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for number, one in enumerate(value):

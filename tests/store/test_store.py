@@ -21,7 +21,7 @@ from support.forks import in_fork
 from support.nth_call import at_call, kill_at_call
 from support.patience import wait_for
 
-from karmma_pipeline.errors import StoreError
+from karmma_pipeline.errors import KarmmaError, StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import (
     ClipRow,
@@ -271,7 +271,10 @@ def test_a_second_writer_of_a_shard_is_refused_while_the_first_lives(tmp_path: P
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(StoreError, match="is being written"), ShardWriter(tmp_path / "s", 0):
+        with (
+            pytest.raises(KarmmaError, match="writes shard 0; wait for it"),
+            ShardWriter(tmp_path / "s", 0),
+        ):
             pass
         other.send_signal(signal.SIGKILL)
     with ShardWriter(tmp_path / "s", 0):  # its lock is stale now

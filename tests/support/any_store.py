@@ -1,7 +1,7 @@
 """Small stores of any shape; a clip's tokens follow from its id alone, so they can be foretold."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +38,26 @@ def fill_store(
     per_shard: int = 8,
     split: str = "",
     provenance: Mapping[str, object] = {},
+    head: str = "verb",
+    labelled: Collection[str] | None = None,
 ) -> Path:
-    """Write what lacks; clip number n has label n modulo the classes and lies at n seconds."""
+    """Write what lacks; clip number n has label n modulo the classes and lies at n seconds.
+
+    ``labelled``: clips that have a label; None: all.
+    """
     spec = StoreSpec(
         modalities={
             m: ModalitySpec(tokens=n, width=d, dtype=dtype, frames=2, provenance=dict(provenance))
             for m, (n, d) in modalities.items()
         },
-        heads={"verb": tuple(classes)},
+        heads={head: tuple(classes)},
         clips_per_shard=per_shard,
     )
     number = {clip_id: int("".join(c for c in clip_id if c.isdigit())) for clip_id in ids}
     rows = [
         ClipRow(
             i,
-            {"verb": number[i] % len(classes)},
+            {head: number[i] % len(classes) if labelled is None or i in labelled else -1},
             split or ("val" if number[i] % 3 == 0 else "train"),
             f"P{number[i] % 2}",
             float(number[i]),

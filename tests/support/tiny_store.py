@@ -31,12 +31,14 @@ def write_store(
     absent: Collection[tuple[str, str]] = (),
     non_finite: Mapping[tuple[str, str], float] | None = None,
     dtype: Dtype = "float16",
+    unlabelled: Mapping[str, Collection[str]] | None = None,
 ) -> Path:
     """Verb is seen in rgb and flow, noun in rgb and audio; every fifth clip has no audio.
 
     ``absent``: clips and modalities that the store calls BAD_VALUE. ``non_finite``: those whose
     tokens are this value, with checksums that fit, as another program could write them.
     With ``heads`` and ``label`` every clip has that label of other heads, seen in nothing.
+    ``unlabelled``: split to heads of which its clips have no label.
     """
     spec = StoreSpec(
         modalities={
@@ -54,17 +56,14 @@ def write_store(
     )
     rng = np.random.default_rng(seed)
     codes = rng.normal(size=(2, max(VERBS, NOUNS), width))
-    rows = [
-        ClipRow(
-            f"c{i:03d}",
-            {"verb": i % VERBS, "noun": i // VERBS % NOUNS}
-            if heads is None
-            else dict.fromkeys(heads, -1 if label is None else label),
-            "val" if i % 4 == 3 - i // 4 % 4 else "train",
-            f"P{i % 3}",
-        )
-        for i in range(clips)
-    ]
+    rows = []
+    for i in range(clips):
+        labels = {"verb": i % VERBS, "noun": i // VERBS % NOUNS}
+        if heads is not None:
+            labels = dict.fromkeys(heads, -1 if label is None else label)
+        split = "val" if i % 4 == 3 - i // 4 % 4 else "train"
+        labels |= dict.fromkeys((unlabelled or {}).get(split, ()), -1)
+        rows.append(ClipRow(f"c{i:03d}", labels, split, f"P{i % 3}"))
     create_store(root, spec, rows)
     for shard in range(-(-clips // 32)):
         with ShardWriter(root, shard) as writer:

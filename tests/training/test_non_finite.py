@@ -134,11 +134,11 @@ def test_validation_and_evaluation_refuse_the_same_clips_in_the_same_words(tmp_p
 
 
 def test_validation_clips_without_a_label_are_looked_at_too(tmp_path: Path) -> None:
-    heads: dict[str, tuple[str, ...]] = {"verb": ("a", "b")}
+    without = {"val": ("verb", "noun")}
     bad = {(IN_VAL, "rgb"): NAN}
-    store = write_store(tmp_path / "s", clips=48, heads=heads, label=-1, non_finite=bad)
+    store = write_store(tmp_path / "s", clips=48, unlabelled=without, non_finite=bad)
     with pytest.raises(StoreError, match=rf"{IN_VAL} \(rgb\)"):
-        train_teacher(teacher_recipe(store, tmp_path / "r", epochs=1))
+        train_teacher(teacher_recipe(store, tmp_path / "r", epochs=1, select_by="epoch"))
 
 
 def test_a_teacher_is_not_asked_about_clips_that_cannot_be_used(tmp_path: Path) -> None:

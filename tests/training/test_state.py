@@ -145,7 +145,7 @@ def test_another_store_at_the_same_path_is_noticed(tmp_path: Path) -> None:
     halt(recipe)
     store.rename(tmp_path / "old")
     write_store(store, seed=1)
-    with pytest.raises(CheckpointError, match=rf"began with {store} of digest \w+, there is now"):
+    with pytest.raises(CheckpointError, match=rf"began with store of .* there is now {store} of "):
         train_teacher(recipe)
     store.rename(tmp_path / "new")
     (tmp_path / "old").rename(store)
@@ -161,11 +161,11 @@ def test_another_teacher_at_the_same_path_is_noticed(tmp_path: Path) -> None:
         train_teacher(teacher_recipe(store, tmp_path / f"t{seed}", epochs=1, seed=seed))
     (tmp_path / "t0").rename(tmp_path / "teacher")
     recipe = student_recipe(store, tmp_path / "teacher", tmp_path / "r", epochs=4)
-    with pytest.raises(StoppedError):
-        distill(recipe, stop=StopAt(15))
+    with pytest.raises(StoppedError, match=r"epoch .* is saved"):
+        distill(recipe, stop=StopAt(22))
     (tmp_path / "teacher").rename(tmp_path / "t0")
     (tmp_path / "t1").rename(tmp_path / "teacher")
-    with pytest.raises(CheckpointError, match=r"began with teacher .*teacher of digest"):
+    with pytest.raises(CheckpointError, match=r"began with teacher of .* now .*teacher of"):
         distill(recipe)
 
 

@@ -54,7 +54,7 @@ def excluded_ids(store: TokenSource, path: Path) -> npt.NDArray[np.bytes_]:
             misspelt id would leave nothing out, silently.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"exclude={str(path)!r}: cannot be read ({error}).") from None
     ids = sorted({line.strip().encode() for line in lines if line.strip()})

@@ -14,6 +14,8 @@ _logger = logging.getLogger(__name__)
 class LoaderSettings(Recipe):
     """How tokens come from disk to the model."""
 
+    FREE = frozenset({"cache", "stage", "threads", "ahead"})
+
     cache: Literal["map", "device"] = Field(
         "map",
         description="Where tokens are read from. map: the files, mapped into memory (the page\n"

@@ -81,7 +81,7 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
     path = out / "sample.json"
     if not path.is_file():
         files.write_json(path, settings)
-    elif (there := json.loads(path.read_text())) != settings:
+    elif (there := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise ConfigError(
             f"{out}: holds a sample made with {there}, not {settings}; choose another folder."
         )

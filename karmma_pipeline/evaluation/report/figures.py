@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
@@ -34,8 +35,10 @@ _STYLE: Any = {
 
 def draw(results: Results) -> dict[str, Figure]:
     """Return the figures by name."""
-    plots: dict[str, Callable[[Results], Figure]] = {"subsets": subset_bars}
-    if any(run.drop for run in results.runs):
+    plots: dict[str, Callable[[Results], Figure]] = {}
+    if any(s.n for run in results.runs for of in run.subsets for s in of.scores.values()):
+        plots["subsets"] = subset_bars
+    if any(run.curve(results.main, "all") for run in results.runs):
         plots = {"drop_curve": drop_curve, **plots}
     if any(run.costs for run in results.runs):
         plots["costs"] = cost_bars
@@ -81,10 +84,10 @@ def drop_curve(results: Results) -> Figure:
         low, high = [p.low for p in curve.points], [p.high for p in curve.points]
         axes.fill_between(rates, low, high, color=colour, alpha=0.12, linewidth=0)
     constant = results.data.constant[results.main]
-    axes.axhline(constant, color="#777777", linewidth=1, linestyle=":")
+    axes.axhline(constant or 0.0, color="#777777", linewidth=1, linestyle=":")
     axes.annotate(
         "Majority class",
-        (0, constant),
+        (0, constant or 0.0),
         (2, 3),
         textcoords="offset points",
         color="#777777",
@@ -105,8 +108,11 @@ def subset_bars(results: Results) -> Figure:
     for number, run in enumerate(results.runs):
         of_subset = [run.subset(s, "all") for s in results.subsets]
         scores = [of.scores[f"{results.main}_top1"] for of in of_subset]
-        whiskers = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
-        bars.draw([s.value for s in scores], number, _plain(run.name), whiskers)
+        value, low, high = (
+            np.array([getattr(s, end) for s in scores], float) for end in ("value", "low", "high")
+        )
+        whiskers = [value - low, high - value]
+        bars.draw(value.tolist(), number, _plain(run.name), whiskers)
     return bars.finish(f"{_plain(results.main)} top-1 (%)", title)
 
 

@@ -16,7 +16,7 @@ from karmma_pipeline.evaluation.report import figures, tables
 from karmma_pipeline.evaluation.results import Results
 from karmma_pipeline.modalities import label
 
-_FOLDERS = ("logits", "submission", "tables", "figures")
+FOLDERS = ("logits", "predictions", "submission", "tables", "figures")
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -38,7 +38,7 @@ def write_report(folder: Path, results: Results) -> None:
             files.write_bytes(folder / "figures" / f"{name}.{kind}", figures.to_bytes(figure, kind))
     # Last, for whoever sees the page takes the report for finished.
     files.write_text(folder / "index.html", render(results, pictures))
-    files.sweep([folder, *(folder / name for name in _FOLDERS)])
+    files.sweep([folder, *(folder / name for name in FOLDERS)])
 
 
 def render(results: Results, pictures: dict[str, Figure]) -> str:

@@ -23,10 +23,11 @@ def subset_table(results: Results, protocol: Protocol) -> Table:
             cells = [run.name, label(subset, results.modalities), str(of_subset.clips)]
             for metric in results.metrics:
                 top1, top5 = (of_subset.scores[f"{metric}_top{k}"] for k in (1, 5))
-                cells += [
-                    f"{top1.value:.1f} [{top1.low:.1f}, {top1.high:.1f}]",
-                    f"{top5.value:.1f}",
-                ]
+                if top1.value is None or top5.value is None:
+                    cells += ["", ""]
+                else:
+                    interval = f"[{top1.low:.1f}, {top1.high:.1f}]"
+                    cells += [f"{top1.value:.1f} {interval}", f"{top5.value:.1f}"]
             rows.append(cells)
     return header, rows
 

@@ -185,7 +185,10 @@ def _durations(store: FeatureStore) -> list[float]:
 
 
 def _write_csv(path: Path, rows: list[list[str]]) -> None:
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         csv.writer(file).writerows(rows)
 
 

@@ -111,7 +111,7 @@ def _done(place: Path) -> Path:
 def _is_unchanged(place: Path, store: Path) -> bool:
     """Tell whether a copy of just this store was verified and not touched since."""
     try:
-        done = json.loads(_done(place).read_text())
+        done = json.loads(_done(place).read_text(encoding="utf-8"))
         return bool(
             done["manifest"] == files.sha256(store / layout.MANIFEST)
             and done["files"] == _states(place)
@@ -197,7 +197,7 @@ def check_space(folder: Path, size: int, inodes: int) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Let one process at a time work; the kernel frees the lock of one that dies."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         # The file is never removed: whoever waits for it would hold the lock of a file that the
         # next one does not find.
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,0 +1,45 @@
+"""Models that were never trained, and recipes that evaluate them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from karmma_pipeline import config
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.models.fusion import FusionSize
+from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.store import open_joined
+
+BACKBONE = {"backbone": "x", "weights": "random:3"}
+EVIL = "<script>alert(1)</script> $x_$ | a"
+
+
+def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
+    opened = open_joined(stores, "join")
+    card = ModelCard.model_validate(
+        {
+            "kind": kind,
+            "name": name,
+            "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
+            "modalities": {m: opened.shape(m) for m in opened.modalities},
+            "heads": opened.heads,
+            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
+            "store_digest": opened.digest,
+        }
+    )
+    torch.manual_seed(seed)
+    save_model(run / "best", card.build(), card)
+    return run
+
+
+def make_recipe(place: Path, **changes: Any) -> EvaluateRecipe:
+    tree = {
+        "runs": [str(place / "run0"), str(place / "run1")],
+        "stores": [str(place / "store")],
+        "out": str(place / "report"),
+        "split": "",
+        "title": EVIL,
+        **changes,
+    }
+    return config.build(EvaluateRecipe, tree, "test")
