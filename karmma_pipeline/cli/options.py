@@ -140,7 +140,7 @@ def _paths(value: Any) -> Iterator[Path]:
     """Yield the paths of a key that has one or several."""
     if isinstance(value, Path):
         yield value
-    else:
+    elif isinstance(value, list | tuple):  # an extraction's `store` is a section
         for one in value:
             yield from _paths(one)
 

@@ -1,12 +1,15 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.epic import touch
 
 from karmma_pipeline import files
+from karmma_pipeline.cli import main
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
 from karmma_pipeline.data.manifest import FileSource, Manifest
@@ -77,3 +80,15 @@ def test_every_ending_of_a_video_is_one_and_other_files_are_told(tmp_path: Path)
     said = "\n".join(manifest.notes)
     assert "folders without videos, which are no classes: b, c" in said
     assert "files that end in .txt are no videos: 3 (such as a/notes.txt)" in said
+
+
+def test_a_recipe_that_names_a_data_set_is_planned(tmp_path: Path) -> None:
+    touch(tmp_path / "videos", "a/1.mp4", "b/2.mp4")
+    dataset = {"kind": "folder_tree", "root": str(tmp_path / "videos")}
+    sets = {"one": {"rgb": {"name": "s3d", "weights": "random:0"}}}
+    recipe = {"dataset": dataset, "out": str(tmp_path / "out"), "sets": sets}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    arguments = ["plan", str(tmp_path / "r.yaml"), "--no-probe", "--no-calibrate"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    assert "heads      action: 2 classes (a, b)" in result.output
