@@ -1,4 +1,4 @@
-"""Prints the lowest versions that setup.cfg allows as constraints for pip, each mended to its end.
+"""Prints the lowest versions that setup.cfg allows as constraints for pip, completed to releases.
 
 ``numpy>=2,<3`` becomes ``numpy==2.0.*``: the first releases of a series are at times withdrawn.
 """

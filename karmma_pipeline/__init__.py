@@ -1,4 +1,4 @@
-"""KARMMA: egocentric action recognition that stays accurate when sensors are missing.
+"""KARMMA: egocentric action recognition that stays accurate under missing modalities.
 
 Clips become tokens once (`extract`), tokens become models many times (`train_teacher`, `distill`),
 models become tables, pictures and predictions (`evaluate`, `predict`). Paper: arXiv 2504.08578.
@@ -100,7 +100,7 @@ def extract(
         KarmmaError: see the message. `TooManyFailuresError`, one of them: the stores are complete,
             but more clips lost a modality to an error than ``max_failures`` allows.
 
-    Example:
+    Examples:
         >>> report = km.extract("extract.yaml")
         >>> sorted(report.stores), report.complete
         (['student', 'teacher'], True)
@@ -133,7 +133,7 @@ def train_teacher(
     Raises:
         KarmmaError: see the message.
 
-    Example:
+    Examples:
         >>> report = km.train_teacher("teacher.yaml", epochs=2)
         >>> str(report.run), report.epochs
         ('runs/teacher', 2)
@@ -167,7 +167,7 @@ def train_baseline(
     Raises:
         KarmmaError: see the message.
 
-    Example:
+    Examples:
         >>> report = km.train_baseline("baseline.yaml", epochs=2)
         >>> sorted(report.best)[:3]
         ['epoch', 'train_loss', 'val_action_top1']
@@ -199,7 +199,7 @@ def distill(
     Raises:
         KarmmaError: see the message, such as of a teacher that is not trained yet.
 
-    Example:
+    Examples:
         >>> report = km.distill("student.yaml", epochs=2, optimiser__lr=3e-4)
         >>> str(report.run)
         'runs/student'
@@ -232,7 +232,7 @@ def evaluate(
     Raises:
         KarmmaError: see the message.
 
-    Example:
+    Examples:
         >>> report = km.evaluate(runs=["runs/teacher", "runs/student"], out="report", costs=False)
         >>> str(report.folder), [run.name for run in report.results.runs]
         ('report', ['Teacher', 'Student (distilled)'])
@@ -258,7 +258,7 @@ def load_model(path: str | Path, *, checkpoint: str = "best") -> TrainedModel:
     Raises:
         KarmmaError: no model is there, or it is damaged.
 
-    Example:
+    Examples:
         >>> model = km.load_model("runs/student")
         >>> model.name, model.network.modalities
         ('Student (distilled)', ('rgb', 'flow', 'audio'))
@@ -298,7 +298,7 @@ def predict(
     Raises:
         KarmmaError: see the message.
 
-    Example:
+    Examples:
         >>> preds = km.predict("runs/student", "features/student", split="val", without=["audio"])
         >>> preds.modalities, preds.mask.any(axis=0).tolist()
         (('rgb', 'flow', 'audio'), [True, True, False])

@@ -22,7 +22,7 @@ class KarmmaError(ValueError):
     Attributes:
         exit_code: how a ``karmma`` command ends that meets it.
 
-    Example:
+    Examples:
         >>> try:
         ...     km.load_model("runs/nobody")
         ... except km.KarmmaError as error:

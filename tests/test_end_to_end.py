@@ -1,4 +1,4 @@
-"""The newcomer's road: one command from nothing to a report; run again, nothing is done twice."""
+"""What a newcomer runs: one command from nothing to a report; run again, nothing is done twice."""
 
 import csv
 import json

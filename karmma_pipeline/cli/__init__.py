@@ -3,6 +3,8 @@
 Stages are imported inside the commands, so that ``karmma --help`` answers at once.
 """
 
+import sys
+
 import click
 
 from karmma_pipeline import __version__
@@ -27,11 +29,13 @@ clips failed, 75 stopped by a signal (run the same command again to go on).""",
 )
 @click.version_option(__version__, prog_name="karmma")
 def main() -> None:
-    """Action recognition that survives missing sensors: extract, train, evaluate.
+    """Action recognition under missing modalities: extract, train, evaluate.
 
     Clips become tokens once (extract), tokens become models many times (train-teacher,
     distill), models become tables and pictures (evaluate). Start with `karmma demo`.
     """
+    if sys.platform != "linux":
+        raise click.ClickException(f"karmma runs on Linux, not on {sys.platform}.")
 
 
 for _command in (

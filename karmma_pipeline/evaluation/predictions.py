@@ -39,7 +39,7 @@ class Predictions:
     each of its modalities is absent or left out, has logits but no predicted class, and counts as
     wrong, as in the report of `evaluate`.
 
-    Example:
+    Examples:
         >>> preds = km.predict("runs/student", "features/student", split="val")
         >>> preds.logits["verb"].shape == (len(preds), len(preds.heads["verb"]))
         True

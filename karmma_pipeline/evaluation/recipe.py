@@ -73,7 +73,7 @@ class EvaluateRecipe(Recipe):
     )
     checkpoint: str = Field("best", description="Which saved model of a run: best or last.")
     title: Annotated[str, Field(max_length=120)] = Field(
-        "", description="Name of the data in titles; default: the store's folder."
+        "", description="Name of the data in titles; default: that of the list or data set."
     )
     split: str = Field("val", description="Split to evaluate; empty: every clip.")
     exclude: Path | None = Field(
@@ -139,3 +139,25 @@ def _trained_on(run: Path) -> list[Path]:
             stores = config.read(path).get("store", [])
             return [Path(store) for store in (stores if isinstance(stores, list) else [stores])]
     raise ConfigError(f"{run}: no recipe.yaml is there that names a store; give it with --store.")
+
+
+_DATA_SETS = {
+    "epic_kitchens_100": "EPIC-KITCHENS-100",
+    "something_something_v2": "Something-Something V2",
+    "ego4d_fho_lta": "Ego4D",
+    "ego_exo4d_keysteps": "Ego-Exo4D",
+}
+
+
+def data_name(store: Path) -> str:
+    """Return what the clips of a store are called: the data set, the list, else the folder."""
+    folder = store.resolve().parent
+    try:
+        tree = config.read(folder / "recipe.yaml")
+    except ConfigError:  # a store that no extraction of ours made
+        return folder.name
+    dataset = tree.get("dataset") or {}
+    if (kind := dataset.get("kind")) in _DATA_SETS:
+        return _DATA_SETS[kind]
+    listed = Path(tree.get("manifest") or dataset.get("path") or dataset.get("root") or folder)
+    return listed.parent.name or folder.name if listed.stem == "manifest" else listed.stem

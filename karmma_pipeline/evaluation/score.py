@@ -19,7 +19,7 @@ from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.evaluation.drop_curve import Correct, drop_curves
 from karmma_pipeline.evaluation.paper import SIZES
 from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
-from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles, data_name
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
@@ -37,7 +37,7 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
     }
     modalities = run.store.modalities
     return results.Data(
-        name=recipe.title or run.store.path.resolve().parent.name,
+        name=recipe.title or data_name(run.store.path),
         split=recipe.split,
         clips=len(run.clips),
         official_clips=recipe.official_clips,

@@ -68,7 +68,7 @@ class ModelCard(Recipe):
 class TrainedModel:
     """A saved model in evaluation mode and its card, as `karmma_pipeline.load_model` gives it.
 
-    Example:
+    Examples:
         >>> model = km.load_model("runs/student")
         >>> tokens = {m: torch.zeros(2, *model.card.modalities[m]) for m in model.card.modalities}
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])

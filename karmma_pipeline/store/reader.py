@@ -31,7 +31,7 @@ class FeatureStore(MappedStore):
     Raises:
         StoreError: there is no store, it is not complete, or files are missing or cut.
 
-    Example:
+    Examples:
         >>> store = km.FeatureStore.open("features/student")
         >>> store.modalities
         ('rgb', 'flow', 'audio')

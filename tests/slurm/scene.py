@@ -1,4 +1,4 @@
-"""What the road of `road.py` is made of: poisoned clips, recipes, a chain, and jobs to be held."""
+"""What `pipeline.py` works with: poisoned clips, recipes, a chain, and jobs to be held."""
 
 import csv
 import os
@@ -109,7 +109,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
         if place == reference:
             stages["extract"]["array"] = 1
             del stages["two_nodes"]  # two processes of this machine stand in for it
-        _write_yaml(place / "chain.yaml", {"name": "road", "stages": stages})
+        _write_yaml(place / "chain.yaml", {"name": "pipeline", "stages": stages})
         site = {"env": {**LOCAL, "OMP_NUM_THREADS": "1"}, "warning_s": WARNING_S}
         _write_yaml(place / "site.yaml", site)
     return reference, disturbed

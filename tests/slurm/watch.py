@@ -33,7 +33,7 @@ def queue() -> list[dict[str, str]]:
     lines = shell("squeue", "-h", "-r", "-o", "%A|%F|%K|%T|%j|%N").splitlines()
     found = [dict(zip(fields, line.split("|"), strict=True)) for line in lines]
     for job in found:
-        job["stage"] = job["stage"].partition(".")[2].rpartition(".")[0]  # road.STAGE.digest
+        job["stage"] = job["stage"].partition(".")[2].rpartition(".")[0]  # pipeline.STAGE.digest
     return found
 
 

@@ -149,7 +149,7 @@ def _read(
             )
         if not float(np.abs(values).max()) <= one.largest:
             raise StoreError(
-                f"{path}: has values that are not finite or too large for {one.dtype}; mend the "
+                f"{path}: has values that are not finite or too large for {one.dtype}; fix the "
                 "file, remove it (the clip then lacks the modality), or use --dtype float32."
             )
         tokens[modality] = values

@@ -38,7 +38,7 @@ def stage(
     """Copy a store into a folder, verify every byte of the copy, and return where it lies.
 
     A copy that was verified is used again if none of its files has changed since, by size, inode
-    and time of change; else it is verified again, and mended. Of several processes that ask at
+    and time of change; else it is verified again, and repaired. Of several processes that ask at
     once one copies and the others wait. A stopped copy goes on with the files that it lacks.
 
     Args:

@@ -1,4 +1,4 @@
-"""Put on the path of the jobs of `road.py`: poisons clips, and holds jobs until they are hurt.
+"""Put on the path of the jobs of `pipeline.py`: poisons clips, and holds jobs until they are hurt.
 
 Python imports a module of this name at its start, in decode processes too.
 """

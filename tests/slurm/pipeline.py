@@ -1,8 +1,8 @@
-"""The whole road on a real Slurm, disturbed in every way, against an undisturbed run.
+"""The whole pipeline on a real Slurm, disturbed in every way, against an undisturbed run.
 
     tests/slurm/run.sh [--install] [--quick] [FOLDER]
 
-Starts a Slurm of three nodes on this machine, sends the road from extraction (an array of 8) to
+Starts a Slurm of three nodes on this machine, sends all stages from extraction (an array of 8) to
 the report off as one chain, and then kills the launching process, a decoder, tasks, a node and
 ranks, requeues a task, and warns others, one by its time limit. Some clips raise, crash or hang.
 A second chain is submitted inside a task of an array that asked for memory per CPU.

@@ -1,0 +1,87 @@
+"""The pages of docs/: their commands run, and their links lead somewhere."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from karmma_pipeline.cli import main
+from karmma_pipeline.data.sample import write_sample
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MADE = {"changelog.md", "contributing.md", "benchmarks.md", "recipe_reference.md"}
+"""Pages that docs/hooks.py makes."""
+
+
+def blocks(text: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere_and_commands_parse(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in link and link not in MADE:
+            assert (DOCS / link).exists(), f"{page.name}: {link}"
+    assert page.name == "index.md" or f": {page.name}" in (ROOT / "mkdocs.yml").read_text()
+    for block in blocks(text, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["karmma"]:
+                command: Any = main
+                while hasattr(command, "commands"):
+                    assert words[1] in command.commands, line
+                    command, words = command.commands[words[1]], words[1:]
+
+
+def test_the_pages_of_ones_own_videos_say_the_same() -> None:
+    guide = (DOCS / "own_videos.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert blocks(guide, "csv") == blocks(readme, "csv")
+    steps = blocks(guide, "sh")[0].splitlines()
+    assert steps[:2] == blocks(readme, "sh")[2].splitlines()[:2]
+
+
+def test_a_modality_of_ones_own_works_word_for_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (DOCS / "extending.md").read_text("utf-8").partition("## A modality of your own")[2]
+    (program,) = blocks(section, "python")
+    Path("glove.py").write_text(program)
+    for line in blocks(section, "sh")[0].splitlines():
+        words = shlex.split(line)
+        if words[0] == "python":
+            subprocess.run([sys.executable, *words[1:]], check=True)
+        else:
+            result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+    results = json.loads(Path("glove_report/results.json").read_text())
+    assert results["data"]["present"] == {"imu": 12}  # of the 15 clips of val
+    assert (tmp_path / "glove_report/index.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_is_that_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = json.loads((DOCS / "notebook.ipynb").read_text("utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    (block,) = blocks((DOCS / "notebook.md").read_text("utf-8"), "python")
+    assert [line for line in code.splitlines() if line] == [
+        line for line in block.splitlines() if line
+    ]
+    monkeypatch.chdir(tmp_path)
+    write_sample(Path("clips"), clips=12)
+    arguments = ["init", "project", ".", "--manifest", "clips/manifest.csv", "--size", "tiny"]
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    assert len(names["preds"]) == 3
