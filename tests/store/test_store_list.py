@@ -95,7 +95,7 @@ def test_what_a_list_grows_by_lies_in_new_shards_behind_the_old(root: Path) -> N
     start = store._catalog.column("start_rgb", "<i8")
     with h5py.File(root / "index.h5") as index:
         for rows in (zarr.open_group(root, mode="r")["rgb/tokens"], index["rgb/tokens"]):
-            read = np.stack([rows[s : s + 2] for s in start.tolist()])  # type: ignore[index]
+            read = np.stack([rows[s : s + 2] for s in start.tolist()])  # type: ignore[index, misc]
             np.testing.assert_array_equal(read, wanted)
 
 
