@@ -15,7 +15,7 @@ from karmma_pipeline import files
 from karmma_pipeline.data.loading.clips import ClipModality, non_finite, non_finite_error
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import draws
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import KarmmaError, StoppedError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, save_model
@@ -100,7 +100,7 @@ class Trainer:
             while not progress.finished(setup.recipe):
                 timer = EpochTimer()
                 self._train_epoch(objective, stop, timer, bar)
-                row = self._close_epoch(timer, bar)
+                row = self._close_epoch(stop, timer, bar)
                 if tensorboard is not None:
                     tensorboard.write(row, progress.epoch)
         early = progress.epoch < setup.recipe.epochs
@@ -216,13 +216,17 @@ class Trainer:
         """The weights that are validated and saved as a model."""
         return self.model if self.ema is None else cast("FusionModel", self.ema.module)
 
-    def _close_epoch(self, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, Any]:
+    def _close_epoch(self, stop: StopFlag, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, Any]:
         setup, model, how = self.setup, self._eval_model.eval(), timer.measured()
         if not self.progress.history and self.progress.batch:
             self._save()  # models without any state are those of a run whose states were removed
-        values, bad = validate(
-            lambda b: self._logits(model, b), setup.val, setup.ranks, setup.unseen
-        )
+        try:
+            values, bad = validate(
+                lambda b: self._logits(model, b), setup.val, setup.ranks, stop, setup.unseen
+            )
+        except StoppedError:
+            self._save()  # after the last step: the next start begins with the validation
+            raise
         self._refuse_clips(bad)
         if values["loss"] is not None and not math.isfinite(values["loss"]):
             raise KarmmaError(

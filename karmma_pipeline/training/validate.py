@@ -9,6 +9,7 @@ from torch import Tensor
 
 from karmma_pipeline.data.loading.clips import ClipModality, all_finite, non_finite
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.metrics import action_correct, topk_correct
 from karmma_pipeline.training.objective import UNKNOWN, cross_entropy
 from karmma_pipeline.training.ranks import Ranks
@@ -18,7 +19,11 @@ Predict = Callable[[Batch], dict[str, Tensor]]
 
 @torch.inference_mode()
 def validate(
-    predict: Predict, loader: FeatureLoader, ranks: Ranks, unseen: Mapping[str, int] | None = None
+    predict: Predict,
+    loader: FeatureLoader,
+    ranks: Ranks,
+    stop: StopFlag,
+    unseen: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, float | None], list[ClipModality]]:
     """Return loss and top-1 in percent per head and of the action, and this rank's bad clips.
 
@@ -28,11 +33,16 @@ def validate(
     Ranks share the clips of the loader, and only counts are summed, so that no clip is
     counted twice whatever the number of ranks. With logits that are not finite the loss is NaN,
     also where no label is known.
+
+    Raises:
+        StoppedError: a stop was asked for; all ranks leave together.
     """
     heads = tuple(loader.store.labels)
     totals = torch.zeros(3, len(heads) + 1, dtype=torch.float64)  # right, known, loss
     bad: list[ClipModality] = []
     for batch in loader.epoch(0):
+        if stop.requested:
+            break
         if not len(batch.clip_index):
             continue
         logits = {head: of.float().cpu() for head, of in predict(batch).items()}
@@ -41,7 +51,10 @@ def validate(
             bad += non_finite(loader.store, batch)
             totals[2] = torch.nan
         totals += _count(logits, batch, heads)
-    right, known, loss = ranks.sum(totals)
+    stopping, summed = ranks.agree_to_stop(stop, totals.flatten())
+    if stopping:
+        stop.check("the epoch before its validation is saved")
+    right, known, loss = summed.view_as(totals)
     seen = known[:-1] > 0
     mean_loss = float((loss[:-1] / known[:-1].clamp(min=1))[seen].mean()) if seen.any() else None
     if not loss.isfinite().all():

@@ -69,6 +69,20 @@ def test_a_batch_in_parts_moves_the_weights_as_the_whole(
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
 
 
+
+def test_a_stop_while_an_epoch_is_validated_is_heard_and_the_validation_done_again(
+    tmp_path: Path,
+) -> None:
+    store = write_store(tmp_path / "s")
+    whole, parts = (teacher_recipe(store, tmp_path / n, epochs=2) for n in ("whole", "parts"))
+    train_teacher(whole)
+    with pytest.raises(StoppedError, match="the epoch before its validation is saved"):
+        train_teacher(parts, StopAt(8))  # at the start, 5 steps, the first batch of validation
+    assert not (tmp_path / "parts/best").exists()
+    train_teacher(parts)
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
 def test_the_average_is_what_its_formula_says_and_is_what_is_saved(
     store: Path, tmp_path: Path
 ) -> None:
