@@ -6,7 +6,6 @@ classes, without some of its modalities. What must be the same is where tokens c
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from torch import Tensor
 from karmma_pipeline import config
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason, canonical
-from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined
 from karmma_pipeline.store.joined import open_joined
 from karmma_pipeline.store.spec import ModalitySpec
@@ -107,7 +106,27 @@ def features_for(card: ModelCard, run: Path, stores: Sequence[Path]) -> TokenSou
         )
     whole = [store for store in fitting if {*card.modalities} <= {*store.modalities}]
     chosen = whole[:1] or fitting
-    return ModelView(open_joined([store.path for store in chosen], "join"), card)
+    view = ModelView(open_joined([store.path for store in chosen], "join"), card)
+    for store in chosen:
+        view.notes += [f"{line}: the last bits may differ." for line in _versions(card, store)]
+    return view
+
+
+def view_of(card: ModelCard, store: TokenSource, run: str) -> TokenSource:
+    """Return a store as a model knows the world: itself if it has just that, else a view.
+
+    Raises:
+        StoreError: its tokens come from another network or other settings.
+    """
+    if fault := next(_differences(card, store), ""):
+        raise StoreError(
+            f"{store.path}: {fault}: its tokens come from another network or other settings than "
+            f"those that {run} was trained on. Extract these clips with the recipe of the training "
+            "store."
+        )
+    if store.heads == card.heads and {*store.modalities} == {*card.modalities}:
+        return store
+    return ModelView(store, card)
 
 
 def _differences(card: ModelCard, store: TokenSource) -> Iterator[str]:
@@ -116,6 +135,22 @@ def _differences(card: ModelCard, store: TokenSource) -> Iterator[str]:
     if not common:
         yield f"has none of {', '.join(canonical(card.modalities))}"
     for m in common:
-        here: dict[str, Any] = {"tokens": store.shape(m), "from": store.provenance[m]}
-        there: dict[str, Any] = {"tokens": card.modalities[m], "from": card.provenance.get(m)}
-        yield from config.differences(here, there, m)
+        if store.shape(m) != card.modalities[m]:
+            yield f"{m}: tokens of {store.shape(m)} there and {card.modalities[m]} here"
+        digest = store.provenance[m].get("weights_sha256")
+        same = VERSIONS | (PLACES if digest else frozenset())
+        for line in config.differences(store.provenance[m], card.provenance.get(m), m):
+            if _key(line, m) not in same:
+                yield line
+
+
+def _versions(card: ModelCard, store: TokenSource) -> Iterator[str]:
+    """Yield which libraries made a store's features that are others than the model's."""
+    for m in store.modalities:
+        for line in config.differences(store.provenance[m], card.provenance.get(m), m):
+            if m in card.modalities and _key(line, m) in VERSIONS:
+                yield line
+
+
+def _key(difference: str, modality: str) -> str:
+    return difference.partition(" is ")[0].removeprefix(f"{modality}.")

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.errors import ConfigError, StoreError
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.evaluation.features import view_of
 from karmma_pipeline.evaluation.results import metric_names
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.metrics import action_correct, topk_correct
@@ -164,7 +165,7 @@ def predict_clips(
         ConfigError: ``without`` names a modality that the model does not have, or all of them.
         ManifestError: the split is empty.
     """
-    check_tokens(model, store)
+    store = view_of(model.card, store, model.name)
     without = {without} if isinstance(without, str) else set(without)
     kept = tuple(m for m in store.modalities if m not in without)
     if unknown := sorted(without - set(model.card.modalities)):
@@ -187,40 +188,7 @@ def predict_clips(
         clip_ids=tuple(clip_id.decode() for clip_id in store.clip_ids[clips].tolist()),
         heads=dict(model.card.heads),
         logits={head: np.concatenate(rows) for head, rows in outputs.items()},
-        labels={head: _labels(model, store, head, clips) for head in model.card.heads},
+        labels={head: np.asarray(of[clips], np.int64) for head, of in store.labels.items()},
         modalities=store.modalities,
         mask=np.asarray(store.present[clips] & np.array(left)),
     )
-
-
-def check_tokens(model: TrainedModel, store: TokenSource) -> None:
-    """See that a store has the tokens that a model takes; its labels may be others.
-
-    Raises:
-        StoreError: it does not; what differs is named.
-    """
-    card = model.card
-    if {*store.modalities} != {*card.modalities}:
-        raise StoreError(
-            f"{store.path}: has {', '.join(store.modalities)}; {model.name} was trained on "
-            f"{', '.join(card.modalities)}."
-        )
-    for m in store.modalities:
-        if store.shape(m) != card.modalities[m] or store.provenance[m] != card.provenance.get(m):
-            raise StoreError(
-                f"{store.path}: its {m} tokens come from another network or other settings than "
-                f"those that {model.name} was trained on; `karmma store info` shows both. Extract "
-                "these clips with the recipe of the training store."
-            )
-
-
-def _labels(
-    model: TrainedModel, store: TokenSource, head: str, clips: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return the labels of clips as the model numbers its classes: they meet by name."""
-    if head not in store.heads:
-        return np.full(len(clips), -1, np.int64)
-    number = {name: k for k, name in enumerate(model.card.heads[head])}
-    # The last entry is that of clips without a label, whose index is -1.
-    of_store = np.array([*(number.get(name, -1) for name in store.heads[head]), -1], np.int64)
-    return of_store[store.labels[head][clips]]

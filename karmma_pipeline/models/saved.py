@@ -28,6 +28,12 @@ from karmma_pipeline.models.fusion import FusionModel, FusionSize
 from karmma_pipeline.runs import CARD, saved_folder
 
 WEIGHTS = "model.safetensors"
+# Facts of a provenance that are no reason to call features others: versions of libraries, which
+# may change the last bits of a token, and where weights lie, whose digest says which they are.
+VERSIONS = frozenset(
+    {"torchvision", "decoder", "flow.opencv", "audio.librosa", "flow.pairs", "rounding_s"}
+)
+PLACES = frozenset({"weights"})
 _OLD = "model.previous.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._ -]*")
 

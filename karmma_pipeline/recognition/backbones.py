@@ -15,16 +15,11 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
 from karmma_pipeline.models.backbones import registry
-from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard
 from karmma_pipeline.store import ModalitySpec
 
 SET = "model"
 """Name of the one backbone set that a model needs."""
-
-# Versions of libraries are part of the record, but no reason to refuse: bits may differ.
-_VERSIONS = {"torchvision", "decoder", "flow.opencv", "audio.librosa", "flow.pairs", "rounding_s"}
-# The digest says whether the weights are the right ones, wherever they lie.
-_PLACES = {"weights"}
 
 
 def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> ExtractRecipe:
@@ -102,10 +97,10 @@ def check_networks(networks: Networks, card: ModelCard) -> list[str]:
     faults: list[str] = []
     for modality, spec in specs_of(networks).items():
         then, now = _flat(card.provenance[modality]), _flat(spec.provenance)
-        for key in sorted({*then, *now} - _PLACES):
+        for key in sorted({*then, *now} - PLACES):
             if then.get(key) != now.get(key):
                 said = f"{modality}.{key} is {now.get(key)} here and was {then.get(key)}"
-                (notes if key in _VERSIONS else faults).append(said)
+                (notes if key in VERSIONS else faults).append(said)
     if faults:
         raise ConfigError(
             f"the model {card.name!r} was trained on other features: {'; '.join(faults[:3])}. "

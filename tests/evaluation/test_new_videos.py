@@ -116,15 +116,31 @@ def test_a_modality_that_the_model_lacks_is_left_out(run: Path, tmp_path: Path) 
 
 def test_other_features_are_refused_and_what_is_other_is_named(run: Path, tmp_path: Path) -> None:
     other = videos(tmp_path / "a", provenance={"backbone": "y", "weights": "random:3"})
-    with pytest.raises(StoreError, match=r"other features \(.*rgb\.from\.backbone is 'y' there"):
+    with pytest.raises(StoreError, match=r"other features \(.*rgb\.backbone is 'y' there"):
         ask(run, other)
     wide = videos(tmp_path / "b", modalities={"rgb": (4, 7)})
-    with pytest.raises(StoreError, match=r"rgb\.tokens is \(4, 7\) there and \(4, 6\) here"):
+    with pytest.raises(StoreError, match=r"rgb: tokens of \(4, 7\) there and \(4, 6\) here"):
         ask(run, wide)
     gaze = videos(tmp_path / "c", modalities={"gaze": (3, 2)})
     with pytest.raises(StoreError, match="has none of rgb, audio"):
         ask(run, gaze)
     assert not (tmp_path / "report").exists()
+
+
+def test_another_version_of_a_library_and_another_place_of_weights_are_the_same_features(
+    tmp_path: Path,
+) -> None:
+    made = {**BACKBONE, "weights": "/a/w.pt", "weights_sha256": "ab", "decoder": "PyAV 17"}
+    store = fill_store(tmp_path / "old/store", provenance=made)
+    run = save_run(tmp_path / "run", store, name="Taught", provenance=made)
+    later = {**made, "weights": "/b/w.pt", "decoder": "PyAV 18"}
+    report = ask(run, videos(tmp_path / "new/store", provenance=later))
+    sentence = "rgb.decoder is 'PyAV 18' there and 'PyAV 17' here: the last bits may differ."
+    assert sentence in report.summary()
+    assert not any("weights" in note for note in report.results.data.notes)
+    other = videos(tmp_path / "other/store", provenance={**later, "weights_sha256": "cd"})
+    with pytest.raises(StoreError, match=r"weights_sha256 is 'cd' there and 'ab' here"):
+        ask(run, other)
 
 
 def test_a_clip_with_nothing_to_see_gets_no_class_and_counts_as_wrong(

@@ -1,5 +1,6 @@
 """Models that were never trained, and recipes that evaluate them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ BACKBONE = {"backbone": "x", "weights": "random:3"}
 EVIL = "<script>alert(1)</script> $x_$ | a"
 
 
-def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: int = 0) -> Path:
+def save_run(
+    run: Path,
+    *stores: Path,
+    name: str,
+    kind: str = "student",
+    seed: int = 0,
+    provenance: Mapping[str, str] = BACKBONE,
+) -> Path:
     opened = open_joined(stores, "join")
     card = ModelCard.model_validate(
         {
@@ -24,7 +32,7 @@ def save_run(run: Path, *stores: Path, name: str, kind: str = "student", seed: i
             "size": FusionSize(dim=8, attention_heads=2, ffn_width=8, head_width=8),
             "modalities": {m: opened.shape(m) for m in opened.modalities},
             "heads": opened.heads,
-            "provenance": dict.fromkeys(opened.modalities, BACKBONE),
+            "provenance": dict.fromkeys(opened.modalities, provenance),
             "store_digest": opened.digest,
         }
     )
