@@ -72,6 +72,26 @@ def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
             assert (check.ends[kind] or 0) <= 2 * place / len(data) + 1.1, place
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.ts"])
+def test_pictures_may_end_before_the_sound(tmp_path: Path, name: str) -> None:
+    """A clip is judged by the end of its own stream, as extraction does."""
+    parts = [write_video(tmp_path / f"{s}.mp4", seconds=s, fps=10) for s in (2.0, 5.0)]
+    with (
+        av.open(str(parts[0])) as a,
+        av.open(str(parts[1])) as b,
+        av.open(str(tmp_path / name), "w") as target,
+    ):
+        pairs = ((a, a.streams.video[0]), (b, b.streams.audio[0]))
+        streams = [target.add_stream_from_template(stream) for _, stream in pairs]
+        for (source, stream), own in zip(pairs, streams, strict=True):
+            for packet in source.demux(stream):
+                if packet.dts is not None:
+                    packet.stream = own
+                    target.mux(packet)
+    ends = check_source(FileSource(tmp_path / name)).ends or {}
+    assert ends == {"video": pytest.approx(2, abs=0.1), "audio": pytest.approx(5, abs=0.2)}
+
+
 def test_what_is_left_of_a_cut_file_is_what_a_reader_finds(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -4,7 +4,8 @@ The clock of a file is a player's: zero where the first of its streams starts.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,15 @@ class MediaInfo:
         video: its pictures; the cover of a sound file is none.
         audio: its sound.
         indexed: its container has an index, so that seeks are exact.
-        duration_s: its length as its header states it.
         fps: mean frames per second of its default video stream.
+        ends_s: kind to where its stream ends on the file's clock, as the headers state it.
     """
 
     video: StreamInfo | None
     audio: StreamInfo | None
     indexed: bool
-    duration_s: float | None = None
     fps: float | None = None
+    ends_s: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def open_container(path: Path) -> "av.container.InputContainer":
@@ -104,14 +105,18 @@ def read_info(path: Path, stream: int | None = None) -> MediaInfo:
         video, audio = (
             _stream_info(chosen.get(kind), zero_s, best[kind]) for kind in ("video", "audio")
         )
-        duration, rate = container.duration, getattr(best["video"], "average_rate", None)
+        rate = getattr(best["video"], "average_rate", None)
         return MediaInfo(
             video,
             audio,
             # Only these state of every frame where it lies and when it is shown.
             indexed=bool(set(container.format.name.split(",")) & {"mp4", "matroska"}),
-            duration_s=None if duration is None else duration / av.time_base,
             fps=float(rate) if rate else None,
+            ends_s={
+                kind: _end_s(chosen[kind], zero_s, container.duration)
+                for kind, info in (("video", video), ("audio", audio))
+                if info is not None
+            },
         )
 
 
@@ -125,6 +130,13 @@ def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
     known = stream.type == "audio" and stream.codec_context is not None
     rate = stream.sample_rate if known else None
     return StreamInfo(stream.index, first_s, delay_s, rate, stream is default)
+
+
+def _end_s(stream: Any, zero_s: float, whole: int | None) -> float | None:
+    """Return where a stream ends on the file's clock; where only the file says, when that ends."""
+    if stream.duration is not None:
+        return _first_s(stream) + float(stream.duration * stream.time_base) - zero_s
+    return None if whole is None else whole / av.time_base
 
 
 def _is_cover(stream: Any) -> bool:

@@ -52,7 +52,7 @@ class SourceCheck:
 
     state: State
     detail: str = ""
-    ends: Mapping[Kind, float | None] | None = None
+    ends: Mapping[str, float | None] | None = None
     fps: float | None = None
 
 
@@ -99,9 +99,8 @@ def check_source(source: Source) -> SourceCheck:
         with OpenMedia("pyav") as media:
             if isinstance(source, FileSource):
                 info = read_info(path, source.stream)
-                ends = {kind: info.duration_s for kind in _KINDS if getattr(info, kind)}
                 # FFmpeg opens a file whose end is missing as if it were whole.
-                ends = _ends(media.of(source)) if stated > size else ends
+                ends = _ends(media.of(source)) if stated > size else info.ends_s
                 check = SourceCheck("fine", "", ends, info.fps)
             elif not isinstance(source, BoxSource):
                 check = SourceCheck("fine", "", _ends(media.of(source)))
@@ -117,13 +116,13 @@ def check_source(source: Source) -> SourceCheck:
     return replace(check, state="truncated", detail=cut) if stated > size else check
 
 
-def _ends(reader: MediaReader) -> dict[Kind, float | None]:
+def _ends(reader: MediaReader) -> dict[str, float | None]:
     """Return where the streams of an open source really end: at 0 if it has one and it is damaged.
 
     Raises:
         MediaFaultError: nothing in it can be read.
     """
-    ends: dict[Kind, float | None] = {}
+    ends: dict[str, float | None] = {}
     faults: dict[Kind, MediaFaultError] = {}
     for kind in _KINDS:
         try:
