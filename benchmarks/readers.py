@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.media_files import write_video
 
-from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
+from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.types import Decoder
 
 DECODERS: tuple[Decoder, ...] = ("decord", "pyav")
 

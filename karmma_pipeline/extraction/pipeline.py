@@ -296,7 +296,14 @@ def _pool(
     stack.callback(buffer.close)
     decode = recipe.decode
     return DecodePool(
-        settings, report.workers, decode.timeout_s, stop, decode.memory_gb, ahead, buffer
+        settings,
+        report.workers,
+        decode.timeout_s,
+        stop,
+        decode.memory_gb,
+        ahead,
+        buffer,
+        decode.stall_s,
     )
 
 

@@ -45,7 +45,8 @@ class Sampling(Recipe):
         ge=0,
         description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
         "reach out of its file; beyond, the modality is absent, as timestamp_mismatch or\n"
-        "out_of_range.",
+        "out_of_range. Where frames usually stand longer, as in slide shows, the first is not\n"
+        "asked for.",
     )
 
 
@@ -163,7 +164,18 @@ class Decode(Recipe):
     workers: int | None = Field(
         None, gt=0, description="Processes; null: half of the CPUs, beside a GPU all but one."
     )
-    timeout_s: float = Field(120.0, gt=0, description="Seconds for the clips of one task.")
+    timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="CPU seconds for a clip; beyond, its process is ended, and the clip is a\n"
+        "timeout if it takes as long by itself.",
+    )
+    stall_s: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds in which a process may neither use the CPU nor read a byte; time in\n"
+        "which it waits for a CPU or the machine sleeps does not count.",
+    )
     memory_gb: float = Field(
         8.0, gt=0, description="A process that takes more is killed; its clips are out_of_memory."
     )
@@ -219,6 +231,11 @@ class ExtractRecipe(Recipe):
         ],
     )
     store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
+    video_decoder: Literal["pyav", "decord"] = Field(
+        "pyav",
+        description="What reads pictures of media files. pyav: exact in every file. decord: no\n"
+        "faster, and refuses every file that its packets do not prove to be a clean one.",
+    )
     decode: Decode = Field(Decode(), description="Reading of media.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_size: PositiveInt | Literal["auto"] = Field(

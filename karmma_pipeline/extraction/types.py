@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 Pictures = npt.NDArray[np.uint8]
+Decoder = Literal["pyav", "decord"]
 
 #: Folder beside the stores in which lists of tars are kept.
 TAR_INDEX = "tar_index"
@@ -110,6 +111,7 @@ class DecodeSettings:
     audio: Audio
     inputs: tuple[InputSpec, ...]
     index_folder: Path | None = None
+    video_decoder: Decoder = "pyav"
 
     @classmethod
     def of(cls, recipe: ExtractRecipe) -> DecodeSettings:
@@ -120,7 +122,14 @@ class DecodeSettings:
             for m, choice in choices.items()
         ]
         inputs = tuple(dict.fromkeys(wanted))
-        return cls(recipe.sampling, recipe.flow, recipe.audio, inputs, recipe.out / TAR_INDEX)
+        return cls(
+            recipe.sampling,
+            recipe.flow,
+            recipe.audio,
+            inputs,
+            recipe.out / TAR_INDEX,
+            recipe.video_decoder,
+        )
 
 
 @dataclass
@@ -142,6 +151,18 @@ class DecodedClip:
     padded: int = 0
     audio_rate: int | None = None
     decoders: dict[str, str] = field(default_factory=dict)
+
+    def take(self, part: DecodedClip, inputs: Sequence[InputSpec]) -> None:
+        """Take over what a try for some of the inputs has found out about them."""
+        for spec in inputs:
+            self.reasons.pop(spec, None)
+            self.details.pop(spec, None)
+        for name in ("times", "reasons", "details", "flow_scales", "decoders"):
+            getattr(self, name).update(getattr(part, name))
+        # Copies, for these may be views of a slot that is given back.
+        self.arrays.update({spec: array.copy() for spec, array in part.arrays.items()})
+        self.padded += part.padded
+        self.audio_rate = part.audio_rate or self.audio_rate
 
 
 @dataclass(frozen=True)

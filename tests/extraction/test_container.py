@@ -14,7 +14,6 @@ from support.media_files import over_report, read_counter, turn, write_video
 
 from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
@@ -76,7 +75,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def decode(kind: Kind, path: Path, start_s: float, stop_s: float, decoder: Decoder) -> DecodedClip:
+def decode(kind: Kind, path: Path, start_s: float, stop_s: float) -> DecodedClip:
     size = (96, 48) if kind.turned else (48, 96)
     whole = FrameTransform(resize=size, crop=size, mean=(0, 0, 0), std=(1, 1, 1))
     rgb = InputSpec("rgb", FRAMES, whole, size, per_frame=True)
@@ -85,7 +84,7 @@ def decode(kind: Kind, path: Path, start_s: float, stop_s: float, decoder: Decod
     rules = Sampling(), Flow(), sound
     media = {"rgb": FileSource(path), "audio": FileSource(path)}
     clips = [Clip("c", media, start_s, stop_s, {})]
-    (found,) = decode_clips(clips, DecodeSettings(*rules, (rgb, audio)), decoder)
+    (found,) = decode_clips(clips, DecodeSettings(*rules, (rgb, audio)))
     assert set(found.reasons.values()) <= {Reason.OUT_OF_RANGE}
     return found
 
@@ -114,16 +113,15 @@ def check_sound(kind: Kind, picture: np.ndarray, start_s: float, stop_s: float) 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
 @pytest.mark.parametrize("name", KINDS)
 def test_random_clips_get_their_own_pictures_and_sound(
-    paths: dict[str, Path], name: str, decoder: Decoder, data: st.DataObject
+    paths: dict[str, Path], name: str, data: st.DataObject
 ) -> None:
     kind = KINDS[name]
     least = min(0.2, kind.stop_s / 2)
     start_s = data.draw(st.floats(0, kind.stop_s - least))
     stop_s = data.draw(st.floats(start_s + least, kind.stop_s))
-    found = decode(kind, paths[name], start_s, stop_s, decoder)
+    found = decode(kind, paths[name], start_s, stop_s)
     pictures = array_of(found.arrays, "rgb")
     times = start_s + (stop_s - start_s) * (np.arange(FRAMES) + 0.5) / FRAMES
     wanted = np.maximum(np.searchsorted(kind.starts, times + 5e-4, side="right") - 1, 0)

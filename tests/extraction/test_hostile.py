@@ -14,7 +14,8 @@ import pytest
 from support.media_files import Maker
 
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
+from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.types import Decoder
 from karmma_pipeline.modalities import Reason
 
 _IN_OPEN = 0x20

@@ -141,7 +141,7 @@ def test_arrays_are_left_in_their_slot_and_nothing_is_pickled() -> None:
 
     clips = clips_of(Path("x.mp4"), 2)
     _, parts = decode_into(
-        buffer.address, buffer.slot_bytes, slots, decode, clips, settings(), "decord"
+        buffer.address, buffer.slot_bytes, slots, decode, clips, settings(), PATIENCE_S
     )
     for (decoded, refs), slot in zip(parts, slots, strict=True):
         assert not decoded.arrays
@@ -202,7 +202,7 @@ def test_a_modality_that_is_larger_than_foreseen_comes_through_the_pipe() -> Non
 
     clips = clips_of(Path("x.mp4"), 1)
     _, [(decoded, refs)] = decode_into(
-        buffer.address, 4096, slots, decode, clips, settings(), "decord"
+        buffer.address, 4096, slots, decode, clips, settings(), PATIENCE_S
     )
     assert not refs
     assert decoded.arrays[spec].sum() == 5000

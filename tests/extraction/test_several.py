@@ -8,7 +8,6 @@ from support.media_files import Maker
 
 from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.media.decord_video import DecordVideo
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
@@ -27,13 +26,13 @@ def test_clips_decoded_together_are_what_they_are_alone_and_share_their_frames(
     settings = DecodeSettings(Sampling(), Flow(), Audio(), (rgb,))
     alone = [decode_clips([clip], settings)[0] for clip in clips]
     read: list[int] = []
-    original = DecordVideo.decode
+    original = PyavVideo.decode
 
-    def spy(self: DecordVideo, numbers: Any) -> Any:
+    def spy(self: PyavVideo, numbers: Any) -> Any:
         read.extend(numbers.tolist())
         return original(self, numbers)
 
-    monkeypatch.setattr(DecordVideo, "decode", spy)
+    monkeypatch.setattr(PyavVideo, "decode", spy)
     together = decode_clips(clips, settings)
     assert read == sorted(set(read))
     for one, other in zip(alone, together, strict=True):
@@ -59,8 +58,7 @@ def test_a_fault_in_one_of_several_clips_is_that_clips_alone(
 
         return decode
 
-    for decoder in (DecordVideo, PyavVideo):
-        monkeypatch.setattr(decoder, "decode", broken(decoder.decode))
+    monkeypatch.setattr(PyavVideo, "decode", broken(PyavVideo.decode))
     found = decode_clips(clips, settings)
     assert [clip.reasons.get(rgb) for clip in found] == [None, None, Reason.DECODE_ERROR, None]
     for place in (0, 1, 3):

@@ -118,14 +118,29 @@ def read_long_counter(picture: np.ndarray) -> int:
 
 
 _UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-_TURNED = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+_MATRICES = {  # x' = a x + c y, y' = b x + d y
+    "90": (0, 1, -1, 0),
+    "180": (-1, 0, 0, -1),
+    "270": (0, -1, 1, 0),
+    "hflip": (-1, 0, 0, 1),
+    "vflip": (1, 0, 0, -1),
+    "transpose": (0, 1, 1, 0),
+    "anti": (0, -1, -1, 0),
+}
 
 
 def turn(path: Path) -> Path:
     """Flag an MP4 as filmed upright: players turn it by 90 degrees clockwise."""
+    return mirror(path, "90")
+
+
+def mirror(path: Path, way: str) -> Path:
+    """Write a display matrix into an MP4: players turn or mirror its pictures."""
     data = path.read_bytes()
     at = data.index(_UPRIGHT, data.index(b"tkhd"))
-    path.write_bytes(data[:at] + _TURNED + data[at + 36 :])
+    a, b, c, d = (value << 16 for value in _MATRICES[way])
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(data[:at] + matrix + data[at + 36 :])
     return path
 
 

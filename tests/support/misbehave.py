@@ -1,7 +1,7 @@
 """Stands in for decoders that hang, die, raise or take all memory on some clips.
 
-Those whose ids begin with ``first_`` do so with the first decoder only; every attempt leaves a
-file in the folder that the clip's video would be in, and so does a process that hangs.
+Those whose ids begin with ``picture_`` do so only if pictures are asked for; every attempt leaves
+a file in the folder that the clip's video would be in, and so does a process that hangs.
 """
 
 import ctypes
@@ -13,18 +13,20 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings
 
 
-def misbehave(
-    clips: list[Clip], settings: DecodeSettings, decoder: str = "decord"
-) -> list[DecodedClip]:
+def misbehave(clips: list[Clip], settings: DecodeSettings) -> list[DecodedClip]:
     """Run in a worker process; what happens depends on the clip's id."""
     for clip in clips:
         trouble, folder = clip.clip_id, clip.media["rgb"].path.parent
-        if trouble.startswith("first_"):
-            trouble = trouble.removeprefix("first_") if decoder == "decord" else ""
-            (folder / f"{clip.clip_id}.{os.getpid()}.{decoder}").touch()
+        if trouble.startswith("picture_"):
+            asked = "+".join(spec.modality for spec in settings.inputs)
+            trouble = trouble.removeprefix("picture_") if "rgb" in asked else ""
+            (folder / f"{clip.clip_id}.{os.getpid()}.{asked}").touch()
         if trouble == "hang":  # inside C, with the interpreter's lock, as decord does
             (folder / f"hangs.{os.getpid()}").touch()
             ctypes.PyDLL(None).pause()
+        if trouble == "loop":
+            while True:
+                pass
         if trouble == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if trouble == "memory":

@@ -147,12 +147,21 @@ def select_frames(
         first, second = partners(video.frame_starts, first, flow.gap_s)
         scale = _flow_scale(video.frame_starts, first, second, flow.gap_s)
     real = video.frame_starts[first]
-    off = float(np.abs(times - real).max())
+    off = _farthest(times, real, video, sampling.tolerance_s)
     if off > sampling.tolerance_s + (flow.gap_s if is_flow else 0.0):
         raise MediaFaultError(
             Reason.TIMESTAMP_MISMATCH, f"{video.path}: nothing within {off:.2f} s"
         )
     return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored)
+
+
+def _farthest(times: Times, real: Times, video: MediaReader, tolerance_s: float) -> float:
+    """Return how far a picture is from its moment at most, seconds."""
+    starts = video.frame_starts
+    # In a slide show or a time lapse every picture stands for long, and is right for as long.
+    if len(starts) > 1 and float(np.median(np.diff(starts))) > tolerance_s:
+        return float(np.maximum(starts[0] - times, times - video.stop_s).max())
+    return float(np.abs(times - real).max())
 
 
 def _with_room(times: Times, start_s: float, stop_s: float, gap_s: float) -> Times:

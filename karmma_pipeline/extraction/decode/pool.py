@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice, tee
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +22,13 @@ import cv2
 import numpy as np
 import psutil
 import torch
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import (
+    AT_WORK,
     SharedBuffer,
     SlotRefs,
     decode_clips,
@@ -33,12 +36,11 @@ from karmma_pipeline.extraction.decode.worker import (
     lost,
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
-from karmma_pipeline.extraction.media.media_file import Decoder
-from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
+from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
-# A process is replaced after that many tasks: decord keeps memory of files it has closed.
+# A process is replaced after that many tasks: decoders may leak, decord does.
 _TASKS_PER_PROCESS = 200
 
 # A batch system signals workers and us together; wait that long to learn of it.
@@ -47,11 +49,13 @@ _GRACE_S = 0.3
 # How often memory and the stop flag are looked at.
 _POLL_INTERVAL_S = 0.2
 
-# How long a process may take to start.
+# How long no process may be at work while a task waits: its result was lost on the way.
 _START_S = 60.0
 
 # Clips of a video that one task decodes at most: a fault costs all of them a second try.
 _MAX_CLIPS_PER_TASK = 16
+
+CONSTS.term_timeout = 0.0  # our processes ignore SIGTERM: SIGKILL at once
 
 _GIGABYTE = 1e9
 _logger = logging.getLogger(__name__)
@@ -76,11 +80,12 @@ class DecodePool:
     Args:
         settings: what to decode.
         workers: processes; each runs one video's clips at a time.
-        timeout_s: a task is killed after that.
+        timeout_s: CPU seconds for each clip of a task, which is killed after that.
         stop: looked at while waiting; before a process's death is blamed on a clip, too.
         memory_gb: a process that takes more is killed.
         ahead: clips that are decoded ahead of the consumer; null: two more than processes.
         buffer: where they are put; null: everything comes through a pipe.
+        stall_s: a task is killed after so many seconds without using the CPU or reading a byte.
 
     Attributes:
         busy_s: CPU seconds that processes have spent on decoding, all together.
@@ -99,6 +104,7 @@ class DecodePool:
         memory_gb: float = float("inf"),
         ahead: int | None = None,
         buffer: SharedBuffer | None = None,
+        stall_s: float = 300.0,
     ) -> None:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
         self._workers, self._ahead = workers, ahead or 2 + workers
@@ -106,7 +112,7 @@ class DecodePool:
         self.busy_s, self.look_first = 0.0, False
         self._pool = self._start()
         self._open: set[_Future] = set()
-        self._watch = _MemoryWatch(memory_gb)
+        self._watch = _Watch(memory_gb, stall_s)
 
     def _start(self) -> ProcessPool:
         return ProcessPool(
@@ -173,21 +179,24 @@ class DecodePool:
         future.set_result((0.0, [(lost, {}) for lost in decode_clips(clips, self.settings)]))
         return _Task(clips, [None] * len(clips), future)
 
-    def _submit(self, clips: list[Clip], decoder: Decoder = "decord") -> _Task:
+    def _submit(self, clips: list[Clip], settings: DecodeSettings | None = None) -> _Task:
         # More clips may be on their way than there are slots, as second tries have some of their
         # own: the rest come through the pipe, which is slower and never waits.
         slots = [self._buffer.take() if self._buffer else None for _ in clips]
         try:
-            future = self._schedule(clips, slots, decoder)
+            future = self._schedule(clips, slots, settings or self.settings)
         except RuntimeError:  # a process died between tasks, which ends pebble's pool
             self._restart()
-            future = self._schedule(clips, slots, decoder)
+            future = self._schedule(clips, slots, settings or self.settings)
         return _Task(clips, slots, future)
 
-    def _schedule(self, clips: list[Clip], slots: list[int | None], decoder: Decoder) -> _Future:
+    def _schedule(
+        self, clips: list[Clip], slots: list[int | None], settings: DecodeSettings
+    ) -> _Future:
         address, size = (self._buffer.address, self._buffer.slot_bytes) if self._buffer else ("", 0)
-        args = [address, size, slots, decode_clips, clips, self.settings, decoder]
-        future = self._pool.schedule(decode_into, args=args, timeout=self.timeout_s)
+        limit_s = self.timeout_s * len(clips)
+        args = [address, size, slots, decode_clips, clips, settings, limit_s]
+        future = self._pool.schedule(decode_into, args=args)
         self._open.add(future)
         # Runs in pebble's thread, at once if the task has ended by now.
         future.add_done_callback(self._open.discard)
@@ -221,15 +230,23 @@ class DecodePool:
             yield self._again(clip)
 
     def _again(self, clip: Clip) -> tuple[DecodedClip, int | None]:
-        """Try a clip once more in another process, then with the second decoder."""
+        """Try a clip once more in another process, then each of its sources by itself."""
         task = self._submit([clip])
         outcome = self._wait(task)
-        if isinstance(outcome, MediaFaultError):
-            task = self._submit([clip], "pyav")
+        if not isinstance(outcome, MediaFaultError):
+            return outcome[0], task.slots[0]
+        whole = lost(clip.clip_id, self.settings, outcome)
+        # What kills the decoder of one stream says nothing of the others.
+        parts = _apart(clip, self.settings)
+        for settings in parts if len(parts) > 1 else []:
+            task = self._submit([clip], settings)
             outcome = self._wait(task)
-        if isinstance(outcome, MediaFaultError):
-            return lost(clip.clip_id, self.settings, outcome), None
-        return outcome[0], task.slots[0]
+            if isinstance(outcome, MediaFaultError):
+                whole.take(lost(clip.clip_id, settings, outcome), settings.inputs)
+            else:
+                whole.take(outcome[0], settings.inputs)
+                self._give_back(task.slots)
+        return whole, None
 
     def _wait(self, task: _Task) -> list[DecodedClip] | MediaFaultError:
         """Return what a task decoded; if it failed, why, and its slots are free again."""
@@ -253,8 +270,6 @@ class DecodePool:
             return MediaFaultError(Reason.CRASHED, "its decode process ended without a result")
         try:
             return future.result(0)
-        except TimeoutError:
-            return MediaFaultError(Reason.TIMEOUT, f"took more than {self.timeout_s:g} s")
         except MemoryError:
             return MediaFaultError(Reason.OUT_OF_MEMORY, "could not get the memory it asked for")
         except (ProcessExpired, BrokenProcessPool) as death:
@@ -271,10 +286,13 @@ class DecodePool:
 
     def _blame(self, death: BaseException) -> MediaFaultError:
         """Say why a decode process died, as far as is known."""
-        if getattr(death, "pid", None) in self._watch.killed:
-            detail = f"its decode process took more than {self._watch.limit_gb:g} GB"
-            return MediaFaultError(Reason.OUT_OF_MEMORY, detail)
+        if fault := self._watch.killed.get(getattr(death, "pid", -1)):
+            return fault
         code = getattr(death, "exitcode", None)
+        if code == -signal.SIGXCPU:
+            return MediaFaultError(
+                Reason.TIMEOUT, f"took more than {self.timeout_s:g} s of CPU time for a clip"
+            )
         how = "" if code is None else f" by signal {-code}" if code < 0 else f" with code {code}"
         return MediaFaultError(Reason.CRASHED, f"its decode process ended{how}")
 
@@ -283,47 +301,87 @@ class DecodePool:
 
         A process killed while it sends its result leaves pebble waiting for the rest, for ever.
         """
-        # Those before it in the queue may each take their time, and a process must start.
-        timeout_s = (len(self._open) / self._workers + 2) * self.timeout_s + _START_S
-        deadline = time.monotonic() + timeout_s
         while not wait([future], _POLL_INTERVAL_S).done:
             self.stop.check(_SAVED)
             if future not in self._open:  # a restart lost it, unless it has just ended
                 return future.done()
-            if time.monotonic() > deadline:
+            if self._watch.idle_s > _START_S:
                 self._restart()
         return True
 
 
-class _MemoryWatch(threading.Thread):
-    """Kills decode processes that take too much memory.
+class _Watch(threading.Thread):
+    """Kills decode processes that take too much memory, or do nothing at all.
 
     From outside: a decoder that goes wrong inside C holds the interpreter's lock, so that nothing
     in its own process would run, and a limit of the address space (RLIMIT_AS) also counts what
-    is mapped and not used, which is most of what torch has.
+    is mapped and not used, which is most of what torch has. Time is counted in looks: while the
+    machine sleeps, there are none.
 
     Attributes:
-        killed: their process ids.
+        killed: their process ids, and why.
+        idle_s: seconds since a process was last seen at work.
     """
 
-    def __init__(self, limit_gb: float) -> None:
+    def __init__(self, limit_gb: float, stall_s: float) -> None:
         super().__init__(daemon=True)
-        self.limit_gb = limit_gb
-        self.killed: set[int] = set()
+        self.limit_gb, self.stall_s = limit_gb, stall_s
+        self.killed: dict[int, MediaFaultError] = {}
+        self.idle_s = 0.0
         self.finished = threading.Event()
+        self._seen: dict[int, tuple[object, float]] = {}
 
     def run(self) -> None:
         """Look at all child processes until `finished` is set."""
         me = psutil.Process()
         while not self.finished.wait(_POLL_INTERVAL_S):
+            self.idle_s += _POLL_INTERVAL_S
             for child in me.children():
                 try:
-                    if child.memory_info().rss > self.limit_gb * _GIGABYTE and _is_spawned(child):
+                    if fault := self._fault_of(child):
                         # Noted first: `_outcome` may learn of the death before kill returns.
-                        self.killed.add(child.pid)
+                        self.killed[child.pid] = fault
                         child.kill()
-                except psutil.Error:
+                except (psutil.Error, OSError):
                     continue  # it has just ended
+
+    def _fault_of(self, child: psutil.Process) -> MediaFaultError | None:
+        if child.memory_info().rss > self.limit_gb * _GIGABYTE and _is_spawned(child):
+            detail = f"its decode process took more than {self.limit_gb:g} GB"
+            return MediaFaultError(Reason.OUT_OF_MEMORY, detail)
+        quiet_s = self._quiet_s(child)
+        if not quiet_s and _is_spawned(child):  # it may be starting
+            self.idle_s = 0.0
+        if Path(f"/proc/{child.pid}/comm").read_text().strip() != AT_WORK:
+            return None
+        self.idle_s = 0.0
+        if quiet_s <= self.stall_s:
+            return None
+        detail = f"neither computed nor read anything for {self.stall_s:g} s"
+        return MediaFaultError(Reason.TIMEOUT, detail)
+
+    def _quiet_s(self, child: psutil.Process) -> float:
+        """Return for how long a process has neither used the CPU nor read a byte."""
+        moved: object = (child.create_time(), child.cpu_times()[:2])
+        with suppress(psutil.AccessDenied):
+            moved = (moved, child.io_counters())
+        before, quiet_s = self._seen.get(child.pid, (None, 0.0))
+        # One that could run waits for a CPU, and one that was stopped for who stopped it.
+        if moved != before or child.status() == psutil.STATUS_RUNNING:
+            quiet_s = 0.0
+        elif child.status() != psutil.STATUS_STOPPED:
+            quiet_s += _POLL_INTERVAL_S
+        self._seen[child.pid] = (moved, quiet_s)
+        return quiet_s
+
+
+def _apart(clip: Clip, settings: DecodeSettings) -> list[DecodeSettings]:
+    """Return settings that ask for the pictures or the sound of one source each."""
+    groups: dict[object, list[InputSpec]] = {}
+    for spec in settings.inputs:
+        key = (clip.media.get(spec.modality), spec.modality == "audio")
+        groups.setdefault(key, []).append(spec)
+    return [replace(settings, inputs=tuple(specs)) for specs in groups.values()]
 
 
 def _is_spawned(process: psutil.Process) -> bool:

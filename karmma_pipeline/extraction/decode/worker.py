@@ -6,13 +6,16 @@ the job's own. A process reaches it through the owner's entry in /proc, so that 
 pickled.
 """
 
+import math
 import mmap
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,17 +32,21 @@ from karmma_pipeline.extraction.decode.frame_selection import (
 )
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.media_file import Decoder
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 
+#: What a process is called while it decodes; at most 15 bytes.
+AT_WORK = "karmma-decodes"
+
+_NAME = Path("/proc/self/comm")
+_NEVER_S = 1e9
 _ALIGN = 64
 _SLACK = 4096
 
-Decode = Callable[[list[Clip], DecodeSettings, Decoder], list[DecodedClip]]
+Decode = Callable[[list[Clip], DecodeSettings], list[DecodedClip]]
+#: Where an array lies in its clip's slot: offset in bytes, shape, dtype.
 SlotRefs = dict[InputSpec, tuple[int, tuple[int, ...], str]]
-"""Where an array lies in its clip's slot: offset in bytes, shape, dtype."""
 
 
 def clip_bytes(settings: DecodeSettings) -> int:
@@ -110,17 +117,14 @@ def lost(clip_id: str, settings: DecodeSettings, fault: MediaFaultError) -> Deco
     )
 
 
-def decode_clips(
-    clips: list[Clip], settings: DecodeSettings, decoder: Decoder = "decord"
-) -> list[DecodedClip]:
+def decode_clips(clips: list[Clip], settings: DecodeSettings) -> list[DecodedClip]:
     """Decode clips; each file is opened once. A fault costs its modality of its clip.
 
     Args:
         clips: of one video, as far as possible.
         settings: what to decode.
-        decoder: the one that is tried first.
     """
-    with OpenMedia(decoder, settings.index_folder) as media:
+    with OpenMedia(settings.video_decoder, settings.index_folder) as media:
         begun = [_begin(clip, settings, media) for clip in clips]
         several = len(begun) > 1
         frames = DecodedFrames([s for _, chosen in begun for s in chosen.values()], several)
@@ -227,20 +231,49 @@ def decode_into(
     decode: Decode,
     clips: list[Clip],
     settings: DecodeSettings,
-    decoder: Decoder,
+    limit_s: float,
 ) -> tuple[float, list[tuple[DecodedClip, SlotRefs]]]:
     """Decode in a worker process; arrays that fit into their clip's slot are left there.
+
+    Args:
+        address: of the buffer.
+        slot_bytes: of one of its slots.
+        slots: one per clip; None: its arrays go through the pipe.
+        decode: `decode_clips`, or what stands in for it.
+        clips: of one video.
+        settings: what to decode.
+        limit_s: CPU seconds after which the kernel ends the process.
 
     Returns:
         CPU seconds that it took, and each clip without the arrays that lie in its slot.
     """
     started = time.process_time()
-    decoded = decode(clips, settings, decoder)
+    with _at_work(started + limit_s):
+        decoded = decode(clips, settings)
     parts = [
         (clip, _write_to_slot(address, slot_bytes, slot, clip))
         for clip, slot in zip(decoded, slots, strict=True)
     ]
     return time.process_time() - started, parts
+
+
+@contextmanager
+def _at_work(cpu_s: float) -> Iterator[None]:
+    """Say from outside the interpreter that a task is under way, and until when.
+
+    The limit is the kernel's and the name is read by the parent: a decoder that hangs inside C
+    holds the interpreter's lock, so that nothing in this process would run.
+    """
+    before, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(min(cpu_s, _NEVER_S))
+    soft = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, most))
+    _NAME.write_text(AT_WORK)
+    try:
+        yield
+    finally:
+        _NAME.write_text("karmma-waits")
+        resource.setrlimit(resource.RLIMIT_CPU, (before, most))
 
 
 def _write_to_slot(address: str, slot_bytes: int, slot: int | None, clip: DecodedClip) -> SlotRefs:

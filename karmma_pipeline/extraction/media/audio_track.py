@@ -1,10 +1,12 @@
-"""The sound track of a media file as one array, in its place on the file's clock.
+"""The sound track of a media file, window by window, in its place on the file's clock.
 
-PyAV decodes it: decord's, measured against PyAV's at three rates, put in samples between packets
-(correlation 0.97) and took longer. Channels are averaged, as ``ffmpeg -ac 1`` does for stereo;
-soxr resamples. S samples.
+PyAV decodes it from its start, so that a window is what a scan gives; no more than an hour of it
+is kept. Channels are averaged, as ``ffmpeg -ac 1`` does for stereo; soxr resamples. Time stamps
+say where sound belongs: a hole is silence, and what a clock that runs fast has too much is left
+out. S samples.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -24,83 +26,199 @@ from karmma_pipeline.extraction.media.interface import (
     Sound,
     first_line,
 )
-from karmma_pipeline.extraction.media.pyav_video import until_end
+from karmma_pipeline.extraction.media.packet_index import until_end
 from karmma_pipeline.modalities import Reason
 
 Span = tuple[float, float]
 
 QUALITY = "HQ"
+#: How tracks are brought to the rate of the recipe, as stores record it.
 RESAMPLING = f"channels averaged, soxr {QUALITY}"
-"""How tracks are brought to the rate of the recipe, as stores record it."""
 
+#: Seconds of sound beyond which a track is implausible.
 LONGEST_S = 48 * 3600
-"""Seconds of sound beyond which a track is implausible."""
 
-# A hole in a track that is longer is silence; a shorter one is rounding of time stamps.
-_GAP_S = 0.05
+# How far sound may be from its time stamps before it is put right; less is their rounding.
+_DRIFT_S = 0.03
+
+# Time stamps that go back farther begin anew, as in files that were joined.
+_JUMP_S = 10.0
 
 # Seconds that are resampled at a time.
 _CHUNK_S = 4
 
+# Seconds of a track that are kept, at 24 kHz 350 MB.
+_KEPT_S = 3600
 
-def read_track(path: Path, info: StreamInfo, rate: int) -> tuple[Sound, tuple[Span, ...]]:
-    """Return a sound track, mono [S] at ``rate`` Hz, and its damaged spans.
+# Planes of sound above which PyAV's planar arrays are wrong; packed ones are right.
+_PLANES = 8
 
-    Spans are seconds from the track's start; there the track is silent.
+
+class SoundTrack:
+    """One sound track, mono at a rate of one's choice; decoded forward, from the start if need be.
+
+    Args:
+        path: the file.
+        info: of the stream.
+        rate: Hz.
+    """
+
+    def __init__(self, path: Path, info: StreamInfo, rate: int) -> None:
+        self._path, self._info, self._rate = path, info, rate
+        self._length: int | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._damaged: list[Span] = []
+        self._stream = _decoded(self._path, self._info, self._rate, self._damaged)
+        self._pieces: deque[tuple[int, Sound]] = deque()  # with the number of their first sample
+        self._at = 0
+
+    @property
+    def length_s(self) -> float:
+        """How long the track is, seconds.
+
+        Raises:
+            MediaFaultError: no sound in it can be read, or it claims an implausible length.
+        """
+        if self._length is None:
+            self._read_to(None)
+            self._length = self._at
+        return self._length / self._rate
+
+    def window(self, start_s: float, length_s: float) -> Sound:
+        """Return sound [S] from a moment of the track on, with silence where it does not reach.
+
+        Raises:
+            MediaFaultError: it is damaged there.
+        """
+        first, count = round(start_s * self._rate), max(1, round(length_s * self._rate))
+        if self._pieces and max(first, 0) < self._pieces[0][0]:
+            self._begin()
+        self._read_to(first + count, first)
+        if any(start_s < stop and start_s + length_s > start for start, stop in self._damaged):
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{self._path}: damaged at {start_s:.2f} s")
+        window = np.zeros(count, np.float32)
+        for begin, piece in self._pieces:
+            low, high = max(first, begin), min(first + count, begin + len(piece))
+            if high > low:
+                window[low - first : high - first] = piece[low - begin : high - begin]
+        return window
+
+    def _read_to(self, last: int | None, first: int | None = None) -> None:
+        """Decode up to a sample, or to the end; forget what is older than is kept."""
+        while last is None or self._at < last:
+            piece = next(self._stream, None)
+            if piece is None:
+                return
+            self._pieces.append((self._at, piece))
+            self._at += len(piece)
+            oldest = self._at - _KEPT_S * self._rate
+            needed = oldest if first is None else min(oldest, first)
+            while self._pieces[0][0] + len(self._pieces[0][1]) <= needed:
+                self._pieces.popleft()
+
+
+def _decoded(path: Path, info: StreamInfo, rate: int, damaged: list[Span]) -> Iterator[Sound]:
+    """Yield a track bit by bit, mono at ``rate`` Hz; damaged spans are silent, and noted.
 
     Raises:
         MediaFaultError: no sound in it can be read, or it claims an implausible length.
     """
-    damaged: list[Span] = []
-    native = info.rate or rate
-    stream = soxr.ResampleStream(native, rate, 1, dtype="float32", quality=QUALITY)
     # One stream resamples all pieces, which is the same as resampling the whole; pieces bound the
-    # memory of a long track's native samples.
-    pieces, waiting, length = [], [], 0
-    for piece in _pieces(path, info, native, damaged):
-        waiting.append(piece)
-        length += len(piece)
-        if length >= _CHUNK_S * native:
-            pieces.append(stream.resample_chunk(np.concatenate(waiting)))
-            waiting, length = [], 0
-    if not pieces and not length:
+    # memory. A track that changes its rate is resampled in as many streams.
+    stream, native, waiting = None, 0, _Waiting()
+    for own_rate, piece in _Timeline(path, info, rate, damaged).pieces():
+        if own_rate != native:
+            if stream is not None:
+                yield stream.resample_chunk(waiting.taken(), last=True)
+            native = own_rate
+            stream = soxr.ResampleStream(native, rate, 1, dtype="float32", quality=QUALITY)
+        waiting.put(piece)
+        if waiting.length >= _CHUNK_S * native and stream is not None:
+            yield stream.resample_chunk(waiting.taken())
+    if stream is None:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no sound in its track")
-    waiting.append(np.zeros(0, np.float32))
-    pieces.append(stream.resample_chunk(np.concatenate(waiting), last=True))
-    return np.concatenate(pieces), tuple(damaged)
+    yield stream.resample_chunk(waiting.taken(), last=True)
 
 
-def _pieces(path: Path, info: StreamInfo, native: int, damaged: list[Span]) -> Iterator[Sound]:
-    """Yield the track bit by bit at its own rate, with silence where it has holes."""
-    # What comes before zero is the encoder's run-in (priming), which the decoder drops itself.
-    zero_s, length = max(0.0, info.first_s), 0
-    with open_container(path) as container:
-        stream = container.streams[info.index]
-        if stream.codec_context is None:
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: sound in an unknown codec")
-        for packet in until_end(container.demux(stream)):
-            try:
-                frames = packet.decode()
-            except (av.error.FFmpegError, ValueError):
-                at = float((packet.pts or 0) * packet.time_base) - zero_s
-                damaged.append((at, at + float((packet.duration or 0) * packet.time_base)))
-                continue
-            for frame in frames:
-                start_s = length / native if frame.time is None else frame.time - zero_s
-                if start_s > LONGEST_S or frame.sample_rate != native:
-                    raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: damaged sound")
-                # A packet that is lost, or left out by a recorder, must not move what follows it.
-                hole = round(start_s * native) - length
-                if hole > _GAP_S * native:
-                    yield np.zeros(hole, np.float32)
-                    length += hole
-                yield _mono(frame)
-                length += frame.samples
+class _Waiting:
+    """Sound that waits to be resampled."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Sound] = []
+        self.length = 0
+
+    def put(self, piece: Sound) -> None:
+        self._pieces.append(piece)
+        self.length += len(piece)
+
+    def taken(self) -> Sound:
+        """Return all of it, and keep none."""
+        pieces, self._pieces, self.length = self._pieces, [], 0
+        return np.concatenate([*pieces, np.zeros(0, np.float32)])
+
+
+class _Timeline:
+    """A track at its own rates, every piece of it where its time stamps put it."""
+
+    def __init__(self, path: Path, info: StreamInfo, rate: int, damaged: list[Span]) -> None:
+        self._path, self._stream, self._damaged = path, info.index, damaged
+        # What comes before zero is the encoder's run-in (priming), which the decoder drops itself.
+        self._zero_s = max(0.0, info.first_s)
+        self._native, self._length = info.rate or rate, 0
+
+    def pieces(self) -> Iterator[tuple[int, Sound]]:
+        """Yield rate and samples, with silence where the track has holes."""
+        for frame in self._frames():
+            if frame.sample_rate != self._native:
+                self._length = round(self._length * frame.sample_rate / self._native)
+                self._native = frame.sample_rate
+            hole = self._hole_before(frame)
+            # A packet that is lost, or left out by a recorder, must not move what follows it.
+            if hole > 0:
+                yield self._counted(np.zeros(hole, np.float32))
+            if -hole < frame.samples:
+                yield self._counted(_mono(frame)[max(0, -hole) :])
+
+    def _counted(self, piece: Sound) -> tuple[int, Sound]:
+        self._length += len(piece)
+        return self._native, piece
+
+    def _hole_before(self, frame: Any) -> int:
+        """Return how many samples are missing before a frame, or, negative, are too many."""
+        if frame.time is None:
+            return 0
+        start_s = frame.time - self._zero_s
+        if start_s > LONGEST_S:
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{self._path}: damaged sound")
+        hole = round(start_s * self._native) - self._length
+        if hole < -_JUMP_S * self._native:
+            self._zero_s += hole / self._native
+            return 0
+        return hole if abs(hole) > _DRIFT_S * self._native else 0
+
+    def _frames(self) -> Iterator[Any]:
+        with open_container(self._path) as container:
+            stream = container.streams[self._stream]
+            if stream.codec_context is None:
+                raise MediaFaultError(
+                    Reason.DECODE_ERROR, f"{self._path}: sound in an unknown codec"
+                )
+            for packet in until_end(container.demux(stream)):
+                try:
+                    yield from packet.decode()
+                except (av.error.FFmpegError, ValueError):
+                    at = float((packet.pts or 0) * packet.time_base) - self._zero_s
+                    length_s = float((packet.duration or 0) * packet.time_base)
+                    self._damaged.append((at, at + length_s))
 
 
 def _mono(frame: Any) -> Sound:
-    samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
+    if frame.format.is_planar and channels >= _PLANES:
+        (frame,) = av.AudioResampler(frame.format.packed.name, frame.layout).resample(frame)
+    samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, channels).T
     return as_float(samples).mean(axis=0) if channels > 1 else as_float(samples)[0]

@@ -17,7 +17,12 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason
 
 # Formats that hold media themselves; playlists, which open other files, are not among them.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,wav,flac,mp3,ogg,aac"
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,asf_o,flv,rm,mxf,gxf,nut,dv,wtv,"
+    "ivf,obu,h264,hevc,vvc,m4v,mpegvideo,mjpeg,mjpeg_2000,vc1,dirac,yuv4mpegpipe,nsv,nuv,amv,r3d,"
+    "wav,w64,aiff,au,caf,flac,mp3,ogg,aac,ac3,eac3,dts,dtshd,truehd,mlp,amr,ape,tta,wv,mpc,mpc8,"
+    "oma,voc,tak,shn,dsf,gif,apng"
+)
 
 # How playlists begin: decord brings an older FFmpeg, which may know one where PyAV's does not.
 _PLAYLIST = re.compile(
@@ -35,6 +40,7 @@ class StreamInfo:
         delay_s: where it starts on the file's clock, seconds.
         rate: of sound, Hz.
         default: it is the one that a player would take.
+        tick_s: unit of its time stamps, seconds.
     """
 
     index: int
@@ -42,6 +48,7 @@ class StreamInfo:
     delay_s: float
     rate: int | None
     default: bool
+    tick_s: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,9 @@ def open_container(path: Path) -> "av.container.InputContainer":
         with path.open("rb") as file:
             if _PLAYLIST.match(file.read(4096)):
                 raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: a list of files, not a video")
-        return av.open(f"file:{path.absolute()}", options=options)
+        # Titles in the character set of the recorder's country are no reason to refuse a video.
+        name = f"file:{path.absolute()}"
+        return av.open(name, options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {error}") from None
 
@@ -123,13 +132,11 @@ def read_info(path: Path, stream: int | None = None) -> MediaInfo:
 def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
     if stream is None or _is_cover(stream):
         return None
-    first_s = _first_s(stream)
-    # An encoder puts some samples of run-in before zero (priming); decoders leave them out, so
-    # that a stream with a negative first time stamp starts at zero.
-    delay_s = max(0.0, first_s) - zero_s
+    delay_s = _start_s(stream) - zero_s
     known = stream.type == "audio" and stream.codec_context is not None
     rate = stream.sample_rate if known else None
-    return StreamInfo(stream.index, first_s, delay_s, rate, stream is default)
+    tick_s = float(stream.time_base or 1)
+    return StreamInfo(stream.index, _first_s(stream), delay_s, rate, stream is default, tick_s)
 
 
 def _end_s(stream: Any, zero_s: float, whole: int | None) -> float | None:
@@ -151,8 +158,16 @@ def _zero_s(container: Any) -> float:
     a player shows first. A cover has no time of its own and says nothing.
     """
     streams = [*container.streams.video, *container.streams.audio]
-    firsts = [_first_s(s) for s in streams if s.start_time is not None and not _is_cover(s)]
-    return min((max(0.0, first) for first in firsts), default=0.0)
+    firsts = [_start_s(s) for s in streams if s.start_time is not None and not _is_cover(s)]
+    return min(firsts, default=0.0)
+
+
+def _start_s(stream: Any) -> float:
+    """Return when the first picture is shown, or the first sound heard."""
+    # An encoder puts some samples of run-in before zero (priming); decoders leave them out, so
+    # that sound with a negative first time stamp starts at zero.
+    first_s = _first_s(stream)
+    return max(0.0, first_s) if stream.type == "audio" else first_s
 
 
 def _first_s(stream: Any) -> float:

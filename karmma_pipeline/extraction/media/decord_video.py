@@ -1,6 +1,8 @@
-"""decord, the decoder that is tried first: it hangs, crashes and gives up on some files.
+"""decord, for who asks for it: it seeks right only in files that have nothing unusual.
 
-It counts frames in the order of their times, each stream from its own start.
+It takes every key frame for a clean entry and numbers for times, so that it gives other pictures,
+seconds off, of open GOPs, edit lists, copies that were cut, fragments and intra refresh. It is
+used for files alone of which the packets prove that they have none of these.
 """
 
 from collections.abc import Iterator
@@ -9,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch  # noqa: F401  (before decord, which crashes some CUDA builds otherwise)
+from av.bitstream import BitStreamFilterContext
 
 import decord  # isort: skip
 
-from karmma_pipeline.extraction.media.container import StreamInfo
+from karmma_pipeline.extraction.media.container import StreamInfo, open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
+from karmma_pipeline.extraction.media.packet_index import PacketIndex, read_index
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
@@ -23,7 +27,9 @@ _MAX_BATCH = 16
 # Share of frames that decord may replace silently by their neighbours: none.
 _NO_REPEATS = 1e-9
 
-_LONGEST_S = 1e6
+# Codecs some of whose key frames build on earlier ones, and the filter that keeps the others.
+_RESTARTS = {"h264": "filter_units=pass_types=5", "hevc": "filter_units=pass_types=19-20"}
+
 _ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError)
 
 decord.logging.set_level(decord.logging.QUIET)  # faults are reported as reasons
@@ -42,28 +48,31 @@ class DecordVideo:
         stop_s: end of the last frame.
 
     Raises:
-        MediaFaultError: decord cannot read it, or gives no sound time stamps.
+        MediaFaultError: decord cannot read it, or would not read it exactly.
     """
 
     decoder = "decord"
 
     def __init__(self, path: Path, info: StreamInfo, left_half: bool = False) -> None:
         self._parts = 2 if left_half else 1
+        index = read_index(path, info.index)
+        if fault := _unproved(path, info, index):
+            raise MediaFaultError(
+                Reason.DECODE_ERROR,
+                f"{path}: decord may give other pictures, as {fault}; use video_decoder: pyav",
+            )
         # One thread: the pool has a process per CPU, and decord's threads would not stop on a
         # fault. `fault_tol` counts frames that it replaces by a neighbour, by default silently.
         try:
             self._reader = decord.VideoReader(
                 str(path.absolute()), ctx=decord.cpu(), num_threads=1, fault_tol=_NO_REPEATS
             )
-            spans = self._reader.get_frame_timestamp(range(len(self._reader))).astype(np.float64)
         except _ERRORS as error:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {first_line(error)}") from None
-        if not len(spans) or not (np.abs(spans) < _LONGEST_S).all():
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame, or no time stamps")
-        # decord gives an interval per frame, in float32 and from the stream's own start. Rounding
-        # may turn two neighbours around, which a search by time must not meet.
-        self.starts: Times = np.maximum.accumulate(spans[:, 0]) + info.delay_s
-        self.stop_s = end_of(self.starts, float(spans[-1, 1] - spans[-1, 0]))
+        if len(self._reader) != len(index.times):
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: decord counts other frames")
+        self.starts: Times = index.times * info.tick_s - info.first_s + info.delay_s
+        self.stop_s = end_of(self.starts, index.last * info.tick_s)
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """Yield frames by ascending number, uint8 [H, W, 3] in RGB, turned as their file says.
@@ -90,3 +99,26 @@ class DecordVideo:
     def close(self) -> None:
         """Let go of the file."""
         del self._reader
+
+
+def _unproved(path: Path, info: StreamInfo, index: PacketIndex) -> str | None:
+    """Say what keeps a file from being proved clean by its packets; None: it is."""
+    if not info.default:
+        return "it knows the default stream alone"
+    if not index.is_clean:
+        return "times of packets do not prove every key frame a clean entry"
+    with open_container(path) as container:
+        stream = container.streams[info.index]
+        if len(container.streams.video) > 1:
+            return "the file has several video streams"
+        # What is in fragments is not in the index that a file has at its start.
+        if "mp4" in container.format.name and len(stream.index_entries) != len(index.marks):
+            return "the file has no index of all its frames"
+        name = stream.codec_context.name
+        if name not in _RESTARTS:
+            return None
+        keep = BitStreamFilterContext(_RESTARTS[name], stream)
+        for packet in container.demux(stream):
+            if packet.size and packet.is_keyframe and not keep.filter(packet):
+                return "a key frame may build on pictures before it"
+    return None

@@ -1,8 +1,7 @@
 """Reads frames and sound of a media file at real times, on one clock for both.
 
-The clock is a player's: zero where the first stream of the file starts. decord reads the
-pictures that it reads well; PyAV the rest (sound, other streams, formats without an index, what
-decord refuses).
+The clock is a player's: zero where the first stream of the file starts. PyAV reads everything;
+decord reads pictures where it is asked to and the file is one that it reads exactly.
 T frames, S audio samples.
 """
 
@@ -13,17 +12,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from karmma_pipeline.extraction.media.audio_track import Span, cut, read_track
+from karmma_pipeline.extraction.media.audio_track import SoundTrack
 from karmma_pipeline.extraction.media.container import MediaInfo, StreamInfo, read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, Sound
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo
-from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Pictures, Times, covering
+from karmma_pipeline.extraction.types import ROUNDING_S, Decoder, Numbers, Pictures, Times, covering
 from karmma_pipeline.modalities import Reason
 
 if TYPE_CHECKING:
     from karmma_pipeline.extraction.media.decord_video import DecordVideo
-
-Decoder = Literal["decord", "pyav"]
 
 
 class MediaFile(MediaReader):
@@ -33,7 +30,7 @@ class MediaFile(MediaReader):
         path: the file.
         stream: number of the stream to read, the only one then; None: the default one of each
             kind.
-        decoder: the one that is tried first; after pyav there is none.
+        decoder: that reads the pictures.
         left_half: of side-by-side pictures, give the left one.
     """
 
@@ -41,7 +38,7 @@ class MediaFile(MediaReader):
         self,
         path: Path,
         stream: int | None = None,
-        decoder: Decoder = "decord",
+        decoder: Decoder = "pyav",
         *,
         left_half: bool = False,
     ) -> None:
@@ -61,21 +58,12 @@ class MediaFile(MediaReader):
     @cached_property
     def _video(self) -> "DecordVideo | PyavVideo":
         info = self._stream_info("video")
-        # Without an index decord's seeks land elsewhere: it gives other frames than asked for. It
-        # also knows the default stream alone.
-        if self._decoder == "decord" and info.default and self._info.indexed:
+        if self._decoder == "decord":
             # It needs torch, which takes seconds to load.
             from karmma_pipeline.extraction.media.decord_video import DecordVideo
 
-            try:
-                return DecordVideo(self.path, info, self._left_half)
-            except MediaFaultError:
-                pass
-        return self._second
-
-    @cached_property
-    def _second(self) -> PyavVideo:
-        return PyavVideo(self.path, self._stream_info("video"), self._left_half)
+            return DecordVideo(self.path, info, self._left_half)
+        return PyavVideo(self.path, info, self._left_half)
 
     @property
     def video_decoder(self) -> str:
@@ -108,37 +96,8 @@ class MediaFile(MediaReader):
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
         """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
 
-        What decord cannot decode is left to PyAV, frame by frame at the same time.
-
         Raises:
-            MediaFaultError: neither can decode them.
-        """
-        unique, video, done = np.unique(numbers), self._video, 0
-        try:
-            for number, picture in video.decode(unique):
-                yield number, picture
-                done += 1
-        except MediaFaultError:
-            if isinstance(video, PyavVideo):
-                raise
-            # After an error decord's reader is of no more use, to other clips either. The decoders
-            # may count differently where a file is damaged, so frames are matched by their time.
-            del self._video
-            rest = unique[done:]
-            there = covering(self._second.starts, video.starts[rest] + ROUNDING_S)
-            pictures = dict(self._second.decode(np.unique(there)))
-            yield from (
-                (n, pictures[t]) for n, t in zip(rest.tolist(), there.tolist(), strict=True)
-            )
-
-    def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
-        """Yield frames as `decode` does, in one go through the file for several clips.
-
-        They are the same, for each is decoded from its key frame on; but a fault, which may be
-        one clip's alone, is raised and not worked around.
-
-        Raises:
-            MediaFaultError: they cannot be decoded like this; the file is as good as new.
+            MediaFaultError: one of them cannot be decoded; the file is as good as new.
         """
         try:
             yield from self._video.decode(np.unique(numbers))
@@ -165,7 +124,7 @@ class MediaFile(MediaReader):
     def sound_span(self, rate: int) -> tuple[float, float]:
         """Return where the audio track starts and ends, seconds."""
         start = self._stream_info("audio").delay_s
-        return start, start + len(self._track(rate)[0]) / rate
+        return start, start + self._track(rate).length_s
 
     def sound(self, start_s: float, stop_s: float, rate: int) -> Sound:
         """Return mono sound float32 [S] at ``rate`` Hz; outside the track it is silence.
@@ -173,29 +132,22 @@ class MediaFile(MediaReader):
         Raises:
             MediaFaultError: no such stream, or it cannot be decoded there.
         """
-        track, damaged = self._track(rate)
         delay = self._stream_info("audio").delay_s
-        if any(start_s < b + delay and stop_s > a + delay for a, b in damaged):
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: damaged at {start_s:.2f} s")
-        return cut(track, start_s - delay, stop_s - start_s, rate)
+        return self._track(rate).window(start_s - delay, stop_s - start_s)
 
-    def _track(self, rate: int) -> tuple[Sound, tuple[Span, ...]]:
+    def _track(self, rate: int) -> SoundTrack:
         info, status = self._stream_info("audio"), self.path.stat()
-        key = (status.st_size, status.st_mtime_ns)
-        return _whole_track(self.path, info, rate, key)
+        return _kept_track(self.path, info, rate, (status.st_size, status.st_mtime_ns))
 
     def close(self) -> None:
         """Let go of the file."""
-        for name in ("_video", "_second"):
-            video = self.__dict__.pop(name, None)
-            if video is not None:
-                video.close()
+        video = self.__dict__.pop("_video", None)
+        if video is not None:
+            video.close()
 
 
-# One track is kept, for tasks of one video follow one another, each with some of its clips; an
-# hour of sound at 24 kHz is 350 MB. Size and time are part of the key: a file may be replaced.
+# One track is kept, for tasks of one video follow one another, each with some of its clips. Size
+# and time are part of the key: a file may be replaced.
 @lru_cache(maxsize=1)
-def _whole_track(
-    path: Path, info: StreamInfo, rate: int, _key: tuple[int, int]
-) -> tuple[Sound, tuple[Span, ...]]:
-    return read_track(path, info, rate)
+def _kept_track(path: Path, info: StreamInfo, rate: int, _key: tuple[int, int]) -> SoundTrack:
+    return SoundTrack(path, info, rate)

@@ -8,18 +8,19 @@ from karmma_pipeline.data.manifest import BoxSource, FileSource, FrameSource, So
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaReader
-from karmma_pipeline.extraction.media.media_file import Decoder, MediaFile
+from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.types import Decoder
 
 
 class OpenMedia:
     """The open sources of one task; a context manager that closes them.
 
     Args:
-        decoder: the one that media files try first.
+        decoder: that reads the pictures of media files.
         index_folder: where lists of tars are kept for other processes; None: nowhere.
     """
 
-    def __init__(self, decoder: Decoder = "decord", index_folder: Path | None = None) -> None:
+    def __init__(self, decoder: Decoder = "pyav", index_folder: Path | None = None) -> None:
         self._decoder, self._index_folder = decoder, index_folder
         self._open: dict[object, MediaReader] = {}
 

@@ -1,8 +1,8 @@
-"""PyAV, the decoder that is exact: for what decord cannot read, addresses wrongly or dies of.
+"""The pictures of a media file, exactly as FFmpeg's linear scan of it gives them.
 
-It counts frames as decord does and is exact for every container: a frame is known by its time
-stamp, and where seeking lands too late, it goes back. Frames that a damaged place may have
-touched are never given.
+A seek is a hint: where it has led is known by comparing packets with those of the scan. Decoding
+starts at a key frame that the decoder itself shows to be one, or at an earlier one. Frames that
+a damaged place may have touched are never given.
 """
 
 from collections import deque
@@ -17,12 +17,36 @@ import numpy.typing as npt
 
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError
+from karmma_pipeline.extraction.media.packet_index import (
+    decoded,
+    mark_of,
+    prepare,
+    read_index,
+    tag_of,
+    until_end,
+)
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
 Picture = npt.NDArray[np.uint8]
 # Number, frame, and whether no damage can have touched it.
 _Shown = tuple[int, Any, bool]
+
+# Formats that can be entered at any byte, and whose seeks by time are guesses.
+_BY_BYTES = {"mpegts", "mpeg", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "vc1", "obu"}
+
+# Packets after a seek among which the wanted one is looked for.
+_SEARCHED = 500
+
+# Codecs whose decoders give nothing before they have recovered from a start in the middle.
+_WITHHOLDING = {"h264", "hevc"}
+
+# FFmpeg's number of the picture type that builds on no other.
+_INTRA = 1
+
+
+class _AstrayError(Exception):
+    """After a seek, packets come that the scan does not have there."""
 
 
 class PyavVideo:
@@ -44,24 +68,20 @@ class PyavVideo:
     decoder = "pyav"
 
     def __init__(self, path: Path, info: StreamInfo, left_half: bool = False) -> None:
-        self.path, self._index, self._parts = path, info.index, 2 if left_half else 1
+        self.path, self._number, self._parts = path, info.index, 2 if left_half else 1
+        self.index = read_index(path, info.index)
         self._container = open_container(path)
-        rows = list(_packets(self._container.streams[self._index], self._container))
-        if not rows:
-            self._container.close()
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
-        # Packets come in the order of decoding; pictures are shown in the order of time stamps,
-        # which differs where there are B-frames. A frame's number is its place in that order.
-        rows.sort()
-        self._pts = np.array([pts for pts, _, _ in rows], np.int64)
-        self._number = {pts: number for number, pts in enumerate(self._pts.tolist())}
-        self._keys = np.flatnonzero([key for _, _, key in rows])
-        base = float(self._container.streams[self._index].time_base or 0)
-        # Time stamps have the container's unit and may start anywhere. The stream's first one is
-        # taken off, and the place where the stream starts on the file's clock put in its stead.
-        times = np.asarray(self._pts * base, np.float64)
-        self.starts: Times = times - info.first_s + info.delay_s
-        self.stop_s = end_of(self.starts, rows[-1][1] * base)
+        # The packet that comes next, and where from; after a failed seek there are no more seeks.
+        self._at, self._packets = 0, self._demux()
+        self._seeks, self._sought = True, False
+        # Time stamps may start anywhere. The stream's first one is taken off, and the place where
+        # the stream starts on the file's clock put in its stead.
+        self.starts: Times = self.index.times * info.tick_s - info.first_s + info.delay_s
+        self.stop_s = end_of(self.starts, self.index.last * info.tick_s)
+
+    @property
+    def _stream(self) -> Any:
+        return self._container.streams[self._number]
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Picture]]:
         """Yield frames by ascending number, uint8 [H, W, 3] in RGB, turned as their file says.
@@ -71,13 +91,16 @@ class PyavVideo:
         """
         wanted = deque(numbers.tolist())
         while wanted:
-            yield from self._stretch(wanted)
+            try:
+                yield from self._stretch(wanted)
+            except _AstrayError:
+                self._seeks = False
 
     def _stretch(self, wanted: deque[int]) -> Iterator[tuple[int, Picture]]:
         """Yield the first of the wanted frames, and on until it is quicker to seek again."""
         before: _Shown | None = None
         goal = wanted[0]
-        for shown in self._from(wanted[0]):
+        for shown in self._from(goal):
             # A packet may leave no picture of its own (a repeated or dropped frame): a player then
             # goes on to show the one before.
             while wanted and shown[0] > wanted[0]:
@@ -86,7 +109,7 @@ class PyavVideo:
                 yield self._take(wanted, shown)
             # A key frame between here and the next wanted frame is a shorter way to it than to
             # decode all that lies before. The first one is given first, or this would never end.
-            if not wanted or (wanted[0] > goal and self._run_up(wanted[0]) > shown[0]):
+            if not wanted or (wanted[0] > goal and self.index.entry(wanted[0]) > self._at):
                 return
             before = shown
         yield self._take(wanted, before)
@@ -95,67 +118,107 @@ class PyavVideo:
         goal = wanted.popleft()
         # The picture before stands in for one missing picture, and not for a hole.
         if shown is None or shown[0] < goal - 1 or not shown[2]:
-            raise self._fault(goal)
-        picture = _turned(shown[1])
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: frame {goal} is damaged")
+        picture = upright(shown[1])
         return goal, picture[:, : picture.shape[1] // self._parts]
 
-    def _fault(self, number: int) -> MediaFaultError:
-        return MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: frame {number} is damaged")
-
-    def _run_up(self, number: int) -> int:
-        """Return the last key frame up to a frame; where there is none, the first frame."""
-        place = int(np.searchsorted(self._keys, number, side="right")) - 1
-        return int(self._keys[place]) if place >= 0 else 0
-
-    def _from(self, number: int) -> Iterator[_Shown]:
-        """Decode forward from a place that is surely not after a frame."""
-        place = int(np.searchsorted(self._keys, number, side="right")) - 1
-        # `seek` lands where the container's index says, which may be after the wanted frame: with
-        # open GOPs, and where time stamps of packets are rounded or missing. What the decoder gives
-        # first tells; if it is too late, go back by 1, 3, 7, ... key frames.
+    def _from(self, goal: int) -> Iterator[_Shown]:
+        """Decode forward from a packet from which the wanted frame comes out as in a scan."""
         step = 0
-        while place - step > 0:
-            shown = self._forward(int(self._keys[place - step]))
+        while (entry := self.index.entry(goal, step)) > 0:
+            shown = self._forward(entry)
             first = next(shown, None)
-            if first is not None and first[0] <= number:
+            if first is not None and first[0] <= goal and self._is_sound(first, entry):
                 return chain([first], shown)
             step = 2 * step + 1
         return self._forward(0)
 
-    def _forward(self, key: int) -> Iterator[_Shown]:
-        """Decode from a key frame on."""
-        container, stream = self._reopened(key)
-        damage = _Damage()
-        for packet in until_end(container.demux(stream)):
-            damage.pass_on(packet)
+    def _is_sound(self, first: _Shown, entry: int) -> bool:
+        """Tell whether what the decoder gives from a key packet on needs nothing before it."""
+        _, frame, undamaged = first
+        if tag_of(frame) == entry:
+            return undamaged and (frame.key_frame or frame.pict_type == _INTRA)
+        # Pictures that refresh bit by bit have no key frame: some decoders wait until they are
+        # whole. Key frames that an edit list hides are decoded and not given.
+        withheld = self._stream.codec_context.name in _WITHHOLDING
+        return undamaged and (withheld or bool(self.index.hidden[entry]))
+
+    def _forward(self, entry: int) -> Iterator[_Shown]:
+        """Decode from a packet on; what is shown before its picture is left out."""
+        index, damage = self.index, _Damage()
+        least = index.order[entry] if entry else -np.inf
+        for place, packet in self._packets_from(entry):
+            order = float(index.order[place]) if place < len(index.order) else np.inf
+            damage.pass_on(packet, place, order)
             try:
-                frames = [] if packet.is_corrupt else packet.decode()
+                frames = decoded(packet, place)
             except (av.error.FFmpegError, ValueError):
                 frames = []
-                damage.starts(packet)
+                damage.starts(place)
             for frame in frames:
-                # Only time stamps that the first look at the packets has seen are frames; others
-                # come from a damaged stretch, or from what an edit list leaves out.
-                frame.pts = frame.pts if frame.pts is not None else frame.dts
-                number = self._number.get(frame.pts)
-                if number is not None:
-                    yield number, frame, not (frame.is_corrupt or frame.pts in damage.touched)
+                tag = tag_of(frame)
+                if 0 <= tag < len(index.order) and index.number[tag] >= 0:
+                    good = not (frame.is_corrupt or tag in damage.touched)
+                    if index.order[tag] >= least:
+                        yield int(index.number[tag]), frame, good
 
-    def _reopened(self, key: int) -> tuple[Any, Any]:
-        container, stream = self._container, self._container.streams[self._index]
+    def _packets_from(self, entry: int) -> Iterator[tuple[int, Any]]:
+        """Yield packets and their numbers from one on, the decoder's end mark included."""
+        self._go_to(entry)
+        for packet in self._packets:
+            place = self._at
+            self._at += 1
+            if self._sought and packet.size:
+                marks = self.index.marks
+                if place >= len(marks) or mark_of(packet, self.index.timed) != marks[place]:
+                    raise _AstrayError
+            yield place, packet
+
+    def _go_to(self, entry: int) -> None:
+        """Let a packet be the next one."""
+        ahead = entry - self._at
+        if self._seeks and entry and not 0 <= ahead < _SEARCHED:
+            earlier = self.index.before(entry, 2)
+            if self._found(entry, entry) or self._found(entry, earlier):
+                return
+        if ahead < 0 or self._at <= 0:
+            self._reopen()
+        self._stream.codec_context.flush_buffers()
+        while self._at < entry and next(self._packets, None) is not None:
+            self._at += 1
+
+    def _found(self, entry: int, target: int) -> bool:
+        """Seek to a packet and go on to another one; False if that is not found."""
+        self._at, self._sought = -1, True  # anywhere
         try:
-            container.seek(int(self._pts[key]), stream=stream, backward=True)
+            self._seek(target)
         except (av.error.FFmpegError, OSError):
-            key = 0
-        # The very start is not found by seeking in every format, so the file is opened anew; and
-        # opening leaves no state of a failed seek behind.
-        if key == 0:
-            container.close()
-            self._container = container = open_container(self.path)
-            stream = container.streams[self._index]
-        if not stream.codec_context.is_open:
-            stream.codec_context.thread_count = 1
-        return container, stream
+            return False
+        wanted, packets = self.index.marks[entry], self._demux()
+        for _, packet in zip(range(_SEARCHED), packets, strict=False):
+            if packet.size and mark_of(packet, self.index.timed) == wanted:
+                self._at, self._packets = entry, chain([packet], packets)
+                return True
+        return False
+
+    def _seek(self, target: int) -> None:
+        names = set(self._container.format.name.split(","))
+        if names & _BY_BYTES:
+            # Packets that begin in the middle of a larger one have no place of their own.
+            places = self.index.places[: target + 1]
+            self._container.seek(int(places.max()), unsupported_byte_offset=True)
+        else:
+            self._container.seek(int(self.index.pts[target]), stream=self._stream)
+
+    def _reopen(self) -> None:
+        # The very start is not found by seeking in every format.
+        self._container.close()
+        self._container = open_container(self.path)
+        self._at, self._packets, self._sought = 0, self._demux(), False
+
+    def _demux(self) -> Iterator[Any]:
+        prepare(self._stream)
+        return until_end(self._container.demux(self._stream))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -166,56 +229,42 @@ class _Damage:
     """Which frames a damaged packet may have touched: all up to the next key frame.
 
     Attributes:
-        touched: their time stamps.
+        touched: the numbers of their packets.
     """
 
     def __init__(self) -> None:
         self.touched: set[int] = set()
         self._open = False
-        self._leading: int | None = None
+        self._leading: float | None = None
 
-    def starts(self, packet: Any) -> None:
+    def starts(self, place: int) -> None:
         """Take note of a packet that cannot be decoded."""
         self._open = True
-        self.touched.add(_pts(packet))
+        self.touched.add(place)
 
-    def pass_on(self, packet: Any) -> None:
+    def pass_on(self, packet: Any, place: int, order: float) -> None:
         """Let a packet inherit the damage before it."""
         if packet.is_keyframe and packet.size:
             # What is shown before this key frame may still build on what came before it.
-            self._leading = _pts(packet) if self._open else None
+            self._leading = order if self._open else None
             self._open = False
         if packet.is_corrupt:
-            self.starts(packet)
-        if self._open or (self._leading is not None and _pts(packet) < self._leading):
-            self.touched.add(_pts(packet))
+            self.starts(place)
+        if self._open or (self._leading is not None and order < self._leading):
+            self.touched.add(place)
 
 
-def _pts(packet: Any) -> int:
-    stamp = packet.pts if packet.pts is not None else packet.dts
-    return 0 if stamp is None else int(stamp)
-
-
-def _packets(stream: Any, container: Any) -> Iterator[tuple[int, int, bool]]:
-    """Yield time stamp, duration and key flag of every packet that makes a picture."""
-    for packet in until_end(container.demux(stream)):
-        pts = packet.pts if packet.pts is not None else packet.dts
-        if packet.size and pts is not None and not packet.is_corrupt and not packet.is_discard:
-            yield pts, packet.duration or 0, packet.is_keyframe
-
-
-def until_end(packets: Iterator[Any]) -> Iterator[Any]:
-    """Yield packets up to where the file is cut or unreadable."""
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.error.FFmpegError, OSError):
-            return
-        yield packet
-
-
-def _turned(frame: Any) -> Picture:
+def upright(frame: Any) -> Picture:
+    """Return a frame as players show it, uint8 [H, W, 3]: turned and mirrored by its matrix."""
     picture: Picture = frame.to_ndarray(format="rgb24")
-    if frame.rotation % 360:
-        picture = np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
-    return picture
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # x' = a x + c y, y' = b x + d y. Players show quarter turns; others are rounded to one.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    if turned:
+        picture = picture.transpose(1, 0, 2)
+    along, down = (c, b) if turned else (a, d)
+    picture = picture[:, ::-1] if along < 0 else picture
+    return np.ascontiguousarray(picture[::-1] if down < 0 else picture)

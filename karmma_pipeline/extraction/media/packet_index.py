@@ -1,0 +1,401 @@
+"""Which packets a video stream has, in which order their pictures are shown, and when.
+
+The truth is FFmpeg's linear scan. Where every packet carries a time stamp of its own, the packets
+tell; in containers that have none (AVI, program streams, raw streams) the bitstream's order does,
+or else the scan itself. An index is made anew in every process: no file is believed to have kept
+one. P packets in the order of decoding, F frames in the order of display.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from math import inf
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.bitstream import BitStreamFilterContext
+
+from karmma_pipeline.extraction.media.container import open_container
+from karmma_pipeline.extraction.media.interface import MediaFaultError
+from karmma_pipeline.extraction.types import Numbers, Times
+from karmma_pipeline.modalities import Reason
+
+# Indices that a process keeps, for tasks of one video follow one another.
+_KEPT = 8
+
+# Formats that store of every packet when it is shown: a seek does not change that.
+_TIMED = {"mp4", "matroska", "flv", "mxf", "nut"}
+
+# Codecs whose order of display FFmpeg reads out of the bitstream, and by which filter.
+_PARSED = {"h264": "dts2pts", "hevc": "dts2pts"}
+
+# Packets that are decoded to see whether pictures come in the order that packets tell.
+_PROBED = 64
+
+# Packets at the end that are decoded to know their order: the filter is wrong about a few.
+_TAIL = 32
+
+# Seconds per frame where neither time stamps nor the stream tell.
+_FRAME_S = 0.04
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """The packets and frames of one video stream.
+
+    Attributes:
+        timed: the container stores of every packet when it is shown.
+        marks: what each packet is known by after a seek [P].
+        places: where each lies in the file, bytes; -1 if unknown [P].
+        pts: time stamps, for seeking [P].
+        keys: packets at which decoding can start, ascending; packet 0 is one.
+        hidden: packets whose pictures an edit list leaves out, bool [P].
+        order: where the picture of a packet stands among the others, to be compared [P].
+        number: of the frame that a packet makes; -1: none that is shown [P].
+        packet: that makes a frame [F].
+        times: of each frame, ascending, in ticks of the container's clock [F].
+        last: duration of the last frame as its packet states it, ticks.
+    """
+
+    timed: bool
+    marks: Numbers
+    places: Numbers
+    pts: Numbers
+    keys: Numbers
+    hidden: npt.NDArray[np.bool_]
+    order: Times
+    number: Numbers
+    packet: Numbers
+    times: Times
+    last: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether times prove that whatever follows a key frame is also shown after it."""
+        before = self.keys[np.searchsorted(self.keys, np.arange(len(self.order)), "right") - 1]
+        return (
+            self.timed and not self.hidden.any() and bool((self.order >= self.order[before]).all())
+        )
+
+    def entry(self, frame: int, back: int = 0) -> int:
+        """Return the packet from which a frame is decoded, or one ``back`` key frames earlier."""
+        packet = int(self.packet[frame])
+        place = int(np.searchsorted(self.keys, packet, side="right")) - 1
+        # Pictures that follow a key frame but are shown before it build on what came before it.
+        leads = bool(self.order[packet] < self.order[self.keys[place]])
+        return self.before(int(self.keys[place]), leads + back)
+
+    def before(self, key: int, back: int) -> int:
+        """Return the packet that is ``back`` key frames before one, at least packet 0."""
+        return int(self.keys[max(0, int(np.searchsorted(self.keys, key)) - back)])
+
+
+@dataclass
+class _Packets:
+    """What one pass through a file tells of a stream's packets.
+
+    Attributes:
+        timed: see `PacketIndex`.
+        unstamped: the container has no times of presentation; what FFmpeg gives is a guess.
+    """
+
+    timed: bool
+    unstamped: bool
+    pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
+    duration: list[int] = field(default_factory=list)
+    key: list[bool] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)
+    hidden: list[bool] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
+# Order of the packets [P], the packets of the frames [F], and the frames' times [F].
+_Frames = tuple[Times, Numbers, Times]
+
+
+def read_index(path: Path, stream: int) -> PacketIndex:
+    """Return the index of a video stream, made by going through the file; some are kept.
+
+    Raises:
+        MediaFaultError: it has no frame, or the file is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise MediaFaultError(Reason.FILE_MISSING, f"{path}: {error.strerror}") from None
+    return _read(path, stream, (status.st_size, status.st_mtime_ns))
+
+
+# Size and time are part of the key: a file may be replaced.
+@lru_cache(maxsize=_KEPT)
+def _read(path: Path, number: int, _key: tuple[int, int]) -> PacketIndex:
+    with open_container(path) as container:
+        stream = container.streams[number]
+        packets = _demuxed(container, stream)
+        if not any(packets.shown):
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
+        codec: Any = stream.codec_context
+        rate = codec.framerate or stream.guessed_rate or stream.average_rate
+        length_s = float(1 / rate) if rate else _FRAME_S
+        tick = length_s / float(stream.time_base or 1)
+        name, reordered = codec.name, bool(codec.has_b_frames)
+    found = _Order(path, number, packets, name, reordered, tick).frames()
+    if not len(found[1]):
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame can be decoded")
+    return _assembled(packets, *found)
+
+
+def _assembled(packets: _Packets, order: Times, frames: Numbers, times: Times) -> PacketIndex:
+    number = np.full(len(order), -1, np.int64)
+    number[frames] = np.arange(len(frames))
+    keys = np.array(packets.key) & np.isfinite(order)
+    keys[0] = True
+    return PacketIndex(
+        packets.timed,
+        np.array(packets.marks, np.int64),
+        np.array(packets.places, np.int64),
+        np.array([0 if pts is None else pts for pts in packets.pts], np.int64),
+        np.flatnonzero(keys),
+        np.array(packets.hidden),
+        order,
+        number,
+        frames,
+        # A search by time needs them ascending, whatever a damaged or joined file says.
+        np.maximum.accumulate(times),
+        packets.duration[frames[-1]],
+    )
+
+
+def mark_of(packet: Any, timed: bool) -> int:
+    """Return what a packet is known by: its place, or its content where stamps may change."""
+    if timed:
+        return hash((packet.pos, packet.size, packet.pts))
+    return hash((packet.size, crc32(packet)))
+
+
+def _demuxed(container: Any, stream: Any) -> _Packets:
+    names = set(container.format.name.split(","))
+    found = _Packets(bool(_TIMED & names), "avi" in names)
+    for packet in until_end(container.demux(stream)):
+        if packet.size:
+            found.pts.append(
+                packet.pts if packet.pts is not None or not found.timed else packet.dts
+            )
+            found.dts.append(packet.dts)
+            found.duration.append(packet.duration or 0)
+            found.key.append(packet.is_keyframe)
+            found.shown.append(not (packet.is_corrupt or packet.is_discard))
+            found.hidden.append(packet.is_discard)
+            found.marks.append(mark_of(packet, found.timed))
+            found.places.append(-1 if packet.pos is None else packet.pos)
+    return found
+
+
+def until_end(packets: Iterator[Any]) -> Iterator[Any]:
+    """Yield packets up to where the file is cut or unreadable."""
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.error.FFmpegError, OSError):
+            return
+        yield packet
+
+
+def decoded(packet: Any, tag: int) -> list[Any]:
+    """Decode a packet; frames carry the number of the packet that made them (`tag_of`).
+
+    Raises:
+        FFmpegError, ValueError: it cannot be decoded.
+    """
+    if packet.is_corrupt:
+        return []
+    if packet.size:
+        packet.opaque = (tag,)  # a tuple of its own for each: PyAV keeps them by identity
+    frames: list[Any] = packet.decode()
+    return frames
+
+
+def tag_of(frame: Any) -> int:
+    """Return the number of the packet that made a frame; -1 if the decoder lost it."""
+    return -1 if frame.opaque is None else int(frame.opaque[0])
+
+
+def prepare(stream: Any) -> None:
+    """Set up the decoder of a stream, before it is first used."""
+    codec = stream.codec_context
+    if not codec.is_open:
+        codec.thread_count = 1  # the pool has a process per CPU
+        codec.copy_opaque = True
+
+
+@dataclass
+class _Order:
+    """Finds out in which order the pictures of a stream are shown, and when."""
+
+    path: Path
+    stream: int
+    packets: _Packets
+    codec: str
+    reordered: bool
+    tick: float
+
+    def frames(self) -> _Frames:
+        """Return all that is shown; what only a scan tells is scanned."""
+        told, packets = self._told(), self.packets
+        if told is not None and ((packets.timed and not self._suspicious()) or self._agrees(told)):
+            frames = self._shown(told)
+            if packets.timed:
+                return told, frames, told[frames]
+            return told, frames, self._best_effort(frames, self._triggers(len(frames)))
+        if self.codec in _PARSED:
+            parsed = self._parsed()
+            if self._agrees(parsed):
+                frames = self._shown(parsed)
+                return parsed, frames, self._best_effort(frames, self._triggers(len(frames)))
+        return self._scanned()
+
+    def _told(self) -> Times | None:
+        """Return the order by time stamps, None where some lack or cannot be right."""
+        packets = self.packets
+        own = [pts for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
+        if None in own or (not packets.timed and len(set(own)) < len(own)):
+            return None
+        return np.array([-inf if pts is None else pts for pts in packets.pts], np.float64)
+
+    def _suspicious(self) -> bool:
+        """Tell streams whose pictures are reordered but whose stamps are not.
+
+        A copy from an AVI file has its packets' numbers for time stamps.
+        """
+        return self.reordered and _ascends(self.packets.pts)
+
+    def _shown(self, order: Times) -> Numbers:
+        frames = np.argsort(order, kind="stable")
+        frames = frames[np.array(self.packets.shown)[frames]]
+        if self._starts_clean(order):
+            return frames
+        # A decoder withholds pictures whose references lie before the file's start. They are no
+        # frames, for a scan does not give them.
+        given = [tag for tag, _, _ in self._decode(_PROBED)]
+        return frames[order[frames] >= min((order[tag] for tag in given), default=-inf)]
+
+    def _starts_clean(self, order: Times) -> bool:
+        key = self.packets.key
+        following = order[: key.index(True, 1) if True in key[1:] else len(key)]
+        return key[0] and bool((following >= order[0]).all())
+
+    def _agrees(self, order: Times) -> bool:
+        """Tell whether the decoder gives the first pictures in this order."""
+        given = [order[tag] for tag, _, _ in self._decode(_PROBED)]
+        return _ascends(given)
+
+    def _decode(self, count: int | None = None, first: int = 0) -> Iterator[tuple[int, Any, int]]:
+        """Yield tag, frame, and number of the packet at which the decoder gave it."""
+        with open_container(self.path) as container:
+            stream = container.streams[self.stream]
+            prepare(stream)
+            for at, packet in enumerate(until_end(container.demux(stream))):
+                if count is not None and at >= count:
+                    return
+                if at < first:
+                    continue
+                try:
+                    frames = decoded(packet, at)
+                except (av.error.FFmpegError, ValueError):
+                    continue
+                yield from ((tag_of(frame), frame, at) for frame in frames if tag_of(frame) >= 0)
+
+    def _parsed(self) -> Times:
+        """Return the order that the bitstream states, without decoding it."""
+        packets = len(self.packets.pts)
+        order = np.full(packets, inf)
+        with open_container(self.path) as container:
+            stream = container.streams[self.stream]
+            reorder = BitStreamFilterContext(_PARSED[self.codec], stream)
+            for at, packet in enumerate(until_end(container.demux(stream))):
+                packet.pts, packet.dts = None, at
+                for done in reorder.filter(packet if packet.size else None):
+                    if done.pts is not None and done.dts is not None and done.dts < packets:
+                        order[done.dts] = done.pts
+        self._put_tail_right(order)
+        return order
+
+    def _put_tail_right(self, order: Times) -> None:
+        """Decode the end of the stream, about which the filter is wrong."""
+        last = set(range(max(0, len(order) - _TAIL), len(order)))
+        keys = np.flatnonzero(self.packets.key[: max(1, len(order) - 2 * _TAIL)]).tolist()
+        for key in [*reversed(keys), 0]:
+            given = [tag for tag, _, _ in self._decode(first=key)]
+            if last <= set(given) or key == 0:
+                order[given] = 2.0 * len(order) + np.arange(len(given))
+                return
+
+    def _triggers(self, count: int) -> list[int | None]:
+        """Return at which packet the decoder gives each frame; None: after the last one."""
+        delay = 0
+        for shown, (_, _, at) in enumerate(self._decode(_PROBED)):
+            delay = at - shown
+        packets = len(self.packets.dts)
+        return [n + delay if n + delay < packets else None for n in range(count)]
+
+    def _best_effort(self, frames: Numbers, triggers: Sequence[int | None]) -> Times:
+        """Return FFmpeg's best_effort_timestamp of frames [F] in their order; gaps are filled."""
+        packets = self.packets
+        pts = [packets.pts[packet] for packet in frames]
+        copied = not packets.timed and _ascends(packets.pts) and not _ascends(pts)
+        if packets.unstamped or copied:
+            pts = [None] * len(pts)  # FFmpeg's guess: the packets' numbers
+        dts = [None if at is None else packets.dts[at] for at in triggers]
+        return _filled(list(_corrected(pts, dts)), self.tick)
+
+    def _scanned(self) -> _Frames:
+        """Decode the whole stream once, as what its packets say is not how it is shown."""
+        frames: list[int] = []
+        triggers: list[int | None] = []
+        packets = len(self.packets.pts)
+        for tag, _, at in self._decode():
+            if tag < packets and (not frames or tag != frames[-1]):
+                frames.append(tag)
+                triggers.append(at if at < packets else None)
+        order = np.full(packets, inf)
+        order[frames] = np.arange(len(frames))
+        return order, np.array(frames, np.int64), self._best_effort(np.array(frames), triggers)
+
+
+def _ascends(stamps: Sequence[Any]) -> bool:
+    known = [stamp for stamp in stamps if stamp is not None]
+    return all(a < b for a, b in pairwise(known))
+
+
+def _corrected(pts: Sequence[int | None], dts: Sequence[int | None]) -> Iterator[int | None]:
+    """Yield what libavcodec takes as the time of each frame (guess_correct_pts in decode.c)."""
+    # It trusts the stamps that go back less often: a frame's own, or those of the packets at
+    # which the decoder gave it.
+    last_pts, last_dts, wrong_pts, wrong_dts = -inf, -inf, 0, 0
+    for own, given in zip(pts, dts, strict=True):
+        if given is not None:
+            wrong_dts += given <= last_dts
+            last_dts = given
+        elif own is not None:
+            last_dts = own
+        if own is not None:
+            wrong_pts += own <= last_pts
+            last_pts = own
+        elif given is not None:
+            last_pts = given
+        yield own if own is not None and (wrong_pts <= wrong_dts or given is None) else given
+
+
+def _filled(stamps: list[int | None], tick: float) -> Times:
+    """Give frames without a time one frame after the one before, as players do."""
+    times: list[float] = []
+    for stamp in stamps:
+        times.append((times[-1] + tick if times else 0.0) if stamp is None else float(stamp))
+    return np.array(times, np.float64)
