@@ -105,6 +105,8 @@ def test_frames_flow_pictures_and_streams(tmp_path: Path) -> None:
         ("clip_id,video,video_stream\na,x,-1\n", "line 2: video_stream='-1'"),
         (HEADER + "a,x,0\n", "line 2: has 3 cells, the first line has 7"),
         ("clip_id,video,verb,verb\na,x,o,d\n", "duplicate column name"),
+        (HEADER + f"a,v{'9' * 260}.mp4,0,1,o,d,t\n", "line 2: video='v9+': is no path"),
+        (HEADER + f"a,{'long/' * 900}v.mp4,0,1,o,d,t\n", "line 2: video='long/.*': is no path"),
     ],
 )
 def test_a_wrong_manifest_names_line_and_column(tmp_path: Path, text: str, message: str) -> None:
