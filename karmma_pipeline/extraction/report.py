@@ -180,8 +180,9 @@ class Bar:
     def show(self, clips: int) -> None:
         """Count clips that are done now."""
         report = self._report
-        text = f"{per_second(report.rate)}, {report.bound}: {report.shares()}"
-        self._bar.set_postfix_str(text, refresh=False)
+        if report.total_s >= 1:  # before, the rate is that of a batch, such as 10,000 clips/s
+            text = f"{per_second(report.rate)}, {report.bound}"
+            self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(clips)
 
 
