@@ -194,3 +194,52 @@ class MappedStore(TokenSource):
         for clips in self._mapped.values():
             clips.close()
         self._mapped.clear()
+
+
+class PartOfStore(TokenSource):
+    """Some clips of a store, in an order and with classes of one's own.
+
+    Args:
+        source: the store.
+        clips: which of its clips, int64.
+        heads: class names; labels of classes that are not among them become -1.
+        digest: of this part.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        clips: npt.NDArray[np.int64],
+        heads: Mapping[str, tuple[str, ...]],
+        digest: str,
+    ) -> None:
+        import torch
+
+        self.source, self.clips, self.digest = source, clips, digest
+        self._rows = torch.from_numpy(np.append(clips, -1))  # -1, an absent clip, stays -1
+        self.path, self.modalities, self.specs = source.path, source.modalities, source.specs
+        self.clip_ids, self.present = source.clip_ids[clips], source.present[clips]
+        self.reasons = np.asarray(source.reasons)[clips]
+        self.split, self.group = source.split[clips], source.group[clips]
+        self.heads = {head: tuple(names) for head, names in heads.items()}
+        self.labels = {head: self._labels(head) for head in self.heads}
+        if (device := getattr(source, "device", None)) is not None:
+            self.device = device
+
+    def _labels(self, head: str) -> npt.NDArray[np.int32]:
+        numbers = {name: i for i, name in enumerate(self.heads[head])}
+        ours = [*(numbers.get(name, -1) for name in self.source.heads[head]), -1]
+        return np.array(ours, np.int32)[self.source.labels[head][self.clips]]
+
+    @property
+    def clip_digests(self) -> npt.NDArray[np.bytes_]:
+        """Digest of all that a training sees of each clip, 32 digits [clips]."""
+        return self.source.clip_digests[self.clips]
+
+    def check_files(self) -> None:
+        """See that what lies on disk can still be read, see `TokenSource`."""
+        self.source.check_files()
+
+    def gather_parts(self, modality: str, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Fill one tensor [B, *shape] per part with the clips int64 [B]."""
+        self.source.gather_parts(modality, self._rows[index], out)

@@ -25,6 +25,7 @@ from karmma_pipeline.training.clips import (
     unseen_labels,
     usable_clips,
 )
+from karmma_pipeline.training.kept_clips import as_it_began, note_clips
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
 from karmma_pipeline.training.progress import TrainingProgress, TrainReport
@@ -123,6 +124,7 @@ def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]
     with suppress(StoreError, CheckpointError):  # what is gone cannot be another one
         where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
         store = open_source(recipe.store, where_it_lies, torch.device("cpu"))
+        store = as_it_began(recipe.out, store)
         now = _sources(recipe, store, [], began)
         clips = usable_clips(recipe, store, recipe.train_split)
         now = _sources(recipe, store, _teacher_caches(recipe, store, clips), began)
@@ -170,6 +172,8 @@ def _train(
     stop: StopFlag,
 ) -> TrainReport:
     store = open_source(recipe.store, recipe.loader, device, stop)
+    if state is not None:
+        store = as_it_began(recipe.out, store)
     train, val = (usable_clips(recipe, store, s) for s in (recipe.train_split, recipe.val_split))
     notes = [*check_labels(recipe, store, train, val)]
     caches = _teacher_caches(recipe, store, train)
@@ -186,6 +190,8 @@ def _train(
         notes += _begin_from(recipe, model, card)
     loaders = make_loaders(recipe, store, train, val, device, ranks)
     run.claim(recipe)
+    if run.writes and state is None:
+        note_clips(recipe.out, store, np.concatenate([train, val]))
     _describe_start(recipe, run, store, (train, val), state is not None, device, ranks)
     for note in notes:
         run.note(note)
