@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from support.nth_call import kill_at_call
 from karmma_pipeline.cli import main
 from karmma_pipeline.extraction import pipeline
 from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore, verify
@@ -41,6 +44,18 @@ RECIPE: dict[str, Any] = {
     "max_failures": 1.0,
 }
 STORES = ("one", "two")
+
+
+@cache
+def built() -> list[Networks]:
+    return []
+
+
+def networks(recipe: ExtractRecipe) -> Networks:
+    """Build them once: all extractions here have the same."""
+    if not built():
+        built().append(Networks(recipe))
+    return built()[0]
 
 
 class HerePool:
@@ -86,6 +101,7 @@ def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 def prepare(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline, "DecodePool", HerePool)
+    monkeypatch.setattr(pipeline, "Networks", networks)
     monkeypatch.chdir(folder)
     list_clips([(f"c{i}", f"v{i // 2}", i % 2, i % 2 + 1) for i in range(10)])
     for video in videos.iterdir():

@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> Path:
 
 def halt(store: Path, run: Path) -> None:
     with pytest.raises(StoppedError):
-        train_teacher(teacher_recipe(store, run, epochs=3), StopAt(6))
+        train_teacher(teacher_recipe(store, run, epochs=3), StopAt(8))
 
 
 def test_a_run_goes_on_with_its_clips_after_their_list_has_grown(
