@@ -55,6 +55,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
+# Jobs that ended long ago are asked how often they were restarted, on slow machines too.
+MinJobAge=86400
 SlurmctldTimeout=30
 SlurmdTimeout=15
 FirstJobId={first_job}
