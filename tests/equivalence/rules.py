@@ -165,8 +165,10 @@ RULES = (
     Rule("*/recipe.yaml", renamed({"layout": "memory_format"}), "the key has a new name"),
     Rule(
         "*/model.json",
-        without("training.exclude", "training.bad_clips", *(f"training.{k}" for k in NEW_KEYS)),
-        "the same",
+        without(
+            "stores", "training.exclude", "training.bad_clips", *(f"training.{k}" for k in NEW_KEYS)
+        ),
+        "the same; and the order in which stores were joined",
     ),
     Rule("*/metrics.jsonl", metrics, "columns were added"),
     Rule("*/media_notes/*", notes, "details of faults are noted"),

@@ -69,7 +69,6 @@ def test_a_batch_in_parts_moves_the_weights_as_the_whole(
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
 
 
-
 def test_a_stop_while_an_epoch_is_validated_is_heard_and_the_validation_done_again(
     tmp_path: Path,
 ) -> None:
