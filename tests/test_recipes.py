@@ -112,4 +112,5 @@ def test_batch_scripts_are_valid_shell_and_requeue_what_was_stopped(path: Path) 
     subprocess.run(["bash", "-n", str(path)], check=True)  # noqa: S607
     text = path.read_text()
     assert "--signal=B:USR1@" in text
-    assert "75 | 138 | 143) again=yes" in text
+    assert "75) again=yes" in text
+    assert "138 | 140 | 143 | 152) again=yes" in text
