@@ -104,7 +104,8 @@ NEW_COLUMNS = (
 def metrics(data: bytes) -> bytes:
     """Compare the columns that the older program has."""
     rows = [json.loads(line) for line in data.decode().splitlines()]
-    return repr([{k: v for k, v in row.items() if k not in NEW_COLUMNS} for row in rows]).encode()
+    old = [{k: v for k, v in row.items() if k not in NEW_COLUMNS} for row in rows]
+    return "".join(f"{json.dumps(row)}\n" for row in old).encode()
 
 
 def events(data: bytes) -> bytes:
