@@ -209,6 +209,7 @@ def test_an_interrupt_during_imports_is_one_line_and_code_75(tmp_path: Path) -> 
     (tmp_path / "r.yaml").write_text("")
     interrupt = (
         "import karmma_pipeline.config as config, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background\n"
         "config.read = lambda path: signal.raise_signal(signal.SIGINT)"
     )
     ended, said = light("extract", "r.yaml", cwd=tmp_path, before=interrupt)

@@ -143,14 +143,19 @@ def test_a_job_inside_a_job_keeps_what_the_user_has_set_and_nothing_of_the_outer
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_the_flag_and_the_handlers_come_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopFlag() as stop:
-        stop.check("nothing yet")
-        os.kill(os.getpid(), number)
-        with pytest.raises(StoppedError, match=f"stopped by {number.name}: all saved") as caught:
-            stop.check("all saved")
-    assert caught.value.exit_code == ExitCode.STOPPED
-    assert signal.getsignal(number) is before
+    outer = signal.signal(number, signal.default_int_handler)  # ignored in tests under nohup
+    try:
+        with StopFlag() as stop:
+            stop.check("nothing yet")
+            os.kill(os.getpid(), number)
+            with pytest.raises(
+                StoppedError, match=f"stopped by {number.name}: all saved"
+            ) as caught:
+                stop.check("all saved")
+        assert caught.value.exit_code == ExitCode.STOPPED
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, outer)
 
 
 def test_a_command_under_nohup_goes_on_when_its_terminal_goes() -> None:

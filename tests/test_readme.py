@@ -59,6 +59,7 @@ def no_download(url: str, path: str, *_: Any) -> None:
     Path(path).write_bytes(url.encode())
 
 
+@pytest.mark.slow
 def test_the_block_of_ones_own_videos_works_word_for_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,10 @@ def _main() -> None:
     request = json.load(sys.stdin)
     choices = {m: BackboneChoice(**facts) for m, facts in request["backbones"].items()}
     size, device = FusionSize(**request["size"]), torch.device(request["device"])
+    for choice in choices.values():  # libraries that are imported at first use must not count
+        _ = choice.output_shape
+        with torch.device("meta"):
+            choice.architecture.headless()
     for used in request["subsets"]:
         # A fork each: what one measurement leaves behind does not count for the next. The parent
         # never touches CUDA, whose state does not survive a fork.

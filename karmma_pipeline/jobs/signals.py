@@ -87,9 +87,11 @@ def become_worker() -> None:
     A parent killed with SIGKILL cannot notify its workers: they would wait for ever.
     """
     # Ctrl-C and a batch system's warning reach every process of the job. A worker that died of one
-    # would take the clip in its hands with it, and the parent would blame the clip.
+    # would take the clip in its hands with it, and the parent would blame the clip. SIGXCPU alone
+    # still ends it: with it the kernel enforces the CPU seconds of a clip, and does not insist.
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        ends = number == signal.SIGXCPU
+        signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=[parent.sentinel], daemon=True).start()

@@ -70,7 +70,7 @@ def as_it_began(out: Path, store: TokenSource) -> TokenSource:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return what was noted; None where an older program began the run."""
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text("utf-8"))
         sound = isinstance(kept["store"], str) and isinstance(kept["clips"], dict)
         return kept if sound and isinstance(kept["heads"], dict) else None
     except FileNotFoundError:

@@ -121,17 +121,25 @@ def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str
 def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]) -> TrainReport:
     """Return the report of a run that needs neither its store nor its teacher any more."""
     now: dict[str, str] = {}
-    with suppress(StoreError, CheckpointError):  # what is gone cannot be another one
-        where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
-        store = open_source(recipe.store, where_it_lies, torch.device("cpu"))
+    store = _still_there(recipe)
+    if store is not None:
         store = as_it_began(recipe.out, store)
         now = _sources(recipe, store, [], began)
-        clips = usable_clips(recipe, store, recipe.train_split)
-        now = _sources(recipe, store, _teacher_caches(recipe, store, clips), began)
+        with suppress(StoreError, CheckpointError):  # a teacher that is gone is not another one
+            clips = usable_clips(recipe, store, recipe.train_split)
+            now = _sources(recipe, store, _teacher_caches(recipe, store, clips), began)
     if now:
         _check_sources(recipe, began, now)
     early = done.epoch < recipe.epochs
     return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
+
+
+def _still_there(recipe: TrainRecipe) -> TokenSource | None:
+    """Return the store of a finished run; None if it is gone, which no longer matters."""
+    where_it_lies = recipe.loader.model_copy(update={"stage": None, "cache": "map"})
+    with suppress(StoreError):
+        return open_source(recipe.store, where_it_lies, torch.device("cpu"))
+    return None
 
 
 def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, str]) -> None:

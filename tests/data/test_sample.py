@@ -40,6 +40,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_files_and_other_seeds_others_and_what_is_missing_is_made_again(
     tmp_path: Path,
 ) -> None:

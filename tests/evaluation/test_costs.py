@@ -32,6 +32,7 @@ def test_stand_in_tokens_cost_what_the_papers_formula_says() -> None:
         assert one.gflops_as_run == pytest.approx(extractor / 2 + fusion / 1e9, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_modalities_and_holds_the_weights() -> None:
     choice = BackboneChoice(name="resnet18", image=(64, 64))
     small = FusionSize(dim=16, attention_heads=2, ffn_width=16, head_width=16)

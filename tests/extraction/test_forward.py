@@ -236,6 +236,7 @@ def forward_facts(store: Path) -> dict[str, Any]:
     return FeatureStore.open(store).spec.modalities["rgb"].computed
 
 
+@pytest.mark.slow
 def test_a_store_keeps_to_the_choice_that_its_first_run_made(
     clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

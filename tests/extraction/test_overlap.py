@@ -101,6 +101,7 @@ def test_an_error_behind_ends_the_work_even_at_the_very_end() -> None:
         behind.put(1)
 
 
+@pytest.mark.slow
 def test_clips_that_come_through_shared_memory_are_those_of_the_decoder(tmp_path: Path) -> None:
     """Whatever batches they are in; those that find no slot come through the pipe."""
     clips = clips_of(write_video(tmp_path / "a.mp4"), 5)

@@ -174,6 +174,7 @@ def check_same_stores(found: Path, undisturbed: Path) -> None:
     assert (found / "media.csv").read_text() == (undisturbed / "out/media.csv").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_parts_in_any_order_make_the_same_store(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def clips_named(folder: Path, *names: str) -> list[Clip]:
     return [Clip(name, {"rgb": FileSource(folder / "x.mp4")}, 0, 1, {}) for name in names]
 
 
+@pytest.mark.slow
 def test_a_decoder_that_misbehaves_costs_only_its_clip(
     settings: DecodeSettings, tmp_path: Path
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(
     assert not any(found[name] for name in "abcdef")
 
 
+@pytest.mark.slow
 def test_what_one_decoder_dies_of_costs_nothing_that_another_reads(
     settings: DecodeSettings, tmp_path: Path
 ) -> None:
@@ -251,6 +254,7 @@ def test_what_one_decoder_dies_of_costs_nothing_that_another_reads(
     assert tries == {"rgb+flow+audio", "rgb+flow", "audio"}
 
 
+@pytest.mark.slow
 def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
     settings: DecodeSettings, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_memory_is_that_of_a_whole_batch(tmp_path: Path, monkeypatch: pytest.Mon
     assert worker_count(networks) == 1
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,8 @@ from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training.recipe import BaselineRecipe
 from karmma_pipeline.training.stages import train_baseline
 
+pytestmark = pytest.mark.slow
+
 S3D = {"name": "s3d", "frames": 8, "size": 32}
 
 

@@ -49,6 +49,7 @@ def losses(folder: Path) -> np.ndarray:
     return np.array([[row["train_loss"], row["val_loss"], row["val_action_top1"]] for row in rows])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s")
     train_teacher(teacher_recipe(store, tmp_path / "teacher", epochs=1))

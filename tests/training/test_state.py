@@ -145,13 +145,13 @@ def test_another_store_at_the_same_path_is_noticed(tmp_path: Path) -> None:
     halt(recipe)
     store.rename(tmp_path / "old")
     write_store(store, seed=1)
-    with pytest.raises(CheckpointError, match=rf"began with store of .* there is now {store} of "):
+    with pytest.raises(CheckpointError, match=rf"clips of this run are others now in {store}"):
         train_teacher(recipe)
     store.rename(tmp_path / "new")
     (tmp_path / "old").rename(store)
     train_teacher(recipe)
     (store.rename(tmp_path / "old"), (tmp_path / "new").rename(store))
-    with pytest.raises(CheckpointError, match="put the old one back"):  # finished, all the same
+    with pytest.raises(CheckpointError, match="Put the old store back"):  # finished, all the same
         train_teacher(recipe)
 
 

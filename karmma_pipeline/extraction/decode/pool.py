@@ -352,7 +352,7 @@ class _Watch(threading.Thread):
         quiet_s = self._quiet_s(child)
         if not quiet_s and _is_spawned(child):  # it may be starting
             self.idle_s = 0.0
-        if Path(f"/proc/{child.pid}/comm").read_text().strip() != AT_WORK:
+        if Path(f"/proc/{child.pid}/comm").read_text("utf-8").strip() != AT_WORK:
             return None
         self.idle_s = 0.0
         if quiet_s <= self.stall_s:
