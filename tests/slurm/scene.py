@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             },
         },
         "store": {"clips_per_shard": 4},
-        "decode": {"workers": 1, "timeout_s": 30},
+        "decode": {"workers": 1, "timeout_s": 30, "stall_s": 10},  # a poisoned clip sleeps
         "batch_size": 2,
         "precision": "float32",
         "layout": "contiguous",
