@@ -58,6 +58,8 @@ from slurm.watch import (
 )
 from slurm.watch import running as running_task
 
+from karmma_pipeline.training.progress import HOW
+
 TOLERANCE = 1e-3
 """How far the loss of two ranks may lie from that of one, relative: sums are in another order."""
 
@@ -269,14 +271,24 @@ def compare(reference: Path, disturbed: Path) -> None:
 
 
 def stored(root: Path) -> dict[str, bytes]:
-    """Return the bytes of a store, or of the weights and metrics of a run, by path."""
+    """Return the bytes of a store, or of the weights and metrics of a run, by path.
+
+    Of metrics, how fast and on what they came about is left out: an interruption changes it.
+    """
     is_run = root.parent.name == "runs"
     files = [*root.rglob("*.safetensors"), root / "metrics.jsonl"] if is_run else root.rglob("*")
     return {
-        str(path.relative_to(root)): path.read_bytes()
+        str(path.relative_to(root)): _lasting(path)
         for path in sorted(files)
         if path.is_file() and not path.name.endswith(".tmp")
     }
+
+
+def _lasting(path: Path) -> bytes:
+    if path.name != "metrics.jsonl":
+        return path.read_bytes()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return json.dumps([{k: v for k, v in row.items() if k not in HOW} for row in rows]).encode()
 
 
 def losses(metrics: Path) -> list[float]:
