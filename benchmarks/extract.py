@@ -223,7 +223,7 @@ def compare(
 def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) -> Iterator[Batch]:
     """Decode all batches."""
     settings, pin = DecodeSettings.of(recipe), networks.device.type == "cuda"
-    for plan in plan_batches(0, clips, list(recipe.sets), networks.batch_size, done=0):
+    for plan in plan_batches(0, clips, list(recipe.sets), networks.batch_size, range(len(clips))):
         yield collate(plan, decode_clips(list(plan.clips), settings), pin)
 
 
