@@ -14,9 +14,18 @@ Bools = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.integer]
 
+#: Name of the composite of all heads, where there are several.
+ACTION = "action"
+
 # Classes of each head that may form an action, and action pairs that are ranked.
 _CANDIDATES = 100
 _ROWS = 256
+
+
+def softmax(logits: Scores) -> npt.NDArray[np.float64]:
+    """Return the probabilities of a clip's classes, float64 [C]."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(powers / powers.sum())
 
 
 def topk_correct(logits: Scores, labels: Labels, k: int) -> Bools:

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from itertools import combinations
 
 #: Canonical order: a mask's column is the modality's place in this order.
+#: Stands in place of a class where no modality is left.
+NOTHING = "nothing to see"
+
 KNOWN = ("rgb", "flow", "audio", "boxes")
 
 _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
@@ -43,6 +46,11 @@ class Reason(enum.IntEnum):
     def is_passing(self) -> bool:
         """Whether another try may end otherwise, unlike with what a clip is or its data set has."""
         return self not in _FINAL
+
+    @property
+    def label(self) -> str:
+        """Its name in files and messages, such as ``no_stream``."""
+        return self.name.lower()
 
     @property
     def hint(self) -> str:

@@ -88,9 +88,7 @@ def _answers(
         predictions = recognizer.predict(wanted.clips, dropout, stop)
         for one in progress_bar(predictions, "predict", total=wanted.count, unit="clip"):
             truth = wanted.truth.get(one.clip.clip_id, {})
-            row = row_of(one, top, truth)
-            if row.stop_s is None and row.source in wanted.ends:
-                row = row_of(one, top, truth, wanted.ends[row.source])
+            row = row_of(one, top, truth, wanted.ends)
             writer.write(row)
             click.echo(row.sentence())
             rows.append(row)

@@ -19,7 +19,6 @@ from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.evaluation.predict import Predictions, drawn_sizes
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import (
-    ACTION,
     DropCurve,
     DropPoint,
     Protocol,
@@ -28,6 +27,7 @@ from karmma_pipeline.evaluation.results import (
 )
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.metrics import (
+    ACTION,
     action_correct,
     drop_distribution,
     kept_distribution,

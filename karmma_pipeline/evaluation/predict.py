@@ -28,7 +28,13 @@ from karmma_pipeline.evaluation.features import features_for
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
-from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, MOST_PASSES, evaluated_subsets
+from karmma_pipeline.metrics import softmax
+from karmma_pipeline.modalities import (
+    ALL_SUBSETS_UP_TO,
+    MOST_PASSES,
+    NOTHING,
+    evaluated_subsets,
+)
 from karmma_pipeline.models.saved import ModelCard, load_model
 from karmma_pipeline.runs import saved_folder
 from karmma_pipeline.store import TokenSource
@@ -36,9 +42,6 @@ from karmma_pipeline.store import TokenSource
 _logger = logging.getLogger(__name__)
 
 NOTHING_KEPT = "nothing of this evaluation is kept"
-
-#: Instead of a class, of a clip that has no modality at all.
-NOTHING = "nothing to see"
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,9 @@ class Predictions:
         truth = names[true] if true >= 0 else ""
         if seen == NOTHING:
             return [NOTHING, "", truth]
-        scores = self.logits[head][0, row].astype(np.float64)  # the largest subset comes first
-        shares = np.exp(scores - scores.max())
-        best = int(np.argmax(scores))
-        return [names[best], f"{shares[best] / shares.sum():.4f}", truth]
+        shares = softmax(self.logits[head][0, row])  # the largest subset comes first
+        best = int(np.argmax(self.logits[head][0, row]))
+        return [names[best], f"{shares[best]:.4f}", truth]
 
     def save(self, path: Path) -> None:
         """Write raw logits, labels and ids, from which every metric can be computed again.

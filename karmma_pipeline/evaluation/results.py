@@ -14,9 +14,7 @@ from pydantic import Field, ValidationError
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import KarmmaError
-
-#: Name of the composite of all heads, where there are several.
-ACTION = "action"
+from karmma_pipeline.metrics import ACTION
 
 Protocol = Literal["all", "complete"]
 Percent = Annotated[float, Field(ge=0, le=100)]

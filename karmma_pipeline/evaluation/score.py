@@ -75,7 +75,7 @@ def _notes(
 
 def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
     codes = Counter(np.asarray(run.store.reasons)[run.clips, modality].tolist())
-    return {Reason(c).name.lower(): n for c, n in sorted(codes.items()) if c != Reason.PRESENT}
+    return {Reason(c).label: n for c, n in sorted(codes.items()) if c != Reason.PRESENT}
 
 
 def _majority_class(
@@ -87,7 +87,7 @@ def _majority_class(
         labels = np.stack([run.labels[h] for h in counts], axis=1)
         labels = labels[(labels >= 0).all(axis=1)]
         actions = Counter(map(tuple, labels.tolist()))
-        accuracy[results.ACTION] = 100 * max(actions.values()) / len(labels) if actions else None
+        accuracy[metrics.ACTION] = 100 * max(actions.values()) / len(labels) if actions else None
     return accuracy
 
 
@@ -186,7 +186,7 @@ def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
         groups[f"tail_{head}"] = np.isin(run.labels[head], ids)
         tails.append(groups[f"tail_{head}"])
     if len(run.labels) > 1 and tails:
-        groups[f"tail_{results.ACTION}"] = np.logical_or.reduce(tails)
+        groups[f"tail_{metrics.ACTION}"] = np.logical_or.reduce(tails)
     return groups
 
 

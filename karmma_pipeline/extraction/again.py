@@ -23,7 +23,7 @@ from karmma_pipeline.store import Catalog
 #: What `--retry` takes beside reasons: clips whose files are others than those that were read.
 CHANGED = "changed"
 
-PASSING = tuple(reason.name.lower() for reason in Reason if reason.is_passing)
+PASSING = tuple(reason.label for reason in Reason if reason.is_passing)
 
 _END_BYTES = 1 << 20
 _PATHS_NAMED = 5
@@ -140,7 +140,7 @@ class Retry:
         given = [name for name in names if name]
         for name in given:
             if name not in (*PASSING, CHANGED):
-                final = name in {reason.name.lower() for reason in Reason}
+                final = name in {reason.label for reason in Reason}
                 why = (
                     "is final: clips are so, however often they are read"
                     if final

@@ -13,15 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from karmma_pipeline import config, files, jobs
+from karmma_pipeline import config, files
 from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
-from karmma_pipeline.extraction.decode.pool import DecodePool
-from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes
+from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
     Batch,
@@ -47,9 +44,6 @@ from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, create_store
 from karmma_pipeline.store.catalog import continue_list
 
 _logger = logging.getLogger(__name__)
-
-# Memory that the job must have for each decode process.
-_WORKER_BYTES = 2 << 30
 
 
 def extract(
@@ -86,7 +80,9 @@ def extract(
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     manifest, grown_from = _as_listed(manifest, report.stores.values())
     networks = Networks(recipe)
-    report.workers = recipe.decode.workers or _default_workers(networks)
+    report.workers = recipe.decode.workers or default_workers(
+        beside_gpu=networks.device.type != "cpu"
+    )
     rows = [_row(clip) for clip in manifest.clips]
     again = _again(recipe, manifest, report.stores.values(), retry or Retry())
     # The networks are settled before the stores are made: a store records how they compute, and
@@ -159,9 +155,10 @@ def _run(
     # closed when nobody is left who could write to them or open one.
     read: dict[str, dict[str, Any]] = {}
     with _ShardWriters(catalogs, again) as writers, ExitStack() as stack:
-        pool = stack.enter_context(_pool(recipe, networks, report, stop, stack))
+        settings, size = DecodeSettings.of(recipe), networks.batch_size
+        pool = stack.enter_context(open_pool(settings, recipe.decode, report.workers, size, stop))
         pool.look_first = True
-        plans = _plans(manifest.clips, missing, networks.batch_size, writers, read)
+        plans = _plans(manifest.clips, missing, size, writers, read)
         batches = stack.enter_context(Prefetcher(_batches(plans, pool, networks)))
         report.forward_workers = worker_count(networks)  # while decoders start
         workers = stack.enter_context(ForwardWorkers(networks, report.forward_workers))
@@ -278,42 +275,6 @@ def _plans(
             yield plan
 
 
-def _pool(
-    recipe: ExtractRecipe,
-    networks: Networks,
-    report: ExtractReport,
-    stop: StopFlag,
-    stack: ExitStack,
-) -> DecodePool:
-    """Return a pool whose clips, decoded and not yet used, stay within the recipe's memory."""
-    settings = DecodeSettings.of(recipe)
-    size = clip_bytes(settings)
-    # At least one clip per process and one more, or a process would wait for the consumer.
-    ahead = max(report.workers + 1, int(recipe.decode.queue_gb * 1e9 / size))
-    ahead = min(ahead, 16 * report.workers + 4 * networks.batch_size)  # more does not help
-    # A batch that is being collated still has its slots while others are decoded ahead of it.
-    buffer = SharedBuffer(size, ahead + networks.batch_size)
-    stack.callback(buffer.close)
-    decode = recipe.decode
-    return DecodePool(
-        settings,
-        report.workers,
-        decode.timeout_s,
-        stop,
-        decode.memory_gb,
-        ahead,
-        buffer,
-        decode.stall_s,
-    )
-
-
-def _default_workers(networks: Networks) -> int:
-    """Return how many CPUs decode: all but one beside a GPU, else half; as memory allows."""
-    cpus = jobs.cpu_count()
-    room = jobs.memory_limit() // _WORKER_BYTES
-    return max(1, min(room, cpus // 2 if networks.device.type == "cpu" else cpus - 1))
-
-
 def _batches(plans: Iterator[BatchPlan], pool: DecodePool, networks: Networks) -> Iterator[Batch]:
     """Yield batches collated for the networks, in a thread of its own."""
     for plan, clips in pool.batches(plans):
@@ -386,8 +347,7 @@ def _append(jobs_of_set: Mapping[str, Job], computed: Computed, writer: ShardWri
             tokens = computed.of(job, place)
             if tokens is None:
                 reasons[modality] = clip.reasons[job.spec]
-            # Not "largest > bound", which NaN would pass.
-            elif not float(np.abs(tokens).max()) <= writer.spec.modalities[modality].largest:
+            elif not writer.spec.modalities[modality].holds(tokens):
                 reasons[modality] = Reason.BAD_VALUE
             else:
                 arrays[modality], times[modality] = tokens, clip.times[job.spec]

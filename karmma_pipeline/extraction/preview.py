@@ -33,7 +33,7 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
     (decoded,) = decode_clips([clip], DecodeSettings(Sampling(), Flow(), Audio(), (spec,)))
     if spec in decoded.reasons:
         reason = decoded.reasons[spec]
-        raise MediaError(f"{path}: {modality}: {reason.name.lower()}: {reason.hint}")
+        raise MediaError(f"{path}: {modality}: {reason.label}: {reason.hint}")
     backbone = Backbone(choice)
     started = time.perf_counter()
     with torch.inference_mode():

@@ -124,7 +124,7 @@ def _lost(store: FeatureStore) -> Iterator[tuple[str, str, int]]:
 def _failure_row(clip_id: str, modality: str, code: int, detail: str) -> dict[str, str]:
     reason = Reason(code)
     stage = _STAGE.get(reason, "decode")
-    values = (clip_id, modality, stage, reason.name.lower(), reason.hint, detail)
+    values = (clip_id, modality, stage, reason.label, reason.hint, detail)
     return dict(zip(_FAILURE_COLUMNS, values, strict=True))
 
 
@@ -147,7 +147,7 @@ def count_failed(out: Path) -> int:
     table = out / FAILURES
     if not table.is_file():
         return 0
-    natural = {reason.name.lower() for reason in NATURAL}
+    natural = {reason.label for reason in NATURAL}
     with table.open(newline="") as file:
         return len({r["clip_id"] for r in csv.DictReader(file) if r["reason"] not in natural})
 

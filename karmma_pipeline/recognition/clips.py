@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, FileSource, read_manifest
@@ -90,7 +91,7 @@ def wanted_clips(inputs: Sequence[Path], spans: Spans) -> Wanted:
     starts = {path: _starts(path, end, spans) for path, end in ends.items()}
     streamed = (clip for path in videos for clip in _clips(path, starts[path], spans))
     count = len(clips) + sum(len(of) for of in starts.values())
-    return Wanted(_chain(clips, streamed), count, truth, ends)
+    return Wanted(chain(clips, streamed), count, truth, ends)
 
 
 def _check(path: Path) -> None:
@@ -102,11 +103,6 @@ def _check(path: Path) -> None:
         raise ConfigError(f"{path}: is a folder; name videos, or a CSV that lists them.")
     if not path.is_file():
         raise MediaError(f"{path}: there is no such file.")
-
-
-def _chain(rows: Iterable[Clip], windows: Iterable[Clip]) -> Iterator[Clip]:
-    yield from rows
-    yield from windows
 
 
 def _named(clip: Clip, heads: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -123,7 +119,7 @@ def _end(path: Path) -> float:
             except MediaFaultError:
                 return reader.sound_span(16_000)[1]
     except MediaFaultError as fault:
-        raise MediaError(f"{path}: {fault.reason.name.lower()}: {fault.reason.hint}") from None
+        raise MediaError(f"{path}: {fault.reason.label}: {fault.reason.hint}") from None
 
 
 def _starts(path: Path, end_s: float, spans: Spans) -> Sequence[float]:

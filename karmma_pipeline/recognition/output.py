@@ -6,8 +6,8 @@ there to read.
 
 import csv
 import hashlib
-import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,15 +20,9 @@ from typing import Any, Self, TextIO
 from jinja2 import Environment, StrictUndefined
 
 from karmma_pipeline import files
-from karmma_pipeline.data.manifest import BoxSource
-from karmma_pipeline.modalities import label
+from karmma_pipeline.metrics import ACTION
+from karmma_pipeline.modalities import NOTHING, label
 from karmma_pipeline.recognition.recognizer import Prediction
-
-NOTHING = "nothing to see"
-"""Stands in place of a class if no modality is left."""
-
-ACTION = "action"
-"""The composite of several heads, such as verb and noun."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def row_of(
     prediction: Prediction,
     count: int,
     truth: Mapping[str, str],
-    end_s: float | None = None,
+    ends: Mapping[Path, float] | None = None,
 ) -> Row:
     """Put a prediction into words.
 
@@ -81,7 +75,7 @@ def row_of(
         prediction: of a clip.
         count: how many of the best classes are kept.
         truth: head to the class that the clip has.
-        end_s: end of the file, if the clip has none of its own.
+        ends: of files in seconds, for clips that have none of their own.
     """
     clip = prediction.clip
     top = {
@@ -89,16 +83,16 @@ def row_of(
         for head in prediction.logits
     }
     if len(top) > 1 and ACTION not in top:
-        # "take cup", as people say it, whatever the order of the heads.
-        order = sorted(top, key=lambda head: head != "verb")
-        top = {ACTION: _composite([top[head] for head in order], count), **top}
-    stop_s = end_s if clip.stop_s is None else clip.stop_s
+        top = {ACTION: _composite([top[head] for head in _spoken(top)], count), **top}
+    source = next(iter(clip.media.values())).path
+    stop_s = (ends or {}).get(source) if clip.stop_s is None else clip.stop_s
     seen = tuple(m for m, there in prediction.mask.items() if there)
-    source = next(iter(clip.media.values()))
-    assert not isinstance(source, BoxSource) or source.path  # noqa: S101
-    return Row(
-        clip.clip_id, source.path, clip.start_s, stop_s, seen, prediction.reasons, top, truth
-    )
+    return Row(clip.clip_id, source, clip.start_s, stop_s, seen, prediction.reasons, top, truth)
+
+
+def _spoken(heads: Iterable[str]) -> list[str]:
+    """Return the heads as people say an action, "take cup": the verb first."""
+    return sorted(heads, key=lambda head: head != "verb")
 
 
 def _composite(heads: Sequence[tuple[Guess, ...]], count: int) -> tuple[Guess, ...]:
@@ -169,8 +163,7 @@ class PredictionWriter:
 
 def _true_class(row: Row, head: str, heads: Sequence[str]) -> str:
     if head == ACTION and head not in row.truth:
-        order = sorted((h for h in heads if h != ACTION), key=lambda h: h != "verb")
-        parts = [row.truth.get(h, "") for h in order]
+        parts = [row.truth.get(h, "") for h in _spoken(heads) if h != ACTION]
         return " ".join(parts) if all(parts) else ""
     return row.truth.get(head, "")
 
@@ -300,11 +293,5 @@ def _colour(name: str) -> str:
 
 def summary(rows: Iterable[Row]) -> str:
     """Return how many clips lacked which modality, and why, as a sentence; empty if none did."""
-    counts: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for absence in row.reasons.items():
-            counts[absence] = counts.get(absence, 0) + 1
-    text = io.StringIO()
-    for (modality, why), count in counts.items():
-        text.write(f"{count} without {modality} ({why}); ")
-    return text.getvalue().removesuffix("; ")
+    counts = Counter(absence for row in rows for absence in row.reasons.items())
+    return "; ".join(f"{n} without {modality} ({why})" for (modality, why), n in counts.items())

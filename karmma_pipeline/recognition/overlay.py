@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from karmma_pipeline.errors import MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import NOTHING
 from karmma_pipeline.recognition.output import Row, shown_spans
 
 Picture = npt.NDArray[np.uint8]
@@ -60,7 +62,7 @@ def write_overlay(source: Path, rows: Sequence[Row], out: Path, stop: StopFlag) 
                     file, _stopping(pictures, stop), source, float(starts[wanted[0]]), spans[-1][1]
                 )
     except MediaFaultError as fault:
-        raise MediaError(f"{source}: {fault.reason.name.lower()}: {fault.reason.hint}") from None
+        raise MediaError(f"{source}: {fault.reason.label}: {fault.reason.hint}") from None
 
 
 def _stopping(
@@ -78,21 +80,17 @@ def _encode(
     first_s: float,
     stop_s: float,
 ) -> None:
-    moment, picture = next(pictures)
-    height, width = picture.shape[:2]
+    first = next(pictures)  # its size is the video's
+    height, width = first[1].shape[:2]
     video = file.add_stream("libx264", rate=30, options={"crf": "20", "preset": "veryfast"})
     video.width, video.height, video.pix_fmt, video.time_base = width, height, "yuv420p", _CLOCK
     video.codec_context.time_base = _CLOCK
     with suppress(av.error.FFmpegError, IndexError, ValueError):
         _copy_sound(file, source, first_s, stop_s)  # sound that MP4 cannot hold is left out
-    while True:
+    for moment, picture in chain([first], pictures):
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame.pts, frame.time_base = round((moment - first_s) / _CLOCK), _CLOCK
         file.mux(video.encode(frame))
-        following = next(pictures, None)
-        if following is None:
-            break
-        moment, picture = following
     file.mux(video.encode())
 
 
@@ -145,7 +143,7 @@ def _drawn(
 def _lines(row: Row) -> list[tuple[str, float]]:
     """Return a line per head with the probability of its best class, and the truth if known."""
     if not row.top:
-        return [("nothing to see", 0.0)]
+        return [(NOTHING, 0.0)]
     lines = []
     for head, guesses in row.top.items():
         best, truth = guesses[0], row.truth.get(head)

@@ -6,7 +6,7 @@ B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,18 +18,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from karmma_pipeline import jobs
 from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.extraction.decode.pool import DecodePool
-from karmma_pipeline.extraction.decode.worker import SharedBuffer, clip_bytes, decode_clips
+from karmma_pipeline.extraction.decode.pool import default_workers, open_pool
+from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
 from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.metrics import softmax
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, open_model
@@ -73,12 +73,7 @@ class Prediction:
     @property
     def probabilities(self) -> dict[str, npt.NDArray[np.float64]]:
         """Head to the softmax of its logits, float64 [C]."""
-        return {head: _softmax(of) for head, of in self.logits.items()}
-
-
-def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    powers = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(powers / powers.sum())
+        return {head: softmax(of) for head, of in self.logits.items()}
 
 
 @dataclass(frozen=True)
@@ -200,8 +195,9 @@ class Recognizer:
             clips: whose labels are not looked at.
             dropout: what is left out on purpose.
             stop: asks for an end between batches.
-            workers: decode processes; None: half of the CPUs. 0 decodes in this process: nothing
-                has to be started, but a file that hangs or crashes its decoder ends the program.
+            workers: decode processes; None: as many as an extraction has. 0 decodes in this
+                process: nothing has to be started, but a file that hangs or crashes its decoder
+                ends the program.
 
         Raises:
             ConfigError: ``dropout`` names a modality that the model does not take.
@@ -214,44 +210,27 @@ class Recognizer:
             )
         with ExitStack() as stack:
             stack.enter_context(one_thread(self.networks.device))
-            if workers == 0:
-                batches = self._decoded_here(clips)
-            else:
-                count = workers or max(1, jobs.cpu_count() // 2)
-                batches = self._batches(stack, clips, count, stop)
-            yield from self._computed(stack, batches, lambda c: self._answers(c, dropout), stop)
-
-    def _decoded_here(self, clips: Iterable[Clip]) -> Iterator[Batch]:
-        for plan in _plans(clips, self.networks.batch_size):
-            decoded = decode_clips([*plan.clips], self._settings)
-            yield collate(plan, decoded, self.networks.device.type == "cuda")
+            batches = self._batches(stack, clips, workers, stop)
+            for computed in self._computed(stack, batches, stop):
+                yield from self._answers(computed, dropout)
 
     def _batches(
-        self, stack: ExitStack, clips: Iterable[Clip], workers: int, stop: StopFlag
+        self, stack: ExitStack, clips: Iterable[Clip], workers: int | None, stop: StopFlag
     ) -> Iterator[Batch]:
-        settings = self._settings
-        decode, size = self.networks.recipe.decode, self.networks.batch_size
-        ahead = max(workers + 1, int(decode.queue_gb * 1e9 / clip_bytes(settings)))
-        ahead = min(ahead, 16 * workers + 4 * size)
-        buffer = SharedBuffer(clip_bytes(settings), ahead + size)
-        stack.callback(buffer.close)
-        pool = DecodePool(
-            settings, workers, decode.timeout_s, stop, decode.memory_gb, ahead, buffer
-        )
-        stack.enter_context(pool)
-        decoded = pool.batches(_plans(clips, size))
-        pin = self.networks.device.type == "cuda"
-        return iter(
-            stack.enter_context(Prefetcher(collate(plan, some, pin) for plan, some in decoded))
-        )
+        size, pin = self.networks.batch_size, self.networks.device.type == "cuda"
+        plans = _plans(clips, size)
+        if workers == 0:
+            decoded = ((plan, decode_clips([*plan.clips], self._settings)) for plan in plans)
+            return (collate(plan, some, pin) for plan, some in decoded)
+        count = workers or default_workers(beside_gpu=pin)
+        decode = self.networks.recipe.decode
+        pool = stack.enter_context(open_pool(self._settings, decode, count, size, stop))
+        batches = (collate(plan, some, pin) for plan, some in pool.batches(plans))
+        return iter(stack.enter_context(Prefetcher(batches)))
 
     def _computed(
-        self,
-        stack: ExitStack,
-        batches: Iterator[Batch],
-        answer: Callable[[Computed], Iterator[Prediction]],
-        stop: StopFlag,
-    ) -> Iterator[Prediction]:
+        self, stack: ExitStack, batches: Iterator[Batch], stop: StopFlag
+    ) -> Iterator[Computed]:
         workers = ForwardWorkers(self.networks, worker_count(self.networks))
         stack.enter_context(workers)
         try:
@@ -259,9 +238,9 @@ class Recognizer:
                 stop.check("what was recognised is written")
                 workers.put(batch)
                 if workers.full:
-                    yield from answer(workers.take())
+                    yield workers.take()
             while len(workers):
-                yield from answer(workers.take())
+                yield workers.take()
         except BaseException:
             stop.request()  # or the thread that prefetches would wait for decoders
             raise
@@ -292,13 +271,13 @@ class Recognizer:
             for m in self.modalities:
                 job = of_modality.get(m)
                 if job is None:  # imported features: no network is known for it
-                    reasons[row][m] = Reason.NOT_IN_DATASET.name.lower()
+                    reasons[row][m] = Reason.NOT_IN_DATASET.label
                     continue
                 values, spec = computed.of(job, row), self._specs[m]
                 if values is None:
-                    reasons[row][m] = clip.reasons[job.spec].name.lower()
-                elif not float(np.abs(values).max()) <= spec.largest:  # which NaN is not
-                    reasons[row][m] = Reason.BAD_VALUE.name.lower()
+                    reasons[row][m] = clip.reasons[job.spec].label
+                elif not spec.holds(values):
+                    reasons[row][m] = Reason.BAD_VALUE.label
                 else:
                     tokens[m][row] = spec.decode(spec.encode(values))
         on = self.networks.device

@@ -136,7 +136,7 @@ class TokenSource(ABC):
         reason = Reason(int(self.reasons[found[0], self.modalities.index(modality)]))
         if reason is not Reason.PRESENT:
             raise StoreError(
-                f"{self.path}: clip {name.decode()!r} has no {modality} ({reason.name.lower()})."
+                f"{self.path}: clip {name.decode()!r} has no {modality} ({reason.label})."
             )
         return self.gather(modality, torch.from_numpy(found))[0].float().numpy()
 

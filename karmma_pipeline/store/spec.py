@@ -125,6 +125,11 @@ class ModalitySpec(Recipe):
         """The largest magnitude that the type on disk holds."""
         return _LARGEST[self.dtype]
 
+    def holds(self, tokens: npt.NDArray[Any]) -> bool:
+        """Tell whether all tokens are numbers that the type on disk holds."""
+        # Not "largest > bound", which NaN would pass.
+        return bool(float(np.abs(tokens).max()) <= self.largest)
+
     def encode(self, tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
         """Turn tokens [N, D] of any float type into what `arrays` hold, rounding to nearest."""
         if self.dtype == "int8":

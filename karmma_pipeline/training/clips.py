@@ -16,6 +16,7 @@ from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws
 from karmma_pipeline.errors import ConfigError, ManifestError
+from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.store import TokenSource
@@ -58,7 +59,7 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
     for column, modality in enumerate(store.modalities):
         counts = Counter(reasons[:, column].tolist())
         here = counts.pop(Reason.PRESENT, 0)
-        why = ", ".join(f"{Reason(c).name.lower()} {n}" for c, n in sorted(counts.items()))
+        why = ", ".join(f"{Reason(c).label} {n}" for c, n in sorted(counts.items()))
         parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
     without = len(reasons) - len(clips)
     left_out = f"; {without} with nothing to see: no network is asked about them" if without else ""
@@ -122,7 +123,7 @@ def unseen_labels(store: TokenSource, clips: npt.NDArray[np.int64]) -> dict[str,
     """Count the labels, per head and of the action, of clips that have no modality at all."""
     nothing = clips[~store.present[clips].any(axis=1)]
     known = {head: np.asarray(of)[nothing] >= 0 for head, of in store.labels.items()}
-    known["action"] = np.logical_and.reduce([*known.values()])
+    known[ACTION] = np.logical_and.reduce([*known.values()])
     return {name: int(of.sum()) for name, of in known.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from karmma_pipeline.data.loading.clips import ClipModality, all_finite, non_finite
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.metrics import action_correct, topk_correct
+from karmma_pipeline.metrics import ACTION, action_correct, topk_correct
 from karmma_pipeline.training.objective import UNKNOWN, cross_entropy
 from karmma_pipeline.training.ranks import Ranks
 
@@ -60,7 +60,7 @@ def validate(
     if not loss.isfinite().all():
         mean_loss = math.nan
     values: dict[str, float | None] = {"loss": mean_loss}
-    for number, head in enumerate((*heads, "action")):
+    for number, head in enumerate((*heads, ACTION)):
         every = float(known[number]) + (unseen or {}).get(head, 0)
         values[f"{head}_top1"] = 100 * float(right[number]) / every if every else None
     return values, bad

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, tee
 from multiprocessing import get_context
@@ -31,14 +31,19 @@ from karmma_pipeline.extraction.decode.worker import (
     AT_WORK,
     SharedBuffer,
     SlotRefs,
+    clip_bytes,
     decode_clips,
     decode_into,
     lost,
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
+from karmma_pipeline.extraction.recipe import Decode
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
+
+# Memory that the job must have for each decode process.
+_WORKER_BYTES = 2 << 30
 
 # A process is replaced after that many tasks: decoders may leak, decord does.
 _TASKS_PER_PROCESS = 200
@@ -72,6 +77,47 @@ class _Task:
     clips: list[Clip]
     slots: list[int | None]
     future: _Future
+
+
+def default_workers(*, beside_gpu: bool) -> int:
+    """Return how many CPUs decode: all but one beside a GPU, else half; as memory allows."""
+    cpus = jobs.cpu_count()
+    room = jobs.memory_limit() // _WORKER_BYTES
+    return max(1, min(room, cpus - 1 if beside_gpu else cpus // 2))
+
+
+@contextmanager
+def open_pool(
+    settings: DecodeSettings, decode: Decode, workers: int, batch_size: int, stop: StopFlag
+) -> Iterator[DecodePool]:
+    """Start a pool whose clips, decoded and not yet used, stay within the recipe's memory.
+
+    Args:
+        settings: what to decode.
+        decode: the limits of a recipe.
+        workers: processes.
+        batch_size: clips that the consumer takes at once.
+        stop: as of `DecodePool`.
+    """
+    size = clip_bytes(settings)
+    # At least one clip per process and one more, or a process would wait for the consumer.
+    ahead = max(workers + 1, int(decode.queue_gb * _GIGABYTE / size))
+    ahead = min(ahead, 16 * workers + 4 * batch_size)  # more does not help
+    # A batch that is being collated still has its slots while others are decoded ahead of it.
+    with (
+        closing(SharedBuffer(size, ahead + batch_size)) as buffer,
+        DecodePool(
+            settings,
+            workers,
+            decode.timeout_s,
+            stop,
+            decode.memory_gb,
+            ahead,
+            buffer,
+            decode.stall_s,
+        ) as pool,
+    ):
+        yield pool
 
 
 class DecodePool:

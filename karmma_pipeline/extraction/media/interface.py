@@ -24,7 +24,7 @@ class MediaFaultError(Exception):
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason.name.lower()}: {detail}")
+        super().__init__(f"{reason.label}: {detail}")
         self.reason, self.detail = reason, detail
 
 

@@ -147,7 +147,7 @@ def _read(
                 f"{path}: has the shape {list(values.shape)}, the first file of {modality} "
                 f"[{one.tokens}, {one.width}]; all clips of a modality need one shape."
             )
-        if not float(np.abs(values).max()) <= one.largest:
+        if not one.holds(values):
             raise StoreError(
                 f"{path}: has values that are not finite or too large for {one.dtype}; fix the "
                 "file, remove it (the clip then lacks the modality), or use --dtype float32."

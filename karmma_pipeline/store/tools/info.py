@@ -29,7 +29,7 @@ def info(root: Path) -> dict[str, Any]:
             "width": one.width,
             "dtype": one.dtype,
             "present": counts.pop(int(Reason.PRESENT), 0),
-            "absent": {Reason(code).name.lower(): n for code, n in sorted(counts.items())},
+            "absent": {Reason(code).label: n for code, n in sorted(counts.items())},
             "provenance": one.provenance,
             "computed": one.computed,
         }
