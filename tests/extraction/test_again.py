@@ -20,6 +20,7 @@ from support.nth_call import kill_at_call
 
 from karmma_pipeline.cli import main
 from karmma_pipeline.extraction import pipeline
+from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -100,7 +101,7 @@ def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 def prepare(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(pipeline, "DecodePool", HerePool)
+    monkeypatch.setattr(pool, "DecodePool", HerePool)
     monkeypatch.setattr(pipeline, "Networks", networks)
     monkeypatch.chdir(folder)
     list_clips([(f"c{i}", f"v{i // 2}", i % 2, i % 2 + 1) for i in range(10)])
