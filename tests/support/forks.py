@@ -1,5 +1,6 @@
 """Work in a fork of the test's process: it costs no imports, and may be killed."""
 
+import gc
 import os
 import threading
 import traceback
@@ -14,12 +15,19 @@ def fork() -> int:
 
     The lock of tqdm is one for all forks: whoever is killed while he holds it would leave every
     later one waiting, so that each gets a lock of its own.
+
+    What earlier tests left behind is not for the fork to collect: FFmpeg's scalers wait, when they
+    are freed, for threads that only the parent has, for ever.
     """
+    gc.collect()
+    gc.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         tqdm.set_lock(threading.RLock())
+    else:
+        gc.unfreeze()
     return child
 
 
