@@ -18,11 +18,6 @@ from karmma_pipeline.training.stages import distill, train_teacher
 ALL = {"size": {**SIZE, "dropout": 0.2}, "accumulate": 3, "ema": 0.9, "class_balance": 0.5}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stores") / "s")
-
-
 def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
     return load_file(run / which / "model.safetensors")
 

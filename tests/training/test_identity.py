@@ -25,11 +25,6 @@ from karmma_pipeline.training.stages import distill, train_teacher
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stores") / "s")
-
-
-@pytest.fixture(scope="module")
 def teacher(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "teacher"
     train_teacher(teacher_recipe(store, run, epochs=2))

@@ -22,11 +22,6 @@ from karmma_pipeline.training.progress import TrainingProgress
 from karmma_pipeline.training.stages import distill, train_teacher
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stores") / "s")
-
-
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load
 from support.any_store import fill_store
 from support.leftovers import leave
-from support.tiny_store import write_store
 from support.training import SIZE, StopAt, student_recipe, teacher_recipe
 
 from karmma_pipeline.data.loading.loader import FeatureLoader
@@ -25,11 +24,6 @@ from karmma_pipeline.training.state import read_checksummed
 from karmma_pipeline.training.teacher_logits import TeacherLogits, TeacherLogitsCache
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stores") / "s")
 
 
 @pytest.fixture(scope="module")
