@@ -58,14 +58,12 @@ class MediaInfo:
     Attributes:
         video: its pictures; the cover of a sound file is none.
         audio: its sound.
-        indexed: its container has an index, so that seeks are exact.
         fps: mean frames per second of its default video stream.
         ends_s: kind to where its stream ends on the file's clock, as the headers state it.
     """
 
     video: StreamInfo | None
     audio: StreamInfo | None
-    indexed: bool
     fps: float | None = None
     ends_s: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -118,8 +116,6 @@ def read_info(path: Path, stream: int | None = None) -> MediaInfo:
         return MediaInfo(
             video,
             audio,
-            # Only these state of every frame where it lies and when it is shown.
-            indexed=bool(set(container.format.name.split(",")) & {"mp4", "matroska"}),
             fps=float(rate) if rate else None,
             ends_s={
                 kind: _end_s(chosen[kind], zero_s, container.duration)
