@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
@@ -386,23 +386,34 @@ def identity(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    """Yield where two trees of plain data differ, with the dotted path."""
+class Difference(NamedTuple):
+    """A place at which two trees differ, by its dotted path, and what each has there."""
+
+    path: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.there!r} there and {self.here!r} here"
+
+
+def differences(there: Any, wanted: Any, path: str = "") -> Iterator[Difference]:
+    """Yield where two trees of plain data differ."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         for key in {**there, **wanted}:
             name = f"{path}.{key}" if path else str(key)
             yield from differences(there.get(key), wanted.get(key), name)
     elif there != wanted:
-        yield f"{path} is {there!r} there and {wanted!r} here"
+        yield Difference(path, there, wanted)
 
 
 def saved_differences(path: Path, recipe: Recipe) -> list[str]:
     """Return where the recipe that `save` left in a file differs from this one, if it matters."""
     began = saved(type(recipe), path)
     if began is not None:
-        return list(differences(identity(began), identity(resumed(began, recipe))))
+        return [*map(str, differences(identity(began), identity(resumed(began, recipe))))]
     there = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    return list(differences(there, identity(recipe))) or [f"{path} is no recipe"]
+    return [*map(str, differences(there, identity(recipe)))] or [f"{path} is no recipe"]
 
 
 def save(recipe: Recipe, path: Path) -> None:

@@ -139,18 +139,14 @@ def _differences(card: ModelCard, store: TokenSource) -> Iterator[str]:
             yield f"{m}: tokens of {store.shape(m)} there and {card.modalities[m]} here"
         digest = store.provenance[m].get("weights_sha256")
         same = VERSIONS | (PLACES if digest else frozenset())
-        for line in config.differences(store.provenance[m], card.provenance.get(m), m):
-            if _key(line, m) not in same:
-                yield line
+        for one in config.differences(store.provenance[m], card.provenance.get(m), m):
+            if one.path.removeprefix(f"{m}.") not in same:
+                yield str(one)
 
 
 def _versions(card: ModelCard, store: TokenSource) -> Iterator[str]:
     """Yield which libraries made a store's features that are others than the model's."""
     for m in store.modalities:
-        for line in config.differences(store.provenance[m], card.provenance.get(m), m):
-            if m in card.modalities and _key(line, m) in VERSIONS:
-                yield line
-
-
-def _key(difference: str, modality: str) -> str:
-    return difference.partition(" is ")[0].removeprefix(f"{modality}.")
+        for one in config.differences(store.provenance[m], card.provenance.get(m), m):
+            if m in card.modalities and one.path.removeprefix(f"{m}.") in VERSIONS:
+                yield str(one)

@@ -5,7 +5,7 @@ raw video needs no recipe; and what is set up here is compared with the record b
 for a model that is fed other features answers without an error, and wrongly.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,10 @@ def check_networks(networks: Networks, card: ModelCard) -> list[str]:
     notes: list[str] = []
     faults: list[str] = []
     for modality, spec in specs_of(networks).items():
-        then, now = _flat(card.provenance[modality]), _flat(spec.provenance)
-        for key in sorted({*then, *now} - PLACES):
-            if then.get(key) != now.get(key):
-                said = f"{modality}.{key} is {now.get(key)} here and was {then.get(key)}"
+        now = spec.model_dump(mode="json")["provenance"]  # plain, as the card has it
+        for key, here, was in config.differences(now, card.provenance[modality]):
+            if key not in PLACES:
+                said = f"{modality}.{key} is {here} here and was {was}"
                 (notes if key in VERSIONS else faults).append(said)
     if faults:
         raise ConfigError(
@@ -112,18 +112,6 @@ def check_networks(networks: Networks, card: ModelCard) -> list[str]:
 def specs_of(networks: Networks) -> dict[str, ModalitySpec]:
     """Return how the tokens of each modality look, and where they come from."""
     return dict(networks.store_spec(SET, Manifest((), {})).modalities)
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(_leaves(tree, ""))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def parse_weights(given: tuple[str, ...]) -> dict[str, str]:

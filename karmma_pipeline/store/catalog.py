@@ -88,7 +88,7 @@ def _check_grew(
     heads = there["spec"].get("heads", {})
     ours = wanted["spec"]["heads"].items()
     spec = wanted["spec"] | {"heads": {h: names[: len(heads.get(h, ()))] for h, names in ours}}
-    differing = sorted(config.differences(there["spec"], spec, "spec"))
+    differing = sorted(map(str, config.differences(there["spec"], spec, "spec")))
     if not differing and before in lists:
         return
     if not differing and before["clips"] in {one["clips"] for one in lists}:
@@ -98,7 +98,7 @@ def _check_grew(
         ]
         if rows and not differing:
             return
-    differing = differing or sorted(config.differences(there, wanted))
+    differing = differing or sorted(map(str, config.differences(there, wanted)))
     raise StoreError(
         f"{root}: was made differently: {'; '.join(differing[:5])}; "
         "choose another folder, or the recipe that it was made with."
