@@ -100,6 +100,27 @@ def test_a_copy_that_was_cut_shows_what_its_edit_list_shows(tmp_path: Path) -> N
             assert real[0] == pytest.approx(int(t * FPS + 0.02) / FPS, abs=1e-3)
 
 
+def test_pictures_that_build_on_what_was_cut_off_are_no_frames(tmp_path: Path) -> None:
+    """A decoder withholds the two B-frames after the first key frame, which are shown before it."""
+    whole = encode(tmp_path / "v.avi", "mpeg1video", bf="2", g="15")
+    path = tmp_path / "cut.avi"
+    with av.open(str(whole)) as one, av.open(str(path), "w") as other:
+        target = other.add_stream_from_template(one.streams.video[0])
+        packets = [packet for packet in one.demux(video=0) if packet.size]
+        second = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+        for number, packet in enumerate(packets[second:]):
+            packet.pts = packet.dts = number
+            packet.stream = target
+            other.mux(packet)
+    file = MediaFile(path)
+    ((_, first),) = file.decode(np.array([0]))
+    kept = 150 - read_counter(first)
+    assert len(file.frame_starts) == kept < len(packets) - second
+    for number in (0, 1, 40, kept - 1):
+        ((_, picture),) = file.decode(np.array([number]))
+        assert read_counter(picture) == 150 - kept + number
+
+
 def test_decord_is_refused_where_it_would_give_other_pictures(tmp_path: Path) -> None:
     whole = encode(tmp_path / "v.mp4", "libx264", 100, g="25")
     plain = MediaFile(whole, decoder="decord")

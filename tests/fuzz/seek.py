@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from support.media_files import counter_picture, mirror, panned
 
@@ -218,6 +219,9 @@ def scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
         for s in streams
         if s.get("start_time", "N/A") != "N/A"
     ]
+    if path.suffix == ".webm":  # FFmpeg 8 lets Opus begin with its priming, ffprobe 5.1 did not
+        with av.open(str(path)) as container:
+            starts = [float((s.start_time or 0) * s.time_base) for s in container.streams]
     frames = [f for f in tree["frames"] if f["stream_index"] == video["index"]]
     rates = (video[name].split("/") for name in ("avg_frame_rate", "r_frame_rate"))
     frame_s = next((int(den) / int(num) for num, den in rates if int(num)), 0.04)

@@ -8,7 +8,7 @@ one. P packets in the order of decoding, F frames in the order of display.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -279,12 +279,16 @@ class _Order:
     def _shown(self, order: Times) -> Numbers:
         frames = np.argsort(order, kind="stable")
         frames = frames[np.array(self.packets.shown)[frames]]
-        if self._starts_clean(order):
+        # In a container without times of presentation the order may look clean and not be so.
+        if self.packets.timed and self._starts_clean(order):
             return frames
         # A decoder withholds pictures whose references lie before the file's start. They are no
-        # frames, for a scan does not give them.
-        given = [tag for tag, _, _ in self._decode(_PROBED)]
-        return frames[order[frames] >= min((order[tag] for tag in given), default=-inf)]
+        # frames, for a scan does not give them. What it still holds back comes after all given.
+        given = [tag for tag, _ in self._first]
+        if not given:
+            return frames
+        late = order[frames] > max(order[tag] for tag in given)
+        return frames[late | np.isin(frames, given)]
 
     def _starts_clean(self, order: Times) -> bool:
         key = self.packets.key
@@ -293,8 +297,12 @@ class _Order:
 
     def _agrees(self, order: Times) -> bool:
         """Tell whether the decoder gives the first pictures in this order."""
-        given = [order[tag] for tag, _, _ in self._decode(_PROBED)]
-        return _ascends(given)
+        return _ascends([order[tag] for tag, _ in self._first])
+
+    @cached_property
+    def _first(self) -> list[tuple[int, int]]:
+        """Return which packets make the first pictures, and at which the decoder gave each."""
+        return [(tag, at) for tag, _, at in self._decode(_PROBED)]
 
     def _decode(self, count: int | None = None, first: int = 0) -> Iterator[tuple[int, Any, int]]:
         """Yield tag, frame, and number of the packet at which the decoder gave it."""
@@ -340,7 +348,7 @@ class _Order:
     def _triggers(self, count: int) -> list[int | None]:
         """Return at which packet the decoder gives each frame; None: after the last one."""
         delay = 0
-        for shown, (_, _, at) in enumerate(self._decode(_PROBED)):
+        for shown, (_, at) in enumerate(self._first):
             delay = at - shown
         packets = len(self.packets.dts)
         return [n + delay if n + delay < packets else None for n in range(count)]
