@@ -221,7 +221,7 @@ def scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
     ]
     if path.suffix == ".webm":  # FFmpeg 8 lets Opus begin with its priming, ffprobe 5.1 did not
         with av.open(str(path)) as container:
-            starts = [float((s.start_time or 0) * s.time_base) for s in container.streams]
+            starts = [float((s.start_time or 0) * (s.time_base or 1)) for s in container.streams]
     frames = [f for f in tree["frames"] if f["stream_index"] == video["index"]]
     rates = (video[name].split("/") for name in ("avg_frame_rate", "r_frame_rate"))
     frame_s = next((int(den) / int(num) for num, den in rates if int(num)), 0.04)
