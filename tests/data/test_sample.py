@@ -121,7 +121,7 @@ def test_the_tone_is_the_digits(root: Path, manifest: Manifest) -> None:
 
 def test_the_digit_moves_where_the_verb_says(manifest: Manifest) -> None:
     errors = []
-    for clip in manifest.clips[::2]:
+    for clip in manifest.clips[::4]:  # one of each video
         times, frames = decode(path_of(clip, "rgb"))
         chosen = frames[(times >= clip.start_s) & (times < (clip.stop_s or 0))]
         first, last = (cv2.GaussianBlur(f.astype(np.float32), (0, 0), 2) for f in chosen[[0, -1]])

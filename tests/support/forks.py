@@ -19,7 +19,6 @@ def fork() -> int:
     What earlier tests left behind is not for the fork to collect: FFmpeg's scalers wait, when they
     are freed, for threads that only the parent has, for ever.
     """
-    gc.collect()
     gc.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
