@@ -41,6 +41,9 @@ class Reason(enum.IntEnum):
     NOT_IN_DATASET = 10
     TIMESTAMP_MISMATCH = 11
     UNSAFE_FILE = 12
+    NO_CHANNEL = 13
+    GAP = 14
+    BAD_CLOCK = 15
 
     @property
     def is_passing(self) -> bool:
@@ -84,6 +87,12 @@ _HINTS = {
     f"frames, or, if its frame rate is that low, raise sampling.tolerance_s {_NEW}.",
     Reason.UNSAFE_FILE: "The file would make us read other files (a playlist, an HDF5 link) or "
     f"claims an implausible size; put a file there that holds the media itself, {_THEN}.",
+    Reason.NO_CHANNEL: "The sensor's file lacks an array or a column that the recipe names; "
+    f"correct its channels, variable or time under sensors, or the file, {_THEN}.",
+    Reason.GAP: "The sensor has no sample, or NaN, for longer than max_gap_s; fill the hole in the "
+    f"file, {_THEN}, or raise max_gap_s under sensors {_NEW}.",
+    Reason.BAD_CLOCK: "The sensor's time stamps do not rise, or disagree with source_hz; correct "
+    f"the file, {_THEN}, or unit, source_hz or rate_tolerance under sensors {_NEW}.",
 }
 
 

@@ -27,6 +27,7 @@ from karmma_pipeline.extraction.media.interface import (
     first_line,
 )
 from karmma_pipeline.extraction.media.packet_index import until_end
+from karmma_pipeline.extraction.media.series_files import plain_dataset
 from karmma_pipeline.modalities import Reason
 
 Span = tuple[float, float]
@@ -295,19 +296,7 @@ class SoundArrayReader(MediaReader):
 
 
 def _dataset(file: h5py.File, source: SoundArray) -> h5py.Dataset:
-    # Step by step, as each may be a link into another file, which h5py would follow silently.
-    where, at = f"{source.path}: {source.key!r}", file
-    for part in source.key.strip("/").split("/"):
-        link = at.get(part, getlink=True) if isinstance(at, h5py.Group) else None
-        if link is None:
-            raise MediaFaultError(Reason.NO_STREAM, f"{where}: not in the file")
-        if not isinstance(link, h5py.HardLink):
-            raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: a link")
-        at = at[part]
-    if not isinstance(at, h5py.Dataset):
-        raise MediaFaultError(Reason.NO_STREAM, f"{where}: a group")
-    if at.external or at.is_virtual:
-        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: kept in another file")
+    where, at = f"{source.path}: {source.key!r}", plain_dataset(file, source.path, source.key)
     if at.ndim != 1 or at.dtype.kind not in "iuf" or at.dtype.itemsize > 8:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {at.shape} {at.dtype}, not samples")
     if len(at) > LONGEST_S * source.rate:

@@ -1,0 +1,66 @@
+"""The windows of a clip's sensor series, from its start to its stop.
+
+N windows, W samples of each, C channels.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.extraction.media.interface import MediaFaultError
+from karmma_pipeline.extraction.media.sensor_series import series_of
+from karmma_pipeline.extraction.types import Times
+from karmma_pipeline.modalities import Reason
+
+Windows = npt.NDArray[np.float32]
+
+# Seconds that rounding may take from a clip.
+_ROUNDING_S = 1e-6
+
+
+def read_windows(clip: Clip, modality: str, sensor: Sensor) -> tuple[Windows, Times]:
+    """Return a clip's windows; an empty stop is the end of the series.
+
+    Returns:
+        float32 [N, W, C], and the centres of the windows, requested and real, float64 [2, N].
+
+    Raises:
+        MediaFaultError: the series cannot be read, or not for the clip's span.
+    """
+    series = series_of(clip.media[modality].path, sensor)
+    stop_s = series.stop_s if clip.stop_s is None else clip.stop_s
+    if clip.start_s >= stop_s:
+        detail = f"{series.path}: ends at {stop_s:.3f} s, the clip starts at {clip.start_s:.3f} s"
+        raise MediaFaultError(Reason.OUT_OF_RANGE, detail)
+    starts = window_starts(sensor, clip.start_s, stop_s)
+    moments = starts[:, None] + np.arange(sensor.window) / sensor.rate_hz
+    # Where a short clip is filled up, the moment of its last sample repeats.
+    moments = np.minimum(moments, max(clip.start_s, stop_s - 1 / sensor.rate_hz))
+    rising, places = np.unique(moments, return_inverse=True)
+    values = series.at(rising)[places.ravel()].astype(np.float32)
+    if sensor.centre:
+        points = values.reshape(len(values), -1, len(sensor.centre))
+        values = (points - values[:, None, list(sensor.centre)]).reshape(values.shape)
+    centres = starts + (sensor.window - 1) / 2 / sensor.rate_hz
+    return values.reshape(sensor.shape), np.stack([centres, centres])
+
+
+def window_starts(sensor: Sensor, start_s: float, stop_s: float) -> Times:
+    """Return when the windows of a span start, seconds [N].
+
+    Raises:
+        MediaFaultError: the span is too short, and is not to be filled up.
+    """
+    count, hop = sensor.windows, sensor.hop
+    samples = sensor.window if hop is None else (count - 1) * hop + sensor.window
+    room_s = stop_s - start_s - samples / sensor.rate_hz
+    if room_s < -_ROUNDING_S and sensor.short == "absent":
+        needed = f"{samples} samples at {sensor.rate_hz:g} Hz are {samples / sensor.rate_hz:.3f} s"
+        detail = f"from {start_s:.3f} to {stop_s:.3f} s; {needed}"
+        raise MediaFaultError(Reason.TOO_SHORT, detail)
+    room_s = max(0.0, room_s)
+    if hop is None:
+        shares = np.arange(count) / (count - 1) if count > 1 else np.array([0.5])
+        return start_s + room_s * shares
+    return start_s + room_s / 2 + np.arange(count) * hop / sensor.rate_hz
