@@ -313,7 +313,7 @@ class DecodePool:
         self, future: _Future
     ) -> tuple[float, list[tuple[DecodedClip, SlotRefs]]] | MediaFaultError:
         if not self._is_done(future):
-            return MediaFaultError(Reason.CRASHED, "its decode process ended without a result")
+            return self._blame(None)
         try:
             return future.result(0)
         except MemoryError:
@@ -330,16 +330,25 @@ class DecodePool:
                 Reason.DECODE_ERROR, f"{type(error).__name__}: {first_line(error)}"
             )
 
-    def _blame(self, death: BaseException) -> MediaFaultError:
-        """Say why a decode process died, as far as is known."""
-        if fault := self._watch.killed.get(getattr(death, "pid", -1)):
+    def _blame(self, death: BaseException | None) -> MediaFaultError:
+        """Say why a decode process died, as far as is known; None: with its pool."""
+        killed = self._watch.killed
+        # A process that was killed as it started, before it had a task, breaks the pool unnamed.
+        pid = getattr(death, "pid", next(reversed(killed), -1))
+        if fault := killed.get(pid):
             return fault
         code = getattr(death, "exitcode", None)
         if code == -signal.SIGXCPU:
             return MediaFaultError(
                 Reason.TIMEOUT, f"took more than {self.timeout_s:g} s of CPU time for a clip"
             )
-        how = "" if code is None else f" by signal {-code}" if code < 0 else f" with code {code}"
+        how = (
+            " without a result"
+            if code is None
+            else f" by signal {-code}"
+            if code < 0
+            else f" with code {code}"
+        )
         return MediaFaultError(Reason.CRASHED, f"its decode process ended{how}")
 
     def _is_done(self, future: _Future) -> bool:
