@@ -86,7 +86,8 @@ def extract(
 ) -> ExtractReport:
     """Turn the clips of a manifest into feature stores, one per backbone set.
 
-    Clips that are done already are not done again.
+    Clips that are done already are not done again. Decoders run in processes that import the script
+    which calls this: there, call it under ``if __name__ == "__main__":``.
 
     Args:
         recipe: path, dict or `ExtractRecipe`.

@@ -5,10 +5,12 @@ thread that writes work at the same time, with a bounded number of clips between
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +42,7 @@ from karmma_pipeline.extraction.tables import note_media, read_notes
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, create_store
+from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, StoreSpec, create_store
 from karmma_pipeline.store.catalog import continue_list
 
 _logger = logging.getLogger(__name__)
@@ -89,8 +91,10 @@ def extract(
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
         configure(networks, report.stores, _logger.info)
+        specs = {name: networks.store_spec(name, manifest) for name in report.stores}
+        _check_room(recipe.out, manifest, {report.stores[name]: specs[name] for name in specs})
         for name, path in report.stores.items():
-            create_store(path, networks.store_spec(name, manifest), rows, grown_from, again)
+            create_store(path, specs[name], rows, grown_from, again)
         config.save(recipe, recipe.out / "recipe.yaml")
         write_groups(recipe.out, manifest)
         _run(recipe, part, stop, manifest, networks, report, again)
@@ -109,6 +113,31 @@ def _as_listed(manifest: Manifest, stores: Iterable[Path]) -> tuple[Manifest, tu
 def _row(clip: Clip) -> ClipRow:
     stop = float("nan") if clip.stop_s is None else clip.stop_s
     return ClipRow(clip.clip_id, clip.labels, clip.split, clip.group, clip.start_s, stop)
+
+
+def _check_room(out: Path, manifest: Manifest, specs: Mapping[Path, StoreSpec]) -> None:
+    """Refuse a disk that cannot hold the tokens of clips that are not done and have files.
+
+    Raises:
+        StoreError: it is too small.
+    """
+    exists = cache(Path.exists)
+    needed = 0
+    for root, spec in specs.items():
+        for path in root.rglob("*"):
+            with suppress(OSError):  # another part may just have moved it
+                needed -= path.stat().st_size
+        for modality, stored in spec.modalities.items():
+            media = (clip.media.get(modality) for clip in manifest.clips)
+            needed += stored.clip_bytes * sum(exists(s.path) for s in media if s is not None)
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise StoreError(
+            f"{out}: the clips that are to be extracted take {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free on that disk; make room, choose another one (--set "
+            "out=FOLDER), or store less (sets.NAME.MODALITY.tokens, store.dtype: int8)."
+        )
 
 
 def _is_whole(path: Path) -> bool:

@@ -155,6 +155,22 @@ def half_download(folder: Path) -> Callable[[], None]:
     return complete
 
 
+def test_a_disk_that_is_too_small_is_said_before_the_first_clip(
+    folder: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(folder)
+    tokens = {"rgb": 1 * 1024, "audio": 1 * 512}  # of s3d and resnet18 at this size, float16
+    needed = 2 * (10 * tokens["rgb"] + 2 * 10 * tokens["audio"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    assert "0.0 GB are free on that disk; make room" in karmma(code=1)
+    assert not (folder / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    karmma()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    karmma()  # nothing is left to do
+    assert contents() == whole
+
+
 def test_a_half_downloaded_set_that_is_completed_is_the_same_as_a_whole_one(
     folder: Path, whole: dict[str, bytes]
 ) -> None:
