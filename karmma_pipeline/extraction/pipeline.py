@@ -5,7 +5,6 @@ thread that writes work at the same time, with a bounded number of clips between
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
@@ -44,6 +43,7 @@ from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, StoreSpec, create_store
 from karmma_pipeline.store.catalog import continue_list
+from karmma_pipeline.store.tools.stage import check_space
 
 _logger = logging.getLogger(__name__)
 
@@ -131,13 +131,7 @@ def _check_room(out: Path, manifest: Manifest, specs: Mapping[Path, StoreSpec]) 
             media = (clip.media.get(modality) for clip in manifest.clips)
             needed += stored.clip_bytes * sum(exists(s.path) for s in media if s is not None)
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise StoreError(
-            f"{out}: the clips that are to be extracted take {needed / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free on that disk; make room, choose another one (--set "
-            "out=FOLDER), or store less (sets.NAME.MODALITY.tokens, store.dtype: int8)."
-        )
+    check_space(place, max(0, needed), 0)
 
 
 def _is_whole(path: Path) -> bool:

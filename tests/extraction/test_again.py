@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,15 +159,19 @@ def half_download(folder: Path) -> Callable[[], None]:
 def test_a_disk_that_is_too_small_is_said_before_the_first_clip(
     folder: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(folder)
     tokens = {"rgb": 1 * 1024, "audio": 1 * 512}  # of s3d and resnet18 at this size, float16
     needed = 2 * (10 * tokens["rgb"] + 2 * 10 * tokens["audio"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    assert "0.0 GB are free on that disk; make room" in karmma(code=1)
+
+    def free(count: float) -> None:
+        disk = SimpleNamespace(f_bavail=int(count), f_frsize=1, f_files=0, f_favail=0)
+        monkeypatch.setattr(os, "statvfs", lambda _: disk)
+
+    free(needed)  # leaves no room for anything else
+    assert "are needed, 41.0kB are free; choose another folder" in karmma(code=1)
     assert not (folder / "out").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    free(1.2 * needed)
     karmma()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    free(0)
     karmma()  # nothing is left to do
     assert contents() == whole
 
