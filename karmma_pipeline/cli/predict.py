@@ -55,13 +55,15 @@ def predict(
     predictions.csv, predictions.jsonl and timeline.html.
     """
     from karmma_pipeline.jobs import StopFlag
-    from karmma_pipeline.recognition.backbones import parse_weights
+    from karmma_pipeline.recognition.backbones import parse_weights, sensors_of
     from karmma_pipeline.recognition.clips import Spans, wanted_clips
     from karmma_pipeline.recognition.output import summary, write_timeline
     from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
 
     started = time.perf_counter()
-    wanted = wanted_clips(inputs, Spans(start_s, stop_s, window_s, hop_s))
+    tables = any(path.suffix.lower() == ".csv" for path in inputs)
+    sensors = sensors_of(run) if tables else ()
+    wanted = wanted_clips(inputs, Spans(start_s, stop_s, window_s, hop_s), sensors)
     recognizer = Recognizer.load(run, device, parse_weights(weights))
     for note in recognizer.notes:
         click.echo(f"note: {note}", err=True)

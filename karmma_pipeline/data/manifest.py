@@ -8,18 +8,18 @@ numbered u and v pictures), ``video_stream`` and ``audio_stream`` (numbers of st
 ``audio`` or ``flow`` cell means that the clip has none. Times are seconds or ``HH:MM:SS.ff`` on
 the file's clock, an empty ``stop`` is the whole file, relative paths start at the CSV's folder.
 
-A clip has one source per modality it natively has. Sources say where, never how: reading is the
-extraction's. All are hashable and picklable, so that clips travel to decode processes.
+A recipe's ``sensors`` name further columns, each a modality with a file per cell; a list of sensors
+alone needs no video. A clip has one source per modality it natively has.
 """
 
 import csv
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -27,6 +27,15 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row, parse_time
+from karmma_pipeline.data.sensors import check_series_file
+from karmma_pipeline.data.sources import (
+    BoxSource,
+    FileSource,
+    FrameSource,
+    SensorSource,
+    SoundArray,
+    Source,
+)
 from karmma_pipeline.errors import ManifestError
 
 __all__ = [
@@ -40,6 +49,7 @@ __all__ = [
     "Groups",
     "Manifest",
     "PictureNames",
+    "SensorSource",
     "SoundArray",
     "Source",
     "describe_heads",
@@ -74,75 +84,6 @@ SIDECAR = "groups.json"
 
 UNKNOWN = -1
 """Label of a clip whose class is not given."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileSource:
-    """A video or sound file, addressed by time.
-
-    stream: number of the stream in the file; None is the default one of its kind.
-    left_half: its pictures show two views side by side; the left one is taken.
-    """
-
-    path: Path
-    stream: int | None = None
-    left_half: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FrameSource:
-    """Numbered pictures in a folder or inside a tar, addressed by number on a constant grid.
-
-    Picture k is shown from ``(k - base) * stride / fps`` seconds on.
-
-    names: one per plane, with the number to fill in: ``("frame_{:010d}.jpg",)`` for rgb,
-        ``("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg")`` for flow.
-    fps: rate of the grid, Hz.
-    base: number of the first picture.
-    span: first and last picture of the clip, both included, as the data set's annotation
-        states them; None: from the clip's times.
-    stride: grid steps from one picture to the next.
-    dilation: grid steps between the two frames of a flow pair.
-    bound_px: flow in px that bytes 0 and 255 stand for, at the pictures' own size.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    fps: float
-    base: int = 1
-    span: tuple[int, int] | None = None
-    stride: int = 1
-    dilation: int = 1
-    bound_px: float = 20.0
-
-    def start_s(self, number: Any) -> Any:
-        """Return when a picture's interval starts, seconds; of an array of numbers, for each."""
-        return (number - self.base) * self.stride / self.fps
-
-
-@dataclass(frozen=True, slots=True)
-class SoundArray:
-    """A track in an HDF5 file: mono samples of a video, dataset ``key``, at ``rate`` Hz."""
-
-    path: Path
-    key: str
-    rate: int
-
-
-@dataclass(frozen=True, slots=True)
-class BoxSource:
-    """Object boxes per frame in a Something-Else annotation file (JSON), entry ``key``.
-
-    span: first byte of the entry's list in the file, and a byte after its end but before the
-        next entry's list, so that nobody has to read gigabytes for one clip.
-    """
-
-    path: Path
-    key: str
-    span: tuple[int, int] = (0, 0)
-
-
-Source = FileSource | FrameSource | SoundArray | BoxSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +225,10 @@ _FEW_CLIPS = 20
 
 
 def read_manifest(
-    path: Path, pictures: PictureNames | None = None, heads: Sequence[str] | None = None
+    path: Path,
+    pictures: PictureNames | None = None,
+    heads: Sequence[str] | None = None,
+    sensors: Collection[str] = (),
 ) -> Manifest:
     """Read a manifest CSV; labels get ids in the order of their sorted names over all splits.
 
@@ -292,6 +236,7 @@ def read_manifest(
         path: the CSV.
         pictures: names of the pictures in its ``frames`` and ``flow`` folders.
         heads: columns that are label sets; None: all that are not reserved.
+        sensors: columns that name a file of a sensor, whose modality is called so.
 
     Raises:
         ManifestError: names every faulty line and column (the first ten); or a column looks like
@@ -302,8 +247,9 @@ def read_manifest(
     if not rows:
         raise ManifestError(f"{path}: the manifest lists no clips.")
     columns = list(rows[0].cells)
-    names, notes = _head_columns(path, columns, heads)
-    if "video" not in columns and "frames" not in columns:
+    there = [c for c in columns if c in sensors]
+    names, notes = _head_columns(path, [c for c in columns if c not in there], heads)
+    if "video" not in columns and "frames" not in columns and not there:
         raise ManifestError(f"{path}: no column video or frames.")
     labels = {name: _Labels.of([row[name] for row in rows]) for name in names}
     if heads is None:
@@ -311,7 +257,7 @@ def read_manifest(
     clips = annotations.collect(
         path,
         ((f"line {row.line}", row) for row in rows),
-        lambda row: _clip(row, path.parent, labels, pictures),
+        lambda row: _clip(row, path.parent, labels, pictures, there),
     )
     notes += [f"{name}: {one.note}" for name, one in labels.items() if one.note]
     sets = {name: one.names for name, one in labels.items()}
@@ -414,20 +360,29 @@ class _Labels:
         return cls(tuple(order), ids, len(cells) - len(unknown), note if unknown else "")
 
 
-def _clip(row: Row, folder: Path, labels: Mapping[str, _Labels], pictures: PictureNames) -> Clip:
+def _clip(
+    row: Row,
+    folder: Path,
+    labels: Mapping[str, _Labels],
+    pictures: PictureNames,
+    sensors: Sequence[str],
+) -> Clip:
     clip_id = row.name("clip_id")
     media: dict[str, Source] = {}
     video = _file(row, folder, "video", row.whole("video_stream"))
     rgb = _frames(row, folder, pictures) or video
-    if rgb is None:
-        raise ValueError("video is empty" if "video" in row else "frames is empty")
-    media["rgb"] = rgb
+    if rgb is not None:
+        media["rgb"] = rgb
+    elif not any(row[c] for c in sensors):
+        column = next((c for c in ("video", "frames") if c in row), sensors[0] if sensors else "")
+        raise ValueError(f"{column} is empty")
     flow = _flow(row, folder, pictures) if "flow" in row else rgb
     if flow is not None:
         media["flow"] = flow
     sound = _file(row, folder, "audio" if "audio" in row else "video", row.whole("audio_stream"))
     if sound is not None:
         media["audio"] = sound
+    media |= {c: source for c in sensors if (source := _series(row, folder, c)) is not None}
     start_s, stop_s = row.span("start", "stop")
     ids = {head: of.ids.get(row[head], UNKNOWN) for head, of in labels.items()}
     split, group = ("" if (x := row.get(c)) in NOT_KNOWN else x for c in ("split", "group"))
@@ -448,6 +403,17 @@ def _path(row: Row, folder: Path, column: str) -> Path | None:
 def _file(row: Row, folder: Path, column: str, stream: int | None) -> FileSource | None:
     path = _path(row, folder, column)
     return None if path is None else FileSource(path, stream)
+
+
+def _series(row: Row, folder: Path, column: str) -> SensorSource | None:
+    path = _path(row, folder, column)
+    if path is None:
+        return None
+    try:
+        check_series_file(path)
+    except ValueError as error:
+        raise ValueError(f"{column}={row[column]!r:.60}: {error}") from None
+    return SensorSource(path)
 
 
 def _fps(row: Row, column: str) -> float:

@@ -105,6 +105,8 @@ def _choice(facts: Mapping[str, object]) -> BackboneChoice:
     }
     if facts["backbone"] == "boxes":
         values |= {"weights": "DEFAULT", "frames": shape[1]}
+    elif facts["backbone"] == "windows":
+        values |= {"weights": "DEFAULT", "series": shape}
     elif len(shape) == 4:
         values |= {"frames": shape[1], "size": shape[2]}
     else:

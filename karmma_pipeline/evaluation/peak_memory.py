@@ -120,7 +120,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     for m, choice in choices.items():
         clip = torch.zeros(1, *choice.input_shape, device=device)
-        choice.architecture.feature_map(nets[m], clip)
+        choice.architecture.features(nets[m], clip)
     tokens = {m: torch.zeros(1, *shape, device=device) for m, shape in shapes.items()}
     model(tokens, torch.ones(1, len(shapes), dtype=torch.bool))
     if device.type == "cuda":

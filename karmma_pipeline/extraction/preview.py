@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from karmma_pipeline.data.manifest import Clip, FileSource
-from karmma_pipeline.errors import MediaError
+from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodeSettings, input_spec
@@ -25,8 +25,13 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
         file, and the likeliest classes where there is a head.
 
     Raises:
+        ConfigError: it is a network for boxes or sensors.
         MediaError: the file has no such stream, or it cannot be decoded.
     """
+    if choice.architecture.kind not in {"video", "image"}:
+        raise ConfigError(
+            f"--clip: {choice.name} sees neither frames nor sound; `karmma plan` opens its files."
+        )
     modality = "rgb" if choice.architecture.kind == "video" else "audio"
     spec = input_spec(modality, choice)
     clip = Clip("clip", {modality: FileSource(path)}, 0.0, None, {})

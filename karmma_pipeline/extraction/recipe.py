@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.data.datasets import Dataset, read_dataset
-from karmma_pipeline.data.manifest import SIDECAR, Manifest, read_manifest
+from karmma_pipeline.data.datasets import Dataset, published_sensors, read_dataset
+from karmma_pipeline.data.manifest import RESERVED, SIDECAR, Manifest, read_manifest
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.modalities import KNOWN
 from karmma_pipeline.models.backbones import BackboneChoice
@@ -202,8 +203,8 @@ class ExtractRecipe(Recipe):
     dataset: Dataset | None = Field(
         None,
         description="A data set as published, instead of a manifest. kind: epic_kitchens_100,\n"
-        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, folder_tree or csv; then\n"
-        "root and annotations. docs/datasets.md has an example of each.",
+        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, utd_mhad, folder_tree or\n"
+        "csv; then root and annotations. docs/datasets.md has an example of each.",
     )
     out: Path = Field(
         description="Folder; each backbone set gets a store in it.", examples=["features"]
@@ -211,10 +212,16 @@ class ExtractRecipe(Recipe):
     sampling: Sampling = Field(Sampling(), description="Moments of a clip.")
     flow: Flow = Field(Flow(), description="Optical flow.")
     audio: Audio = Field(Audio(), description="Spectrograms.")
+    sensors: dict[str, Sensor] = Field(
+        {},
+        validate_default=True,
+        description="Sensors, each a modality of its name: a column of a CSV names its files. Of\n"
+        "a published set that has some, what is stated here counts. See docs/sensors.md.",
+    )
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
-        description="Backbone sets: name to modality (rgb, flow, audio, boxes) to network.\n"
-        "Several sets come out of one decode, each into its own store. Networks:\n"
+        description="Backbone sets: name to modality (rgb, flow, audio, boxes, sensors) to\n"
+        "network. Several sets come out of one decode, each into its own store. Networks:\n"
         "`karmma backbones list`.",
         examples=[
             {
@@ -286,6 +293,50 @@ class ExtractRecipe(Recipe):
         few = clips < FEW_CLIPS and failed < clips
         return few or failed <= self.max_failures * clips
 
+    @field_validator("sensors", mode="before")
+    @classmethod
+    def _published(cls, given: Any, info: ValidationInfo) -> Any:
+        """Fill in what the data set says of its sensors and the recipe leaves out."""
+        published = published_sensors(info.data.get("dataset"))
+        if not isinstance(given, dict) or not all(isinstance(of, dict) for of in given.values()):
+            return given
+        return {name: {**published.get(name, {}), **given.get(name, {})}
+                for name in {**published, **given}}  # fmt: skip
+
+    @field_validator("sensors")
+    @classmethod
+    def _sensor_names(cls, sensors: dict[str, Sensor]) -> dict[str, Sensor]:
+        for name in sensors:
+            if name in {*KNOWN, *RESERVED}:
+                raise ValueError(f"{name!r}: is no sensor; call it otherwise")
+            try:
+                files.check_name(name)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
+        return sensors
+
+    @field_validator("sets")
+    @classmethod
+    def _series(
+        cls, sets: dict[str, dict[str, BackboneChoice]], info: ValidationInfo
+    ) -> dict[str, dict[str, BackboneChoice]]:
+        """Tell the networks of sensors what they are fed."""
+        sensors = info.data.get("sensors", {})
+        for name, choices in sets.items():
+            for modality, choice in choices.items():
+                if choice.name == "windows" and modality not in sensors:
+                    near = difflib.get_close_matches(modality, sensors, n=1)
+                    hint = (
+                        f"did you mean {near[0]!r}"
+                        if near
+                        else f"describe it as sensors.{modality}"
+                    )
+                    raise ValueError(f"{name}.{modality}: is no sensor of the recipe; {hint}")
+        return {
+            name: {m: c.fed(sensors[m].shape) if m in sensors else c for m, c in choices.items()}
+            for name, choices in sets.items()
+        }
+
     @field_validator("sets")
     @classmethod
     def _names(
@@ -316,10 +367,10 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
         ConfigError: a set asks for a modality of its own naming that no clip has.
     """
     if recipe.manifest is not None:
-        manifest = read_manifest(recipe.manifest)
+        manifest = read_manifest(recipe.manifest, sensors=recipe.sensors)
     else:
         assert recipe.dataset is not None  # noqa: S101  (the recipe has one of the two)
-        manifest = read_dataset(recipe.dataset)
+        manifest = read_dataset(recipe.dataset, recipe.sensors)
     manifest = _without_odd_entries(manifest, recipe.max_failures)
     there = {modality for clip in manifest.clips for modality in clip.media}
     for name, choices in recipe.sets.items():

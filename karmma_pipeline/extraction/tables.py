@@ -38,6 +38,8 @@ _STAGE = {
     Reason.TOO_SHORT: "sample",
     Reason.OUT_OF_RANGE: "sample",
     Reason.BAD_VALUE: "backbone",
+    Reason.NO_CHANNEL: "open",
+    Reason.GAP: "sample",
 }
 
 

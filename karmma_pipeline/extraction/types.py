@@ -7,7 +7,7 @@ starts in a second. T frames, h and w a network's input size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from karmma_pipeline.modalities import Reason
 
 if TYPE_CHECKING:
     from karmma_pipeline.data.manifest import Clip
+    from karmma_pipeline.data.sensors import Sensor
     from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
     from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
 
@@ -47,8 +48,9 @@ class InputSpec:
     """What a network wants of a clip; networks with equal wants share one array.
 
     Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
-    [T, h, w] for audio; float32 [T, slots, numbers] for boxes. ``pairs``: flow that is computed
-    where the networks run, from uint8 [2, T, 3, h, w], the first and the second frames.
+    [T, h, w] for audio; float32 [T, slots, numbers] for boxes, [N, W, C] for a sensor's windows.
+    ``pairs``: flow that is computed where the networks run, from uint8 [2, T, 3, h, w], the first
+    and the second frames.
     """
 
     modality: str
@@ -89,6 +91,9 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
         return InputSpec(
             modality, choice.frame_count, None, (BOX_SLOTS, BOX_NUMBERS), per_frame=True
         )
+    if choice.architecture.kind == "series":
+        windows, samples, channels = choice.input_shape
+        return InputSpec(modality, windows, None, (samples, channels), per_frame=True)
     video = choice.architecture.kind == "video"
     height, width = choice.input_shape[-2:]
     if modality == "audio":
@@ -104,6 +109,7 @@ class DecodeSettings:
     """The parts of the recipe that decide what is decoded; picklable.
 
     index_folder: where lists of tars are kept; None: nowhere.
+    sensors: modality to its settings.
     """
 
     sampling: Sampling
@@ -112,6 +118,7 @@ class DecodeSettings:
     inputs: tuple[InputSpec, ...]
     index_folder: Path | None = None
     video_decoder: Decoder = "pyav"
+    sensors: Mapping[str, Sensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: ExtractRecipe) -> DecodeSettings:
@@ -129,6 +136,7 @@ class DecodeSettings:
             inputs,
             recipe.out / TAR_INDEX,
             recipe.video_decoder,
+            recipe.sensors,
         )
 
 

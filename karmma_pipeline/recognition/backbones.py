@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from karmma_pipeline import config
+from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
 from karmma_pipeline.models.backbones import registry
-from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard
+from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, read_card
+from karmma_pipeline.runs import saved_folder
 from karmma_pipeline.store import ModalitySpec
 
 SET = "model"
@@ -51,11 +54,28 @@ def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> Extra
         "device": device,
         "sets": {SET: choices},
         "sampling": _common(recorded, "sampling"),
+        "sensors": {
+            m: _known(Sensor, of["sensor"]) for m, of in recorded.items() if "sensor" in of
+        },
     }
     for key, model in (("flow", Flow), ("audio", Audio)):
         if of := recorded.get(key, {}).get(key):  # beside the settings stand facts
-            tree[key] = {name: value for name, value in of.items() if name in model.model_fields}
+            tree[key] = _known(model, of)
     return config.build(ExtractRecipe, tree, f"the model {card.name!r}")
+
+
+def sensors_of(run: Path) -> tuple[str, ...]:
+    """Return the modalities of a run's model that are sensors: columns of a CSV name their files.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+    """
+    recorded = read_card(saved_folder(run)).provenance
+    return tuple(m for m, facts in recorded.items() if "sensor" in facts)
+
+
+def _known(model: type[Recipe], of: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in of.items() if name in model.model_fields}
 
 
 def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
@@ -67,7 +87,11 @@ def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     }
     if architecture.kind == "boxes":
         return choice | {"frames": facts["input"][1]}
+    if facts["backbone"] == "windows":
+        return choice
     choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}
+    if architecture.kind == "series":
+        return choice
     if architecture.kind == "image":
         return choice | {"image": facts["input"][1:]}
     return choice | {"frames": facts["input"][1], "size": facts["input"][-1]}

@@ -1,7 +1,7 @@
 """What is to be recognised: whole videos, spans or sliding windows of them, rows of a CSV."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -59,13 +59,14 @@ class Wanted:
     ends: Mapping[Path, float] = field(default_factory=dict)
 
 
-def wanted_clips(inputs: Sequence[Path], spans: Spans) -> Wanted:
+def wanted_clips(inputs: Sequence[Path], spans: Spans, sensors: Collection[str] = ()) -> Wanted:
     """Return the clips of videos and manifests.
 
     Args:
         inputs: videos and sound files, or CSVs as `karmma extract` reads them, with or without
             labels.
         spans: of the videos.
+        sensors: modalities of the model that are columns of a CSV with the files of a sensor.
 
     Raises:
         ConfigError: an input is a folder, or spans are asked of a CSV, whose rows have their own.
@@ -83,7 +84,7 @@ def wanted_clips(inputs: Sequence[Path], spans: Spans) -> Wanted:
     clips: list[Clip] = []
     truth: dict[str, Mapping[str, str]] = {}
     for path in tables:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, sensors=sensors)
         clips += manifest.clips
         truth |= {clip.clip_id: _named(clip, manifest.heads) for clip in manifest.clips}
     videos = [path for path in inputs if path not in tables]

@@ -152,7 +152,7 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
         ("other.mp4", ""),
     ):
         path = tmp_path / name
-        (check,) = check_sources({0: FileSource(path)}).values()
+        (check,) = check_sources({0: FileSource(path)}, check_source).values()
         with pytest.raises(MediaFaultError) as fault:
             read_info(path)
         assert (check.state, check.detail) == ("missing", said)
@@ -173,7 +173,7 @@ def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
         *(FileSource(tmp_path / name) for name in files),
         *(SoundArray(tmp_path / name, key, RATE) for name, key in arrays),
     ]
-    found = list(check_sources(dict(enumerate(sources))).values())
+    found = list(check_sources(dict(enumerate(sources)), check_source).values())
     states = ["missing", "empty", "damaged", "damaged", "missing", "damaged", "fine", "fine"]
     assert [check.state for check in found] == states
     assert [check.ends for check in found[-2:]] == [{"audio": 3.0}, {}]

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy import io
 
-from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.media.interface import MediaFaultError
@@ -159,8 +158,7 @@ def test_windows_lie_on_the_clips_clock(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "s.csv", np.column_stack([T, T, -2 * T]), "t,a,b")
 
     def windows(start: float, stop: float | None, **settings: Any) -> tuple[Array, Array]:
-        clip = Clip("c", {"imu": FileSource(path)}, start, stop, {})
-        return read_windows(clip, "imu", sensor(rate_hz=50.0, windows=3, **settings))
+        return read_windows(path, sensor(rate_hz=50.0, windows=3, **settings), start, stop)
 
     got, times = windows(1.0, 2.0)  # 0.08 s each, the first at the start, the last to the stop
     starts = np.array([1.0, 1.46, 1.92])
@@ -231,9 +229,8 @@ def test_what_cannot_be_had_has_a_reason(
     tmp_path: Path, name: str, reason: Reason, detail: str
 ) -> None:
     path, settings, span = broken(name, tmp_path)
-    clip = Clip("c", {"imu": FileSource(path)}, *span, {})
-    got, said = reason_of(lambda: read_windows(clip, "imu", sensor(**settings)))
-    assert (got, said) == (reason, said)
+    got, said = reason_of(lambda: read_windows(path, sensor(**settings), *span))
+    assert got == reason, said
     assert detail in said
 
 

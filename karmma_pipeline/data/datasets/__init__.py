@@ -1,7 +1,8 @@
 """Data sets as they are published: each recipe section names one, each module reads one."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,16 +13,18 @@ from karmma_pipeline.data.datasets import (
     epic_kitchens,
     folder_tree,
     something_something,
+    utd_mhad,
 )
 from karmma_pipeline.data.datasets.ego4d import Ego4dLta
 from karmma_pipeline.data.datasets.ego_exo4d import EgoExo4dKeysteps
 from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
 from karmma_pipeline.data.datasets.something_something import SomethingSomething
+from karmma_pipeline.data.datasets.utd_mhad import UtdMhad
 from karmma_pipeline.data.manifest import Manifest, PictureNames, read_manifest
 from karmma_pipeline.errors import ManifestError
 
-__all__ = ["CsvList", "Dataset", "read_dataset"]
+__all__ = ["CsvList", "Dataset", "published_sensors", "read_dataset"]
 
 
 class CsvList(Recipe):
@@ -41,13 +44,23 @@ class CsvList(Recipe):
 
 #: A recipe section that names a data set.
 Dataset = Annotated[
-    CsvList | FolderTree | EpicKitchens | SomethingSomething | Ego4dLta | EgoExo4dKeysteps,
+    CsvList
+    | FolderTree
+    | EpicKitchens
+    | SomethingSomething
+    | Ego4dLta
+    | EgoExo4dKeysteps
+    | UtdMhad,
     Field(discriminator="kind"),
 ]
 
 
-def read_dataset(dataset: Dataset) -> Manifest:
+def read_dataset(dataset: Dataset, sensors: Collection[str] = ()) -> Manifest:
     """Read a data set's annotations and find its media.
+
+    Args:
+        dataset: which, and where.
+        sensors: columns of a CSV that name files of sensors.
 
     Raises:
         ManifestError: an annotation file is missing or faulty; file, line and column are named. Or
@@ -59,7 +72,7 @@ def read_dataset(dataset: Dataset) -> Manifest:
         raise ManifestError(f"dataset.root={root}: there is no such folder{where}.")
     match dataset:
         case CsvList():
-            return read_manifest(dataset.path, dataset.pictures, dataset.heads)
+            return read_manifest(dataset.path, dataset.pictures, dataset.heads, sensors)
         case FolderTree():
             return folder_tree.read(dataset)
         case EpicKitchens():
@@ -70,3 +83,10 @@ def read_dataset(dataset: Dataset) -> Manifest:
             return ego4d.read(dataset)
         case EgoExo4dKeysteps():
             return ego_exo4d.read(dataset)
+        case UtdMhad():
+            return utd_mhad.read(dataset)
+
+
+def published_sensors(dataset: Dataset | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return what a data set says of its sensors, as a recipe's ``sensors`` would."""
+    return utd_mhad.SENSORS if isinstance(dataset, UtdMhad) else {}

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -25,7 +25,7 @@ import torch
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
-from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.manifest import Clip, SensorSource
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import (
     AT_WORK,
@@ -155,6 +155,7 @@ class DecodePool:
         self.settings, self.timeout_s, self.stop = settings, timeout_s, stop
         self._workers, self._ahead = workers, ahead or 2 + workers
         self._buffer = buffer
+        self._wanted = list(dict.fromkeys(spec.modality for spec in settings.inputs))
         self.busy_s, self.look_first = 0.0, False
         self._pool = self._start()
         self._open: set[_Future] = set()
@@ -203,7 +204,7 @@ class DecodePool:
         waiting: deque[_Task] = deque()
         pending = 0
         per_task = min(_MAX_CLIPS_PER_TASK, max(1, self._ahead // (self._workers + 1)))
-        for group in _by_video(clips, per_task):
+        for group in _by_video(clips, per_task, self._wanted):
             # The oldest task is waited for first, even if others are done: clips come out in
             # the order in which they went in.
             while waiting and pending + len(group) > self._ahead:
@@ -216,8 +217,7 @@ class DecodePool:
             yield from self._result(waiting.popleft())
 
     def _paths(self, clips: list[Clip]) -> set[Path]:
-        wanted = {spec.modality for spec in self.settings.inputs}
-        return {clip.media[m].path for clip in clips for m in wanted if m in clip.media}
+        return {clip.media[m].path for clip in clips for m in self._wanted if m in clip.media}
 
     def _absent(self, clips: list[Clip]) -> _Task:
         """Say why clips without any file are absent: nothing is opened, so no process is needed."""
@@ -444,10 +444,10 @@ def _is_spawned(process: psutil.Process) -> bool:
     return "--multiprocessing-fork" in process.cmdline()
 
 
-def _by_video(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+def _by_video(clips: Iterable[Clip], size: int, wanted: Sequence[str] = ()) -> Iterator[list[Clip]]:
     group: list[Clip] = []
     for clip in clips:
-        if group and (len(group) == size or _video_path(group[-1]) != _video_path(clip)):
+        if group and (len(group) == size or _place(group[-1], wanted) != _place(clip, wanted)):
             yield group
             group = []
         group.append(clip)
@@ -455,8 +455,11 @@ def _by_video(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
         yield group
 
 
-def _video_path(clip: Clip) -> Path | None:
-    """Return where the clip's video lies; its clips have spans of their own."""
+def _place(clip: Clip, wanted: Iterable[str]) -> Path | None:
+    """Return where the clip's video lies; of sensors alone, the folder of their small files."""
+    sources = [clip.media[m] for m in wanted if m in clip.media]
+    if sources and all(isinstance(source, SensorSource) for source in sources):
+        return sources[0].path.parent
     source = clip.media.get("rgb") or next(iter(clip.media.values()), None)
     return None if source is None else source.path
 

@@ -3,11 +3,15 @@
 N windows, W samples of each, C channels.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.extraction.media.integrity import SourceCheck, Span, State
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.sensor_series import series_of
 from karmma_pipeline.extraction.types import Times
@@ -19,24 +23,26 @@ Windows = npt.NDArray[np.float32]
 _ROUNDING_S = 1e-6
 
 
-def read_windows(clip: Clip, modality: str, sensor: Sensor) -> tuple[Windows, Times]:
-    """Return a clip's windows; an empty stop is the end of the series.
+def read_windows(
+    path: Path, sensor: Sensor, start_s: float, stop_s: float | None
+) -> tuple[Windows, Times]:
+    """Return the windows of a span of a series; without a stop, up to its end.
 
     Returns:
         float32 [N, W, C], and the centres of the windows, requested and real, float64 [2, N].
 
     Raises:
-        MediaFaultError: the series cannot be read, or not for the clip's span.
+        MediaFaultError: the series cannot be read, or not for that span.
     """
-    series = series_of(clip.media[modality].path, sensor)
-    stop_s = series.stop_s if clip.stop_s is None else clip.stop_s
-    if clip.start_s >= stop_s:
-        detail = f"{series.path}: ends at {stop_s:.3f} s, the clip starts at {clip.start_s:.3f} s"
+    series = series_of(path, sensor)
+    stop_s = series.stop_s if stop_s is None else stop_s
+    if start_s >= stop_s:
+        detail = f"{path}: ends at {stop_s:.3f} s, the clip starts at {start_s:.3f} s"
         raise MediaFaultError(Reason.OUT_OF_RANGE, detail)
-    starts = window_starts(sensor, clip.start_s, stop_s)
+    starts = window_starts(sensor, start_s, stop_s)
     moments = starts[:, None] + np.arange(sensor.window) / sensor.rate_hz
     # Where a short clip is filled up, the moment of its last sample repeats.
-    moments = np.minimum(moments, max(clip.start_s, stop_s - 1 / sensor.rate_hz))
+    moments = np.minimum(moments, max(start_s, stop_s - 1 / sensor.rate_hz))
     rising, places = np.unique(moments, return_inverse=True)
     values = series.at(rising)[places.ravel()].astype(np.float32)
     if sensor.centre:
@@ -64,3 +70,30 @@ def window_starts(sensor: Sensor, start_s: float, stop_s: float) -> Times:
         shares = np.arange(count) / (count - 1) if count > 1 else np.array([0.5])
         return start_s + room_s * shares
     return start_s + room_s / 2 + np.arange(count) * hop / sensor.rate_hz
+
+
+@dataclass(frozen=True)
+class SeriesProbe:
+    """A file of a sensor to be looked at before extraction, with the spans of its clips."""
+
+    path: Path
+    sensor: Sensor
+    spans: Collection[Span]
+
+
+def check_series(probe: SeriesProbe) -> SourceCheck:
+    """Read a series and every span of it, as extraction will; faults are said, not raised."""
+    lost: dict[Span, str] = {}
+    try:
+        stop_s = series_of(probe.path, probe.sensor).stop_s
+    except MediaFaultError as fault:
+        detail = fault.detail.removeprefix(f"{probe.path}: ")
+        return SourceCheck("damaged", detail, lost=frozenset(probe.spans))
+    for span in probe.spans:
+        try:
+            read_windows(probe.path, probe.sensor, *span)
+        except MediaFaultError as fault:
+            lost[span] = f"{fault.reason.label}: {fault.detail.removeprefix(f'{probe.path}: ')}"
+    detail = next(iter(lost.values()), "")
+    state: State = "damaged" if lost else "fine"
+    return SourceCheck(state, detail, {"series": stop_s}, lost=frozenset(lost))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from karmma_pipeline.data.manifest import BoxSource, Clip
+from karmma_pipeline.data.manifest import BoxSource, Clip, SensorSource
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.decode.frame_selection import (
     DecodedFrames,
@@ -30,6 +30,7 @@ from karmma_pipeline.extraction.decode.frame_selection import (
     sample_times,
     select_frames,
 )
+from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia
@@ -138,7 +139,7 @@ def decode_clips(clips: list[Clip], settings: DecodeSettings) -> list[DecodedCli
 def _begin(
     clip: Clip, settings: DecodeSettings, media: OpenMedia
 ) -> tuple[DecodedClip, dict[InputSpec, FrameSelection]]:
-    """Read boxes and sound, and choose the frames of the rest."""
+    """Read boxes, sensors and sound, and choose the frames of the rest."""
     decoded = DecodedClip(clip.clip_id)
     chosen: dict[InputSpec, FrameSelection] = {}
     for spec in settings.inputs:
@@ -149,6 +150,10 @@ def _begin(
             if isinstance(source, BoxSource):
                 boxes, times = read_boxes(clip, source, settings.sampling, spec.frames)
                 decoded.arrays[spec], decoded.times[spec] = boxes, times
+            elif isinstance(source, SensorSource):
+                sensor = settings.sensors[spec.modality]
+                windows, times = read_windows(source.path, sensor, clip.start_s, clip.stop_s)
+                decoded.arrays[spec], decoded.times[spec] = windows, times
             elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, media)
             else:

@@ -9,9 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import BoxSource, Clip, FileSource, FrameSource, Manifest, Source
+from karmma_pipeline.data.manifest import (
+    BoxSource,
+    Clip,
+    FileSource,
+    FrameSource,
+    Manifest,
+    SensorSource,
+    Source,
+)
 from karmma_pipeline.extraction.decode.frame_selection import clamped
-from karmma_pipeline.extraction.media.integrity import Checks, Kind, check_sources
+from karmma_pipeline.extraction.decode.sensor_windows import SeriesProbe, check_series
+from karmma_pipeline.extraction.media.integrity import (
+    Checks,
+    Kind,
+    Span,
+    check_source,
+    check_sources,
+)
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import source_key
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -26,7 +41,6 @@ LOST = [FAULTY, STARTS_LATE, STOPS_LATE]
 """What becomes of a modality of a clip; a clip that is cut at its file's end is there."""
 
 LEAKS = ("videos_in_several_splits", "overlaps_between_splits")
-Span = tuple[float, float | None]
 Presence = dict[str, npt.NDArray[np.bool_]]
 
 
@@ -46,9 +60,18 @@ def survey(
     """
     clips = manifest.clips
     modalities = list(dict.fromkeys(m for choices in recipe.sets.values() for m in choices))
-    media = [clip.media[m] for clip in clips for m in modalities if m in clip.media]
-    sources = {source_key(source): source for source in media}
-    checks = check_sources(sources, probe=probe)
+    sources = {
+        _key(m, clip.media[m]): clip.media[m]
+        for clip in clips
+        for m in modalities
+        if m in clip.media
+    }
+    media = {k: s for k, s in sources.items() if not isinstance(s, SensorSource)}
+    series = _series(recipe, clips, modalities)
+    checks = {
+        **check_sources(media, check_source, probe=probe),
+        **check_sources(series, check_series, probe=probe),
+    }
     spans = [_span(clip, checks) for clip in clips]
     fates = {
         modality: np.array([_fate(c, modality, checks, recipe.sampling.tolerance_s) for c in clips])
@@ -66,6 +89,25 @@ def survey(
     return facts, present, wanted
 
 
+def _key(modality: str, source: Source) -> object:
+    """Return what tells sources apart: of one sensor file, each sensor looks at other columns."""
+    return (modality, source.path) if isinstance(source, SensorSource) else source_key(source)
+
+
+def _series(
+    recipe: ExtractRecipe, clips: Sequence[Clip], modalities: Sequence[str]
+) -> dict[object, SeriesProbe]:
+    """Return the files of sensors, by `_key`, with the spans of their clips."""
+    spans: dict[tuple[str, Path], dict[Span, None]] = defaultdict(dict)
+    for clip in clips:
+        for m in modalities:
+            if isinstance(source := clip.media.get(m), SensorSource):
+                spans[m, source.path][clip.start_s, clip.stop_s] = None
+    return {
+        (m, path): SeriesProbe(path, recipe.sensors[m], list(of)) for (m, path), of in spans.items()
+    }
+
+
 def _count_files(sources: Mapping[object, Source], checks: Checks) -> dict[str, Any]:
     kinds = Counter({source.path: _kind(source) for source in sources.values()}.values())
     faulty: dict[str, dict[str, str]] = defaultdict(dict)
@@ -78,18 +120,21 @@ def _count_files(sources: Mapping[object, Source], checks: Checks) -> dict[str, 
 def _kind(source: Source) -> str:
     if isinstance(source, FrameSource):
         return "frame tars" if source.path.suffix == ".tar" else "frame folders"
+    if isinstance(source, SensorSource):
+        return "sensor files"
     arrays = "box files" if isinstance(source, BoxSource) else "sound arrays"
     return "media files" if isinstance(source, FileSource) else arrays
 
 
-def _main(clip: Clip) -> Source | None:
-    """Return the source whose clock a clip's times are on, as far as one can tell."""
-    return clip.media.get("rgb") or next(iter(clip.media.values()), None)
+def _main(clip: Clip) -> tuple[str, Source] | None:
+    """Return the modality and source whose clock a clip's times are on, as far as one can tell."""
+    first = "rgb" if "rgb" in clip.media else next(iter(clip.media), None)
+    return None if first is None else (first, clip.media[first])
 
 
 def _span(clip: Clip, checks: Checks) -> Span:
     """Return a clip's start and stop, cut at its file's end; the stop is None if unknown."""
-    check = checks.get(source_key(source)) if (source := _main(clip)) else None
+    check = checks.get(_key(*main)) if (main := _main(clip)) else None
     ends = [end for end in (check.ends or {}).values() if end is not None] if check else []
     if not ends:
         return clip.start_s, clip.stop_s
@@ -102,7 +147,7 @@ def _count_clips(clips: Sequence[Clip], spans: Sequence[Span]) -> dict[str, Any]
     lengths = [stop - start for start, stop in spans if stop is not None]
     return {
         "clips": len(clips),
-        "videos": len({source.path for clip in clips if (source := _main(clip)) is not None}),
+        "videos": len({main[1].path for clip in clips if (main := _main(clip)) is not None}),
         "hours": round(sum(lengths) / 3600, 4),
         "median_s": float(np.median(lengths)) if lengths else 0.0,
         "clips_of_unknown_length": len(spans) - len(lengths),
@@ -130,7 +175,9 @@ def _fate(clip: Clip, modality: str, checks: Checks, tolerance_s: float) -> str:
     if source is None:
         return ABSENT
     kind: Kind = "audio" if modality == "audio" else "video"
-    check = checks[source_key(source)]
+    check = checks[_key(modality, source)]
+    if isinstance(source, SensorSource) and check.state != "missing":
+        return FAULTY if (clip.start_s, clip.stop_s) in check.lost else PRESENT
     if check.ends is None:
         return PRESENT if check.state == "fine" else FAULTY
     if kind not in check.ends:
@@ -157,7 +204,7 @@ def _windows(
         short = []
         for clip, (start, stop) in zip(clips, spans, strict=True):
             source = clip.media.get(modality)
-            if source is None or stop is None:
+            if source is None or stop is None or isinstance(source, SensorSource):
                 continue
             grid = source.fps / source.stride if isinstance(source, FrameSource) else None
             rate = grid or checks[source_key(source)].fps
@@ -172,8 +219,8 @@ def _find_overlaps(clips: Sequence[Clip], spans: Sequence[Span]) -> dict[str, An
     """Find clips with the same video and span, and clips of two splits that overlap in time."""
     by_video: dict[Path, list[tuple[float, float, Clip]]] = defaultdict(list)
     for clip, (start, stop) in zip(clips, spans, strict=True):
-        if (source := _main(clip)) is not None:
-            by_video[source.path].append((start, np.inf if stop is None else stop, clip))
+        if (main := _main(clip)) is not None:
+            by_video[main[1].path].append((start, np.inf if stop is None else stop, clip))
     found: dict[str, list[Any]] = {name: [] for name in ("same_video_and_span", *LEAKS)}
     for path, some in by_video.items():
         some.sort(key=lambda item: item[:2])

@@ -19,6 +19,7 @@ from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
+from karmma_pipeline.extraction.media.sensor_series import RESAMPLING as RESAMPLED
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
@@ -130,6 +131,10 @@ class Networks:
         recipe = self.recipe
         facts = self.all[network_key(choice)].backbone.provenance()
         facts["sampling"] = recipe.sampling.model_dump(mode="json")
+        if modality in recipe.sensors:
+            facts["sensor"] = recipe.sensors[modality].model_dump(mode="json")
+            facts["sensor"]["resampling"] = RESAMPLED
+            return facts
         facts["decoder"] = f"decord {version('decord')}, else PyAV {version('av')}"
         facts["rounding_s"] = ROUNDING_S
         if modality == "flow":

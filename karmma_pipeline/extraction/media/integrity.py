@@ -6,12 +6,12 @@ structure states; what is left of one is measured, by going through it once.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -26,6 +26,7 @@ from karmma_pipeline.modalities import Reason
 
 State = Literal["fine", "missing", "empty", "truncated", "damaged"]
 Kind = Literal["video", "audio"]
+Span = tuple[float, float | None]
 _KINDS: tuple[Kind, ...] = ("video", "audio")
 
 # Seconds for a source: a tar of a million pictures is listed, what is left of a file is read.
@@ -48,22 +49,38 @@ class SourceCheck:
         ends: kinds of stream that it holds, and where they end on its clock, seconds (None where
             it does not say); None as a whole if it was not opened.
         fps: frames per second; None where it does not say.
+        lost: of a sensor, the spans that cannot be had.
     """
 
     state: State
     detail: str = ""
     ends: Mapping[str, float | None] | None = None
     fps: float | None = None
+    lost: frozenset[Span] = frozenset()
 
 
 Checks = Mapping[object, SourceCheck]
 
 
-def check_sources(sources: Mapping[object, Source], *, probe: bool = True) -> Checks:
+class HasPath(Protocol):
+    """What lies at a path, such as a source."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+
+P = TypeVar("P", bound=HasPath)
+
+
+def check_sources(
+    sources: Mapping[object, P], check: Callable[[P], SourceCheck], *, probe: bool = True
+) -> Checks:
     """Look at every source, with a bar on stderr; keys are the caller's.
 
     Args:
         sources: what to look at.
+        check: opens one; a function of a module, for it runs in another process.
         probe: open each, in at most eight processes; else tell only what is not there.
     """
     checks, listing = dict.fromkeys(sources, SourceCheck("fine")), Listing()
@@ -77,7 +94,7 @@ def check_sources(sources: Mapping[object, Source], *, probe: bool = True) -> Ch
             workers = min(_MAX_PROCESSES, jobs.cpu_count(), len(there))
             pool = ProcessPool(workers, 0, jobs.become_worker, context=get_context("spawn"))
             stack.enter_context(pool)
-            found = pool.map(check_source, there.values(), timeout=_TIMEOUT_S).result()
+            found = pool.map(check, there.values(), timeout=_TIMEOUT_S).result()
         for key in there:
             try:
                 checks[key] = next(found)

@@ -40,17 +40,20 @@ class Backbone(nn.Module):
 
         Args:
             clips: uint8 frames [B, T, 3, h, w], or float spectrogram frames [B, T, h, w], or
-                float log-mel images [B, h, w] (both already standardised), or boxes [B, T, 14, 7].
+                float log-mel images [B, h, w] (both already standardised), boxes [B, T, 14, 7], or
+                windows of a sensor [B, N, W, C].
         """
         if self.architecture.kind == "boxes":
             return registry.prepare_boxes(clips)
+        if self.architecture.kind == "series":
+            return clips.float()
         if clips.dtype == torch.uint8:
             return self.choice.transform.normalise(clips)
         return clips.float().unsqueeze(1).expand(-1, 3, *(-1,) * (clips.dim() - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn inputs (see `BackboneChoice.input_shape`, with B before) into tokens [B, N, D]."""
-        features = self.architecture.feature_map(self.net, x)  # [B, D, t, h, w]
+        features = self.architecture.features(self.net, x)  # [B, D, t, h, w]
         if self.choice.tokens is not None:
             features = nn.functional.adaptive_avg_pool3d(features, self.choice.tokens)
         return features.flatten(2).transpose(1, 2)

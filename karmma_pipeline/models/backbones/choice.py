@@ -26,6 +26,7 @@ _SHIPPED: dict[str, Kind] = {
     **dict.fromkeys(("r2plus1d_18", "r3d_18", "mc3_18"), "video"),
     **dict.fromkeys(("efficientnet_b0", "resnet18", "mobilenet_v3_large"), "image"),
     "boxes": "boxes",
+    "windows": "series",
 }
 
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
@@ -64,6 +65,10 @@ class BackboneChoice(Recipe):
         description="Pool the output to this grid (time, height, width), such as\n"
         "[12, 5, 5] = 300; null keeps the network's own grid.",
     )
+    series: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="Sensors: windows N, samples of each, channels; a recipe's sensors fill it in.",
+    )
 
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
@@ -90,6 +95,17 @@ class BackboneChoice(Recipe):
 
         return registry.find(self.name)
 
+    def fed(self, series: tuple[int, int, int]) -> Self:
+        """Return the choice for a sensor of these windows, samples of each and channels.
+
+        Raises:
+            ValueError: it is no network for series, or is stated for others.
+        """
+        if self.series not in {None, series}:
+            raise ValueError(f"series={self.series}: the sensor has {list(series)}")
+        changed = self.model_dump(exclude_unset=True) | {"series": series}
+        return type(self).model_validate(changed)
+
     @property
     def source(self) -> WeightSource:
         """Where the weights come from.
@@ -99,7 +115,7 @@ class BackboneChoice(Recipe):
         """
         from karmma_pipeline.models.backbones import state_dicts
 
-        if self.architecture.kind == "boxes":
+        if self.name == "windows" or self.architecture.kind == "boxes":
             return "none"
         if parse_seed(self.weights) is not None:
             return "random"
@@ -115,7 +131,9 @@ class BackboneChoice(Recipe):
 
     @property
     def frame_count(self) -> int:
-        """Frames T of one input (1 for networks on images)."""
+        """Frames T of one input (1 for networks on images), or windows of a sensor."""
+        if self.series is not None:
+            return self.series[0]
         return self.frames or self.architecture.frames
 
     @property
@@ -151,6 +169,8 @@ class BackboneChoice(Recipe):
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: [3, T, h, w] for video, [3, h, w] for an image, [D, T] for boxes.
 
+        Of a sensor: [N, W, C], windows, samples of each and channels.
+
         Raises:
             ConfigError: the network cannot take what the recipe asks for.
         """
@@ -159,6 +179,13 @@ class BackboneChoice(Recipe):
         self._check_input(self.architecture)
         if self.architecture.kind == "boxes":
             return (registry.BOX_SLOTS * registry.BOX_NUMBERS, self.frame_count)
+        if self.architecture.kind == "series":
+            if self.series is None:
+                raise ConfigError(
+                    f"name={self.name!r}: takes the windows of a sensor; describe the modality "
+                    "under sensors in the recipe, or give series: [windows, samples, channels]."
+                )
+            return self.series
         if self.image is not None:
             return (3, *self.image)
         return (3, self.frame_count, *self.transform.crop)
@@ -169,6 +196,14 @@ class BackboneChoice(Recipe):
             self._check_fixed(architecture)
 
     def _check_kind(self, kind: Kind) -> None:
+        if kind == "series":
+            self._check_series()
+            return
+        if self.series is not None:
+            raise ConfigError(
+                f"name={self.name!r}: does not take a sensor's series; windows does, or your own "
+                "network of kind series."
+            )
         if kind == "boxes":
             if self.size is not None or self.image is not None or self.weights != "DEFAULT":
                 raise ConfigError(
@@ -188,6 +223,15 @@ class BackboneChoice(Recipe):
             raise ConfigError(
                 f"image={list(self.image)}: {self.name} takes video frames; give frames and size."
             )
+
+    def _check_series(self) -> None:
+        if self.frames is not None or self.size is not None or self.image is not None:
+            raise ConfigError(
+                f"name={self.name!r}: takes a sensor's windows; their number and length stand "
+                "under sensors, and frames, size and image mean nothing here."
+            )
+        if self.name == "windows" and (self.weights != "DEFAULT" or self.key_map):
+            raise ConfigError(f"name={self.name!r}: has no weights; leave them out.")
 
     def _check_fixed(self, architecture: Architecture) -> None:
         side = self._own_transform().crop[0]

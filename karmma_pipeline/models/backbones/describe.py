@@ -53,7 +53,7 @@ def describe(choice: BackboneChoice) -> dict[str, Any]:
     with torch.device("meta"), torch.inference_mode():
         net = choice.architecture.headless().eval()
         with FlopCounterMode(display=False) as counter:
-            choice.architecture.feature_map(net, torch.empty(1, *choice.input_shape))
+            choice.architecture.features(net, torch.empty(1, *choice.input_shape))
     return {
         "backbone": choice.name,
         "input": list(choice.input_shape),

@@ -13,6 +13,9 @@ Object boxes need no network, one token per sampled frame: its slots side by sid
 model's linear embedding learns from it. The layout follows Something-Else's own loader and
 Radevski et al. (14 boxes per frame at most).
 
+Windows of a sensor need none either: ``windows`` lays the samples of each side by side, a token per
+window. Networks of one's own turn windows [B, W, C] into tokens.
+
 T frames, H and W the file's height and width, h and w the network's, B clips in a batch.
 """
 
@@ -133,10 +136,15 @@ def prepare_boxes(boxes: Tensor) -> Tensor:
     return boxes.float().flatten(2).transpose(1, 2)
 
 
+def _flat(net: Any, x: Tensor) -> Tensor:
+    """Turn windows [B, W, C] into a token each [B, W * C]."""
+    return net(x).flatten(1)
+
+
 #: Entry-point group in which other packages name their factories.
 ENTRY_POINTS = "karmma.backbones"
 
-Kind = Literal["video", "image", "boxes"]
+Kind = Literal["video", "image", "boxes", "series"]
 FeatureMap = Callable[[Any, Tensor], Tensor]
 
 
@@ -191,10 +199,12 @@ class Architecture:
             )
 
     Attributes:
-        kind: "video" takes [B, 3, T, h, w], "image" takes [B, 3, h, w], "boxes" object boxes.
+        kind: "video" takes [B, 3, T, h, w], "image" takes [B, 3, h, w], "boxes" object boxes,
+            "series" windows of a sensor, float32 [B, W, C] of W samples and C channels.
         build: called as ``build(weights=None)``; must also work on torch's meta device.
         weights: torchvision's enum of published weights, or None.
         feature_map: (network, input) to the last feature map [B, D, t, h, w]; t is 1 for images.
+            Of kind "series": to the tokens of a window, [B, D] or [B, t, D].
         heads: attributes of the network that are replaced by the identity.
         frames: T where a recipe gives none.
         fixed: other frames or sizes than the network's own are refused.
@@ -209,6 +219,21 @@ class Architecture:
     frames: int = 1
     fixed: bool = False
     transform: FrameTransform | None = None
+
+    def features(self, net: Any, x: Tensor) -> Tensor:
+        """Return the last feature map [B, D, t, h, w] of an input.
+
+        Args:
+            net: the network.
+            x: what `BackboneChoice.input_shape` says, with B before; [B, N, W, C] of a sensor,
+                whose N windows go through the network by themselves.
+        """
+        if self.kind != "series":
+            return self.feature_map(net, x)
+        tokens = torch.unflatten(self.feature_map(net, x.flatten(0, 1)), 0, x.shape[:2])
+        if tokens.dim() == 3:  # a token for each window
+            tokens = tokens.unsqueeze(2)
+        return tokens.flatten(1, 2).transpose(1, 2)[..., None, None]
 
     def headless(self) -> nn.Module:
         """Build the network with fresh parameters and without its heads."""
@@ -240,6 +265,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=models.mobilenet_v3_large, weights=models.MobileNet_V3_Large_Weights
     ),
     "boxes": Architecture("boxes", nn.Identity, None, _box_map, (), BOX_FRAMES),
+    "windows": Architecture("series", nn.Identity, None, _flat, ()),
 }
 
 
@@ -296,7 +322,7 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
     try:
         with torch.device("meta"), torch.inference_mode():
             net = architecture.headless().eval()
-            features = architecture.feature_map(net, torch.empty(1, *shape))
+            features = architecture.features(net, torch.empty(1, *shape))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -339,7 +339,7 @@ def _set_running_statistics(
         layer.momentum = None  # one plain average
         layer.train()
     with torch.inference_mode():
-        architecture.feature_map(net, noise)
+        architecture.features(net, noise)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         if layer.running_var is not None:  # channels that noise hardly moves must not explode
