@@ -10,7 +10,7 @@ all drop rates: each is weighted by how likely its size is.
 S subsets, D draws for each clip, N clips, M modalities.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,12 @@ class Correct:
                 rows.append(action_correct(logits, run.labels, k))
         return np.stack(rows) & self.seen[: len(rows)]
 
+    @property
+    def has_curve(self) -> bool:
+        """Whether every size of subset was evaluated, so that a drop curve can be told."""
+        low, high = drawn_sizes(self.run.present, self.run.subsets)
+        return self.every_subset or len(self.run.drawn) > 0 or not (low <= high).any()
+
     def subset_number(self, masks: Bools) -> npt.NDArray[np.int64]:
         """Return which subset each mask [..., M] is."""
         return self._number_of[masks @ self._bits]
@@ -97,8 +103,7 @@ class Correct:
 
 def drop_curves(correct: Correct, recipe: EvaluateRecipe) -> Iterator[DropCurve]:
     """Yield the drop curve of every metric under both protocols; none if it cannot be known."""
-    low, high = drawn_sizes(correct.run.present, correct.run.subsets)
-    if not correct.every_subset and not len(correct.run.drawn) and (low <= high).any():
+    if not correct.has_curve:
         return
     for protocol in ("all", "complete"):
         counted = correct.clips(protocol)
@@ -131,6 +136,26 @@ def _point(
         high=_percent(expected + spread),
         sampled=_sampled(correct, table, present, rows, rate, recipe) if recipe.draws else None,
     )
+
+
+def expected_per_clip(correct: Correct, metric: str, rows: Bools, rates: Sequence[float]) -> Floats:
+    """Return each clip's part in a drop curve, [R, rows]: the mean over clips is the curve.
+
+    Up to 6 modalities it is the probability that the clip is answered rightly. With more it is an
+    estimate, which may lie outside 0 to 1: the curve is then a ratio of two sums over clips, and
+    this is its linearisation.
+    """
+    table = correct.table[metric, 1][:, rows].astype(np.float64)
+    if correct.every_subset:
+        present = correct.run.present[rows]
+        chances = (_chances(correct, present, rate) for rate in rates)
+        return np.stack([(of * table).sum(axis=0) for of in chances])
+    parts = []
+    for weights in (_weights(correct.run, rows, rate) for rate in rates):
+        value, total = (weights * table).sum(axis=0), weights.sum(axis=0)
+        share = value.sum() / total.sum()
+        parts.append(share + (value - share * total) / total.mean())
+    return np.stack(parts)
 
 
 def _percent(share: float) -> float:

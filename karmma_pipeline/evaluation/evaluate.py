@@ -4,17 +4,29 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from karmma_pipeline import config, files, locks, runs
+from karmma_pipeline.evaluation.comparison import (
+    Answers,
+    compare,
+    group_by_name,
+    summarise,
+    warn_of_runs,
+)
+from karmma_pipeline.evaluation.drop_curve import Correct
 from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions, align, predict
 from karmma_pipeline.evaluation.predictions import html_table
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, with_stores
 from karmma_pipeline.evaluation.report import tables
 from karmma_pipeline.evaluation.report.page import FOLDERS, write_report
-from karmma_pipeline.evaluation.results import Results
-from karmma_pipeline.evaluation.score import clip_facts, run_result
+from karmma_pipeline.evaluation.results import Difference, Results
+from karmma_pipeline.evaluation.score import clip_facts, run_result, split_warnings
 from karmma_pipeline.evaluation.submission import write_submission
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
+from karmma_pipeline.models.saved import read_card
+from karmma_pipeline.runs import saved_folder
 
 _OURS = {runs.RECIPE, "results.json", "index.html", *FOLDERS}
 
@@ -51,25 +63,57 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     device = pick_device(recipe.device)
     runs.check_output(recipe.out, _OURS, "and is no folder of reports")
     with locks.locked(recipe.out / ".lock", "writes a report into this folder", runs.ELSE):
+        folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]
+        cards = [(run, read_card(f)) for run, f in zip(recipe.runs, folders, strict=True)]
+        named = [(run, recipe.names.get(str(run), card.name), card) for run, card in cards]
+        by_name = group_by_name(named)  # refuses before anything is computed
         predictions = align([predict(run, recipe, device, stop) for run in recipe.runs])
-        run_results = [run_result(run, recipe, device, stop) for run in predictions]
-        stop.check(NOTHING_KEPT)
-        results = Results(
-            software={k: v for k, v in runs.environment()["packages"].items() if v},
-            commit=runs.commit(),
-            modalities=predictions[0].store.modalities,
-            rates=tuple(recipe.drop_rates),
-            draws=len(predictions[0].drawn) or recipe.draws,
-            seed=recipe.seed,
-            data=clip_facts(predictions[0], recipe),
-            runs=tuple(run_results),
-        )
+        results = _score(predictions, by_name, recipe, device, stop)
+        warnings = (*split_warnings(predictions, recipe.split), *warn_of_runs(named))
+        results = results.model_copy(update={"warnings": warnings})
         _write_predictions(predictions, recipe)
         # The recipe comes before the report: `karmma status` takes a page for a finished
         # evaluation, if it is that of the recipe beside it.
         config.save(recipe, recipe.out / runs.RECIPE)
         write_report(recipe.out, results)
     return EvaluateReport(recipe.out, results)
+
+
+def _score(
+    predictions: list[Predictions],
+    by_name: dict[str, list[int]],
+    recipe: EvaluateRecipe,
+    device: torch.device,
+    stop: StopFlag,
+) -> Results:
+    """Return what is said of each run, of each method, and of what is between methods."""
+    run_results, answers = [], []
+    for run in predictions:
+        correct = Correct(run, lambda: stop.check(NOTHING_KEPT))
+        run_results.append(run_result(correct, recipe, device, stop))
+        if len(predictions) > 1:
+            answers.append(Answers.of(correct, recipe.drop_rates))
+    first = predictions[0]
+    methods = [summarise(name, of, run_results, answers) for name, of in by_name.items()]
+    differences: list[Difference] = []
+    if len(methods) > 1:
+        groups = first.store.group[first.clips]
+        differences += compare(
+            methods, answers, first.subsets, groups, recipe, lambda: stop.check(NOTHING_KEPT)
+        )
+    stop.check(NOTHING_KEPT)
+    return Results(
+        software={k: v for k, v in runs.environment()["packages"].items() if v},
+        commit=runs.commit(),
+        modalities=first.store.modalities,
+        rates=tuple(recipe.drop_rates),
+        draws=len(first.drawn) or recipe.draws,
+        seed=recipe.seed,
+        data=clip_facts(first, recipe),
+        runs=tuple(run_results),
+        methods=tuple(methods),
+        differences=tuple(differences),
+    )
 
 
 def _write_predictions(predictions: list[Predictions], recipe: EvaluateRecipe) -> None:

@@ -50,7 +50,7 @@ class Predictions:
 
     logits: head to float32 [S + D, N, C], raw. labels: head to int64 [N], -1 unknown.
     present: bool [N, M]. clip_ids: bytes [N]. subsets: S tuples of modalities. drawn: bool
-    [D, N, M], the masks of the last D.
+    [D, N, M], the masks of the last D. checkpoint: which model of the run, `best` or `last`.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Predictions:
     present: npt.NDArray[np.bool_]
     clip_ids: npt.NDArray[np.bytes_]
     drawn: npt.NDArray[np.bool_]
+    checkpoint: str
 
     def to_csv(self) -> str:
         """Return what the run says of each clip with every modality that it has, as a table.
@@ -117,7 +118,8 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
             that are NaN or infinite.
         ManifestError: the split is empty.
     """
-    model, card = load_model(saved_folder(run, recipe.checkpoint))
+    folder = saved_folder(run, recipe.checkpoint)
+    model, card = load_model(folder)
     store = features_for(card, run, recipe.stores)
     clips = clips_of_split(store, recipe.split, recipe.exclude)
     model = model.to(device)
@@ -154,6 +156,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
         store.present[clips],
         store.clip_ids[clips],
         drawn,
+        folder.name,
     )
 
 

@@ -7,9 +7,9 @@ Accuracies are percentages. Subsets stand in the order of
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
@@ -17,6 +17,7 @@ from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.metrics import ACTION
 
 Protocol = Literal["all", "complete"]
+Kind = Literal["teacher", "student", "baseline"]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -114,11 +115,15 @@ class RunResult(Recipe):
     """One model."""
 
     name: str = Field(description="Name in legends and tables.")
-    kind: Literal["teacher", "student", "baseline"] = Field(description="How it was trained.")
+    kind: Kind = Field(description="How it was trained.")
     seed: int | None = Field(None, description="Seed of its training, if recorded.")
     weights: dict[str, str] = Field(description="Weights of each modality's frozen backbone.")
     size: dict[str, str | int | float] = Field(description="Size of the fusion block.")
     paper_size: bool = Field(False, description="Whether its costs compare with the paper's.")
+    trained_on: str | None = Field(None, description="Split it was trained on, if recorded.")
+    chosen_on: str | None = Field(
+        None, description="Split that chose its epoch; null: none did, or it is not recorded."
+    )
     model_digest: str = Field(description="sha256 of the saved model.")
     store_digest: str = Field(description="Digest of the feature store it was evaluated on.")
     subsets: tuple[SubsetScores, ...] = Field(
@@ -140,6 +145,86 @@ class RunResult(Recipe):
     def curve(self, head: str, protocol: Protocol) -> DropCurve | None:
         """Return a drop curve; a protocol without clips that have a label has none."""
         return next((c for c in self.drop if c.head == head and c.protocol == protocol), None)
+
+
+class OverSeeds(Recipe):
+    """A percentage of one method over the seeds that it was trained with."""
+
+    mean: Percent | None = Field(description="Plain mean over the seeds; null without a clip.")
+    sd: float | None = Field(description="Their standard deviation, n - 1; null for one seed.")
+    by_seed: tuple[Percent | None, ...] = Field(description="In the order of the method's seeds.")
+    low: Percent | None = Field(
+        None, description="Lower end of the 95 % interval over clips and seeds, where computed."
+    )
+    high: Percent | None = Field(None, description="Upper end of that interval.")
+
+
+class MethodSubset(Recipe):
+    """Accuracy of a method when only some modalities are used."""
+
+    modalities: tuple[str, ...] = Field(description="The modalities used.")
+    protocol: Protocol = Field(description="Which clips count; see SubsetScores.")
+    scores: dict[str, OverSeeds] = Field(description="As in SubsetScores.")
+
+
+class MethodDrop(Recipe):
+    """Drop curve of a method."""
+
+    head: str = Field(description="A head, or `action`.")
+    protocol: Protocol = Field(description="Which clips count; see SubsetScores.")
+    points: tuple[OverSeeds, ...] = Field(description="Expected top-1 by rising drop rate.")
+    mean: OverSeeds = Field(description="Plain mean of the expected top-1 over all drop rates.")
+
+
+class Method(Recipe):
+    """Runs of one name, each with a seed of its own."""
+
+    name: str = Field(description="Name in legends and tables.")
+    kind: Kind = Field(description="How they were trained.")
+    runs: tuple[int, ...] = Field(description="Places of its runs in `runs`.")
+    seeds: tuple[int | None, ...] = Field(description="Their seeds; null where not recorded.")
+    subsets: tuple[MethodSubset, ...] = Field(
+        (), description="Over the seeds; empty for one seed, which `runs` has."
+    )
+    drop: tuple[MethodDrop, ...] = Field((), description="Likewise.")
+
+
+class Difference(Recipe):
+    """First minus second method in top-1, in points; clips are paired. Protocol `all`."""
+
+    first: str = Field(description="Method.")
+    second: str = Field(description="Method that is subtracted.")
+    head: str = Field(description="A head, or `action`.")
+    modalities: tuple[str, ...] = Field(
+        description="The modalities used; empty: the plain mean over all drop rates."
+    )
+    value: float = Field(description="Mean difference over clips and seeds.")
+    low: float = Field(
+        description="Lower end of the 95 % interval: t, with the variance of crossed seeds and "
+        "units and Satterthwaite's degrees of freedom."
+    )
+    high: float = Field(description="Upper end.")
+    df: float | None = Field(description="Degrees of freedom; null where nothing varies.")
+    covers: str = Field(description="What that interval covers.")
+    paired: bool = Field(description="Whether seeds are paired; if not, none is in common.")
+    seeds: tuple[int | None, ...] = Field(description="The seeds in common; empty: not paired.")
+    by_seed: tuple[float, ...] = Field(description="Difference for each of `seeds`.")
+    seeds_low: float | None = Field(
+        None, description="Lower end of the 95 % t interval over seeds, for these very clips."
+    )
+    seeds_high: float | None = Field(None, description="Upper end.")
+    bootstrap_low: float = Field(
+        description="2.5 % quantile of 10,000 bootstrap draws of seeds and units together."
+    )
+    bootstrap_high: float = Field(description="97.5 % quantile.")
+    units: Literal["clips", "groups"] = Field(description="What is resampled beside seeds.")
+    clips: int = Field(description="Clips with a known label.")
+    by_group: dict[str, float] = Field(
+        {}, description="Difference in every group, where there are 2 or more of them."
+    )
+    groups_agree: int | None = Field(
+        None, description="Groups whose difference has the sign of `value`."
+    )
 
 
 class Data(Recipe):
@@ -174,6 +259,50 @@ class Results(Recipe):
     seed: int = Field(description="Seed of the draws; all runs see the same masks.")
     data: Data = Field(description="The clips.")
     runs: tuple[RunResult, ...] = Field(description="The models.")
+    methods: tuple[Method, ...] = Field(
+        (), description="The runs by name; results of earlier versions have none."
+    )
+    differences: tuple[Difference, ...] = Field(
+        (),
+        description="Between all pairs of methods, of every head and `action`: on each subset "
+        "and over the drop curve.",
+    )
+    warnings: tuple[str, ...] = Field((), description="What makes the numbers less than they seem.")
+
+    @model_validator(mode="after")
+    def _each_run_a_method(self) -> Self:
+        if not self.methods:
+            single = tuple(
+                Method(name=run.name, kind=run.kind, runs=(number,), seeds=(run.seed,))
+                for number, run in enumerate(self.runs)
+            )
+            object.__setattr__(self, "methods", single)
+        return self
+
+    def score(
+        self, method: Method, modalities: tuple[str, ...], protocol: Protocol, name: str
+    ) -> OverSeeds:
+        """Return a score of a method on a subset."""
+        for of in method.subsets:
+            if (of.modalities, of.protocol) == (modalities, protocol):
+                return of.scores[name]
+        one = self.runs[method.runs[0]].subset(modalities, protocol).scores[name]
+        return OverSeeds(mean=one.value, sd=None, by_seed=(one.value,), low=one.low, high=one.high)
+
+    def curve(self, method: Method, head: str, protocol: Protocol) -> MethodDrop | None:
+        """Return the drop curve of a method; see `RunResult.curve`."""
+        if len(method.runs) > 1:
+            found = (c for c in method.drop if (c.head, c.protocol) == (head, protocol))
+            return next(found, None)
+        one = self.runs[method.runs[0]].curve(head, protocol)
+        if one is None:
+            return None
+        points = tuple(
+            OverSeeds(mean=p.expected, sd=None, by_seed=(p.expected,), low=p.low, high=p.high)
+            for p in one.points
+        )
+        mean = OverSeeds(mean=one.mean, sd=None, by_seed=(one.mean,))
+        return MethodDrop(head=head, protocol=protocol, points=points, mean=mean)
 
     @property
     def metrics(self) -> tuple[str, ...]:

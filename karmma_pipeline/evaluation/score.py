@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from karmma_pipeline.evaluation import results
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.evaluation.drop_curve import Correct, drop_curves
 from karmma_pipeline.evaluation.paper import SIZES
-from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions
+from karmma_pipeline.evaluation.predict import Predictions
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles, data_name
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
@@ -92,14 +92,14 @@ def _majority_class(
 
 
 def run_result(
-    run: Predictions, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
+    correct: Correct, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
 ) -> results.RunResult:
     """Return everything that the report says of one run.
 
     Raises:
         StoppedError: a stop was asked for.
     """
-    correct, card = Correct(run, lambda: stop.check(NOTHING_KEPT)), run.card
+    run, card = correct.run, correct.run.card
     kind = "teacher" if card.kind == "teacher" else "student"
     return results.RunResult(
         name=run.name,
@@ -108,6 +108,8 @@ def run_result(
         weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
         size=card.size.model_dump(),
         paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
+        trained_on=card.training.get("train_split"),
+        chosen_on=chosen_on(run),
         model_digest=card.weights_sha256,
         store_digest=run.store.digest,
         subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
@@ -116,6 +118,31 @@ def run_result(
         cost_note=_MEMORY_NOTE if recipe.costs and recipe.memory else "",
         class_correct={head: _correct_per_class(correct, head) for head in run.labels},
     )
+
+
+def chosen_on(run: Predictions) -> str | None:
+    """Return the split on which a run's epoch was chosen; None if none chose it, or unknown."""
+    training = run.card.training
+    if run.checkpoint == "last" or training.get("select_by") == "epoch":
+        return None
+    return training.get("val_split")
+
+
+def split_warnings(runs: Sequence[Predictions], split: str) -> Iterator[str]:
+    """Yield how the clips that are reported are those that shaped the models, if they are."""
+    for what, of_run in (
+        ("their best epoch was chosen on", chosen_on),
+        ("they were trained on", lambda run: run.card.training.get("train_split")),
+    ):
+        names = {run.name: None for run in runs if of_run(run) and split in ("", of_run(run))}
+        same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
+        if names:
+            clips = f"the split {split!r}" if split else "every clip of the store"
+            where = "" if same else ", though of another store: see that no clip is in both"
+            yield (
+                f"This is a report of {clips}, and for {', '.join(names)} that is what {what}"
+                f"{where}. Accuracies on such clips are too high."
+            )
 
 
 def _correct_per_class(correct: Correct, head: str) -> tuple[int, ...]:

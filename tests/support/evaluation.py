@@ -23,6 +23,7 @@ def save_run(
     kind: str = "student",
     seed: int = 0,
     provenance: Mapping[str, str] = BACKBONE,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     opened = open_joined(stores, "join")
     card = ModelCard.model_validate(
@@ -34,6 +35,7 @@ def save_run(
             "heads": opened.heads,
             "provenance": dict.fromkeys(opened.modalities, provenance),
             "store_digest": opened.digest,
+            "training": dict(training or {}),
         }
     )
     torch.manual_seed(seed)
