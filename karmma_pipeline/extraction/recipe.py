@@ -216,7 +216,8 @@ class ExtractRecipe(Recipe):
         {},
         validate_default=True,
         description="Sensors, each a modality of its name: a column of a CSV names its files. Of\n"
-        "a published set that has some, what is stated here counts. See docs/sensors.md.",
+        "a published set that has some, what is stated here counts. docs/sensors.md has all keys.\n"
+        "imu: {channels: [ax, ay, az], time: t, unit: ms, rate_hz: 50, window: 25}",
     )
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,

@@ -4,7 +4,7 @@ import csv
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from support.forks import in_fork
+from support.here_pool import HerePool
 from support.media_files import write_video
 from support.nth_call import kill_at_call
 
@@ -25,7 +26,7 @@ from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import BatchPlan, DecodedClip
+from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore, verify
 
@@ -58,23 +59,6 @@ def networks(recipe: ExtractRecipe) -> Networks:
     if not built():
         built().append(Networks(recipe))
     return built()[0]
-
-
-class HerePool:
-    """Decodes in this process: what a decode process survives is tested elsewhere."""
-
-    def __init__(self, settings: Any, *_: Any) -> None:
-        self.settings, self.busy_s = settings, 0.0
-
-    def __enter__(self) -> "HerePool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[DecodedClip]]]:
-        for plan in plans:
-            yield plan, [decode_clips([clip], self.settings)[0] for clip in plan.clips]
 
 
 @pytest.fixture(scope="module")

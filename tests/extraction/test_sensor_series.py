@@ -1,6 +1,7 @@
 """Sensor files against arithmetic: every kind, rates, offsets, holes and clocks."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,13 @@ def test_hostile_and_damaged_files_cost_their_modality_alone(tmp_path: Path) -> 
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sensor(**settings)
+
+
+def test_the_page_of_sensors_names_every_setting_and_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/sensors.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.+?)`)? ?\|", page, re.MULTILINE)
+    defaults = {
+        name: "" if field.is_required() or field.default is None else str(field.default)
+        for name, field in Sensor.model_fields.items()
+    }
+    assert dict(rows) == defaults | {"from_first": "false"}

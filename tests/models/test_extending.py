@@ -13,6 +13,7 @@ from torchvision.models.video import swin_transformer
 
 from karmma_pipeline import config
 from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.models.backbones import (
     Backbone,
     BackboneChoice,
@@ -70,6 +71,20 @@ def test_networks_of_other_libraries_come_through_the_same_door(
     backbone = Backbone(choice)
     frames = torch.randint(0, 256, (1, choice.frame_count, 3, 224, 224), dtype=torch.uint8)
     assert backbone(backbone.prepare(frames)).shape == (1, *shape)
+
+
+@pytest.mark.usefixtures("pages_modules")
+def test_the_pages_network_for_a_sensor_turns_windows_into_tokens() -> None:
+    tree = {"manifest": "m.csv", "out": "o", **RECIPES[2]}
+    tree["sets"]["mine"]["imu"]["weights"] = "random:0"
+    choice = config.build(ExtractRecipe, tree, "page").sets["mine"]["imu"]
+    assert (choice.input_shape, choice.output_shape) == ((4, 50, 6), (40, 128))
+    backbone = Backbone(choice)
+    windows = torch.randn(2, 4, 50, 6)
+    tokens = backbone(backbone.prepare(windows))
+    # Each window by itself, its tokens one after another: the second window of the first clip.
+    alone = backbone.net(windows[0, 1].T[None])[0].T
+    torch.testing.assert_close(tokens[0, 10:20], alone)
 
 
 SHAPES: dict[str, Any] = {"name": "swin3d_t", "frames": 2, "size": 32}
