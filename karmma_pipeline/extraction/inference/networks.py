@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -135,7 +135,7 @@ class Networks:
             facts["sensor"] = recipe.sensors[modality].model_dump(mode="json")
             facts["sensor"]["resampling"] = RESAMPLED
             return facts
-        facts["decoder"] = f"decord {version('decord')}, else PyAV {version('av')}"
+        facts["decoder"] = f"decord {_decord()}, else PyAV {version('av')}"
         facts["rounding_s"] = ROUNDING_S
         if modality == "flow":
             facts["flow"] = recipe.flow.model_dump(mode="json")
@@ -197,6 +197,14 @@ class Networks:
                 some = clips[first : first + size] if whole else clips[rows]
                 tokens.update(zip(rows, _to_host(network.tokens(some)), strict=True))
         return tokens
+
+
+def _decord() -> str:
+    """Return the version of a decoder that only a recipe which names it needs."""
+    try:
+        return version("decord")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _to_host(tokens: Tensor) -> Tensor:
