@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.clips import Wanted
     from karmma_pipeline.recognition.output import Row
-    from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
+    from karmma_pipeline.recognition.prediction import Dropout
+    from karmma_pipeline.recognition.recognizer import Recognizer
 
 
 @click.command()
@@ -58,7 +59,8 @@ def predict(
     from karmma_pipeline.recognition.backbones import parse_weights, sensors_of
     from karmma_pipeline.recognition.clips import Spans, wanted_clips
     from karmma_pipeline.recognition.output import summary, write_timeline
-    from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
+    from karmma_pipeline.recognition.prediction import Dropout
+    from karmma_pipeline.recognition.recognizer import Recognizer
 
     started = time.perf_counter()
     tables = any(path.suffix.lower() == ".csv" for path in inputs)

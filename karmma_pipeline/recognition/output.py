@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from karmma_pipeline import files
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import NOTHING, label
-from karmma_pipeline.recognition.recognizer import Prediction
+from karmma_pipeline.recognition.prediction import Prediction
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -27,66 +27,18 @@ from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, col
 from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
-from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
+from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.metrics import softmax
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.models.saved import ModelCard, open_model
 from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
+from karmma_pipeline.recognition.prediction import DROPPED, Dropout, Prediction
+from karmma_pipeline.recognition.stream import Stream, StreamSettings
 from karmma_pipeline.store import ModalitySpec
 
 _logger = logging.getLogger(__name__)
-
-DROPPED = "dropped"
-"""Why a modality is absent that was there and was left out on purpose."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of a clip.
-
-    Attributes:
-        clip: with its id, ``start_s`` and ``stop_s`` (None: the end of the file).
-        logits: head to float32 [C]; empty if no modality was left: there was nothing to see.
-        mask: modality to whether the model saw it.
-        reasons: absent modality to why: a reason of an extraction, or ``dropped``.
-        heads: head to its C class names.
-    """
-
-    clip: Clip
-    logits: Mapping[str, npt.NDArray[np.float32]]
-    mask: Mapping[str, bool]
-    reasons: Mapping[str, str]
-    heads: Mapping[str, Sequence[str]]
-
-    def top(self, head: str, count: int = 1) -> list[tuple[str, float]]:
-        """Return the best classes of a head and their probabilities; none if nothing was seen."""
-        if head not in self.heads:
-            raise ConfigError(f"head={head!r}: the model has {', '.join(self.heads)}.")
-        if head not in self.logits:
-            return []
-        of = self.probabilities[head]
-        return [(self.heads[head][i], float(of[i])) for i in np.argsort(-of, kind="stable")[:count]]
-
-    @property
-    def probabilities(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Head to the softmax of its logits, float64 [C]."""
-        return {head: softmax(of) for head, of in self.logits.items()}
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Modalities that are left out on purpose.
-
-    without: these, of every clip.
-    rate, seed: the others as modality dropout would in training, each with this probability.
-    """
-
-    without: tuple[str, ...] = ()
-    rate: float = 0.0
-    seed: int = 0
 
 
 class Recognizer:
@@ -213,6 +165,53 @@ class Recognizer:
             batches = self._batches(stack, clips, workers, stop)
             for computed in self._computed(stack, batches, stop):
                 yield from self._answers(computed, dropout)
+
+    def stream(
+        self,
+        window_s: float = 2.0,
+        hop_s: float = 0.5,
+        deadline_s: float | Mapping[str, float] = 0.5,
+        *,
+        tolerance_s: float = 0.1,
+        share: float = 0.8,
+        frozen_s: float | None = None,
+        audio_hz: int | None = None,
+    ) -> Stream:
+        """Return what live sensors push into, and what answers for the newest window.
+
+        Args:
+            window_s: seconds that are recognised at a time.
+            hop_s: from one window to the next.
+            deadline_s: age of a sensor's newest sample beyond which its modalities are absent
+                (``stale``), for all sensors or by name. A picture stands for no longer than that.
+            tolerance_s: how late samples may come; windows end that long before now.
+            share: part of a window that a sensor must cover; else it is absent (``gap``).
+            frozen_s: a camera that sends the very same picture for so long is absent (``frozen``);
+                None: that is allowed.
+            audio_hz: rate of the pushed sound; None: that of the model's spectrograms.
+
+        Raises:
+            ConfigError: a setting makes no sense.
+
+        Examples:
+            >>> stream = recognizer.stream(window_s=2, hop_s=0.5)
+            >>> for n in range(60):
+            ...     stream.push("rgb", n / 25, np.full((48, 96, 3), 4 * n, np.uint8))
+            >>> prediction = stream.step(2.4)
+            >>> prediction.clip.start_s, prediction.mask, prediction.reasons
+            (0.0, {'rgb': True, 'flow': True, 'audio': False}, {'audio': 'no_data'})
+        """
+        settings = StreamSettings(
+            window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz
+        )
+        return Stream(settings, self._settings, self.modalities, self._answer)
+
+    def _answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
+        """Return what is said of one clip. All threads work on it: its answer is waited for."""
+        plan = BatchPlan(0, [clip], (SET,), last=False)
+        batch = collate(plan, [decoded], pin=self.networks.device.type == "cuda")
+        (prediction,) = self._answers(self.networks.compute(batch), Dropout())
+        return prediction
 
     def _batches(
         self, stack: ExitStack, clips: Iterable[Clip], workers: int | None, stop: StopFlag

@@ -24,7 +24,8 @@ from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
 from karmma_pipeline.recognition.output import PredictionWriter, row_of
-from karmma_pipeline.recognition.recognizer import Dropout, Prediction, Recognizer
+from karmma_pipeline.recognition.prediction import Dropout, Prediction
+from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training.recipe import BaselineRecipe
 from karmma_pipeline.training.stages import train_baseline

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import Clip, FrameSource
-from karmma_pipeline.extraction.decode.flow import as_pictures, dis_flow, resized
+from karmma_pipeline.extraction.decode.flow import Motion, as_pictures, dis_flow, resized
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.recipe import Flow, Sampling
 from karmma_pipeline.extraction.types import InputSpec, Numbers, Pictures, Times
@@ -239,8 +239,12 @@ class DecodedFrames:
         second = self._stack(one, one.second)
         if one.spec.pairs:
             return np.stack([first, second])
-        motion = dis_flow(flow, first, second)
+        motion = self._motion(one, flow, first, second)
         return as_pictures(flow, motion * one.flow_scale[:, None, None, None])
+
+    def _motion(self, one: FrameSelection, flow: Flow, first: Pictures, second: Pictures) -> Motion:
+        """Return the motion of the pairs, float32 [T, 2, h, w], see `dis_flow`."""
+        return dis_flow(flow, first, second)
 
     # Numbers may repeat: a clip shorter than T frame intervals shows some frames more than once.
     def _stack(self, one: FrameSelection, numbers: Numbers) -> Pictures:

@@ -11,16 +11,16 @@ import mmap
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from karmma_pipeline.data.manifest import BoxSource, Clip, SensorSource
+from karmma_pipeline.data.manifest import BoxSource, Clip, SensorSource, Source
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.decode.frame_selection import (
     DecodedFrames,
@@ -32,7 +32,7 @@ from karmma_pipeline.extraction.decode.frame_selection import (
 )
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
-from karmma_pipeline.extraction.media.interface import MediaFaultError
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
@@ -136,8 +136,35 @@ def decode_clips(clips: list[Clip], settings: DecodeSettings) -> list[DecodedCli
         return [decoded for decoded, _ in begun]
 
 
+class Media(Protocol):
+    """Whatever gives the reader of a source: files, or what sensors have sent so far."""
+
+    def of(self, source: Source) -> MediaReader:
+        """Return it."""
+        ...
+
+
+def decode_clip(
+    clip: Clip,
+    settings: DecodeSettings,
+    media: Media,
+    frames_of: Callable[[Iterable[FrameSelection]], DecodedFrames],
+) -> DecodedClip:
+    """Decode one clip of media that are open; a fault costs its modality.
+
+    Args:
+        clip: of the media.
+        settings: what to decode.
+        media: its sources.
+        frames_of: decodes the chosen frames, as `DecodedFrames` does.
+    """
+    decoded, chosen = _begin(clip, settings, media)
+    _finish(decoded, chosen, frames_of(chosen.values()), settings)
+    return decoded
+
+
 def _begin(
-    clip: Clip, settings: DecodeSettings, media: OpenMedia
+    clip: Clip, settings: DecodeSettings, media: Media
 ) -> tuple[DecodedClip, dict[InputSpec, FrameSelection]]:
     """Read boxes, sensors and sound, and choose the frames of the rest."""
     decoded = DecodedClip(clip.clip_id)
@@ -188,7 +215,7 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
         decoded.details[spec] = "could not get the memory it asked for"
 
 
-def _sound_span(clip: Clip, settings: DecodeSettings, media: OpenMedia) -> tuple[float, float]:
+def _sound_span(clip: Clip, settings: DecodeSettings, media: Media) -> tuple[float, float]:
     """Return the span that the clip's pictures have, or, without pictures, its sound's."""
     tolerance = settings.sampling.tolerance_s
     with suppress(MediaFaultError, KeyError):
@@ -200,7 +227,7 @@ def _sound_span(clip: Clip, settings: DecodeSettings, media: OpenMedia) -> tuple
 
 
 def _audio(
-    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, media: OpenMedia
+    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, media: Media
 ) -> None:
     audio, sound = settings.audio, media.of(clip.media["audio"])
     rate = audio.sample_rate

@@ -39,8 +39,8 @@ RESAMPLING = f"channels averaged, soxr {QUALITY}"
 #: Seconds of sound beyond which a track is implausible.
 LONGEST_S = 48 * 3600
 
-# How far sound may be from its time stamps before it is put right; less is their rounding.
-_DRIFT_S = 0.03
+#: How far sound may be from its time stamps before it is put right; less is their rounding, s.
+DRIFT_S = 0.03
 
 # Time stamps that go back farther begin anew, as in files that were joined.
 _JUMP_S = 10.0
@@ -197,7 +197,7 @@ class _Timeline:
         if hole < -_JUMP_S * self._native:
             self._zero_s += hole / self._native
             return 0
-        return hole if abs(hole) > _DRIFT_S * self._native else 0
+        return hole if abs(hole) > DRIFT_S * self._native else 0
 
     def _frames(self) -> Iterator[Any]:
         with open_container(self._path) as container:
