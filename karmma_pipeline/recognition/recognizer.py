@@ -61,6 +61,7 @@ class Recognizer:
         model: in evaluation mode, on the device.
         card: what it is.
         modalities: that it takes, in the order of a mask's columns.
+        decode_settings: what is decoded of a clip.
         notes: what a user should know, such as libraries of other versions.
     """
 
@@ -69,7 +70,7 @@ class Recognizer:
         self.model = model.to(networks.device)
         self.modalities = model.modalities
         self.notes = check_networks(networks, card)
-        self._settings = replace(DecodeSettings.of(networks.recipe), index_folder=None)
+        self.decode_settings = replace(DecodeSettings.of(networks.recipe), index_folder=None)
         # Tokens are rounded as the store of the training did, so that the answers are those of
         # an evaluation. Cards of earlier versions do not say how: then nothing is rounded.
         self._specs = {
@@ -204,9 +205,9 @@ class Recognizer:
         settings = StreamSettings(
             window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz
         )
-        return Stream(settings, self._settings, self.modalities, self._answer)
+        return Stream(settings, self.decode_settings, self.modalities, self.answer)
 
-    def _answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
+    def answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
         """Return what is said of one clip. All threads work on it: its answer is waited for."""
         plan = BatchPlan(0, [clip], (SET,), last=False)
         batch = collate(plan, [decoded], pin=self.networks.device.type == "cuda")
@@ -219,11 +220,11 @@ class Recognizer:
         size, pin = self.networks.batch_size, self.networks.device.type == "cuda"
         plans = _plans(clips, size)
         if workers == 0:
-            decoded = ((plan, decode_clips([*plan.clips], self._settings)) for plan in plans)
+            decoded = ((plan, decode_clips([*plan.clips], self.decode_settings)) for plan in plans)
             return (collate(plan, some, pin) for plan, some in decoded)
         count = workers or default_workers(beside_gpu=pin)
         decode = self.networks.recipe.decode
-        pool = stack.enter_context(open_pool(self._settings, decode, count, size, stop))
+        pool = stack.enter_context(open_pool(self.decode_settings, decode, count, size, stop))
         batches = (collate(plan, some, pin) for plan, some in pool.batches(plans))
         return iter(stack.enter_context(Prefetcher(batches)))
 

@@ -6,6 +6,7 @@ is kept at the sensor's own rate. Both hold little more than one window.
 H and W a picture's size, S samples.
 """
 
+import sys
 import threading
 import zlib
 from bisect import bisect_left, bisect_right, insort
@@ -105,11 +106,11 @@ class Camera:
 
     Args:
         transforms: what the networks want of a picture.
-        keep_s: seconds that are kept where nobody reads.
+        keep_s: seconds that are kept where nobody reads; half of it may lie ahead of who does.
 
     Attributes:
         ignored: pictures that came too late, or from the future.
-        newest_s: time of the newest picture; None before the first.
+        newest_s: time of the newest picture that a window has met; None before the first.
     """
 
     def __init__(self, transforms: Iterable[FrameTransform], keep_s: float) -> None:
@@ -122,7 +123,7 @@ class Camera:
         """Begin anew."""
         with self._lock:
             self._shots: list[_Shot] = []
-            self._low_s = -np.inf
+            self._low_s, self._high_s = -np.inf, sys.float_info.max
             self.newest_s: float | None = None
 
     def push(self, time_s: float, frame: npt.NDArray[np.uint8]) -> None:
@@ -135,7 +136,7 @@ class Camera:
             raise ConfigError("push: a picture is an array uint8 [H, W, 3], RGB.")
         if frame.shape[2] != 3 or not frame.size:
             raise ConfigError(f"push: a picture is uint8 [H, W, 3], RGB; this is {frame.shape}.")
-        if not self._low_s <= time_s < np.inf:
+        if not self._low_s <= time_s <= self._high_s:
             self.ignored += 1
             return
         frame = np.ascontiguousarray(frame)
@@ -146,19 +147,21 @@ class Camera:
             insort(self._shots, _Shot(time_s, self._serial, digest, pictures), key=_time_of)
             oldest_s = self._shots[-1].time_s - self._keep_s
             del self._shots[: bisect_left(self._shots, oldest_s, key=_time_of)]
-            self.newest_s = self._shots[-1].time_s
 
     def view(self, start_s: float, stop_s: float, now_s: float) -> CameraView | None:
         """Return what there is by now for a window, and forget what is older; None if nothing."""
         with self._lock:
-            self._low_s = start_s
+            # A clock gone astray must not push out what is good.
+            self._low_s, self._high_s = start_s, now_s + self._keep_s / 2
             # The picture that is shown as the window starts was taken before it.
             first = bisect_right(self._shots, start_s + ROUNDING_S, key=_time_of) - 1
             last = bisect_right(self._shots, now_s, key=_time_of)
             self.ignored += len(self._shots) - last
             self._shots = self._shots[max(first, 0) : last]
-            self.newest_s = self._shots[-1].time_s if self._shots else None
-            return CameraView(list(self._shots), stop_s) if self._shots else None
+            if not self._shots:
+                return None
+            self.newest_s = self._shots[-1].time_s
+            return CameraView(list(self._shots), stop_s)
 
 
 class LiveFrames:
@@ -290,12 +293,12 @@ class Microphone:
 
     Args:
         rate: its own, Hz.
-        keep_s: seconds that are kept where nobody reads.
+        keep_s: seconds that are kept where nobody reads; half of it may lie ahead of who does.
         tolerance_s: how late a chunk may come behind one that is newer.
 
     Attributes:
         ignored: chunks that came too late, from the future, or with samples that are no numbers.
-        newest_s: end of the newest chunk; None before the first.
+        newest_s: end of the newest sound that a window has met; None before the first.
     """
 
     def __init__(self, rate: int, keep_s: float, tolerance_s: float) -> None:
@@ -310,7 +313,7 @@ class Microphone:
             self._waiting: list[tuple[float, Sound]] = []
             self._pieces: list[_Piece] = []
             self._zero_s: float | None = None
-            self._low_s = -np.inf
+            self._low_s, self._high_s = -np.inf, sys.float_info.max
             self.newest_s: float | None = None
 
     def push(self, time_s: float, samples: npt.NDArray[np.float32]) -> None:
@@ -324,20 +327,20 @@ class Microphone:
         if samples.ndim != 1:
             raise ConfigError(f"push: sound is float32 [S], mono; this is {samples.shape}.")
         stop_s = time_s + len(samples) / self._rate
-        usable = self._low_s < stop_s < np.inf and bool(np.isfinite(samples).all())
+        usable = self._low_s < stop_s <= self._high_s and bool(np.isfinite(samples).all())
         if not (len(samples) and usable):
             self.ignored += bool(len(samples))
             return
         with self._lock:
             insort(self._waiting, (time_s, np.array(samples, np.float32)), key=_chunk_time)
-            oldest_s = max(self.newest_s or stop_s, stop_s) - self._keep_s
+            oldest_s = self._waiting[-1][0] - self._keep_s
             del self._waiting[: bisect_left(self._waiting, oldest_s, key=_chunk_time)]
-            self.newest_s = max(self.newest_s or stop_s, stop_s)
 
     def view(self, start_s: float, stop_s: float, now_s: float) -> SoundView | None:
         """Return what there is by now for a window, and forget what is older; None if nothing."""
         with self._lock:
-            self._low_s = start_s
+            # A clock gone astray must not push out what is good.
+            self._low_s, self._high_s = start_s, now_s + self._keep_s / 2
             future = bisect_right(self._waiting, now_s, key=_chunk_time)
             self.ignored += len(self._waiting) - future
             del self._waiting[future:]
@@ -350,7 +353,6 @@ class Microphone:
                 self._pieces = [piece for piece in self._pieces if piece.stop > low]
             pieces = self._placed(self._waiting)
             if not pieces or self._zero_s is None:
-                self.newest_s = None
                 return None
             self.newest_s = self._zero_s + max(piece.stop for piece in pieces) / self._rate
             return SoundView(sorted(pieces, key=_place), self._zero_s, self._rate)

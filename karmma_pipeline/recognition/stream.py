@@ -34,6 +34,9 @@ NO_DATA, STALE, GAP, FROZEN = "no_data", "stale", "gap", "frozen"
 
 Answer = Callable[[Clip, DecodedClip], Prediction]
 
+# How long nobody may ask before what is sent meanwhile is no longer kept, seconds.
+_PAUSE_S = 10.0
+
 # Two moments that are one but for rounding, in hops.
 _ROUNDING = 1e-6
 
@@ -110,7 +113,7 @@ class Stream:
         self.settings, self.modalities = settings, modalities
         self._decode, self._answer = decode, answer
         self._off: frozenset[str] = frozenset()
-        keep_s = 2 * (settings.window_s + settings.hop_s + settings.tolerance_s)
+        keep_s = 2 * (_PAUSE_S + settings.window_s + settings.hop_s + settings.tolerance_s)
         transforms = [spec.transform for spec in decode.inputs if spec.transform is not None]
         self._camera = Camera(transforms, keep_s)
         rate = settings.audio_hz or decode.audio.sample_rate
@@ -161,7 +164,12 @@ class Stream:
         The window ends at least ``tolerance_s`` before ``now_s``. Windows before it that nobody
         asked for are skipped and counted. Where the clock goes back by more than a window, all
         begins anew.
+
+        Raises:
+            ConfigError: ``now_s`` is no number.
         """
+        if not math.isfinite(now_s):
+            raise ConfigError(f"step({now_s}): seconds on the sensors' clock are wanted.")
         with self._stepping:
             settings = self.settings
             room_s = now_s - settings.tolerance_s - settings.window_s
@@ -225,22 +233,28 @@ class Stream:
         if modality in self._off:
             return DROPPED
         sensor = SENSOR_OF.get(modality)
+        newest_s = self._newest_s(sensor)
         deadline_s = self.settings.deadline(sensor or "")
         least_s = self.settings.share * (stop_s - start_s) * (1 - _ROUNDING)
         if sensor == "rgb" and camera is not None:
-            newest_s = float(camera.frame_starts[-1])
             covered_s = camera.covered_s(start_s, stop_s, deadline_s)
             frozen_s = self.settings.frozen_s
             if frozen_s is not None and camera.same_s >= frozen_s:
                 return FROZEN
         elif sensor == "audio" and sound is not None:
-            newest_s = sound.sound_span(1)[1]
             covered_s = sound.covered_s(start_s, stop_s)
-        else:
+        elif newest_s is None:
             return NO_DATA
-        if newest_s < now_s - deadline_s:
+        else:
+            return STALE
+        if newest_s is None or newest_s < now_s - deadline_s:
             return STALE
         return GAP if covered_s < least_s else None
+
+    def _newest_s(self, sensor: str | None) -> float | None:
+        if sensor is None:
+            return None
+        return self._camera.newest_s if sensor == "rgb" else self._microphone.newest_s
 
 
 class _Views:

@@ -19,6 +19,7 @@ from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import read_manifest
 from karmma_pipeline.data.sample.dataset import write_sample
 from karmma_pipeline.errors import ConfigError, MediaError
+from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.models.saved import load_model
@@ -109,6 +110,31 @@ def test_a_window_that_is_a_clip_is_that_clip(
     (window,) = recognizer.predict(wanted_clips([clip.media["rgb"].path], spans).clips, workers=0)
     for head, said in window.logits.items():
         np.testing.assert_allclose(said, seen[1].logits[head], atol=1e-4)
+
+
+def test_live_windows_of_a_files_signals_are_those_of_the_file(
+    root: Path, recognizer: Recognizer, tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / "moving.mp4", seconds=4, click_s=1.5, pan_px_s=20)
+    file = MediaFile(path)
+    frames = dict(file.decode(np.arange(len(file.frame_starts))))
+    rate = recognizer.decode_settings.audio.sample_rate
+    zero_s, stop_s = file.sound_span(rate)
+    sound = file.sound(zero_s, stop_s, rate)
+    stream, sent = recognizer.stream(window_s=2, hop_s=0.5), [0, 0]
+    for window in recognizer.video(path, window_s=2, hop_s=0.5, workers=0):
+        now_s = (window.clip.stop_s or 0.0) + 0.1
+        while sent[0] < len(frames) and file.frame_starts[sent[0]] <= now_s:
+            stream.push("rgb", file.frame_starts[sent[0]], frames[sent[0]])
+            sent[0] += 1
+        while sent[1] < len(sound) and zero_s + sent[1] / rate <= now_s:
+            stream.push("audio", zero_s + sent[1] / rate, sound[sent[1] : sent[1] + 800])
+            sent[1] += 800
+        live = stream.step(now_s)
+        assert live is not None
+        assert (live.clip.start_s, live.mask) == (window.clip.start_s, window.mask)
+        for head, said in live.logits.items():
+            np.testing.assert_allclose(said, window.logits[head], atol=1e-5)
 
 
 def starts(video: Path, *spans: Any) -> list[float]:
