@@ -354,6 +354,20 @@ class ExtractRecipe(Recipe):
         return sets
 
     @model_validator(mode="after")
+    def _engines_can(self) -> Self:
+        engines = {choice.engine for choices in self.sets.values() for choice in choices.values()}
+        if "openvino" not in engines:
+            return self
+        if self.precision in {"tf32", "bfloat16"}:
+            raise ValueError(
+                f"precision={self.precision!r}: engine openvino computes in float32; leave "
+                "precision out, or set engine: torch"
+            )
+        if self.compile:
+            raise ValueError("compile=true: is for engine torch; leave it out with openvino")
+        return self
+
+    @model_validator(mode="after")
     def _one_list_of_clips(self) -> Self:
         if (self.manifest is None) == (self.dataset is None):
             raise ValueError("give either manifest (a CSV) or dataset, one of the two")

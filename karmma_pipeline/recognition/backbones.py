@@ -84,6 +84,7 @@ def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     choice = {
         "name": facts["backbone"],
         "tokens": facts["token_grid"],
+        "engine": str(facts.get("engine") or "torch").partition(" ")[0],
     }
     if architecture.kind == "boxes":
         return choice | {"frames": facts["input"][1]}

@@ -14,6 +14,7 @@ from karmma_pipeline.cli import main
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.report import estimate, tasks, text
+from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.report import ExtractReport
@@ -181,6 +182,7 @@ def test_the_time_is_that_of_a_stream_at_work(
         seen.append((recipe.out.parent, recipe.max_failures, len(manifest.clips)))
         return ExtractReport({}, marks=marks)
 
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda: clip_s == 30.0)
     monkeypatch.setattr(cost, "extract", stand_in)
     monkeypatch.setattr(cost, "max_workers", lambda device: 2)
     monkeypatch.setattr(cost, "perf_counter", iter((0.0, 1200.0)).__next__)
@@ -189,7 +191,9 @@ def test_the_time_is_that_of_a_stream_at_work(
     recipe = recipe_of(tmp_path, rows, device="cpu")
     plan = estimate(recipe, probe=False)
     assert plan["time"]["seconds_per_clip"] == clip_s
-    assert f"{said} on one cpu like this" in text(plan, recipe, Path("r.yaml"))
+    told = text(plan, recipe, Path("r.yaml"))
+    assert f"{said} on one cpu like this" in told
+    assert ("openvino is installed: " in told) == (clip_s == 30.0)
     ((folder, failures, clips),) = seen
     assert (folder.exists(), failures, clips) == (False, 1.0, 6)
 

@@ -52,6 +52,9 @@ class Slow:
         self.begun = [threading.Event() for _ in range(batches)]
         self.threads: list[int] = []
 
+    def serve(self, passes: int) -> None:
+        self.passes = passes
+
     def compute(self, number: int) -> Computed:
         self.threads.append(torch.get_num_threads())
         self.begun[number].set()
@@ -78,6 +81,7 @@ def test_batches_run_beside_one_another_on_one_thread_each_and_come_back_in_orde
         numbers: list[Any] = [workers.take().batch for _ in range(3)]
         assert numbers == [0, 1, 2]
     assert slow.threads == [1, 1, 1]
+    assert slow.passes == 2
 
 
 def test_an_error_in_a_worker_arrives_and_what_was_not_begun_is_dropped() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from karmma_pipeline.data.manifest import Clip, Manifest
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.extraction.estimate.survey import Presence
+from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.workers import max_workers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -83,6 +84,15 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, present: Presence) 
         "without_start_up": last > first,
         "problem": "",
     }
+
+
+def faster_with_openvino(recipe: ExtractRecipe) -> list[str]:
+    """Return the networks that openvino, which is installed, computes faster on this CPU."""
+    if not openvino_engine.is_installed() or pick_device(recipe.device).type != "cpu":
+        return []
+    choices = [choice for choices in recipe.sets.values() for choice in choices.values()]
+    names = (choice.name for choice in choices if choice.engine == "torch")
+    return [name for name in dict.fromkeys(names) if name in openvino_engine.FASTER]
 
 
 def _chosen(clips: Sequence[Clip], count: int) -> tuple[Clip, ...]:

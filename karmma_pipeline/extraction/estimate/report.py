@@ -48,10 +48,11 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
     lost, disk = facts["clips_lost_to_faults"], cost.disk(recipe, manifest, present)
     whole = cost.disk(recipe, manifest, wanted)["total_bytes_about"]
     time: Plan = {"device": "", "measured_on_clips": 0, "seconds_per_clip": None}
-    time |= {"without_start_up": False, "problem": "not measured"}
+    time |= {"without_start_up": False, "problem": "not measured", "faster_with_openvino": []}
     if calibrate:
         try:  # a plan without a time is worth printing
-            time = cost.time_per_clip(recipe, manifest, present)
+            time["faster_with_openvino"] = cost.faster_with_openvino(recipe)
+            time |= cost.time_per_clip(recipe, manifest, present)
         except KarmmaError as error:
             time["problem"] = str(error)
     clip_s = time["seconds_per_clip"]
@@ -195,6 +196,11 @@ def _time(plan: Plan, recipe_path: Path) -> list[str]:
         f"{per_second(1 / time['seconds_per_clip'])}, measured on {time['measured_on_clips']}"
     )
     lines = [f"{about} {_duration(hours)} on one {time['device']} like this ({measured} clips)"]
+    if names := time["faster_with_openvino"]:
+        lines.append(
+            f"openvino is installed: measured 1.2 to 2.7 times as fast for {', '.join(names)}; set "
+            "engine: openvino"
+        )
     if tasks > 1:
         array = f"sbatch --array=1-{tasks} extract/slurm.sbatch {recipe_path}"
         lines.append(f"{tasks} array tasks of about {_duration(hours / tasks)}: {array}")

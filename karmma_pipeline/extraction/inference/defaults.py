@@ -45,13 +45,19 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         # Stores begun by earlier versions hold what was found fastest on one machine: they are
         # finished in that way, whatever the rule says.
         chosen = recorded.get(key) or by_rule(network, networks.inputs[key], recipe)
-        network.use(chosen.model_copy(update=_stated(recipe)))
+        if network.openvino is None:
+            chosen = chosen.model_copy(update=_stated(recipe))
+        elif key not in recorded:  # what cannot be converted is told before a store is made
+            network.openvino.convert()
+        network.use(chosen)
         if backbone.choice.source != "none":
             note(f"{backbone.choice.name}: {network.config}")
 
 
 def by_rule(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> ComputeConfig:
     """Return how a network computes if no store records it; `docs/extraction.md` has the rule."""
+    if network.openvino is not None:  # whatever a recipe states for the others
+        return ComputeConfig(chosen="by the engine")
     stated = _stated(recipe)
     if network.backbone.choice.source == "none" or all(key in stated for key in _KEYS):
         return ComputeConfig(**stated)

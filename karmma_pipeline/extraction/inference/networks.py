@@ -15,6 +15,7 @@ from torch import Tensor
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.decode import boxes
 from karmma_pipeline.extraction.decode.frame_selection import PAIRS
+from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
@@ -99,6 +100,16 @@ class Networks:
         """How often a batch did not fit into memory."""
         return sum(network.halved for network in self.all.values())
 
+    def serve(self, passes: int) -> None:
+        """Get ready for so many batches at once.
+
+        Raises:
+            ConfigError: an engine cannot compute its network; the message says what it lacks.
+        """
+        for network in self.all.values():
+            if network.openvino is not None:
+                network.openvino.serve(passes)
+
     def jobs(self, name: str) -> dict[str, Job]:
         """Return what each modality of a set takes."""
         choices = self.recipe.sets[name].items()
@@ -130,6 +141,8 @@ class Networks:
     def _provenance(self, modality: str, choice: BackboneChoice) -> dict[str, Any]:
         recipe = self.recipe
         facts = self.all[network_key(choice)].backbone.provenance()
+        if choice.engine == "openvino":
+            facts["engine"] = openvino_engine.name_and_version()
         facts["sampling"] = recipe.sampling.model_dump(mode="json")
         if modality in recipe.sensors:
             facts["sensor"] = recipe.sensors[modality].model_dump(mode="json")

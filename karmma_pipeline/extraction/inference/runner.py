@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.extraction.inference import openvino_engine
+from karmma_pipeline.extraction.inference.openvino_engine import OpenVino
 from karmma_pipeline.models.backbones import Backbone
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -69,18 +71,25 @@ class Network:
     """A backbone in one configuration; B clips in a batch, N tokens, D width.
 
     Attributes:
+        openvino: the engine, where the choice names it; None: torch.
         halved: how often a batch was too big for the memory and was halved.
     """
 
     def __init__(self, backbone: Backbone, device: torch.device, config: ComputeConfig) -> None:
+        openvino_engine.check(backbone.choice, device)
         self.backbone, self.device = backbone.to(device), device
         self.halved = 0
-        if type(self.backbone.net).__module__.startswith("torchvision."):
-            fold_norms(self.backbone.net)  # custom networks may look at what lies between
-        if device.type == "cpu":
-            use_onednn(self.backbone)
+        self.openvino = OpenVino(backbone) if backbone.choice.engine == "openvino" else None
+        if self.openvino is None:
+            self._ready_for_torch()
         self._clip_bytes = 0
         self.use(config)
+
+    def _ready_for_torch(self) -> None:
+        if type(self.backbone.net).__module__.startswith("torchvision."):
+            fold_norms(self.backbone.net)  # custom networks may look at what lies between
+        if self.device.type == "cpu":
+            use_onednn(self.backbone)
 
     def use(self, config: ComputeConfig) -> None:
         """Change how it computes."""
@@ -91,7 +100,8 @@ class Network:
         for parameter in self.backbone.parameters():
             wanted = self._format(parameter.dim())
             parameter.data = parameter.data.contiguous(memory_format=wanted)
-        self._call = torch.compile(self.backbone) if config.compile else self.backbone
+        compiled = torch.compile(self.backbone) if config.compile else self.backbone
+        self._call = self.openvino or compiled
 
     def _format(self, dimensions: int) -> torch.memory_format:
         last = self.config.memory_format == "channels_last"
@@ -116,11 +126,10 @@ class Network:
         which clips are computed together.
         """
         if not self._clip_bytes:
-            config = self.config
-            self.use(config.model_copy(update={"compile": False}))  # compiled code hides its steps
+            call, self._call = self._call, self.backbone  # compiled code hides its steps
             with _LargestOperation() as largest:  # type: ignore[no-untyped-call]
                 self.tokens(clip)
-            self.use(config)
+            self._call = call
             self._clip_bytes = 2 * largest.bytes  # a residual beside it, and a library's scratch
         return self._clip_bytes
 

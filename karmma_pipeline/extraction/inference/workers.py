@@ -32,6 +32,7 @@ class ForwardWorkers:
     def __init__(self, networks: Networks, count: int) -> None:
         self._networks, self.count = networks, count
         self._running: deque[Future[Computed]] = deque()
+        networks.serve(count)
         # The number of threads of a pass is a setting of the thread that starts it.
         self._pool = ThreadPoolExecutor(count, "forward", lambda: torch.set_num_threads(1))
 

@@ -17,6 +17,7 @@ from karmma_pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, Kind
 
+Engine = Literal["torch", "openvino"]
 WeightSource = Literal["none", "random", "file", "published"]
 
 # The shipped networks that take frames and sizes as they come; what else there is, the registry
@@ -70,9 +71,17 @@ class BackboneChoice(Recipe):
         description="Sensors: windows N, samples of each, channels; a recipe's sensors fill it in.",
     )
 
+    engine: Engine = Field(
+        "torch",
+        description="What computes it. openvino: on CPUs, convolutional networks and Swin faster\n"
+        "(docs/extraction.md); pip install 'karmma-pipeline[openvino]'.",
+    )
+
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
         """Find faults when the recipe is read; a package.module:factory is imported later."""
+        if self.engine != "torch" and self.name in {"boxes", "windows"}:
+            raise ValueError(f"engine={self.engine!r}: {self.name} computes nothing; leave it out")
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
