@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def recipe_model(command: str) -> type[Recipe]:
-    """Return the recipe of a command, or of a ``chain`` or a ``site``."""
+    """Return the recipe of a command, or of a ``chain``, a ``sweep`` or a ``site``."""
     if command == "extract":
         from karmma_pipeline.extraction.recipe import ExtractRecipe
 
@@ -43,10 +43,11 @@ def recipe_model(command: str) -> type[Recipe]:
         from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 
         return EvaluateRecipe
-    if command in {"chain", "site"}:
-        from karmma_pipeline.batch.recipe import Chain, Site
+    if command in {"chain", "sweep", "site"}:
+        from karmma_pipeline.batch.recipe import Chain, Site, Sweep
 
-        return Chain if command == "chain" else Site
+        batch: dict[str, type[Recipe]] = {"chain": Chain, "sweep": Sweep, "site": Site}
+        return batch[command]
     from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
 
     models: dict[str, type[Recipe]] = {
@@ -63,6 +64,7 @@ def use_of(tree: dict[str, Any]) -> tuple[str, ...] | None:
         ("sets", ("extract",)),
         ("runs", ("evaluate",)),
         ("stages", ("chain",)),
+        ("methods", ("sweep",)),
         ("teacher", ("distill",)),
         ("store", ("train-teacher", "train-baseline")),
     ):

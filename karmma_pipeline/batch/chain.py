@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from karmma_pipeline import config
-from karmma_pipeline.batch.recipe import Chain, Stage
+from karmma_pipeline.batch.recipe import Chain, Stage, Sweep
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
@@ -62,10 +62,11 @@ def load_chain(path: Path) -> tuple[Chain, list[ChainStage]]:
         recipe = config.load(recipe_model(settings.command), settings.recipe, settings.overrides)
         reads, writes = folders(recipe)
         stages.append(ChainStage(name, settings, recipe, reads, writes))
-    return chain, [_with_waits(path, stage, stages) for stage in stages]
+    return chain, [with_waits(path, stage, stages) for stage in stages]
 
 
-def _with_waits(path: Path, stage: ChainStage, stages: list[ChainStage]) -> ChainStage:
+def with_waits(path: Path, stage: ChainStage, stages: list[ChainStage]) -> ChainStage:
+    """Return a stage with the names of those that make what it reads; they must stand before it."""
     makers = {w.absolute(): other.name for other in stages for w in other.writes}
     if len(makers) < sum(len(other.writes) for other in stages):
         raise ConfigError(f"{path}: two stages write the same folder; give each its own `out`.")
@@ -87,18 +88,19 @@ def folders(recipe: Recipe) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     if isinstance(recipe, EvaluateRecipe):
         return (*recipe.runs, *recipe.stores), (recipe.out,)
     if isinstance(recipe, DistillRecipe):
-        theirs = (path for one in recipe.teacher_store for path in _paths(one))
-        return (*_paths(recipe.store), *recipe.teacher, *theirs), (recipe.out,)
+        theirs = (path for one in recipe.teacher_store for path in paths(one))
+        return (*paths(recipe.store), *recipe.teacher, *theirs), (recipe.out,)
     if isinstance(recipe, TrainRecipe):
-        return _paths(recipe.store), (recipe.out,)
+        return paths(recipe.store), (recipe.out,)
     raise TypeError(type(recipe).__name__)
 
 
-def _paths(one_or_more: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+def paths(one_or_more: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the paths of a key that takes one or several."""
     return (one_or_more,) if isinstance(one_or_more, Path) else one_or_more
 
 
-def job_name(chain: Chain, *parts: str) -> str:
+def job_name(chain: Chain | Sweep, *parts: str) -> str:
     """Return a job's name, by which it is found in the queue again.
 
     It ends with a digest of the chain's folder: another folder is another chain.

@@ -21,6 +21,7 @@ from karmma_pipeline.runs import METRICS
 from karmma_pipeline.store import Catalog, FeatureStore, find_joined
 from karmma_pipeline.training.progress import TrainingProgress
 from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
+from karmma_pipeline.training.stages import changed_sources
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def _training(recipe: TrainRecipe) -> StageProgress:
     return StageProgress(
         there and run.finished(recipe),
         f"epoch {run.epoch} of {recipe.epochs}",
-        changed=(*changed_keys(recipe.out, recipe), *_changed_inputs(recipe)),
+        changed=(
+            *changed_keys(recipe.out, recipe),
+            *dict.fromkeys([*_changed_inputs(recipe), *changed_sources(recipe)]),
+        ),
     )
 
 

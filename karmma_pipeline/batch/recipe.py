@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from karmma_pipeline.config import Recipe
 
@@ -88,6 +88,107 @@ class Chain(Recipe):
             }
         ],
     )
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+        raise ValueError(f"{twice[0]!r} stands there twice")
+    return values
+
+
+Values = Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class Method(Recipe):
+    """A training that a sweep repeats with every seed and every point of a grid."""
+
+    command: Literal["train-teacher", "train-baseline", "distill"] = Field(
+        description="The karmma command.", examples=["distill"]
+    )
+    recipe: Path = Field(description="Its recipe.", examples=["student.yaml"])
+    name: Line = Field("", description="Name in the report; empty: the recipe's, else this key.")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of the recipe, a.b for those of sections -> value."
+    )
+    grid: dict[str, Values] = Field(
+        default_factory=dict,
+        description="Keys of the recipe -> values; every combination is a method of its own,\n"
+        "whose settings its name ends with.",
+    )
+    teacher: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+        (),
+        description="distill: one method above, or several; the run with seed s learns from that\n"
+        "with seed s. Where that one has a grid: the name of one combination.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_command(self) -> Self:
+        if (self.command == "distill") != bool(self.teacher):
+            least = (
+                "distill needs the methods that teach" if not self.teacher else "only for distill"
+            )
+            raise ValueError(f"teacher={list(self.teacher)}: {least}")
+        taken = {"out", "seed", "name", "teacher", "teacher_store", "teacher_table"}
+        if ours := sorted(taken & {*self.set, *self.grid}):
+            raise ValueError(f"{ours[0]} is set by the sweep, not in set or grid")
+        if both := sorted(self.set.keys() & self.grid.keys()):
+            raise ValueError(f"{both[0]} stands in set and in grid")
+        return self
+
+
+class SweepReport(Recipe):
+    """The one report over all runs of a sweep."""
+
+    recipe: Path | None = Field(None, description="Recipe of karmma evaluate; null: its defaults.")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of that recipe -> value; runs and out are known."
+    )
+
+
+class Sweep(Recipe):
+    """``karmma sweep SWEEP``: methods, their settings and seeds, and one report over all runs."""
+
+    name: Name = Field("sweep", description="Opens the names of batch jobs.")
+    out: Path = Field(
+        Path("sweep"), description="Folder: METHOD/seedS are the runs, `report` the report."
+    )
+    extract: Path | None = Field(
+        None, description="Recipe of the extraction that comes first; null: the stores are there."
+    )
+    methods: dict[Name, Method] = Field(
+        min_length=1,
+        description="Name to method, teachers before those that they teach.",
+        examples=[
+            {
+                "teacher": {"command": "train-teacher", "recipe": "teacher.yaml"},
+                "baseline": {"command": "train-baseline", "recipe": "baseline.yaml"},
+                "student": {
+                    "command": "distill",
+                    "recipe": "student.yaml",
+                    "teacher": "teacher",
+                    "grid": {"alpha": [0.3, 0.5]},
+                },
+            }
+        ],
+    )
+    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        default_factory=lambda: [0, 1, 2, 3, 4],
+        description="Each method is trained once with each.",
+    )
+    evaluate: SweepReport = Field(SweepReport(), description="What the report measures.")
+    resources: Resources = Field(
+        Resources(cpus=1, gpus=0, memory_gb=8, hours=4),
+        description="Of one run. Sums depend on the number of threads, here and on a cluster.",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Of the logs, and of the scripts of batch jobs."""
+        return self.out / "jobs"
 
 
 class Container(Recipe):

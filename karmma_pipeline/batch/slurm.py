@@ -18,7 +18,7 @@ from pathlib import Path
 from karmma_pipeline import files
 from karmma_pipeline.batch.chain import ChainStage, job_name
 from karmma_pipeline.batch.progress import StageProgress
-from karmma_pipeline.batch.recipe import Chain, Resources, Site
+from karmma_pipeline.batch.recipe import Chain, Resources, Site, Sweep
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, PARTS, without
@@ -95,6 +95,7 @@ class BatchJob:
         parts: into which an array shares out its work; 0: as many as the array has tasks.
         nodes: above 1 (or with several GPUs), ranks run under torchrun.
         ranks: per node; 0: no torchrun.
+        setup: shell lines before the command, such as variables that its arguments use.
     """
 
     title: str
@@ -107,6 +108,7 @@ class BatchJob:
     parts: int = 0
     nodes: int = 1
     ranks: int = 0
+    setup: tuple[str, ...] = ()
 
 
 def batch_script(job: BatchJob, site: Site) -> str:
@@ -200,6 +202,7 @@ def _environment(job: BatchJob, site: Site) -> Iterator[str]:
     for name, value in {**values, **site.env}.items():
         yield f"export {name}={shlex.quote(value)}"
     yield from site.setup
+    yield from job.setup
 
 
 def _unset(names: Iterable[str]) -> list[str]:
@@ -232,9 +235,7 @@ def _option(text: str) -> str:
 #: Name of the job that joins what the tasks of an array have made.
 FINISH = "finish"
 
-_RETURNS = (
-    "Stopped by its time limit or pre-empted, it saves, goes back into the queue and goes on."
-)
+RETURNS = "Stopped by its time limit or pre-empted, it saves, goes back into the queue and goes on."
 _FINISH_RESOURCES = Resources(cpus=1, gpus=0, memory_gb=4, hours=1)
 
 
@@ -278,13 +279,15 @@ def stage_jobs(
     jobs = {}
     if progress.missing or not settings.is_array:
         jobs[stage.name] = BatchJob(
-            title=f"{title}\n{_RETURNS}",
+            title=f"{title}\n{RETURNS}",
             name=job_name(chain, stage.name),
             arguments=shlex.join(stage.arguments),
             resources=resources,
             log=f"{log}.%A_%a.log" if settings.is_array else f"{log}.%j.log",
             folder=str(folder),
-            array=_array(progress, settings.at_once) if settings.is_array else "",
+            array=array_of((part.index + 1 for part in progress.missing), settings.at_once)
+            if settings.is_array
+            else "",
             parts=settings.array if settings.is_array else 0,
             nodes=settings.nodes,
             ranks=ranks,
@@ -301,10 +304,10 @@ def stage_jobs(
     return jobs
 
 
-def _array(progress: StageProgress, at_once: int | None) -> str:
-    """Return Slurm's list of the missing parts, numbered from 1; runs as a-b."""
+def array_of(numbers: Iterable[int], at_once: int | None = None) -> str:
+    """Return Slurm's list of the tasks of an array, given ascending; runs as a-b."""
     runs: list[list[int]] = []
-    for number in (part.index + 1 for part in progress.missing):
+    for number in numbers:
         if runs and runs[-1][-1] == number - 1:
             runs[-1][1:] = [number]
         else:
@@ -313,7 +316,58 @@ def _array(progress: StageProgress, at_once: int | None) -> str:
     return f"{text}%{at_once}" if at_once else text
 
 
-class Submission:
+class Sender:
+    """Sends jobs to Slurm; what is in the queue already is left alone.
+
+    Args:
+        settings: of what they belong to.
+        site: settings of the cluster.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, settings: Chain | Sweep, site: Site, say: Callable[[str], None]) -> None:
+        self.settings, self.site, self.say = settings, site, say
+        self.queued = queue()
+
+    def send_job(self, name: str, job: BatchJob, depends: str = "") -> tuple[str, bool]:
+        """Submit a job that is not in the queue; return its number, and whether it is new.
+
+        Args:
+            name: of its script and in what is said.
+            job: what it does.
+            depends: as ``--dependency``.
+        """
+        if alive := self.alive(job):
+            self.say(f"{name}: in the queue as job {alive[0].array_id}")
+            return alive[0].array_id, False
+        return self._submit(name, job, depends), True
+
+    def alive(self, job: BatchJob) -> list[QueuedJob]:
+        """Return what of a job is in the queue."""
+        return [q for q in self.queued if q.name == job.name]
+
+    def _submit(self, name: str, job: BatchJob, depends: str) -> str:
+        path = script_path(self.settings, name)
+        files.write_text(path, batch_script(job, self.site))
+        (self.settings.folder / "logs").mkdir(parents=True, exist_ok=True)
+        # Without kill-on-invalid-dep a job whose predecessor failed would wait for ever.
+        options = [f"--dependency={depends}", "--kill-on-invalid-dep=yes"] if depends else []
+        job_id = _run(["sbatch", "--parsable", *options, str(path)]).strip().split(";")[0]
+        after = f", {depends}" if depends else ""
+        tasks = f", tasks {job.array}" if job.array else ""
+        self.say(f"{name}: submitted as job {job_id}{tasks}{after}")
+        return job_id
+
+    def cancel_waiting(self, *jobs: str) -> None:
+        """Cancel what waits, by name, for a job that is gone; its successor gets a job anew."""
+        names = {job_name(self.settings, *job.split(".")) for job in jobs}
+        stale = [q for q in self.queued if q.name in names and q.state == "PENDING"]
+        if stale:
+            _run(["scancel", *{q.array_id for q in stale}])
+            self.queued = [q for q in self.queued if q not in stale]
+
+
+class Submission(Sender):
     """Sends a chain to Slurm; what is done or in the queue already is left alone.
 
     Args:
@@ -323,8 +377,8 @@ class Submission:
     """
 
     def __init__(self, chain: Chain, site: Site, say: Callable[[str], None]) -> None:
-        self.chain, self.site, self.say = chain, site, say
-        self.queued = queue()
+        super().__init__(chain, site, say)
+        self.chain = chain
         self.last: dict[str, str] = {}  # stage to the job that must have ended well
         self.new: set[str] = set()
 
@@ -334,41 +388,22 @@ class Submission:
             self.say(f"{stage.name}: done ({progress.text})")
             return
         if any(name in self.new for name in stage.waits):
-            self._cancel_waiting(stage)
+            self.cancel_waiting(stage.name, f"{stage.name}.{FINISH}")
         before = [self.last[name] for name in stage.waits if name in self.last]
         depends = "afterok:" + ":".join(before) if before else ""
         for name, job in stage_jobs(self.chain, stage, progress, Path.cwd()).items():
-            alive = [q for q in self.queued if q.name == job.name]
-            if alive:
-                job_id = alive[0].array_id
-                self.say(f"{name}: in the queue as job {job_id}")
-            else:
-                if job.array and isinstance(stage.recipe, ExtractRecipe):
-                    release_locks(stage.writes, {q.job_id for q in self.queued})
-                job_id = self._submit(name, job, depends)
+            if job.array and not self.alive(job) and isinstance(stage.recipe, ExtractRecipe):
+                release_locks(stage.writes, {q.job_id for q in self.queued})
+            job_id, new = self.send_job(name, job, depends)
+            if new:
                 self.new.add(stage.name)
             self.last[stage.name] = job_id
             depends = f"afterany:{job_id}"
 
-    def _submit(self, name: str, job: BatchJob, depends: str) -> str:
-        path = self.chain.folder / "scripts" / f"{name}.sbatch"
-        files.write_text(path, batch_script(job, self.site))
-        (self.chain.folder / "logs").mkdir(parents=True, exist_ok=True)
-        # Without kill-on-invalid-dep a job whose predecessor failed would wait for ever.
-        options = [f"--dependency={depends}", "--kill-on-invalid-dep=yes"] if depends else []
-        job_id = _run(["sbatch", "--parsable", *options, str(path)]).strip().split(";")[0]
-        after = f", {depends}" if depends else ""
-        tasks = f", tasks {job.array}" if job.array else ""
-        self.say(f"{name}: submitted as job {job_id}{tasks}{after}")
-        return job_id
 
-    def _cancel_waiting(self, stage: ChainStage) -> None:
-        """Cancel what waits for a job that is gone; its successor gets a job of its own."""
-        names = {job_name(self.chain, stage.name), job_name(self.chain, stage.name, FINISH)}
-        stale = [q for q in self.queued if q.name in names and q.state == "PENDING"]
-        if stale:
-            _run(["scancel", *{q.array_id for q in stale}])
-            self.queued = [q for q in self.queued if q not in stale]
+def script_path(chain: Chain | Sweep, name: str) -> Path:
+    """Return where the script of a job lies."""
+    return chain.folder / "scripts" / f"{name}.sbatch"
 
 
 def release_locks(stores: Sequence[Path], alive: set[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 import click
 
 from karmma_pipeline import __version__
-from karmma_pipeline.cli.batch import status, submit
+from karmma_pipeline.cli.batch import status, submit, sweep
 from karmma_pipeline.cli.demo import demo, sample
 from karmma_pipeline.cli.evaluate import costs, evaluate
 from karmma_pipeline.cli.extract import backbones, extract, plan
@@ -49,6 +49,7 @@ for _command in (
     distill,
     evaluate,
     predict,
+    sweep,
     submit,
     status,
     costs,

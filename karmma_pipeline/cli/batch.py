@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from karmma_pipeline.cli.options import finish, set_option
+
 if TYPE_CHECKING:
     from karmma_pipeline.batch.recipe import Site
 
@@ -58,6 +60,54 @@ def status(chain: Path) -> None:
     from karmma_pipeline.batch import launch
 
     click.echo(launch.status(chain))
+
+
+@click.command()
+@click.argument("sweep", type=click.Path(path_type=Path))
+@set_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at once; default: as many as there are CPUs and GPUs for.",
+)
+@click.option("--status", "shown", is_flag=True, help="Show how far each method is.")
+@click.option("--slurm", is_flag=True, help="Send the runs to Slurm, as job arrays.")
+@site_option
+@click.option("--dry-run", is_flag=True, help="Print the batch scripts and submit nothing.")
+@click.option("--run", "name", metavar="NAME", help="Do one run, METHOD/seedS, or the report.")
+def sweep(
+    sweep: Path,
+    overrides: tuple[str, ...],
+    jobs: int | None,
+    shown: bool,
+    slurm: bool,
+    site: Path | None,
+    dry_run: bool,
+    name: str | None,
+) -> None:
+    """Train methods with many settings and seeds.
+
+    One report compares them all. Running it again does what is missing.
+    """
+    from karmma_pipeline.batch import sweep_launch
+    from karmma_pipeline.batch.sweep import load_sweep, run_one
+    from karmma_pipeline.jobs import StopFlag
+
+    settings = _read_site(site)
+    loaded = load_sweep(sweep, overrides)
+    if name is not None:
+        with StopFlag() as stop:
+            finish(run_one(loaded, name, stop))
+    elif shown:
+        click.echo(sweep_launch.status(loaded))
+    elif dry_run:
+        click.echo(sweep_launch.scripts(loaded, jobs, settings), nl=False)
+    elif slurm:
+        sweep_launch.submit(loaded, jobs, settings, click.echo)
+    else:
+        with StopFlag() as stop:
+            sweep_launch.run_locally(loaded, jobs, settings, stop, click.echo)
+            finish()
 
 
 def _read_site(path: Path | None) -> Site:

@@ -17,6 +17,7 @@ STAGES = {
     "distill": ("karmma distill RECIPE", "the student and its teacher"),
     "evaluate": ("karmma evaluate --recipe RECIPE", "the report"),
     "chain": ("karmma submit CHAIN", "all stages as batch jobs"),
+    "sweep": ("karmma sweep SWEEP", "methods, settings and seeds"),
     "site": ("karmma submit CHAIN --site SITE", "settings of a cluster"),
 }
 """Stages to how their recipe is used, and what it is of."""

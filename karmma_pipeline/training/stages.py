@@ -1,6 +1,7 @@
 """The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,14 @@ def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str
 
 def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]) -> TrainReport:
     """Return the report of a run that needs neither its store nor its teacher any more."""
+    if now := _sources_now(recipe, began):
+        _check_sources(recipe, began, now)
+    early = done.epoch < recipe.epochs
+    return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
+
+
+def _sources_now(recipe: TrainRecipe, began: dict[str, str]) -> dict[str, str]:
+    """Return the digests of what a finished run has learned from, as far as it is still there."""
     now: dict[str, str] = {}
     store = _still_there(recipe)
     if store is not None:
@@ -128,10 +137,7 @@ def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]
         with suppress(StoreError, CheckpointError):  # a teacher that is gone is not another one
             clips = usable_clips(recipe, store, recipe.train_split)
             now = _sources(recipe, store, _teacher_caches(recipe, store, clips), began)
-    if now:
-        _check_sources(recipe, began, now)
-    early = done.epoch < recipe.epochs
-    return TrainReport(recipe.out, done.best, done.epoch, already_done=True, early=early)
+    return now
 
 
 def _still_there(recipe: TrainRecipe) -> TokenSource | None:
@@ -144,17 +150,39 @@ def _still_there(recipe: TrainRecipe) -> TokenSource | None:
 
 def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, str]) -> None:
     """Refuse to go on with other data than a run began with; where they lie does not matter."""
+    for kind, path, before, there in _changed_sources(recipe, began, now):
+        raise CheckpointError(
+            f"{recipe.out}: the run began with {kind} {_digest(before)}, there is "
+            f"now {path} {_digest(there)}; put the old one back, or choose another "
+            "folder with --set out=FOLDER."
+        )
+
+
+def _changed_sources(
+    recipe: TrainRecipe, began: dict[str, str], now: dict[str, str]
+) -> Iterator[tuple[str, Any, str | None, str | None]]:
+    """Yield what is another than when a run began: kind, place, digests then and now."""
     before, there = _numbered(began), _numbered(now)
     for name in dict.fromkeys([*there, *(n for n in before if n.startswith(("exclude", "init")))]):
         if before.get(name) != there.get(name):
             kind, number = name.split()
             paths = getattr(recipe, kind)
             path = paths[int(number)] if kind == "teacher" else paths
-            raise CheckpointError(
-                f"{recipe.out}: the run began with {kind} {_digest(before.get(name))}, there is "
-                f"now {path} {_digest(there.get(name))}; put the old one back, or choose another "
-                "folder with --set out=FOLDER."
-            )
+            yield kind, path, before.get(name), there.get(name)
+
+
+def changed_sources(recipe: TrainRecipe) -> list[str]:
+    """Return what a run learns from and is no longer what it was when the run began.
+
+    What is gone is not another one; of a run without a training state nothing is known.
+    """
+    with suppress(CheckpointError):
+        state, _ = load_state(recipe.out / "state")
+        if state is not None:
+            began = state["sources"]
+            changed = _changed_sources(recipe, began, _sources_now(recipe, began))
+            return [str(path or kind) for kind, path, _, _ in changed]
+    return []
 
 
 def _digest(digest: str | None) -> str:

@@ -12,7 +12,7 @@ from support.media_files import write_video
 from support.tiny_store import write_store
 
 from karmma_pipeline import config
-from karmma_pipeline.batch import launch
+from karmma_pipeline.batch import local
 from karmma_pipeline.batch.chain import load_chain
 from karmma_pipeline.cli import main
 from karmma_pipeline.store import verify
@@ -121,17 +121,17 @@ def test_slurms_commands_see_nothing_of_the_job_that_submits(
 
 def test_parts_run_here_have_gpus_of_their_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(launch, "cpu_count", lambda: 8)
+    monkeypatch.setattr(local, "cpu_count", lambda: 8)
     for gpus, wanted in ((1, ["2", "GPU-a", "5"]), (2, ["2, GPU-a"]), (0, [""] * 4), (9, [ALL])):
         stage = {"command": "extract", "recipe": "extract.yaml", "array": 4}
         stage["resources"] = {"gpus": gpus, "cpus": 1}
         _, (extract, *_) = load_chain(write_chain(extract=stage))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ALL)
-        slots = list(launch._slots(extract, launch.devices()))
+        slots = list(local.slots(extract.settings.resources, 4, local.devices()))
         assert [", ".join(slot.devices or ()) for slot in slots] == wanted
         assert len({slot.cpus for slot in slots}) == len(slots)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        without = list(launch._slots(extract, launch.devices()))
+        without = list(local.slots(extract.settings.resources, 4, local.devices()))
         assert [slot.devices for slot in without] == [None] * 4
 
 

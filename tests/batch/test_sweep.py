@@ -1,0 +1,259 @@
+"""Sweeps: what a change redoes, what failures leave, and what Slurm is handed."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from batch.conftest import FakeSlurm
+from click.testing import CliRunner, Result
+from support.patience import PATIENCE_S, wait_for
+from support.tiny_store import write_store
+from support.training import SIZE, results
+
+from karmma_pipeline import config
+from karmma_pipeline.batch import local, sweep_launch
+from karmma_pipeline.batch.local import LocalCommand
+from karmma_pipeline.batch.recipe import Resources, Site
+from karmma_pipeline.batch.sweep import load_sweep, run_one
+from karmma_pipeline.cli import main
+from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.evaluation import results as schema
+from karmma_pipeline.evaluation.report import figures
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.training.recipe import DistillRecipe
+
+GOLDEN = Path(__file__).parent / "golden"
+TRAINED: dict[str, Any] = {"size": SIZE, "epochs": 1, "batch_size": 32, "out": "x"}
+METHODS: dict[str, Any] = {
+    "teacher": {"command": "train-teacher", "recipe": "teacher.yaml"},
+    "baseline": {
+        "command": "train-baseline",
+        "recipe": "baseline.yaml",
+        "set": {"size.absent": "zeros"},
+    },
+    "student": {
+        "command": "distill",
+        "recipe": "student.yaml",
+        "teacher": "teacher",
+        "grid": {"alpha": [0.3, 0.5]},
+    },
+}
+
+
+def write_sweep(seeds: Sequence[int] = (0, 1), **changes: Any) -> Path:
+    """Write a sweep and its recipes into the current folder; changes are of methods."""
+    for name, tree in {
+        "teacher": {"store": "features/teacher", "name": "Teacher"},
+        "baseline": {"store": "features/student"},
+        "student": {"store": "features/student", "teacher": "y", "teacher_store": "z"},
+    }.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**TRAINED, **tree}))
+    methods = {n: m for n, m in {**METHODS, **changes}.items() if m}
+    tree = {
+        "out": "sw",
+        "methods": methods,
+        "seeds": [*seeds],
+        "evaluate": {"set": {"costs": False, "draws": 0, "drop_rates": [0.0, 0.5]}},
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return Path("sweep.yaml")
+
+
+@pytest.fixture
+def stores(here: Path) -> Path:
+    """The current folder, with two stores."""
+    for name in ("teacher", "student"):
+        write_store(here / "features" / name)
+    return here
+
+
+def in_this_process(
+    commands: Sequence[LocalCommand],
+    resources: Resources,
+    most: int,
+    site: Site,
+    stop: StopFlag,
+    ended: Callable[[LocalCommand, int], None],
+) -> set[str]:
+    """As `local.run_all`, one after the other and without new processes."""
+    done = set[str]()
+    for command in commands:
+        if not command.after <= done:
+            continue
+        code = 0
+        try:
+            run_one(load_sweep(Path(command.words[1])), command.words[-1], stop)
+            done.add(command.name)
+        except KarmmaError as error:
+            command.log.parent.mkdir(parents=True, exist_ok=True)
+            command.log.write_text(f"Error: {error}\n")
+            code = error.exit_code
+        ended(command, code)
+    return done
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "run_all", in_this_process)
+    monkeypatch.setattr(figures, "draw", lambda _: {})  # most of a report's time
+
+
+def launch(path: Path) -> list[str]:
+    """Run a sweep here; return the stages that were not done before."""
+    said: list[str] = []
+    sweep_launch.run_locally(load_sweep(path), None, Site(), StopFlag(), said.append)
+    return [line.partition(":")[0] for line in said[1:-1]]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_a_sweep_is_runs_of_every_method_setting_and_seed(here: Path) -> None:
+    grid = {"alpha": [0.3, 0.5], "optimiser.lr": [1e-3]}
+    sweep = load_sweep(write_sweep(student={**METHODS["student"], "grid": grid}))
+    assert [stage.name for stage in sweep.stages] == [
+        *("teacher/seed0", "teacher/seed1", "baseline/seed0", "baseline/seed1"),
+        *(f"student,alpha={a},lr=0.001/seed{s}" for a in (0.3, 0.5) for s in (0, 1)),
+        "report",
+    ]
+    student = sweep.stage("student,alpha=0.5,lr=0.001/seed1")
+    assert student.waits == ("teacher/seed1",)
+    recipe: Any = student.recipe
+    assert isinstance(recipe, DistillRecipe)
+    assert (recipe.alpha, recipe.optimiser.lr, recipe.seed) == (0.5, 1e-3, 1)
+    assert recipe.teacher == (Path("sw/teacher/seed1"),)
+    assert recipe.teacher_store == ((Path("features/teacher"),),)
+    report: Any = sweep.stages[-1].recipe
+    assert report.stores == [Path("features/teacher"), Path("features/student")]
+    names = dict.fromkeys(report.names.values())
+    assert [*names] == [
+        *("Teacher", "baseline", "student, alpha=0.3, lr=0.001", "student, alpha=0.5, lr=0.001")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {**METHODS["student"], "teacher": "tutor"}}, "no such method stands above it; "
+         "there are: teacher, baseline"),
+        ({"student": {**METHODS["student"], "teacher": []}}, "distill needs the methods"),
+        ({"baseline": {**METHODS["baseline"], "teacher": "teacher"}}, "only for distill"),
+        ({"baseline": {**METHODS["baseline"], "set": {"seed": 3}}}, "seed is set by the sweep"),
+        ({"baseline": {**METHODS["baseline"], "set": {"epohs": 3}}}, "did you mean 'epochs'"),
+        ({"baseline": {**METHODS["baseline"], "grid": {"epochs": [3, 3]}}}, "3 stands there twice"),
+        ({"baseline": {**METHODS["baseline"], "grid": {"exclude": ["a/b", "a_b"]}}},
+         "two combinations would both be called baseline,exclude=a_b"),
+        ({"seeds": [1, 1]}, "1 stands there twice"),
+    ],
+)  # fmt: skip
+def test_what_a_sweep_cannot_mean_is_said(
+    here: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write_sweep(**changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_sweep(path)
+
+
+def test_again_does_nothing_and_a_change_redoes_what_depends_on_it(
+    stores: Path, quick: None
+) -> None:
+    path = write_sweep(seeds=[3])
+    assert len(launch(path)) == 5
+    assert len(list(Path("sw/teacher_logits").iterdir())) == 1  # two students, one teacher
+    assert launch(path) == []
+    # a name and a place change nothing; another setting is one more method, and another report
+    more = {**METHODS["student"], "name": "KARMMA", "grid": {"alpha": [0.3, 0.5, 0.9]}}
+    assert launch(write_sweep(seeds=[3], student=more)) == ["student,alpha=0.9/seed3", "report"]
+    before = results(Path("sw/teacher/seed3"))
+    changed = {**METHODS["teacher"], "set": {"label_smoothing": 0.1}}
+    again = launch(write_sweep(seeds=[3], teacher=changed))
+    students = ["student,alpha=0.3/seed3", "student,alpha=0.5/seed3"]
+    assert again == ["teacher/seed3", *students, "report"]
+    assert results(Path("sw/superseded/teacher/seed3.1")) == before
+    # the student that was left out has learned from the teacher that is gone
+    again = launch(write_sweep(seeds=[3], teacher=changed, student=more))
+    assert again == ["student,alpha=0.9/seed3", "report"]
+    assert Path("sw/superseded/student,alpha=0.9/seed3.1/best").is_dir()
+    runs = schema.read(Path("sw/report/results.json")).runs
+    assert [(run.name, run.seed) for run in runs][-1] == ("KARMMA, alpha=0.9", 3)
+
+
+def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -> None:
+    wild = {**METHODS["teacher"], "grid": {"optimiser.lr": [1e-3, 1e30]}}
+    student = {**METHODS["student"], "teacher": "teacher,lr=1e+30", "grid": {}}
+    path = write_sweep(seeds=[0], teacher=wild, student=student)
+    with pytest.raises(KarmmaError) as caught:
+        launch(path)
+    assert str(caught.value).startswith("1 failed: teacher,lr=1e+30/seed0 (sw/jobs/logs/")
+    assert str(caught.value).endswith("for want of them not begun: report, student/seed0.")
+    assert Path("sw/baseline/seed0/best").is_dir()
+    status = run("sweep", str(path), "--status").output
+    assert re.search(r"^teacher,lr=0.001 +1 of 1 runs done$", status, re.MULTILINE)
+    assert re.search(r"^teacher,lr=1e\+30 +0 of 1 .*ends with: Error: ", status, re.MULTILINE)
+    assert re.search(r"^report +no report$", status, re.MULTILINE)
+    alone = run("sweep", str(path), "--run", "student/seed0")
+    assert alone.exit_code == 1
+    assert "needs what is not done yet: teacher,lr=1e+30/seed0" in alone.output
+
+
+def test_nothing_begins_where_a_store_is_missing(here: Path) -> None:
+    result = run("sweep", str(write_sweep()))
+    assert result.exit_code == 2
+    assert "features/teacher is not there" in result.output
+    assert not Path("sw").exists()
+
+
+def test_slurm_is_handed_an_array_for_each_rank_of_dependence(
+    stores: Path, slurm: FakeSlurm, quick: None
+) -> None:
+    path = write_sweep()
+    run_one(load_sweep(path), "teacher/seed0", StopFlag())
+    site = Path("site.yaml")
+    site.write_text("karmma: karmma\naccount: proj\n")
+    dry = run("sweep", str(path), "--site", str(site), "--dry-run", "--jobs", "8")
+    assert dry.exit_code == 0
+    assert slurm.jobs() == []
+    text = re.sub(r"\.[0-9a-f]{6}$", ".DIGEST", dry.output, flags=re.MULTILINE)
+    assert text.replace(str(stores), "/here") == (GOLDEN / "sweep.sbatch").read_text()
+    assert run("sweep", str(path), "--slurm", "--site", str(site)).exit_code == 0
+    after = [re.search(r"dependency=(\S+)", job) for job in slurm.jobs()]
+    assert [match and match[1] for match in after] == [None, "afterany:101", "afterany:102"]
+    again = run("sweep", str(path), "--slurm", "--site", str(site))
+    assert "runs2: in the queue as job 102" in again.output
+    assert len(slurm.jobs()) == 3
+    # the first array is lost: what waits for it would begin too early, and is sent off anew
+    slurm.queue.write_text("".join(slurm.queue.read_text().splitlines(keepends=True)[1:]))
+    run("sweep", str(path), "--slurm", "--site", str(site))
+    assert [job.split()[0] for job in slurm.jobs()[3:]] == [
+        *("sbatch", "scancel", "sbatch", "scancel", "sbatch")
+    ]
+    assert "runs1 in the queue: 1 pending" in run("sweep", str(path), "--status").output
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_to_the_same_bytes(stores: Path) -> None:
+    student = {**METHODS["student"], "grid": {}, "set": {"epochs": 4, "save_every_s": 0}}
+    teacher = {**METHODS["teacher"], "set": {"epochs": 4, "save_every_s": 0}}
+    path = write_sweep(seeds=[0], teacher=teacher, student=student, baseline=None)
+    words = [sys.executable, "-m", "karmma_pipeline.cli", "sweep", str(path), "--jobs", "1"]
+    for folder, number in (("teacher", signal.SIGKILL), ("student", signal.SIGTERM)):
+        with Path("said").open("w") as said:
+            process = subprocess.Popen(words, stdout=said, stderr=said)
+        wait_for(lambda f=folder: any(Path(f"sw/{f}/seed0/state").glob("*.pt")))  # type: ignore[misc]
+        process.send_signal(number)
+        code = process.wait(PATIENCE_S)
+        assert code == (-9 if number == signal.SIGKILL else 75), Path("said").read_text()
+    assert subprocess.run(words, check=False).returncode == 0
+    killed = {name: results(Path(f"sw/{name}/seed0")) for name in ("teacher", "student")}
+    path.write_text(path.read_text().replace("out: sw", "out: whole"))
+    for name in ("teacher", "student"):
+        run_one(load_sweep(path), f"{name}/seed0", StopFlag())
+        assert results(Path(f"whole/{name}/seed0")) == killed[name]
+    assert config.read(Path("whole/student/seed0/recipe.yaml"))["epochs"] == 4
