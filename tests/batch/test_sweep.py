@@ -25,9 +25,11 @@ from karmma_pipeline.cli import main
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.report import figures
+from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.training.recipe import DistillRecipe
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 TRAINED: dict[str, Any] = {"size": SIZE, "epochs": 1, "batch_size": 32, "out": "x"}
 METHODS: dict[str, Any] = {
@@ -48,14 +50,14 @@ METHODS: dict[str, Any] = {
 
 def write_sweep(seeds: Sequence[int] = (0, 1), **changes: Any) -> Path:
     """Write a sweep and its recipes into the current folder; changes are of methods."""
-    for name, tree in {
+    for name, keys in {
         "teacher": {"store": "features/teacher", "name": "Teacher"},
         "baseline": {"store": "features/student"},
         "student": {"store": "features/student", "teacher": "y", "teacher_store": "z"},
     }.items():
-        Path(f"{name}.yaml").write_text(yaml.safe_dump({**TRAINED, **tree}))
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**TRAINED, **keys}))
     methods = {n: m for n, m in {**METHODS, **changes}.items() if m}
-    tree = {
+    tree: dict[str, Any] = {
         "out": "sw",
         "methods": methods,
         "seeds": [*seeds],
@@ -201,6 +203,20 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     alone = run("sweep", str(path), "--run", "student/seed0")
     assert alone.exit_code == 1
     assert "needs what is not done yet: teacher,lr=1e+30/seed0" in alone.output
+
+
+def test_the_shipped_sweep_parses_and_looks_at_no_test_subject(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(Path("batch/utd_mhad.yaml"))
+    trained: list[Any] = [stage.recipe for stage in sweep.stages[:-1]]
+    assert {recipe.val_split for recipe in trained} == {"val"}
+    assert {recipe.select_by for recipe in trained} == {"epoch"}
+    report: Any = sweep.stages[-1].recipe
+    assert (report.split, len(report.runs)) == ("val", 5 * len(sweep.points))
+    extract = config.load(ExtractRecipe, Path("extract/utd_mhad.yaml"))
+    assert report.stores == [extract.out / name for name in extract.sets]
 
 
 def test_nothing_begins_where_a_store_is_missing(here: Path) -> None:
