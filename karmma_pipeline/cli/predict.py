@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from karmma_pipeline.data.sensors import Sensor
     from karmma_pipeline.jobs import StopFlag
-    from karmma_pipeline.recognition.clips import Wanted
+    from karmma_pipeline.recognition.bag import Clock
+    from karmma_pipeline.recognition.clips import Recording, Wanted
     from karmma_pipeline.recognition.output import Row
     from karmma_pipeline.recognition.prediction import Dropout
     from karmma_pipeline.recognition.recognizer import Recognizer
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
               show_default=True, help="Folder of the answers.")  # fmt: skip
 @click.option("--video", is_flag=True, help="Also write the videos with the answers drawn in.")
+@click.option("--topic", "topics", multiple=True, metavar="MODALITY=/TOPIC",
+              help="Of a bag: what is a modality; repeatable.")  # fmt: skip
+@click.option("--clock", type=click.Choice(["header", "log"]), default="header",
+              help="Of a bag: times of its messages' headers or of their recording.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="Backbone weights that have moved; repeatable.")  # fmt: skip
@@ -46,14 +54,17 @@ def predict(
     top: int,
     out: Path,
     video: bool,
+    topics: tuple[str, ...],
+    clock: Clock,
     device: str,
     weights: tuple[str, ...],
 ) -> None:
     """Recognise actions in videos with a trained model.
 
-    INPUTS are videos, or CSVs as `karmma extract` reads them, with or without labels. The
-    answers are those of an evaluation: the same decoding, backbones and fusion. Writes
-    predictions.csv, predictions.jsonl and timeline.html.
+    INPUTS are videos, CSVs as `karmma extract` reads them, with or without labels, or robots'
+    recordings (MCAP bags of ROS 2, see --topic). The answers are those of an evaluation: the
+    same decoding, backbones and fusion. Writes predictions.csv, predictions.jsonl and
+    timeline.html.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.backbones import parse_weights, sensors_of
@@ -63,9 +74,11 @@ def predict(
     from karmma_pipeline.recognition.recognizer import Recognizer
 
     started = time.perf_counter()
-    tables = any(path.suffix.lower() == ".csv" for path in inputs)
-    sensors = sensors_of(run) if tables else ()
-    wanted = wanted_clips(inputs, Spans(start_s, stop_s, window_s, hop_s), sensors)
+    spans = Spans(start_s, stop_s, window_s, hop_s)
+    others = any(path.suffix.lower() in {".csv", ".mcap"} for path in inputs)
+    sensors = sensors_of(run) if others else {}
+    bags = _unpacked(inputs, topics, sensors, out, clock)
+    wanted = wanted_clips(inputs, spans, sensors, bags)
     recognizer = Recognizer.load(run, device, parse_weights(weights))
     for note in recognizer.notes:
         click.echo(f"note: {note}", err=True)
@@ -77,6 +90,27 @@ def predict(
     seconds = time.perf_counter() - started
     click.echo(f"{len(rows)} clips in {seconds:.1f} s; {summary(rows) or 'nothing was missing'}")
     click.echo(f"predictions: {out / 'predictions.csv'}, timeline: {out / 'timeline.html'}")
+
+
+def _unpacked(
+    inputs: tuple[Path, ...],
+    topics: tuple[str, ...],
+    sensors: Mapping[str, Sensor],
+    out: Path,
+    clock: Clock,
+) -> dict[Path, Recording]:
+    """Write the topics of bags as files into the folder of the answers."""
+    from karmma_pipeline.errors import ConfigError
+
+    bags = [path for path in inputs if path.suffix.lower() == ".mcap"]
+    if topics and not bags:
+        raise ConfigError(f"--topic {topics[0]}: no input is a bag (.mcap).")
+    if not bags:
+        return {}
+    from karmma_pipeline.recognition.bag import parse_topics, unpack
+
+    wanted = parse_topics(topics)
+    return {bag: unpack(bag, wanted, sensors, out, clock) for bag in bags}
 
 
 def _answers(

@@ -64,14 +64,18 @@ def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> Extra
     return config.build(ExtractRecipe, tree, f"the model {card.name!r}")
 
 
-def sensors_of(run: Path) -> tuple[str, ...]:
-    """Return the modalities of a run's model that are sensors: columns of a CSV name their files.
+def sensors_of(run: Path) -> dict[str, Sensor]:
+    """Return the modalities of a run's model that are sensors, and how their files are read.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
     """
     recorded = read_card(saved_folder(run)).provenance
-    return tuple(m for m, facts in recorded.items() if "sensor" in facts)
+    return {m: _sensor(facts) for m, facts in recorded.items() if "sensor" in facts}
+
+
+def _sensor(facts: Mapping[str, Any]) -> Sensor:
+    return config.build(Sensor, _known(Sensor, facts["sensor"]), "the model's sensor")
 
 
 def _known(model: type[Recipe], of: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, FileSource, read_manifest
+from karmma_pipeline.data.sources import Source
 from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia
@@ -59,7 +60,25 @@ class Wanted:
     ends: Mapping[Path, float] = field(default_factory=dict)
 
 
-def wanted_clips(inputs: Sequence[Path], spans: Spans, sensors: Collection[str] = ()) -> Wanted:
+@dataclass(frozen=True)
+class Recording:
+    """What lies in other files than the one that is named, such as a robot's bag.
+
+    Attributes:
+        media: modality to where it lies.
+        end_s: of all of it, seconds.
+    """
+
+    media: Mapping[str, Source]
+    end_s: float
+
+
+def wanted_clips(
+    inputs: Sequence[Path],
+    spans: Spans,
+    sensors: Collection[str] = (),
+    recordings: Mapping[Path, Recording] | None = None,
+) -> Wanted:
     """Return the clips of videos and manifests.
 
     Args:
@@ -67,6 +86,7 @@ def wanted_clips(inputs: Sequence[Path], spans: Spans, sensors: Collection[str] 
             labels.
         spans: of the videos.
         sensors: modalities of the model that are columns of a CSV with the files of a sensor.
+        recordings: those inputs whose media lie elsewhere.
 
     Raises:
         ConfigError: an input is a folder, or spans are asked of a CSV, whose rows have their own.
@@ -87,12 +107,22 @@ def wanted_clips(inputs: Sequence[Path], spans: Spans, sensors: Collection[str] 
         manifest = read_manifest(path, sensors=sensors)
         clips += manifest.clips
         truth |= {clip.clip_id: _named(clip, manifest.heads) for clip in manifest.clips}
-    videos = [path for path in inputs if path not in tables]
-    ends = {path: _end(path) for path in videos}
-    starts = {path: _starts(path, end, spans) for path, end in ends.items()}
-    streamed = (clip for path in videos for clip in _clips(path, starts[path], spans))
+    found = {
+        path: (recordings or {}).get(path) or _recording(path)
+        for path in inputs
+        if path not in tables
+    }
+    starts = {path: _starts(path, one.end_s, spans) for path, one in found.items()}
+    streamed = (
+        clip for path, one in found.items() for clip in _clips(path, one, starts[path], spans)
+    )
     count = len(clips) + sum(len(of) for of in starts.values())
+    ends = {source.path: one.end_s for one in found.values() for source in one.media.values()}
     return Wanted(chain(clips, streamed), count, truth, ends)
+
+
+def _recording(path: Path) -> Recording:
+    return Recording(dict.fromkeys(("rgb", "flow", "audio"), FileSource(path)), _end(path))
 
 
 def _check(path: Path) -> None:
@@ -140,9 +170,9 @@ def _starts(path: Path, end_s: float, spans: Spans) -> Sequence[float]:
     return [*starts, last] if last - starts[-1] > _SLACK_S else starts
 
 
-def _clips(path: Path, starts: Sequence[float], spans: Spans) -> Iterator[Clip]:
-    source = FileSource(path)
-    media = dict.fromkeys(("rgb", "flow", "audio"), source)
+def _clips(
+    path: Path, recording: Recording, starts: Sequence[float], spans: Spans
+) -> Iterator[Clip]:
     for start_s in starts:
         stop_s = spans.stop_s if spans.window_s is None else start_s + spans.window_s
-        yield Clip(f"{path.name}@{start_s:.3f}", media, start_s, stop_s, {})
+        yield Clip(f"{path.name}@{start_s:.3f}", dict(recording.media), start_s, stop_s, {})
