@@ -50,7 +50,10 @@ class Run:
     def signal(self, number: int, only: str = "") -> None:
         """Send a signal to the whole group, or ``only`` to its "main" process or a "worker"."""
         if not only:
-            os.killpg(self.pid, number)
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:  # a fork that has not yet made its group
+                os.kill(self.pid, number)
         elif only == "main":
             os.kill(self.pid, number)
         elif workers := [pid for pid in self.members() if pid != self.pid]:
