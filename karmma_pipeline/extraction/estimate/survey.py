@@ -176,10 +176,10 @@ def _fate(clip: Clip, modality: str, checks: Checks, tolerance_s: float) -> str:
         return ABSENT
     kind: Kind = "audio" if modality == "audio" else "video"
     check = checks[_key(modality, source)]
-    if isinstance(source, SensorSource) and check.state != "missing":
-        return FAULTY if (clip.start_s, clip.stop_s) in check.lost else PRESENT
     if check.ends is None:
         return PRESENT if check.state == "fine" else FAULTY
+    if isinstance(source, SensorSource):
+        return FAULTY if (clip.start_s, clip.stop_s) in check.lost else PRESENT
     if kind not in check.ends:
         return NO_STREAM
     start, stop, end = clip.start_s, clip.stop_s, check.ends[kind]

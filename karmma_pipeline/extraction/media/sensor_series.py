@@ -59,8 +59,9 @@ class SensorSeries:
         self.rate_hz = sensor.source_hz or 1 / float(np.median(np.diff(self._times)))
         self.start_s = float(self._times[0])
         self.stop_s = float(self._times[-1]) + 1 / self.rate_hz
-        self._good = np.asarray(np.isfinite(values).all(axis=1))
-        self._values = values.astype(np.float32)  # half the memory; sensors have 16 bits
+        with np.errstate(over="ignore"):
+            self._values = values.astype(np.float32)  # half the memory; sensors have 16 bits
+        self._good = np.asarray(np.isfinite(self._values).all(axis=1))
 
     def _clock(self, samples: int, stamps: Values | None) -> Times:
         sensor = self._sensor
@@ -99,7 +100,6 @@ class SensorSeries:
         margin = (_ZEROS + 2) / min(self.rate_hz, self._sensor.rate_hz) + self._sensor.max_gap_s
         ends = np.array([moments[0] - margin, moments[-1] + margin])
         low, high = np.searchsorted(self._times, ends)
-        low, high = max(0, low - 1), high + 1
         good = self._good[low:high]
         return self._times[low:high][good], self._values[low:high][good].astype(np.float64)
 

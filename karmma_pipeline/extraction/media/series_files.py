@@ -26,6 +26,9 @@ Array = npt.NDArray[Any]
 # Bytes that an array may claim: an hour of 100 channels at 1 kHz is 3 GB.
 _MOST_BYTES = 8 << 30
 
+#: Classes of MATLAB that are plain numbers.
+_NUMERIC = {"double", "single", *(f"{u}int{b}" for u in ("", "u") for b in (8, 16, 32, 64))}
+
 _SEPARATORS = (",", ";", "\t")
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -156,7 +159,9 @@ def _mat(path: Path, sensor: Sensor) -> _Columns:
         return _hdf5(path, sensor)
     from scipy import io  # half a second, for those who need it
 
-    names = _wanted([name for name, _, _ in io.whosmat(path)], sensor)
+    # Nothing else can be a series. A damaged header may still end this process: crashed.
+    numeric = [name for name, _, kind in io.whosmat(path) if kind in _NUMERIC]
+    names = _wanted(numeric, sensor)
     arrays = io.loadmat(path, variable_names=names)
     return _among(path, {name: arrays[name] for name in names}, sensor)
 
