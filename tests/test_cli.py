@@ -105,6 +105,7 @@ def test_backbones_are_listed_and_described() -> None:
     shown = run("backbones", "show", "swin3d_t", "--set", "frames=32", "--set", "tokens=[12,5,5]")
     assert "tokens: 300" in shown.output
     assert "gflops: 175.527" in shown.output
+    assert "width: 18" in run("backbones", "show", "windows", "--set", "series=[16,6,3]").output
 
 
 def test_the_program_answers_help_without_loading_networks() -> None:

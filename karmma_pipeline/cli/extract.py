@@ -136,9 +136,11 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 
     from karmma_pipeline import config
     from karmma_pipeline.models.backbones import BackboneChoice
+    from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS
     from karmma_pipeline.models.backbones.describe import describe
 
-    weights = "random:0" if clip is None else "DEFAULT"
+    drawn = clip is None and name not in WITHOUT_WEIGHTS
+    weights = "random:0" if drawn else "DEFAULT"
     choice = config.build(BackboneChoice, {"name": name, "weights": weights}, name, overrides)
     if clip is None:
         facts = describe(choice)

@@ -30,6 +30,9 @@ _SHIPPED: dict[str, Kind] = {
     "windows": "series",
 }
 
+#: Networks that learn nothing.
+WITHOUT_WEIGHTS = frozenset(("boxes", "windows"))
+
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
 
@@ -80,7 +83,7 @@ class BackboneChoice(Recipe):
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
         """Find faults when the recipe is read; a package.module:factory is imported later."""
-        if self.engine != "torch" and self.name in {"boxes", "windows"}:
+        if self.engine != "torch" and self.name in WITHOUT_WEIGHTS:
             raise ValueError(f"engine={self.engine!r}: {self.name} computes nothing; leave it out")
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
@@ -124,7 +127,7 @@ class BackboneChoice(Recipe):
         """
         from karmma_pipeline.models.backbones import state_dicts
 
-        if self.name == "windows" or self.architecture.kind == "boxes":
+        if self.name in WITHOUT_WEIGHTS or self.architecture.kind == "boxes":
             return "none"
         if parse_seed(self.weights) is not None:
             return "random"
