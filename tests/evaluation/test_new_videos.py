@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from support.any_store import fill_store
 from support.evaluation import BACKBONE, make_recipe, save_run
 from support.forks import ended
+from support.lanes import slow_unless
 from support.training import fork
 
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
@@ -158,7 +159,7 @@ def test_a_clip_with_nothing_to_see_gets_no_class_and_counts_as_wrong(
 
 
 @pytest.mark.parametrize("classes", [("open",), ("open", "shut")])
-@pytest.mark.parametrize("clips", [1, 2, 4, 7])
+@pytest.mark.parametrize("clips", slow_unless({1, 4}, [1, 2, 4, 7]))
 def test_the_smallest_data_have_a_report(
     tmp_path: Path, clips: int, classes: Sequence[str]
 ) -> None:

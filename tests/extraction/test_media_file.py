@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.lanes import slow_unless
 from support.media_files import (
     LONG_RATE,
     RATE,
@@ -171,7 +172,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seconds=st.lists(st.floats(0, 1199), min_size=1, max_size=3))
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+@pytest.mark.parametrize("decoder", slow_unless({"pyav"}, ["decord", "pyav"]))
 def test_twenty_minutes_in_it_is_still_the_right_frame(
     long: Path, seconds: list[float], decoder: Decoder
 ) -> None:
@@ -204,7 +205,7 @@ def bytes_in_use() -> int:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc tells of its memory")
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+@pytest.mark.parametrize("decoder", slow_unless({"pyav"}, ["decord", "pyav"]))
 def test_memory_stays_flat_over_many_files(make_video: Maker, decoder: Decoder) -> None:
     paths = [make_video(f"{n}.mp4") for n in range(4)]
 

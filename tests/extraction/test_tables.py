@@ -105,6 +105,7 @@ def test_tables_of_older_versions_are_counted(tmp_path: Path) -> None:
     assert count_failed(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_the_command_says_of_each_damaged_file_what_its_decoder_said(
     make_video: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

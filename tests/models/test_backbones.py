@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.lanes import slow_unless
 
 from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError
@@ -50,9 +51,10 @@ def test_video_networks_give_their_map_as_tokens(
     assert pooled.output_shape == (25, width)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(n for n, a in ARCHITECTURES.items() if a.weights and not a.fixed)
-)
+NAMES = sorted(n for n, a in ARCHITECTURES.items() if a.weights and not a.fixed)
+
+
+@pytest.mark.parametrize("name", slow_unless({"s3d", "swin3d_t", "resnet18"}, NAMES))
 def test_the_cut_network_is_torchvisions_own_up_to_its_head(name: str) -> None:
     """The head of torchvision's network on the mean of our tokens gives its own output."""
     architecture = ARCHITECTURES[name]
@@ -69,6 +71,7 @@ def test_the_cut_network_is_torchvisions_own_up_to_its_head(name: str) -> None:
         torch.testing.assert_close(pooled, whole(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mvits_tokens_are_its_own_without_the_class_token() -> None:
     architecture = ARCHITECTURES["mvit_v2_s"]
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.lanes import slow_unless
 from torch import Tensor
 
 from karmma_pipeline.errors import CheckpointError, ConfigError
@@ -221,9 +222,10 @@ def scenes(shape: tuple[int, ...]) -> Tensor:
     return texture * contrast + torch.randn(3, 3, *one, generator=generator) + grain
 
 
-@pytest.mark.parametrize(
-    "name", sorted(n for n, a in ARCHITECTURES.items() if a.weights and not a.fixed)
-)
+NAMES = sorted(n for n, a in ARCHITECTURES.items() if a.weights and not a.fixed)
+
+
+@pytest.mark.parametrize("name", slow_unless({"s3d", "swin3d_t", "resnet18"}, NAMES))
 def test_random_features_of_scenes_neither_vanish_nor_explode(name: str) -> None:
     video = ARCHITECTURES[name].kind == "video"
     more: dict[str, Any] = {"frames": 8, "size": 32} if video else {"image": (32, 64)}
