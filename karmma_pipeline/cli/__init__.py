@@ -13,6 +13,7 @@ from karmma_pipeline.cli.demo import demo, sample
 from karmma_pipeline.cli.evaluate import costs, evaluate
 from karmma_pipeline.cli.extract import backbones, extract, plan
 from karmma_pipeline.cli.init import init
+from karmma_pipeline.cli.live import live
 from karmma_pipeline.cli.options import Commands
 from karmma_pipeline.cli.predict import predict
 from karmma_pipeline.cli.store import store
@@ -49,6 +50,7 @@ for _command in (
     distill,
     evaluate,
     predict,
+    live,
     sweep,
     submit,
     status,

@@ -35,6 +35,9 @@ from karmma_pipeline.extraction.types import (
 )
 from karmma_pipeline.models.backbones import FrameTransform
 
+#: What stands in the place of a file in predictions.
+CAMERA, MICROPHONE = Path("camera"), Path("microphone")
+
 # Sound around a window that the filter of the resampling looks at.
 _MARGIN_S = 0.05
 
@@ -64,7 +67,7 @@ class CameraView(MediaReader):
     video_decoder = "live"
 
     def __init__(self, shots: Sequence[_Shot], stop_s: float) -> None:
-        self.path, self.shots = Path("camera"), shots
+        self.path, self.shots = CAMERA, shots
         self._starts = np.array([shot.time_s for shot in shots])
         self._stop_s = max(stop_s, end_of(self._starts, 0.0))
 
@@ -234,7 +237,7 @@ class SoundView(MediaReader):
     audio_decoder = "live"
 
     def __init__(self, pieces: Sequence[_Piece], zero_s: float, native: int) -> None:
-        self.path, self._pieces = Path("microphone"), pieces
+        self.path, self._pieces = MICROPHONE, pieces
         self._zero_s, self._native = zero_s, native
 
     @property

@@ -15,11 +15,13 @@ import numpy.typing as npt
 from karmma_pipeline.data.manifest import Clip, FileSource, Source
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clip
-from karmma_pipeline.extraction.media.interface import MediaReader
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.recognition.prediction import DROPPED, Prediction
 from karmma_pipeline.recognition.sensors import (
+    CAMERA,
+    MICROPHONE,
     Camera,
     CameraView,
     LiveFrames,
@@ -29,6 +31,8 @@ from karmma_pipeline.recognition.sensors import (
 
 SENSOR_OF = {"rgb": "rgb", "flow": "rgb", "audio": "audio"}
 """Modality to the sensor that it comes from: flow is computed from the camera's pictures."""
+
+_PLACES = {"rgb": CAMERA, "audio": MICROPHONE}
 
 NO_DATA, STALE, GAP, FROZEN = "no_data", "stale", "gap", "frozen"
 
@@ -197,15 +201,10 @@ class Stream:
         sound = self._microphone.view(start_s, stop_s, by_s)
         why = {m: reason for m in self.modalities
                if (reason := self._absence(m, camera, sound, start_s, stop_s, now_s))}  # fmt: skip
-        views = {"rgb": camera, "audio": sound}
-        media: dict[str, Source] = {
-            m: FileSource(view.path)
-            for m, sensor in SENSOR_OF.items()
-            if (view := views[sensor]) is not None and m not in why
-        }
+        media: dict[str, Source] = {m: FileSource(_PLACES[of]) for m, of in SENSOR_OF.items()}
         clip = Clip(f"{start_s:.3f}", media, start_s, stop_s, {})
         here, missing = self._inputs(why)
-        of_live = _Views({view.path: view for view in views.values() if view is not None})
+        of_live = _Views({view.path: view for view in (camera, sound) if view is not None})
         decoded = decode_clip(clip, replace(self._decode, inputs=here), of_live, self._frames.of)
         # What the sensors do not cover well enough for the wanted moments is a gap in them.
         why |= {spec.modality: GAP for spec in decoded.reasons}
@@ -264,6 +263,12 @@ class _Views:
         self._views = views
 
     def of(self, source: Source) -> MediaReader:
-        """Return the view that stands behind a source."""
+        """Return the view that stands behind a source.
+
+        Raises:
+            MediaFaultError: its sensor has sent nothing that is still of use.
+        """
         assert isinstance(source, FileSource)  # noqa: S101  (made above)
+        if source.path not in self._views:
+            raise MediaFaultError(Reason.NO_STREAM, f"{source.path} has sent nothing")
         return self._views[source.path]

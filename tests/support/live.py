@@ -21,7 +21,7 @@ from karmma_pipeline.extraction.types import ROUNDING_S, covering
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Architecture, FrameTransform
 from karmma_pipeline.models.fusion import FusionSize
-from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.recognition.backbones import SET, specs_of
 from karmma_pipeline.recognition.prediction import Prediction
 from karmma_pipeline.recognition.recognizer import Recognizer
@@ -138,3 +138,11 @@ def offline(
     assert not decoded.reasons
     decoded.reasons |= {spec: Reason.GAP for spec in inputs if spec not in here}
     return recognizer.answer(clip, decoded)
+
+
+def tiny_run(folder: Path) -> Path:
+    """Save the model of `tiny_recognizer` and return its folder."""
+    recognizer = tiny_recognizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, recognizer.model, recognizer.card)
+    return folder

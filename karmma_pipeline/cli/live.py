@@ -1,0 +1,115 @@
+"""`karmma live`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from karmma_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from karmma_pipeline.recognition.output import Row
+    from karmma_pipeline.recognition.stream import Stream
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="A video, played at its own rate.")
+@click.option("--camera", type=int, help="Number of a camera; without sound.")
+@click.option("--window", "window_s", type=float, default=2.0, show_default=True, help="Seconds.")
+@click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
+              help="Seconds between windows.")  # fmt: skip
+@click.option("--deadline", "deadline_s", type=float, default=0.5, show_default=True,
+              help="Seconds after which a silent sensor is absent.")  # fmt: skip
+@click.option("--without", multiple=True, metavar="MODALITY", help="Switch it off; repeatable.")
+@click.option("--chaos", type=float, default=0.0,
+              help="Probability per second that a sensor dies or comes back.")  # fmt: skip
+@click.option("--seed", type=int, default=0, help="Of --chaos.")
+@click.option("--fast", is_flag=True, help="Play --source as fast as it can be answered.")
+@click.option("--browser", is_flag=True, help="Show it on a page of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0,
+              help="Of the page; default: a free one.")  # fmt: skip
+@click.option("--top", type=click.IntRange(1, 100), default=3, help="Classes that are shown.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option("--weights", multiple=True, metavar="MODALITY=FILE",
+              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+def live(
+    run: Path,
+    source: Path | None,
+    camera: int | None,
+    window_s: float,
+    hop_s: float,
+    deadline_s: float,
+    without: tuple[str, ...],
+    chaos: float,
+    seed: int,
+    fast: bool,
+    browser: bool,
+    port: int,
+    top: int,
+    device: str,
+    weights: tuple[str, ...],
+) -> None:
+    """Recognise actions while a video plays or a camera runs, whatever sensors fail.
+
+    Each window is answered with what is there. --browser shows the picture, the answers and a
+    switch per modality on a page that only this machine is served.
+    """
+    if (source is None) == (camera is None):
+        raise ConfigError("give one of --source VIDEO and --camera NUMBER.")
+    if fast and source is None:
+        raise ConfigError("--fast: a camera has its own rate; it is for --source.")
+    from karmma_pipeline.extraction.media.open import OpenMedia
+    from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.recognition import live as playing
+    from karmma_pipeline.recognition.backbones import parse_weights
+    from karmma_pipeline.recognition.output import row_of
+    from karmma_pipeline.recognition.page import LivePage
+    from karmma_pipeline.recognition.recognizer import Recognizer
+
+    failures = playing.Failures(chaos, seed)
+    recognizer = Recognizer.load(run, device, parse_weights(weights))
+    stream = recognizer.stream(window_s, hop_s, deadline_s)
+    for modality in without:
+        stream.switch(modality, on=False)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopFlag())
+        if source is None:
+            assert camera is not None  # noqa: S101  (one of the two is there)
+            events = playing.camera_events(camera)
+        else:
+            rate = recognizer.decode_settings.audio.sample_rate
+            events = playing.video_events(stack.enter_context(OpenMedia()), source, rate)
+        page = stack.enter_context(LivePage(stream.switch, port)) if browser else None
+        if page is not None:
+            click.echo(f"open {page.address}")
+        show = (lambda picture: None) if page is None else page.show_picture
+        play = playing.simulated if fast else playing.at_its_rate
+        for prediction in play(stream, events, failures, show, stop):
+            row = row_of(prediction, top, {})
+            click.echo(row.sentence())
+            if page is not None:
+                page.show(_plain(row, stream, prediction.mask))
+    click.echo(f"{stream.skipped} windows were skipped")
+
+
+def _plain(row: Row, stream: Stream, mask: Any) -> dict[str, Any]:
+    """Return what the page shows of a window, JSON-plain."""
+    top = {
+        head: [{"class": g.name, "probability": g.probability} for g in guesses]
+        for head, guesses in row.top.items()
+    }
+    best = next(iter(row.top.values()), ())
+    return {
+        "start_s": row.start_s,
+        "stop_s": row.stop_s,
+        "mask": dict(mask),
+        "reasons": dict(row.reasons),
+        "top": top,
+        "said": best[0].name if best else "nothing to see",
+        "lag_s": stream.lag_s,
+        "skipped": stream.skipped,
+    }
