@@ -23,9 +23,9 @@ _ROWS = 256
 
 
 def softmax(logits: Scores) -> npt.NDArray[np.float64]:
-    """Return the probabilities of a clip's classes, float64 [C]."""
-    powers = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(powers / powers.sum())
+    """Return the probabilities of clips' classes, float64 [..., C]."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def topk_correct(logits: Scores, labels: Labels, k: int) -> Bools:

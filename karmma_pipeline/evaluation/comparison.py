@@ -317,7 +317,7 @@ class _Comparison:
         one, other = counts
         if not common:
             return f"{units}, {_count(one)} and {_count(other)} that are not paired"
-        of = "" if common == one == other else f" in common of {one} and {other}"
+        of = "" if common == one == other else " in common"
         return f"{units}, {_count(common)}{of}"
 
 

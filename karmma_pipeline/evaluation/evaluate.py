@@ -2,6 +2,7 @@
 
 import html
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,21 +15,26 @@ from karmma_pipeline.evaluation.comparison import (
     summarise,
     warn_of_runs,
 )
+from karmma_pipeline.evaluation.complete_view import best_answers
 from karmma_pipeline.evaluation.drop_curve import Correct
 from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions, align, predict
 from karmma_pipeline.evaluation.predictions import html_table
+from karmma_pipeline.evaluation.probe import probe_all
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, with_stores
 from karmma_pipeline.evaluation.report import tables
+from karmma_pipeline.evaluation.report.differences import sentences
 from karmma_pipeline.evaluation.report.page import FOLDERS, write_report
 from karmma_pipeline.evaluation.results import Difference, Results
-from karmma_pipeline.evaluation.score import clip_facts, run_result, split_warnings
+from karmma_pipeline.evaluation.score import clip_facts, find_groups, run_result, split_warnings
 from karmma_pipeline.evaluation.submission import write_submission
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import read_card
 from karmma_pipeline.runs import saved_folder
 
-_OURS = {runs.RECIPE, "results.json", "index.html", *FOLDERS}
+_SAID = 6  # comparisons that the command prints
+_ANSWERS = "predictions.csv"
+_OURS = {runs.RECIPE, "results.json", "index.html", _ANSWERS, *FOLDERS}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class EvaluateReport:
         """Return the closing lines of the command."""
         table = tables.to_markdown(tables.drop_table(self.results, "all"))
         note = "frozen backbones of random weights\n" if self.results.weights else ""
-        note += "".join(f"{line}\n" for line in self.results.data.notes)
+        note += "".join(f"{line}\n" for line in (*self.results.data.notes, *self.results.warnings))
+        note += "".join(f"{line}\n" for line in islice(sentences(self.results), _SAID))
         return f"{self.results.main} top-1 (%)\n{table}{note}report: {self.folder / 'index.html'}"
 
     def _repr_html_(self) -> str:
@@ -71,6 +78,10 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
         results = _score(predictions, by_name, recipe, device, stop)
         warnings = (*split_warnings(predictions, recipe.split), *warn_of_runs(named))
         results = results.model_copy(update={"warnings": warnings})
+        if recipe.probe:
+            probes, left_out = probe_all(predictions, recipe, lambda: stop.check(NOTHING_KEPT))
+            found = {"probes": tuple(probes), "probe_notes": tuple(left_out)}
+            results = results.model_copy(update=found)
         _write_predictions(predictions, recipe)
         # The recipe comes before the report: `karmma status` takes a page for a finished
         # evaluation, if it is that of the recipe beside it.
@@ -118,12 +129,14 @@ def _score(
 
 def _write_predictions(predictions: list[Predictions], recipe: EvaluateRecipe) -> None:
     """Write what every number of the report can be computed from again, and what people read."""
+    files.write_text(recipe.out / _ANSWERS, best_answers(predictions))
     for number, run in enumerate(predictions):
         file_name = f"{number}_{_file_name(run.name)}"
         run.save(recipe.out / "logits" / f"{file_name}.safetensors")
         files.write_text(recipe.out / "predictions" / f"{file_name}.csv", run.to_csv())
         if recipe.submission is not None:
-            write_submission(recipe.out / "submission", file_name, run, recipe.submission)
+            folder, groups = recipe.out / "submission", find_groups(run, recipe.groups)
+            write_submission(folder, file_name, run, recipe.submission, groups)
 
 
 def _file_name(name: str) -> str:

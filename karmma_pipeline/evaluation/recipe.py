@@ -99,6 +99,14 @@ class EvaluateRecipe(Recipe):
     memory: bool = Field(
         False, description="Measure peak memory too, in one subprocess per subset (slow)."
     )
+    classes: bool = Field(
+        True, description="Say what is taken for what, and how sure answers are (calibration)."
+    )
+    probe: bool = Field(
+        False,
+        description="Also train linear probes on the tokens: of each modality, and of all. For\n"
+        "tokens that fit into memory; they need the splits that the first run was trained with.",
+    )
     groups: GroupFiles = Field(
         default_factory=GroupFiles, description="Groups of clips with their own scores."
     )

@@ -111,6 +111,23 @@ class Cost(Recipe):
     memory_mib: float | None = Field(None, description="Peak memory of one forward pass.")
 
 
+class Bin(Recipe):
+    """Clips whose answer was given with about the same probability."""
+
+    clips: int = Field(description="How many; bins are 15 equal widths of 0 to 1.")
+    confidence: float = Field(description="Mean probability of the answers.")
+    accuracy: float = Field(description="Share of right answers.")
+
+
+class Calibration(Recipe):
+    """Whether answers are right as often as they are said to be, with every modality."""
+
+    ece: float = Field(
+        description="Expected calibration error: mean |accuracy - confidence| of bins, by clips."
+    )
+    bins: tuple[Bin, ...] = Field(description="By rising probability.")
+
+
 class RunResult(Recipe):
     """One model."""
 
@@ -134,6 +151,14 @@ class RunResult(Recipe):
     cost_note: str = Field("", description="How the costs were measured.")
     class_correct: dict[str, tuple[int, ...]] = Field(
         description="Right answers per class with every modality, protocol `all`."
+    )
+    confusion: dict[str, tuple[tuple[int, int, int], ...]] = Field(
+        {},
+        description="Per head: class, answer, clips, where there are any, with every modality; "
+        "answer -1: nothing to see.",
+    )
+    calibration: dict[str, Calibration] = Field(
+        {}, description="Per head, and of `action` by the product of the heads' probabilities."
     )
 
     def subset(self, modalities: tuple[str, ...], protocol: Protocol) -> SubsetScores:
@@ -227,6 +252,22 @@ class Difference(Recipe):
     )
 
 
+class Probe(Recipe):
+    """A linear classifier of one head on the tokens themselves: ridge, one against the rest."""
+
+    store_digest: str = Field(description="The features.")
+    modalities: tuple[str, ...] = Field(description="Whose flattened tokens it sees.")
+    head: str = Field(description="A head, or `action`: every head right.")
+    clips: int = Field(description="Clips it was trained on: those that have a modality of it.")
+    features: int = Field(description="Width of its input.")
+    penalty: float | None = Field(
+        description="Lambda, in units of `features`; null for `action`, which has one per head."
+    )
+    trained_on: str = Field(description="Split.")
+    chosen_on: str = Field(description="Split that chose the penalty.")
+    score: Score = Field(description="Top-1 on the clips of the report, protocol `all`.")
+
+
 class Data(Recipe):
     """The clips that every run answered."""
 
@@ -267,6 +308,8 @@ class Results(Recipe):
         description="Between all pairs of methods, of every head and `action`: on each subset "
         "and over the drop curve.",
     )
+    probes: tuple[Probe, ...] = Field((), description="Linear probes, if asked for.")
+    probe_notes: tuple[str, ...] = Field((), description="Which probes are left out, and why.")
     warnings: tuple[str, ...] = Field((), description="What makes the numbers less than they seem.")
 
     @model_validator(mode="after")

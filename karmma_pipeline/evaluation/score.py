@@ -15,6 +15,7 @@ from karmma_pipeline import metrics
 from karmma_pipeline.data.manifest import SIDECAR
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.evaluation import results
+from karmma_pipeline.evaluation.complete_view import calibration, confusion
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.evaluation.drop_curve import Correct, drop_curves
 from karmma_pipeline.evaluation.paper import SIZES
@@ -117,6 +118,8 @@ def run_result(
         costs=tuple(model_costs(card, device, recipe.memory, stop)) if recipe.costs else (),
         cost_note=_MEMORY_NOTE if recipe.costs and recipe.memory else "",
         class_correct={head: _correct_per_class(correct, head) for head in run.labels},
+        confusion=confusion(run) if recipe.classes else {},
+        calibration=calibration(correct) if recipe.classes else {},
     )
 
 

@@ -36,7 +36,10 @@ def without(*keys: str) -> Normalise:
     return normalise
 
 
-MORE_RESULTS = ("methods", "differences", "warnings", "runs.*.trained_on", "runs.*.chosen_on")
+MORE_RESULTS = (
+    *("methods", "differences", "warnings", "probes", "probe_notes"),
+    *(f"runs.*.{name}" for name in ("trained_on", "chosen_on", "confusion", "calibration")),
+)
 
 
 def renamed(names: Mapping[str, str]) -> Normalise:
@@ -186,7 +189,6 @@ RULES = (
         "the program's own version; methods and the differences between them came later",
     ),
     Rule("out/report/index.html", ignored, "reworded: 'Majority class', 'Environment' and others"),
-    Rule("out/report/figures/*", ignored, "their titles and axes were reworded"),
 )
 
 
@@ -196,8 +198,12 @@ NAMES = (
 )
 """Names that two programs do not give alike, and under which name they meet."""
 
-LEFT = ("*/tar_index/.*.tmp", "*/.lock", "*/report/predictions*")
-"""What is not compared: leftovers of a killed program, locks, tables that the older one lacks."""
+LEFT = (
+    *("*/tar_index/.*.tmp", "*/.lock", "*/report/predictions*"),
+    *("*/report/figures/*", "*/report/tables/*"),
+)
+"""What is not compared: leftovers of a killed program, locks, tables that the older one lacks, and
+those of methods that once were of runs; all follow from results.json."""
 
 
 def name_of(path: str) -> str:

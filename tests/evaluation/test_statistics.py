@@ -161,7 +161,7 @@ def test_what_an_interval_covers_is_said(place: Path, found: Results, tmp_path: 
     out = str(tmp_path / "r")
     some = evaluate(recipe_of(place, "late0", "late1", "student1", out=out)).results
     only = difference(some, "student", "late")
-    assert only.covers == "these 60 clips, one seed in common of 1 and 2"
+    assert only.covers == "these 60 clips, one seed in common"
     assert only.seeds == (1,)
     assert only.by_seed == pytest.approx([only.value])
 

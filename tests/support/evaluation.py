@@ -50,6 +50,7 @@ def make_recipe(place: Path, **changes: Any) -> EvaluateRecipe:
         "out": str(place / "report"),
         "split": "",
         "title": EVIL,
+        "classes": False,
         **changes,
     }
     return config.build(EvaluateRecipe, tree, "test")

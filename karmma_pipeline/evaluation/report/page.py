@@ -4,17 +4,20 @@ All is made from results alone. Names in them are untrusted text.
 """
 
 from importlib.resources import files as package_files
+from itertools import product
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from karmma_pipeline import files
 from karmma_pipeline.evaluation import results as schema
-from karmma_pipeline.evaluation.report import figures, tables
+from karmma_pipeline.evaluation.report import classes, differences, figures, tables
 from karmma_pipeline.evaluation.results import Results
 from karmma_pipeline.modalities import label
+
+# A page of many methods would grow too large: more confusions, and longer lists, are files alone.
+_MOST_INLINE = 8
 
 FOLDERS = ("logits", "predictions", "submission", "tables", "figures")
 
@@ -22,45 +25,69 @@ FOLDERS = ("logits", "predictions", "submission", "tables", "figures")
 def write_report(folder: Path, results: Results) -> None:
     """Write results.json, tables, figures and the page; they depend on nothing else."""
     schema.write(results, folder / "results.json")
-    contents = {
-        "subsets": tables.subset_table(results, "all"),
-        "subsets_complete": tables.subset_table(results, "complete"),
-        "drop_curve": tables.drop_table(results, "all"),
-        "costs": tables.cost_table(results),
-    }
-    for name, table in contents.items():
+    for name, table in _tables(results).items():
         if table[1]:
             files.write_text(folder / "tables" / f"{name}.md", tables.to_markdown(table))
             files.write_text(folder / "tables" / f"{name}.csv", tables.to_csv(table))
-    pictures = figures.draw(results)
-    for name, figure in pictures.items():
-        for kind in ("png", "svg"):
-            files.write_bytes(folder / "figures" / f"{name}.{kind}", figures.to_bytes(figure, kind))
+            files.write_text(folder / "tables" / f"{name}.tex", tables.to_latex(table))
+    pairs = list(product(enumerate(results.methods), results.data.heads))
+    for (number, method), head in pairs:
+        table = classes.confusion_table(results, method, head)
+        if table[1]:
+            name = f"confusion_{head}_{number}.csv"
+            files.write_text(folder / "tables" / name, tables.to_csv(table))
+    pictures = {}
+    for name, figure in {**figures.draw(results), **classes.draw(results)}.items():
+        kinds = {kind: figures.to_bytes(figure, kind) for kind in figures.KINDS}
+        for kind, data in kinds.items():
+            files.write_bytes(folder / "figures" / f"{name}.{kind}", data)
+        pictures[name] = _inline(kinds["svg"])
     # Last, for whoever sees the page takes the report for finished.
     files.write_text(folder / "index.html", render(results, pictures))
     files.sweep([folder, *(folder / name for name in FOLDERS)])
 
 
-def render(results: Results, pictures: dict[str, Figure]) -> str:
+def _tables(results: Results) -> dict[str, tables.Table]:
+    return {
+        "subsets": tables.subset_table(results, "all"),
+        "subsets_complete": tables.subset_table(results, "complete"),
+        "drop_curve": tables.drop_table(results, "all"),
+        "costs": tables.cost_table(results),
+        "seeds": differences.seed_table(results),
+        "differences": differences.difference_table(results),
+        "groups": differences.group_table(results),
+        "classes": classes.class_table(results),
+        "calibration": classes.calibration_table(results),
+        "probes": tables.probe_table(results),
+    }
+
+
+def render(results: Results, pictures: dict[str, Markup]) -> str:
     """Return the page; pictures are inlined, nothing is fetched."""
     folder = package_files("karmma_pipeline.evaluation.report")
     source = folder.joinpath("report.html").read_text("utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    confusions = [
+        (f"confusion_{head}_{number}", method, head, classes.mistake_table(results, method, head))
+        for (number, method), head in product(enumerate(results.methods), results.data.heads)
+        if f"confusion_{head}_{number}" in pictures
+    ]
     return environment.from_string(source).render(
         results=results,
         caption=figures.caption(results),
-        pictures={name: _inline(figure) for name, figure in pictures.items()},
-        subset_table=tables.subset_table(results, "all"),
-        complete_table=tables.subset_table(results, "complete"),
-        drop_table=tables.drop_table(results, "all"),
-        cost_table=tables.cost_table(results),
+        pictures=pictures,
+        tables=_tables(results),
+        sentences=list(differences.sentences(results)),
+        main_differences=differences.headline_table(results),
+        confusions=confusions,
+        most=_MOST_INLINE,
         label=label,
     )
 
 
-def _inline(figure: Figure) -> Markup:
+def _inline(svg: bytes) -> Markup:
     """Return an SVG element; matplotlib escapes the text in it."""
-    text = figures.to_bytes(figure, "svg").decode()
+    text = svg.decode()
     return Markup(text[text.index("<svg") :])  # noqa: S704

@@ -1,11 +1,15 @@
-"""Results as tables: Markdown for people and papers, CSV for everything else."""
+"""Results as tables: Markdown for people, LaTeX for papers, CSV for everything else.
+
+A method of several seeds has a mean and, after ±, the standard deviation over its seeds.
+"""
 
 import csv
 import io
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from karmma_pipeline.evaluation import paper
-from karmma_pipeline.evaluation.results import Protocol, Results
+from karmma_pipeline.evaluation.results import OverSeeds, Protocol, Results
 from karmma_pipeline.modalities import label
 
 Cells = Sequence[str]
@@ -17,33 +21,43 @@ def subset_table(results: Results, protocol: Protocol) -> Table:
     header = ["model", "modalities", "N"]
     header += [f"{m} top-{k}" for m in results.metrics for k in (1, 5)]
     rows: list[Cells] = []
-    for run in results.runs:
+    for method in results.methods:
         for subset in results.subsets:
-            of_subset = run.subset(subset, protocol)
-            cells = [run.name, label(subset, results.modalities), str(of_subset.clips)]
+            clips = results.runs[method.runs[0]].subset(subset, protocol).clips
+            cells = [method.name, label(subset, results.modalities), str(clips)]
             for metric in results.metrics:
-                top1, top5 = (of_subset.scores[f"{metric}_top{k}"] for k in (1, 5))
-                if top1.value is None or top5.value is None:
-                    cells += ["", ""]
-                else:
-                    interval = f"[{top1.low:.1f}, {top1.high:.1f}]"
-                    cells += [f"{top1.value:.1f} {interval}", f"{top5.value:.1f}"]
+                top1, top5 = (
+                    results.score(method, subset, protocol, f"{metric}_top{k}") for k in (1, 5)
+                )
+                cells += ["", ""] if top1.mean is None else [with_interval(top1), spread(top5)]
             rows.append(cells)
     return header, rows
 
 
 def drop_table(results: Results, protocol: Protocol) -> Table:
     """Return the expected top-1 of the headline metric per drop rate and run."""
-    header = ["drop rate", *(run.name for run in results.runs)]
-    rows: list[Cells] = []
-    for rate in results.rates:
-        cells = [f"{rate:.0%}"]
-        for run in results.runs:
-            curve = run.curve(results.main, protocol)
-            point = curve.at(rate) if curve else None
-            cells.append(f"{point.expected:.1f}" if point else "")
-        rows.append(cells)
+    header = ["drop rate", *(method.name for method in results.methods)]
+    curves = [results.curve(method, results.main, protocol) for method in results.methods]
+    rows: list[Cells] = [
+        [f"{rate:.0%}", *(spread(curve.points[i]) if curve else "" for curve in curves)]
+        for i, rate in enumerate(results.rates)
+    ]
+    if any(curves):
+        rows.append(["mean", *(spread(curve.mean) if curve else "" for curve in curves)])
     return header, rows
+
+
+def spread(value: OverSeeds) -> str:
+    """Return a mean, and the standard deviation over seeds if there are several."""
+    if value.mean is None:
+        return ""
+    return f"{value.mean:.1f}" + (f" ± {value.sd:.1f}" if value.sd is not None else "")
+
+
+def with_interval(value: OverSeeds) -> str:
+    """Return the same with its interval."""
+    ends = "" if value.low is None else f" [{value.low:.1f}, {value.high:.1f}]"
+    return spread(value) + ends
 
 
 def cost_table(results: Results) -> Table:
@@ -58,7 +72,7 @@ def cost_table(results: Results) -> Table:
         "paper GFLOPs",
     ]
     rows: list[Cells] = []
-    for run in results.runs:
+    for run in (results.runs[method.runs[0]] for method in results.methods):
         for cost in run.costs:
             kind = "teacher" if run.kind == "teacher" else "student"
             bar = paper.GFLOPS[kind].get(cost.modalities) if run.paper_size else None
@@ -73,6 +87,23 @@ def cost_table(results: Results) -> Table:
                     _number(bar, 3),
                 ]
             )
+    return header, rows
+
+
+def probe_table(results: Results) -> Table:
+    """Return what a linear classifier of the tokens themselves answers rightly."""
+    header = ["modalities", "head", "top-1", "trained on (clips)", "width", "lambda / width"]
+    stores = list(dict.fromkeys(probe.store_digest for probe in results.probes))
+    rows: list[Cells] = []
+    for probe in results.probes:
+        top1 = probe.score
+        which = f" (features {stores.index(probe.store_digest) + 1})" if len(stores) > 1 else ""
+        interval = (
+            "" if top1.value is None else f"{top1.value:.1f} [{top1.low:.1f}, {top1.high:.1f}]"
+        )
+        penalty = "" if probe.penalty is None else f"{probe.penalty:g}"
+        subset = label(probe.modalities, results.modalities) + which
+        rows.append([subset, probe.head, interval, str(probe.clips), str(probe.features), penalty])
     return header, rows
 
 
@@ -99,3 +130,55 @@ def to_csv(table: Table) -> str:
     writer.writerow(table[0])
     writer.writerows(table[1])
     return buffer.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    r"""Return a LaTeX table in the style of booktabs; names are escaped.
+
+    It compiles with pdflatex and ``\usepackage{booktabs}``; letters that are neither Latin nor
+    Greek need lualatex or xelatex and a font that has them.
+    """
+    header, rows = table
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
+        "\\toprule",
+        _latex_line(header),
+        "\\midrule",
+        *map(_latex_line, rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_line(cells: Iterable[str]) -> str:
+    # A line that begins with a bracket would be read as the option of the \\ before it.
+    return " & ".join(escape_latex(c) for c in cells).replace("[", "{[}") + r" \\"
+
+
+def escape_latex(text: str) -> str:
+    """Return text as LaTeX sets it, whatever is in it."""
+    return "".join(_latex(c) for c in " ".join(text.split()) if c.isprintable())
+
+
+_LATEX = {c: rf"\{c}" for c in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"|": r"\textbar{}", '"': "''", "<": "$<$", ">": "$>$"}
+_LATEX |= {"±": r"$\pm$", "\N{MINUS SIGN}": "$-$", "\N{MULTIPLICATION SIGN}": r"$\times$"}
+# Capitals that look like Latin ones have no command.
+_CAPITALS = {"Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"}
+
+
+def _latex(character: str) -> str:
+    size, _, name = unicodedata.name(character, "").removeprefix("GREEK ").partition(" LETTER ")
+    name = name.lower().replace("lamda", "lambda")  # as Unicode spells it
+    if (
+        character.isascii()
+        or not name.isalpha()
+        or not "\N{GREEK SMALL LETTER ALPHA}" <= character.lower() <= "\N{GREEK SMALL LETTER OMEGA}"
+    ):
+        return _LATEX.get(character, character)
+    if size == "SMALL" and name != "omicron":
+        return rf"$\{name}$"
+    return rf"$\{name.title()}$" if name.title() in _CAPITALS else character
