@@ -4,7 +4,8 @@ In one run, interleaved, on generated H.264 clips with sound (or --video FILE ..
 
     extract   the whole pipeline, from files to a committed store, after its start-up (to be
               compared in seconds; in CPU seconds where other work shares the machine)
-    bare      the forward passes alone, on tensors that are there, in the same batches
+    bare      the forward passes alone, on tensors that are there, in the same batches; with
+              engine torch, whatever the row's own engine (--engine)
     loop      what a script does: open the file, read, one clip at a time, float32, save an .npy
 
 Then what the rule for computing loses against the fastest memory format and batch size, of every
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from karmma_pipeline import config, jobs
 from karmma_pipeline.data.manifest import Clip, FileSource, read_manifest
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
 from karmma_pipeline.extraction.inference.defaults import by_rule, configure, example
 from karmma_pipeline.extraction.inference.networks import Networks
@@ -66,12 +69,13 @@ def main() -> None:
         folder = Path(name)
         manifest = write_manifest(folder, arguments)
         print(
-            "| case | extract : bare | the same in CPU seconds | loop : extract | s/clip "
+            "| case, engine | extract : bare | the same in CPU seconds | loop : extract | s/clip "
             "| decoding | bound | start-up |"
         )
         print("|---|---:|---:|---:|---:|---:|---|---:|")
         for case, sets in cases(arguments).items():
-            print(compare(folder, manifest, case, sets, arguments), flush=True)
+            for row in compare(folder, manifest, case, sets, arguments):
+                print(row, flush=True)
         print_losses(device, arguments)
         print("\n| backbone | way | time : float32 | least cosine of a token | largest error |")
         print("|---|---|---:|---:|---:|")
@@ -87,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small inputs, few clips: a minute")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", nargs="*", choices=("torch", "openvino"), help="of networks")
     parser.add_argument("--weights", default="random:0")
     parser.add_argument("--clips", type=int, help="clips of a run; default 24, quick 8")
     parser.add_argument("--repeat", type=int, help="rounds; default 3, quick 2")
@@ -99,6 +104,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.clips = arguments.clips or (8 if arguments.quick else 24)
     arguments.repeat = arguments.repeat or (2 if arguments.quick else 3)
+    both = openvino_engine.is_installed() and pick_device(arguments.device).type == "cpu"
+    arguments.engine = arguments.engine or (["torch", "openvino"] if both else ["torch"])
     return arguments
 
 
@@ -190,34 +197,48 @@ def make_recipe(manifest: Path, out: Path, sets: Sets, device: str, **more: Any)
 
 def compare(
     folder: Path, manifest: Path, case: str, sets: Sets, arguments: argparse.Namespace
-) -> str:
-    """Time the three against one another and return a row of the table."""
-    out = folder / "out"
-    recipe = make_recipe(manifest, out, sets, arguments.device)
+) -> Iterator[str]:
+    """Time the three against one another and yield a row of the table for each engine."""
+    recipes = {
+        engine: make_recipe(manifest, folder / "out", with_engine(sets, engine), arguments.device)
+        for engine in arguments.engine
+    }
+    recipe = make_recipe(manifest, folder / "out", sets, arguments.device)
     networks = Networks(recipe)
     with one_thread(networks.device):
         configure(networks, {}, lambda line: print(f"  {line}", file=sys.stderr))
     clips = read_manifest(manifest).clips
     batches = list(preload(networks, recipe, clips))
-    bares, work, loops, seconds, shares, starts = ([] for _ in range(6))
+    figures: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    bounds = {}
     for _ in range(arguments.repeat):
-        shutil.rmtree(out, ignore_errors=True)
-        report = extract(recipe)
-        one, cpu = report.total_s / report.clips, report.cpu_s + report.decode_s
-        bare, bare_cpu = time_bare(networks, batches, report.forward_workers)
+        reports = {}
+        for engine, of_engine in recipes.items():
+            shutil.rmtree(recipe.out, ignore_errors=True)
+            reports[engine] = extract(of_engine)
+        workers = max(report.forward_workers for report in reports.values())
+        bare, bare_cpu = time_bare(networks, batches, workers)
         loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
-        bares.append(one / bare * len(clips))
-        work.append(cpu / bare_cpu)
-        loops.append(loop / one)
-        seconds.append(one)
-        shares.append(report.decode_s / cpu)
-        starts.append(report.seconds[STARTING])
-    middle = statistics.median
-    return (
-        f"| {case} | {middle(bares):.2f} | {middle(work):.2f} | {middle(loops):.2f} "
-        f"| {middle(seconds):.3f} | {middle(shares):.0%} | {report.bound} "
-        f"| {middle(starts):.1f} s |"
-    )
+        for engine, report in reports.items():
+            one, cpu = report.total_s / report.clips, report.cpu_s + report.decode_s
+            ratios = (one / bare * len(clips), cpu / bare_cpu, loop / one)
+            start = report.seconds[STARTING]
+            figures[engine].append((*ratios, one, report.decode_s / cpu, start))
+            bounds[engine] = report.bound
+    for engine, rounds in figures.items():
+        bare, cpu, loop, one, decoding, start = map(statistics.median, zip(*rounds, strict=True))
+        yield (
+            f"| {case}, {engine} | {bare:.2f} | {cpu:.2f} | {loop:.2f} | {one:.3f} "
+            f"| {decoding:.0%} | {bounds[engine]} | {start:.1f} s |"
+        )
+
+
+def with_engine(sets: Sets, engine: str) -> Sets:
+    """Return sets whose networks an engine computes."""
+    return {
+        name: {modality: {**choice, "engine": engine} for modality, choice in choices.items()}
+        for name, choices in sets.items()
+    }
 
 
 def preload(networks: Networks, recipe: ExtractRecipe, clips: Sequence[Clip]) -> Iterator[Batch]:
@@ -298,7 +319,6 @@ def deviations(
     clips = torch.from_numpy(np.stack([clip.arrays[input_spec("rgb", choice)] for clip in decoded]))
     seconds, tokens = plain_pass(Backbone(choice).to(device), clips.to(device))
     network = Network(Backbone(choice), device, ComputeConfig())
-    network.tokens(clips[:1])
     folded = "norms folded in, oneDNN" if device.type == "cpu" else "norms folded in"
     ways = {folded: ComputeConfig(), "channels_last": ComputeConfig(memory_format="channels_last")}
     if arguments.precisions:  # bfloat16 is 22 to 33 times slower on a CPU that lacks it
@@ -312,10 +332,23 @@ def deviations(
         ways["compile"] = ComputeConfig(compile=True)
     for way, one in ways.items():
         network.use(one.model_copy(update={"batch_size": len(clips)}))
-        passes = [timed_pass(network, clips) for _ in range(4)]
-        found, ratio = passes[0][0], min(s for _, s in passes) / len(clips) / seconds
-        error = (found - tokens).abs().max().item()
-        yield f"| {choice.name} | {way} | {ratio:.2f} | {cosine(found, tokens):.6f} | {error:.2e} |"
+        yield deviation(network, way, clips, seconds, tokens)
+    if "openvino" in arguments.engine:
+        converted = choice.model_copy(update={"engine": "openvino"})
+        network = Network(Backbone(converted), device, ComputeConfig())
+        yield deviation(network, "openvino", clips, seconds, tokens)
+
+
+def deviation(
+    network: Network, way: str, clips: torch.Tensor, seconds: float, tokens: torch.Tensor
+) -> str:
+    """Return a row: a way's time per clip, and how far its tokens are, from plain float32's."""
+    network.tokens(clips[:1])  # what happens only once
+    passes = [timed_pass(network, clips) for _ in range(4)]
+    found, ratio = passes[0][0], min(s for _, s in passes) / len(clips) / seconds
+    error = (found - tokens).abs().max().item()
+    name = network.backbone.choice.name
+    return f"| {name} | {way} | {ratio:.2f} | {cosine(found, tokens):.7f} | {error:.2e} |"
 
 
 def cosine(tokens: torch.Tensor, plain: torch.Tensor) -> float:

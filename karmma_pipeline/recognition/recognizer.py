@@ -205,6 +205,7 @@ class Recognizer:
         settings = StreamSettings(
             window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz
         )
+        self.networks.serve(1, torch.get_num_threads())
         return Stream(settings, self.decode_settings, self.modalities, self.answer)
 
     def answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:

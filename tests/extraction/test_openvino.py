@@ -172,6 +172,16 @@ def test_a_clip_has_the_same_bytes_alone_among_others_and_from_the_cache(cache: 
 
 @extra
 @pytest.mark.usefixtures("needs_openvino")
+def test_several_threads_of_a_pass_give_the_same_tokens() -> None:
+    clips, one = clips_of(TINY, 2), network(TINY)
+    assert one.openvino is not None
+    alone = one.tokens(clips)
+    one.openvino.serve(1, threads=2)
+    torch.testing.assert_close(one.tokens(clips), alone)
+
+
+@extra
+@pytest.mark.usefixtures("needs_openvino")
 def test_another_network_or_input_is_converted_by_itself(cache: Path) -> None:
     for changes in ({}, {"weights": "random:1"}, {"frames": 6}, {"tokens": [1, 1, 1]}):
         choice = {**TINY, **changes}
@@ -320,7 +330,7 @@ def test_keys_of_a_recipe_that_it_cannot_follow_are_refused(tmp_path: Path) -> N
 
 @extra
 @pytest.mark.usefixtures("needs_openvino")
-def test_memory_decides_how_many_passes_run_and_batches_do_not(
+def test_each_worker_has_a_thread_and_a_clip_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     networks = Networks(make_recipe(tmp_path, batch_size=64, memory_format="channels_last"))
@@ -328,7 +338,7 @@ def test_memory_decides_how_many_passes_run_and_batches_do_not(
     (one,) = networks.all.values()
     assert one.config == ComputeConfig(chosen="by the engine")
     assert one.openvino is not None
-    compiled: list[int] = []
-    monkeypatch.setattr(one.openvino, "serve", compiled.append)
+    compiled: list[tuple[int, ...]] = []
+    monkeypatch.setattr(one.openvino, "serve", lambda *served: compiled.append(served))
     with ForwardWorkers(networks, 3):
-        assert compiled == [3]
+        assert compiled == [(3, 1)]

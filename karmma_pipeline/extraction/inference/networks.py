@@ -100,15 +100,15 @@ class Networks:
         """How often a batch did not fit into memory."""
         return sum(network.halved for network in self.all.values())
 
-    def serve(self, passes: int) -> None:
-        """Get ready for so many batches at once.
+    def serve(self, passes: int, threads: int = 1) -> None:
+        """Get ready for so many batches at once, and so many threads of each.
 
         Raises:
             ConfigError: an engine cannot compute its network; the message says what it lacks.
         """
         for network in self.all.values():
             if network.openvino is not None:
-                network.openvino.serve(passes)
+                network.openvino.serve(passes, threads)
 
     def jobs(self, name: str) -> dict[str, Job]:
         """Return what each modality of a set takes."""
