@@ -99,6 +99,23 @@ def test_the_recipes_that_init_writes_fit_each_other() -> None:
     assert len({teacher.out, baseline.out, student.out}) == 3
 
 
+def test_a_network_hears_what_it_states_else_what_the_recipe_says() -> None:
+    net = {"name": "efficientnet_b0", "weights": "random:0", "image": [32, 64]}
+    tree = {
+        "manifest": "m.csv",
+        "out": "o",
+        "audio": {"front_end": "vggish"},
+        "sets": {"a": {"audio": net}, "b": {"audio": {**net, "audio": {"mels": 40}}}},
+    }
+    recipe = config.build(ExtractRecipe, tree, "r.yaml")
+    assert recipe.sets["a"]["audio"].own_audio is None  # as in recipes of earlier versions
+    own = recipe.sets["b"]["audio"].own_audio
+    assert own is not None
+    assert (own.front_end, own.mels) == ("radevski", 40)
+    again = config.build(ExtractRecipe, recipe.model_dump(mode="json"), "saved.yaml")
+    assert again == recipe
+
+
 def test_what_init_writes_has_the_papers_sizes() -> None:
     for kind, stage in (("teacher", "train-teacher"), ("student", "distill")):
         size = written(stage).size

@@ -113,7 +113,7 @@ def backbones_list() -> None:
 
     for row in list_backbones():
         size = f"{row['parameters'] / 1e6:6.1f} M" if row["parameters"] else ""
-        click.echo(f"{row['name']:20}{row['input']:7}{size}  {', '.join(row['weights'])}")
+        click.echo(f"{row['name']:20} {row['input']:7}{size}  {', '.join(row['weights'])}")
 
 
 @backbones.command("show")
@@ -156,9 +156,17 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 @backbones.command("fetch")
 @click.argument("name")
 @click.argument("weights", default="DEFAULT")
-@click.option("--to", type=click.Path(path_type=Path), help="Folder; default: torch's cache.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    help="Folder; default: the cache of torch or of the hub.",
+)
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
-    """Download published weights, for nodes without network."""
+    """Download published weights, for nodes without network.
+
+    timm:NAME and hf:OWNER/NAME come from the Hugging Face hub (or HF_ENDPOINT) into its cache
+    (HF_HOME), safetensors only; cut off, they go on where they ended.
+    """
     from karmma_pipeline.models.backbones import fetch
 
     click.echo(f"weights: {fetch(name, weights, to)}")

@@ -12,12 +12,14 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.evaluation.peak_memory import peak_memory_mib
 from karmma_pipeline.evaluation.results import Cost
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import evaluated_subsets
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
 from karmma_pipeline.models.backbones.describe import describe
+from karmma_pipeline.models.backbones.registry import LIBRARIES, find
 from karmma_pipeline.models.fusion import FusionModel, FusionSize
 from karmma_pipeline.models.saved import ModelCard
 
@@ -82,7 +84,7 @@ def model_costs(card: ModelCard, device: torch.device, memory: bool, stop: StopF
         memory: whether it is.
         stop: ends the measurement of memory.
     """
-    if any(facts.get("backbone") not in ARCHITECTURES for facts in card.provenance.values()):
+    if not all(_is_known(facts.get("backbone")) for facts in card.provenance.values()):
         return []
     choices = {modality: _choice(facts) for modality, facts in card.provenance.items()}
     heads = {head: len(names) for head, names in card.heads.items()}
@@ -94,6 +96,16 @@ def model_costs(card: ModelCard, device: torch.device, memory: bool, stop: StopF
     ]
 
 
+def _is_known(name: object) -> bool:
+    """Tell whether a network is one of ours, or of a library that is here and has it."""
+    if not isinstance(name, str) or name.partition(":")[0] not in LIBRARIES:
+        return name in ARCHITECTURES
+    try:
+        return bool(find(name).build)
+    except KarmmaError:  # the package is not installed, or the configuration was not fetched
+        return False
+
+
 def _choice(facts: Mapping[str, object]) -> BackboneChoice:
     """Return the backbone that a store's provenance names, with weights that cost nothing."""
     shape = facts["input"]
@@ -102,6 +114,8 @@ def _choice(facts: Mapping[str, object]) -> BackboneChoice:
         "name": facts["backbone"],
         "weights": "random:0",
         "tokens": facts["token_grid"],
+        "layer": facts.get("layer"),
+        "class_tokens": facts.get("class_tokens", "drop"),
     }
     if facts["backbone"] == "boxes":
         values |= {"weights": "DEFAULT", "frames": shape[1]}

@@ -15,7 +15,8 @@ from karmma_pipeline.data.manifest import RESERVED, SIDECAR, Manifest, read_mani
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.modalities import KNOWN
-from karmma_pipeline.models.backbones import BackboneChoice
+from karmma_pipeline.models.backbones.choice import BackboneChoice
+from karmma_pipeline.models.backbones.front_end import Audio as Audio
 from karmma_pipeline.store.spec import Dtype
 
 _logger = logging.getLogger(__name__)
@@ -80,74 +81,9 @@ class Flow(Recipe):
         20.0,
         gt=0,
         description="Motion is clipped to +-bound px per gap and scaled to bytes with 128 = 0;\n"
-        "channels are (u, v, 128), then normalised like RGB. 20 is the two-stream convention.",
+        "channels are (u, v, 128), then normalised with the mean and std of the network's own\n"
+        "transform, as its RGB is. 20 is the two-stream convention.",
     )
-
-
-#: What a front end sets beside its formulas; a recipe may override each. The defaults of `Audio`
-#: are radevski's.
-FRONT_ENDS: dict[str, dict[str, Any]] = {
-    "radevski": {},
-    "vggish": {
-        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 64,
-        "hops": 96, "window_s": 0.975, "frame_s": 0.975, "mean": 0.0, "std": 1.0,
-    },
-    "ast": {
-        "sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "mels": 128,
-        "hops": 1024, "frame_s": 10.255, "mean": -4.2677393, "std": 2 * 4.5689974,
-    },
-    "auditory_slowfast": {
-        "sample_rate": 24_000, "n_fft": 2048, "win_length": 240, "hop_length": 120, "mels": 128,
-        "hops": 400, "frame_s": 1.995, "mean": 0.0, "std": 1.0,
-    },
-}  # fmt: skip
-
-
-class Audio(Recipe):
-    """Log-mel spectrograms: one image per clip, or one per sampled video frame."""
-
-    front_end: Literal["radevski", "vggish", "ast", "auditory_slowfast"] = Field(
-        "radevski",
-        description="Whose spectrogram; it also sets the keys below that are left out. radevski\n"
-        "(ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + 0.01), 125 to\n"
-        "7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: log(magnitude + 1e-6).",
-    )
-    sample_rate: int = Field(24_000, gt=0, description="Hz; the track is resampled to it.")
-    n_fft: int = Field(1024, gt=0, description="FFT length in samples.")
-    win_length: int = Field(160, gt=0, description="Window length in samples.")
-    hop_length: int = Field(80, gt=0, description="Hop in samples.")
-    mels: int = Field(128, gt=0, description="Mel bands.")
-    hops: int | None = Field(
-        None,
-        gt=0,
-        description="Hops of a spectrogram: shorter sound is padded as the front end does (ast:\n"
-        "zeros, auditory_slowfast: the last hop, vggish: silence), of longer sound the middle is\n"
-        "taken; null: as many as the sound has.",
-    )
-    window_s: float | None = Field(
-        None, gt=0, description="Seconds around the clip's centre for an image; null: the clip."
-    )
-    frame_s: float = Field(
-        1.116, gt=0, description="Seconds around each frame, for video networks."
-    )
-    mean: float = Field(-28.1125, description="Subtracted from the log-mel values ...")
-    std: float = Field(16.5627, gt=0, description="... which are then divided by this.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """Fill in what the front end sets and the recipe leaves out."""
-        if not isinstance(given, dict):
-            return given
-        return {**FRONT_ENDS.get(str(given.get("front_end", "radevski")), {}), **given}
-
-    @model_validator(mode="after")
-    def _window_fits(self) -> Self:
-        if self.win_length > self.n_fft:
-            raise ValueError(
-                f"win_length={self.win_length} is above n_fft={self.n_fft}; allowed is up to n_fft"
-            )
-        return self
 
 
 class StoreSettings(Recipe):
@@ -211,7 +147,11 @@ class ExtractRecipe(Recipe):
     )
     sampling: Sampling = Field(Sampling(), description="Moments of a clip.")
     flow: Flow = Field(Flow(), description="Optical flow.")
-    audio: Audio = Field(Audio(), description="Spectrograms.")
+    audio: Audio = Field(
+        Audio(),
+        description="Spectrograms of networks that state none of their own: neither under\n"
+        "`audio` of the network in a set, nor by themselves as those of timm: and hf: do.",
+    )
     sensors: dict[str, Sensor] = Field(
         {},
         validate_default=True,

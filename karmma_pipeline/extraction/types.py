@@ -21,8 +21,9 @@ from karmma_pipeline.modalities import Reason
 if TYPE_CHECKING:
     from karmma_pipeline.data.manifest import Clip
     from karmma_pipeline.data.sensors import Sensor
-    from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow, Sampling
+    from karmma_pipeline.extraction.recipe import ExtractRecipe, Flow, Sampling
     from karmma_pipeline.models.backbones import BackboneChoice, FrameTransform
+    from karmma_pipeline.models.backbones.front_end import Audio
 
 Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class InputSpec:
     Arrays: uint8 [T, 3, h, w] for rgb and flow; float32 [h, w] or, for video networks,
     [T, h, w] for audio; float32 [T, slots, numbers] for boxes, [N, W, C] for a sensor's windows.
     ``pairs``: flow that is computed where the networks run, from uint8 [2, T, 3, h, w], the first
-    and the second frames.
+    and the second frames. ``audio``: the network's own spectrogram; None: the recipe's.
     """
 
     modality: str
@@ -59,6 +60,7 @@ class InputSpec:
     image: tuple[int, int]
     per_frame: bool
     pairs: bool = False
+    audio: Audio | None = None
 
     @property
     def times(self) -> int:
@@ -98,7 +100,8 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
     height, width = choice.input_shape[-2:]
     if modality == "audio":
         frames = choice.frame_count if video else 1
-        return InputSpec(modality, frames, None, (height, width), per_frame=video)
+        size = (height, width)
+        return InputSpec(modality, frames, None, size, per_frame=video, audio=choice.own_audio)
     pairs = modality == "flow" and flow is not None and flow.source != "dis"
     size = (height, width)
     return InputSpec(modality, choice.frame_count, choice.transform, size, True, pairs)

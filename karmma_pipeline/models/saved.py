@@ -31,7 +31,10 @@ WEIGHTS = "model.safetensors"
 # Facts of a provenance that are no reason to call features others: versions of libraries, which
 # may change the last bits of a token, and where weights lie, whose digest says which they are.
 VERSIONS = frozenset(
-    {"torchvision", "engine", "decoder", "flow.opencv", "audio.librosa", "flow.pairs", "rounding_s"}
+    {
+        *("torchvision", "timm", "transformers", "licence", "engine"),
+        *("decoder", "flow.opencv", "audio.librosa", "flow.pairs", "rounding_s"),
+    }
 )
 PLACES = frozenset({"weights"})
 _OLD = "model.previous.safetensors"

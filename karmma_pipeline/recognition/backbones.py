@@ -97,6 +97,9 @@ def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}
     if architecture.kind == "series":
         return choice
+    choice |= {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
+    if architecture.audio is not None:  # as it was then, whatever the network states now
+        choice |= {"audio": _known(Audio, facts["audio"])}
     if architecture.kind == "image":
         return choice | {"image": facts["input"][1:]}
     return choice | {"frames": facts["input"][1], "size": facts["input"][-1]}

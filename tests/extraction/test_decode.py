@@ -10,6 +10,7 @@ from support.media_files import RATE, Maker, pack, read_counter, write_frames
 
 from karmma_pipeline.data.manifest import Clip, FileSource, FrameSource, SoundArray
 from karmma_pipeline.extraction.decode.frame_selection import partners, sample_times
+from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
@@ -42,6 +43,23 @@ def test_sound_that_starts_late_is_padded_counted_and_present(make_video: Maker)
     assert found.audio_rate == RATE
     silence = (-100 - MELS.mean) / MELS.std
     np.testing.assert_allclose(found.arrays[AUDIO][3], silence, rtol=1e-5)
+
+
+def test_each_network_hears_its_own_spectrogram_in_one_pass(make_video: Maker) -> None:
+    """Two rates and formulas, each as if it were alone, and the recipe's for the third."""
+    path = make_video(seconds=2.0)
+    own = [
+        Audio(front_end="ast", mels=16, hops=32),
+        Audio(front_end="auditory_slowfast", mels=16, hops=40),
+    ]
+    specs = [InputSpec("audio", 1, None, (16, 32), per_frame=False, audio=a) for a in (*own, None)]
+    (found,) = decode([clip(path, 0.5, 1.5)], *specs)
+    for spec in specs:
+        settings = spec.audio or MELS
+        half = min(1.0, longest_s(settings)) / 2
+        sound = MediaFile(path).sound(1 - half, 1 + half, settings.sample_rate)
+        np.testing.assert_array_equal(found.arrays[spec], mel_image(settings, sound, spec.image))
+    assert not np.array_equal(found.arrays[specs[0]], found.arrays[specs[2]])
 
 
 def test_a_clip_wholly_after_the_sound_has_none(make_video: Maker) -> None:

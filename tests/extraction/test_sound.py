@@ -121,7 +121,7 @@ def test_little_of_a_long_track_is_kept_and_nothing_of_it_changes(
     path = write_blocks(tmp_path / "v.mkv", wave, np.arange(len(wave) // BLOCK) * 0.05)
     spans = [(50.0, 51.0), (3.0, 4.5), (20.0, 21.0), (19.0, 22.0), (59.5, 61.0)]
     wanted = [MediaFile(path).sound(a, b, 24_000) for a, b in spans]
-    media_file._kept_track.cache_clear()
+    media_file._kept_tracks.cache_clear()
     monkeypatch.setattr(audio_track, "_KEPT_S", 5)
     file = MediaFile(path)
     assert file.sound_span(24_000)[1] == pytest.approx(60, abs=0.01)

@@ -64,7 +64,7 @@ def test_the_cut_network_is_torchvisions_own_up_to_its_head(name: str) -> None:
     whole = architecture.build(weights=None).eval()
     x = torch.randn(1, 3, *shape)
     with torch.inference_mode():
-        pooled = architecture.feature_map(whole, x).mean((2, 3, 4))
+        pooled = architecture.features(whole, x).mean((2, 3, 4))
         for head in architecture.heads:
             layer = getattr(whole, head)
             pooled = layer(pooled.view(1, -1, 1, 1, 1)).flatten(1) if s3d else layer(pooled)
@@ -81,7 +81,7 @@ def test_mvits_tokens_are_its_own_without_the_class_token() -> None:
     x = torch.randn(1, 3, 16, 224, 224)
     with torch.inference_mode():
         whole(x)
-        features = architecture.feature_map(whole, x)
+        features = architecture.features(whole, x)
     assert torch.equal(features.flatten(2).transpose(1, 2), seen[0][:, 1:])
 
 

@@ -54,23 +54,21 @@ def test_the_pages_own_network_runs_as_its_recipe_says(pages_modules: Path) -> N
     assert torch.equal(tokens, drawn(drawn.prepare(frames)))
 
 
-@pytest.mark.usefixtures("pages_modules")
-@pytest.mark.parametrize(
-    ("library", "name", "shape"),
-    [
-        ("timm", "timm_nets:vit", (8 * 14 * 14, 384)),
-        ("transformers", "hf_nets:videomae", (8 * 14 * 14, 768)),
-    ],
-)
-def test_networks_of_other_libraries_come_through_the_same_door(
-    library: str, name: str, shape: tuple[int, int]
+def test_the_pages_image_network_is_found_in_the_working_folder_and_takes_any_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(library)
-    choice = BackboneChoice(name=name, weights="random:0")
-    assert choice.output_shape == shape
+    (tmp_path / "convnext.py").write_text(MODULES["convnext"])
+    assert len([line for line in MODULES["convnext"].splitlines() if line.strip("# ")]) <= 10
+    monkeypatch.chdir(tmp_path)
+    registry.find.cache_clear()
+    for frames in (1, 3):
+        choice = BackboneChoice(name="convnext:tiny", weights="random:0", frames=frames, size=64)
+        assert choice.output_shape == (frames * 2 * 2, 768)
     backbone = Backbone(choice)
-    frames = torch.randint(0, 256, (1, choice.frame_count, 3, 224, 224), dtype=torch.uint8)
-    assert backbone(backbone.prepare(frames)).shape == (1, *shape)
+    clip = torch.randint(0, 256, (1, 3, 3, 64, 64), dtype=torch.uint8)
+    x = backbone.prepare(clip)
+    each = [backbone.net.features(x[:, :, t]).flatten(2).transpose(1, 2) for t in range(3)]  # type: ignore[operator]
+    torch.testing.assert_close(backbone(x), torch.cat(each, dim=1))
 
 
 @pytest.mark.usefixtures("pages_modules")

@@ -54,7 +54,7 @@ def resized(flow: Motion, transform: FrameTransform) -> Motion:
     # asked for.
     after = field.shape[-2:]
     ratio = [after[1] / before[1], after[0] / before[0]]
-    field = vision.center_crop(field * torch.tensor(ratio)[:, None, None], list(transform.crop))
+    field = transform.cropped(field * torch.tensor(ratio)[:, None, None])
     return np.ascontiguousarray(field.numpy())
 
 

@@ -1,6 +1,6 @@
 """Log-mel spectrograms as pictures: one of a whole window, or one around each frame.
 
-Four front ends, each after its authors' code, because networks trained on one see noise in another.
+Front ends, each after its authors' code, because networks trained on one see noise in another.
 S samples; images are [mels, hops], low frequencies first.
 """
 
@@ -26,8 +26,17 @@ _VGGISH_OFFSET, _VGGISH_HZ = 0.01, (125.0, 7500.0)
 # Kaldi's defaults, which AST (YuanGongND/ast) keeps, with a Hann window and without dither.
 _PREEMPHASIS, _KALDI_LOW_HZ, _KALDI_FLOOR = 0.97, 20.0, float(np.finfo(np.float32).eps)
 
+# openai/whisper, whisper/audio.py: power in dB / 10, at most so far below its peak.
+_WHISPER_RANGE = 8.0
+
+# Front ends whose windows are centred on the hops.
+_CENTRED = {"radevski", "auditory_slowfast", "whisper", "clap"}
+
 # ekazakos/auditory-slow-fast, slowfast/datasets/audio_loader_epic.py.
 _SLOWFAST_OFFSET = 1e-6
+
+# transformers, Wav2Vec2FeatureExtractor.
+_WAVE_FLOOR = 1e-7
 
 
 def log_mel(settings: Audio, sound: Sound) -> Image:
@@ -45,6 +54,8 @@ def mel_image(settings: Audio, sound: Sound, size: tuple[int, int]) -> Image:
     """Return a standardised log-mel image, float32 [h, w], low frequencies at the top."""
     standard = (log_mel(settings, sound) - settings.mean) / settings.std
     height, width = size
+    if standard.shape == size:  # cv2 has a limit on the longer side, which a waveform exceeds
+        return np.asarray(standard, np.float32)
     return np.asarray(cv2.resize(standard, (width, height)), np.float32)  # bilinear
 
 
@@ -53,8 +64,10 @@ def longest_s(settings: Audio) -> float:
     if settings.hops is None:
         return float("inf")
     samples = (settings.hops - 1) * settings.hop_length
-    if settings.front_end in {"vggish", "ast"}:  # their windows lie within the sound
+    if settings.front_end not in _CENTRED:  # their windows lie within the sound
         samples += settings.win_length
+    if settings.front_end == "whisper":  # which drops the last hop
+        samples += settings.hop_length
     return samples / settings.sample_rate
 
 
@@ -89,11 +102,49 @@ def _ast(settings: Audio, sound: Sound) -> Image:
     return np.log(np.maximum(filters @ power.T, _KALDI_FLOOR))
 
 
+def _whisper(settings: Audio, sound: Sound) -> Image:
+    power = _reflected(settings, _at_least(sound, (settings.hops or 1) * settings.hop_length))
+    image = np.log10(np.maximum(power, _FLOOR))[:, :-1]
+    return np.maximum(image, image.max() - _WHISPER_RANGE)
+
+
+def _clap(settings: Audio, sound: Sound) -> Image:
+    samples = ((settings.hops or 1) - 1) * settings.hop_length
+    sound = _at_least(np.tile(sound, max(1, samples // max(1, len(sound)))), samples)
+    return 10 * np.log10(np.maximum(_reflected(settings, sound), _FLOOR))
+
+
+def _waveform(settings: Audio, sound: Sound) -> Image:
+    return sound[None, :: settings.hop_length]
+
+
+def _standardised_waveform(settings: Audio, sound: Sound) -> Image:
+    return _waveform(settings, (sound - sound.mean()) / np.sqrt(sound.var() + _WAVE_FLOOR))
+
+
+def _reflected(settings: Audio, sound: Sound) -> Image:
+    """Return the power in Slaney's bands, with windows centred on the hops of mirrored sound."""
+    low, high = settings.low_hz or 0.0, settings.high_hz or settings.sample_rate / 2
+    filters = _slaney_filters(settings.sample_rate, settings.n_fft, settings.mels, low, high)
+    spectrum = librosa.stft(
+        _at_least(sound, settings.n_fft),
+        n_fft=settings.n_fft,
+        win_length=settings.win_length,
+        hop_length=settings.hop_length,
+        pad_mode="reflect",
+    )
+    return filters @ (np.abs(spectrum) ** 2)
+
+
 _FRONT_ENDS: dict[str, Callable[[Audio, Sound], Image]] = {
     "radevski": _radevski,
     "vggish": _vggish,
     "ast": _ast,
     "auditory_slowfast": _auditory_slowfast,
+    "whisper": _whisper,
+    "clap": _clap,
+    "waveform": _waveform,
+    "standardised_waveform": _standardised_waveform,
 }
 
 
@@ -118,8 +169,10 @@ def _at_least(sound: Sound, samples: int) -> Sound:
 
 
 @cache
-def _slaney_filters(rate: int, n_fft: int, mels: int) -> npt.NDArray[np.float32]:
-    return librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=mels)
+def _slaney_filters(
+    rate: int, n_fft: int, mels: int, low_hz: float = 0.0, high_hz: float | None = None
+) -> npt.NDArray[np.float32]:
+    return librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=mels, fmin=low_hz, fmax=high_hz)
 
 
 @cache

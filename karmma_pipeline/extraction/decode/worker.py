@@ -215,7 +215,9 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
         decoded.details[spec] = "could not get the memory it asked for"
 
 
-def _sound_span(clip: Clip, settings: DecodeSettings, media: Media) -> tuple[float, float]:
+def _sound_span(
+    clip: Clip, rate: int, settings: DecodeSettings, media: Media
+) -> tuple[float, float]:
     """Return the span that the clip's pictures have, or, without pictures, its sound's."""
     tolerance = settings.sampling.tolerance_s
     with suppress(MediaFaultError, KeyError):
@@ -223,16 +225,16 @@ def _sound_span(clip: Clip, settings: DecodeSettings, media: Media) -> tuple[flo
     if clip.stop_s is not None:
         return clip.start_s, clip.stop_s
     sound = media.of(clip.media["audio"])
-    return clamped(clip.start_s, None, sound.sound_span(settings.audio.sample_rate)[1], tolerance)
+    return clamped(clip.start_s, None, sound.sound_span(rate)[1], tolerance)
 
 
 def _audio(
     decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, media: Media
 ) -> None:
-    audio, sound = settings.audio, media.of(clip.media["audio"])
+    audio, sound = spec.audio or settings.audio, media.of(clip.media["audio"])
     rate = audio.sample_rate
     track_start, track_stop = sound.sound_span(rate)
-    start, stop = _sound_span(clip, settings, media)
+    start, stop = _sound_span(clip, rate, settings, media)
     if spec.per_frame:
         centres = sample_times(settings.sampling, start, stop, spec.frames)
         length = audio.frame_s

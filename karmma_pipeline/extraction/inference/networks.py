@@ -158,7 +158,7 @@ class Networks:
         if choice.architecture.kind == "boxes":
             facts["boxes"] = boxes.FACTS
         if modality == "audio":
-            facts["audio"] = recipe.audio.model_dump(mode="json")
+            facts["audio"] = (choice.own_audio or recipe.audio).model_dump(mode="json")
             facts["audio"]["librosa"] = version("librosa")
             facts["audio"]["resampling"] = RESAMPLING
         return facts

@@ -270,7 +270,10 @@ class SoundArrayReader(MediaReader):
         if rate != self.source.rate:
             status = self.path.stat() if self.path.is_file() else None
             key = None if status is None else (status.st_size, status.st_mtime_ns)
-            return cut(_resampled(self.source, rate, key), start_s, stop_s - start_s, rate)
+            tracks = _kept_tracks(self.source, key)
+            if rate not in tracks:
+                tracks[rate] = _resampled(self.source, rate)
+            return cut(tracks[rate], start_s, stop_s - start_s, rate)
         first, count = round(start_s * rate), max(1, round((stop_s - start_s) * rate))
         window = np.zeros(count, np.float32)
         low, high = max(first, 0), max(first + count, 0)
@@ -314,6 +317,10 @@ def _samples(stored: Any) -> Sound:
 
 
 @lru_cache(maxsize=1)
-def _resampled(source: SoundArray, rate: int, _key: tuple[int, int] | None) -> Sound:
+def _kept_tracks(source: SoundArray, _key: tuple[int, int] | None) -> dict[int, Sound]:
+    return {}
+
+
+def _resampled(source: SoundArray, rate: int) -> Sound:
     track = SoundArrayReader(source)._read(0, LONGEST_S * source.rate)
     return np.asarray(soxr.resample(track, source.rate, rate, quality=QUALITY), np.float32)

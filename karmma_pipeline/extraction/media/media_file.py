@@ -137,7 +137,10 @@ class MediaFile(MediaReader):
 
     def _track(self, rate: int) -> SoundTrack:
         info, status = self._stream_info("audio"), self.path.stat()
-        return _kept_track(self.path, info, rate, (status.st_size, status.st_mtime_ns))
+        tracks = _kept_tracks(self.path, info, (status.st_size, status.st_mtime_ns))
+        if rate not in tracks:
+            tracks[rate] = SoundTrack(self.path, info, rate)
+        return tracks[rate]
 
     def close(self) -> None:
         """Let go of the file."""
@@ -146,8 +149,8 @@ class MediaFile(MediaReader):
             video.close()
 
 
-# One track is kept, for tasks of one video follow one another, each with some of its clips. Size
-# and time are part of the key: a file may be replaced.
+# One file's track is kept, at each rate that networks want, for tasks of one video follow one
+# another, each with some of its clips. Size and time are part of the key: a file may be replaced.
 @lru_cache(maxsize=1)
-def _kept_track(path: Path, info: StreamInfo, rate: int, _key: tuple[int, int]) -> SoundTrack:
-    return SoundTrack(path, info, rate)
+def _kept_tracks(path: Path, info: StreamInfo, _key: tuple[int, int]) -> dict[int, SoundTrack]:
+    return {}

@@ -1,10 +1,11 @@
-"""Frozen feature extractors: torchvision's video and image networks, or one's own."""
+"""Frozen feature extractors: networks of torchvision, timm and transformers, or one's own."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.backbone import Backbone as Backbone
     from karmma_pipeline.models.backbones.choice import BackboneChoice as BackboneChoice
+    from karmma_pipeline.models.backbones.layers import frame_by_frame as frame_by_frame
     from karmma_pipeline.models.backbones.registry import ARCHITECTURES as ARCHITECTURES
     from karmma_pipeline.models.backbones.registry import ENTRY_POINTS as ENTRY_POINTS
     from karmma_pipeline.models.backbones.registry import Architecture as Architecture
@@ -19,6 +20,7 @@ else:
             ("ARCHITECTURES", "ENTRY_POINTS", "Architecture", "FrameTransform"), "registry"
         ),
         "fetch": "state_dicts",
+        "frame_by_frame": "layers",
     }
 
     def __getattr__(name: str) -> Any:

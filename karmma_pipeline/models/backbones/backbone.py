@@ -53,15 +53,18 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn inputs (see `BackboneChoice.input_shape`, with B before) into tokens [B, N, D]."""
-        features = self.architecture.features(self.net, x)  # [B, D, t, h, w]
+        features, extra = self.architecture.parts(self.net, x)  # [B, D, t, h, w], [B, E, D]
         if self.choice.tokens is not None:
             features = nn.functional.adaptive_avg_pool3d(features, self.choice.tokens)
-        return features.flatten(2).transpose(1, 2)
+        tokens = features.flatten(2).transpose(1, 2)
+        return tokens if extra is None else torch.cat([extra, tokens], dim=1)
 
     def provenance(self) -> dict[str, Any]:
         """Return what a store must know of its tokens, JSON-plain."""
         choice = self.choice
-        video = self.architecture.kind == "video"
+        kind = self.architecture.kind
+        image = choice.input_shape[1:] if kind == "image" else ()
+        cut = {"layer": choice.layer, "class_tokens": choice.class_tokens}
         return {
             "backbone": choice.name,
             "weights": choice.weights,
@@ -69,11 +72,13 @@ class Backbone(nn.Module):
             "weights_key_map": [list(pair) for pair in choice.key_map],
             "weights_missing": [*self.loaded.missing, *self.loaded.wrong_shape],
             "input": list(choice.input_shape),
-            "transform": choice.transform.facts() if video else {"image": list(choice.image or ())},
+            "transform": choice.transform.facts() if kind == "video" else {"image": list(image)},
             "raw_grid": list(choice.raw_grid),
             "token_grid": list(choice.tokens) if choice.tokens else None,
             "width": choice.output_shape[1],
             "torchvision": torchvision.__version__,
+            **self.architecture.facts,
+            **{key: value for key, value in cut.items() if value not in {None, "drop"}},
         }
 
 
@@ -89,6 +94,10 @@ def _load(choice: BackboneChoice) -> tuple[nn.Module, state_dicts.Loaded]:
         calibration = torch.tensor(state_dicts.CALIBRATION)
         drawn = {**dict(net.named_parameters()), "calibration": calibration}
         return net, state_dicts.Loaded(state_dicts.digest(drawn))
+    if source == "library":
+        assert architecture.pretrained is not None  # noqa: S101  (or the source is another)
+        net = architecture.cut(architecture.pretrained())
+        return net, state_dicts.Loaded(state_dicts.digest(net.state_dict()))
     where, tensors = read_weights(choice)
     with state_dicts.seeded(0):  # what a file leaves out must be the same in every job
         net = architecture.headless()

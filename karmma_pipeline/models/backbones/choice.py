@@ -6,19 +6,21 @@ Torch is imported where a network is looked at: to read a recipe must not take s
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_serializer, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones.front_end import Audio
 
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, Kind
 
 Engine = Literal["torch", "openvino"]
-WeightSource = Literal["none", "random", "file", "published"]
+WeightSource = Literal["none", "random", "file", "published", "library"]
 
 # The shipped networks that take frames and sizes as they come; what else there is, the registry
 # says.
@@ -40,13 +42,14 @@ class BackboneChoice(Recipe):
     """Which frozen network turns a modality into tokens, and how."""
 
     name: str = Field(
-        description="A name of `karmma backbones list`, or your own as package.module:factory.",
+        description="A name of `karmma backbones list`, timm:NAME, hf:ID or hf:FOLDER, or your\n"
+        "own as package.module:factory.",
         examples=["swin3d_t"],
     )
     weights: str = Field(
         "DEFAULT",
         description="A torchvision weight (DEFAULT, KINETICS400_V1, ...), the path of a\n"
-        "state dict, or random:SEED.",
+        "state dict, or random:SEED. DEFAULT of timm: and hf: are the weights of that name.",
     )
     key_map: tuple[tuple[str, str], ...] = Field(
         (),
@@ -54,7 +57,9 @@ class BackboneChoice(Recipe):
         "its names into this network's, each applied to every name in this order (re.sub).",
     )
     frames: PositiveInt | None = Field(
-        None, description="Frames T per clip; null: the network's own."
+        None,
+        description="Frames T per clip; null: the network's own. Networks of a fixed number take\n"
+        "a multiple of it, in parts.",
     )
     size: PositiveInt | None = Field(
         None,
@@ -62,12 +67,30 @@ class BackboneChoice(Recipe):
         "the same part of the picture: the resize before the crop scales with it.",
     )
     image: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="Height and width of the log-mel image (audio networks for images)."
+        None,
+        description="Height and width of the log-mel image (audio networks for images); null: as\n"
+        "the network's own spectrogram has them.",
+    )
+    audio: Audio | None = Field(
+        None,
+        description="The spectrogram of this network, if it is another than the recipe's audio\n"
+        "or, of a network that states its own, than that.",
     )
     tokens: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
         description="Pool the output to this grid (time, height, width), such as\n"
         "[12, 5, 5] = 300; null keeps the network's own grid.",
+    )
+    class_tokens: Literal["drop", "keep"] = Field(
+        "drop",
+        description="Class and register tokens, timm: and hf: only. keep: of each frame or clip,\n"
+        "before the tokens of the grid.",
+    )
+    layer: int | str | None = Field(
+        None,
+        description="Take the output of this block (0 is the first, -1 the last) or module (by\n"
+        "its name), before any norm that follows; the rest is not computed. null: the last one,\n"
+        "normed.",
     )
     series: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
@@ -96,16 +119,34 @@ class BackboneChoice(Recipe):
             self._check_input(self.architecture)
         return self
 
+    @field_serializer("audio")
+    def _as_stated(self, audio: Audio | None) -> dict[str, Any] | None:
+        """Keep what is left out apart: it is the network's own."""
+        return None if audio is None else audio.model_dump(mode="json", exclude_unset=True)
+
     @property
     def architecture(self) -> Architecture:
-        """The network behind the name.
+        """The network behind the name, as it is to be cut.
 
         Raises:
             ConfigError: the name is unknown, or the factory cannot be imported.
         """
         from karmma_pipeline.models.backbones import registry
 
-        return registry.find(self.name)
+        found = registry.find(self.name)
+        if self.layer is None and self.class_tokens == found.class_tokens:
+            return found
+        return replace(found, layer=self.layer, class_tokens=self.class_tokens)
+
+    @property
+    def own_audio(self) -> Audio | None:
+        """The spectrogram that the network or the recipe states for it; None: the recipe's one."""
+        own = self.architecture.audio or {}
+        if self.audio is None:
+            return Audio.model_validate(own) if own else None
+        # As it was stated: what was left out is the network's, unless it is another front end.
+        stated = self.audio.model_dump(exclude_unset=True)
+        return Audio.model_validate({**own, **stated})
 
     def fed(self, series: tuple[int, int, int]) -> Self:
         """Return the choice for a sensor of these windows, samples of each and channels.
@@ -131,6 +172,8 @@ class BackboneChoice(Recipe):
             return "none"
         if parse_seed(self.weights) is not None:
             return "random"
+        if self.weights == "DEFAULT" and self.architecture.pretrained is not None:
+            return "library"
         if state_dicts.enum_member(self.architecture, self.weights) is not None:
             return "published"
         path = Path(self.weights)
@@ -198,16 +241,17 @@ class BackboneChoice(Recipe):
                     "under sensors in the recipe, or give series: [windows, samples, channels]."
                 )
             return self.series
-        if self.image is not None:
-            return (3, *self.image)
+        image = self.image or (self.own_audio.image if self.own_audio else None)
+        if self.architecture.kind == "image" and image is not None:
+            return (3, *image)
         return (3, self.frame_count, *self.transform.crop)
 
     def _check_input(self, architecture: Architecture) -> None:
-        self._check_kind(architecture.kind)
+        self._check_kind(architecture.kind, bool(architecture.audio))
         if architecture.fixed and architecture.kind == "video":
             self._check_fixed(architecture)
 
-    def _check_kind(self, kind: Kind) -> None:
+    def _check_kind(self, kind: Kind, own_audio: bool = False) -> None:
         if kind == "series":
             self._check_series()
             return
@@ -224,7 +268,8 @@ class BackboneChoice(Recipe):
                 )
             return
         if kind == "image":
-            if self.image is None:
+            own = own_audio or (self.audio is not None and self.audio.image is not None)
+            if self.image is None and not own:
                 raise ConfigError(f"name={self.name!r}: needs image: [height, width].")
             if self.frames is not None or self.size is not None:
                 raise ConfigError(
@@ -247,10 +292,11 @@ class BackboneChoice(Recipe):
 
     def _check_fixed(self, architecture: Architecture) -> None:
         side = self._own_transform().crop[0]
-        if self.frame_count != architecture.frames or self.size not in {None, side}:
+        if self.frame_count % architecture.frames or self.size not in {None, side}:
             raise ConfigError(
                 f"frames={self.frame_count}, size={self.size}: {self.name} takes "
-                f"{architecture.frames} frames of {side} px only; leave both out."
+                f"{architecture.frames} frames of {side} px only, or a multiple of them in parts; "
+                "leave both out."
             )
 
     @property
@@ -258,7 +304,8 @@ class BackboneChoice(Recipe):
         """The network's own output grid (t, h, w), before pooling."""
         from karmma_pipeline.models.backbones import registry
 
-        return registry.map_shape(self.architecture, self.input_shape)[1:]
+        _, t, h, w, _ = registry.map_shape(self.architecture, self.input_shape)
+        return t, h, w
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -284,7 +331,8 @@ class BackboneChoice(Recipe):
         from karmma_pipeline.models.backbones import registry
 
         t, h, w = self.grid
-        return t * h * w, registry.map_shape(self.architecture, self.input_shape)[0]
+        width, *_, extra = registry.map_shape(self.architecture, self.input_shape)
+        return t * h * w + extra, width
 
 
 def _check_pair(pattern: str, replacement: str) -> None:

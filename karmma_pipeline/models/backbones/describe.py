@@ -9,18 +9,42 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from karmma_pipeline.errors import CheckpointError
-from karmma_pipeline.models.backbones import state_dicts
+from karmma_pipeline.models.backbones import hub, state_dicts
 from karmma_pipeline.models.backbones.backbone import read_weights
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
+
+#: Networks of timm and transformers: what they take, and the licence of their weights. Only some of
+#: what those libraries have; the licence that counts is the one that comes with the files.
+PUBLISHED = {
+    "timm:vit_small_patch16_dinov3.lvd1689m": ("video", "DINOv3 License"),
+    "timm:vit_base_patch16_siglip_224.v2_webli": ("video", "Apache-2.0"),
+    "timm:vit_pe_core_base_patch16_224.fb": ("video", "Apache-2.0"),
+    "hf:MCG-NJU/videomae-base": ("video", "CC BY-NC 4.0 (non-commercial)"),
+    "hf:facebook/vjepa2-vitl-fpc64-256": ("video", "MIT"),
+    "hf:facebook/timesformer-base-finetuned-k400": ("video", "CC BY-NC 4.0 (non-commercial)"),
+    "hf:google/vivit-b-16x2-kinetics400": ("video", "MIT"),
+    "hf:facebook/dinov2-base": ("video", "Apache-2.0"),
+    "hf:facebook/dinov3-vits16-pretrain-lvd1689m": ("video", "DINOv3 License"),
+    "hf:google/siglip2-base-patch16-224": ("video", "Apache-2.0"),
+    "hf:openai/clip-vit-base-patch16": ("video", "MIT"),
+    "hf:MIT/ast-finetuned-audioset-10-10-0.4593": ("image", "BSD-3-Clause"),
+    "hf:laion/clap-htsat-unfused": ("image", "Apache-2.0"),
+    "hf:openai/whisper-base": ("image", "Apache-2.0"),
+}
 
 
 def list_backbones() -> list[dict[str, Any]]:
     """Return a row per network: name, input, frames, parameters, published weights.
 
-    Networks of other packages are listed by name and factory; their code is not imported.
+    Networks of other packages are listed by name and factory, and those of timm and transformers
+    that are tested by name and licence; their code is not imported.
     """
     rows = [_row(name, architecture) for name, architecture in ARCHITECTURES.items()]
+    rows += [
+        {"name": name, "input": kind, "frames": None, "parameters": None, "weights": [licence]}
+        for name, (kind, licence) in PUBLISHED.items()
+    ]
     return rows + [
         {"name": e.name, "input": e.value, "frames": None, "parameters": None, "weights": []}
         for e in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name)
@@ -63,7 +87,13 @@ def describe(choice: BackboneChoice) -> dict[str, Any]:
         "width": width,
         "gflops": counter.get_total_flops() / 1e9,
         "parameters": sum(p.numel() for p in net.parameters()),
+        **choice.architecture.facts,
+        **_warned(choice.architecture.facts.get("licence", "")),
     }
+
+
+def _warned(licence: str) -> dict[str, Any]:
+    return {"non_commercial": True} if hub.non_commercial(licence) else {}
 
 
 def top_classes(choice: BackboneChoice, x: Tensor, count: int = 5) -> list[tuple[str, float]]:

@@ -19,11 +19,13 @@ window. Networks of one's own turn windows [B, W, C] into tokens.
 T frames, H and W the file's height and width, h and w the network's, B clips in a batch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -39,6 +41,8 @@ from torchvision.transforms import functional as vision
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones import layers
+from karmma_pipeline.models.backbones.layers import Parts as Parts
 
 #: torchvision's video weights were made without antialiasing (its ``_presets.py``).
 ANTIALIAS = False
@@ -52,6 +56,14 @@ class FrameTransform(Recipe):
     mean: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
     std: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
     interpolation: str = Field(InterpolationMode.BILINEAR.value, description="Of the resize.")
+    floor: bool = Field(
+        False,
+        description="Where picture and crop differ by an odd number of px, begin half a px before\n"
+        "the middle, as transformers does; else where rounding to even leads.",
+    )
+    antialias: bool = Field(
+        ANTIALIAS, description="Whether the resize smooths first, as PIL, timm and transformers do."
+    )
 
     def scaled(self, crop: int) -> "FrameTransform":
         """Return the same view of the picture at another crop size (square, px).
@@ -65,16 +77,27 @@ class FrameTransform(Recipe):
 
     def apply(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Resize and crop uint8 frames [T, H, W, 3] to uint8 [T, 3, h, w]."""
-        if self.interpolation == InterpolationMode.BILINEAR.value:
+        if self.interpolation == InterpolationMode.BILINEAR.value and not self.antialias:
             size = self._resized(*frames.shape[1:3])
             resized = np.stack([_bilinear(frame, size) for frame in frames])
             video = torch.from_numpy(resized).permute(0, 3, 1, 2)
         else:
             video = torch.from_numpy(frames).permute(0, 3, 1, 2)
             mode = InterpolationMode(self.interpolation)
-            video = vision.resize(video, list(self.resize), interpolation=mode, antialias=ANTIALIAS)
-        video = vision.center_crop(video, list(self.crop))
+            video = vision.resize(
+                video, list(self.resize), interpolation=mode, antialias=self.antialias
+            )
+        video = self.cropped(video)
         return np.ascontiguousarray(video.numpy())
+
+    def cropped(self, pictures: Tensor) -> Tensor:
+        """Take the middle of pictures [..., H, W]; smaller ones are padded."""
+        above, beside = (
+            side - crop for side, crop in zip(pictures.shape[-2:], self.crop, strict=True)
+        )
+        if self.floor and above >= 0 and beside >= 0:
+            return vision.crop(pictures, above // 2, beside // 2, *self.crop)
+        return vision.center_crop(pictures, list(self.crop))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) in px after the resize, rounded as torchvision does."""
@@ -93,7 +116,10 @@ class FrameTransform(Recipe):
 
     def facts(self) -> dict[str, Any]:
         """Return what a store records of it."""
-        return {**self.model_dump(mode="json"), "antialias": ANTIALIAS}
+        facts = self.model_dump(mode="json")
+        if not self.floor:  # earlier stores have no such key
+            del facts["floor"]
+        return facts
 
 
 def _bilinear(frame: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -141,11 +167,14 @@ def _flat(net: Any, x: Tensor) -> Tensor:
     return net(x).flatten(1)
 
 
+#: Prefix of a name to the module that knows the networks of that library.
+LIBRARIES = {"timm": "timm_networks", "hf": "hf_networks"}
+
 #: Entry-point group in which other packages name their factories.
 ENTRY_POINTS = "karmma.backbones"
 
 Kind = Literal["video", "image", "boxes", "series"]
-FeatureMap = Callable[[Any, Tensor], Tensor]
+FeatureMap = Callable[[Any, Tensor], Tensor | Parts]
 
 
 def _swin3d(net: video.SwinTransformer3d, x: Tensor) -> Tensor:
@@ -167,8 +196,16 @@ def _mvit(net: video.MViT, x: Tensor) -> Tensor:
     thw = (net.pos_encoding.temporal_size, *net.pos_encoding.spatial_size)
     for block in net.blocks:
         x, thw = block(x, thw)
-    x = net.norm(x)[:, 1:]  # without the class token
-    return torch.unflatten(x.transpose(1, 2), 2, thw)
+    return _mvit_map(net, (net.norm(x), thw), x)
+
+
+def _mvit_map(net: video.MViT, output: tuple[Tensor, tuple[int, int, int]], x: Tensor) -> Tensor:
+    tokens, thw = output
+    return torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, thw)  # without the class token
+
+
+def _swin3d_map(net: video.SwinTransformer3d, output: Tensor, x: Tensor) -> Tensor:
+    return output.permute(0, 4, 1, 2, 3)
 
 
 def _features2d(net: Any, x: Tensor) -> Tensor:
@@ -209,6 +246,13 @@ class Architecture:
         frames: T where a recipe gives none.
         fixed: other frames or sizes than the network's own are refused.
         transform: of video frames, where no published weight states it.
+        audio: of kind "image", the keys of its own spectrogram (see `front_end.Audio`); without
+            them it is the recipe's.
+        arrange: (network, output of one of its modules, input) to what ``feature_map`` gives, for
+            ``layer``; None: the output is [B, D, t, h, w], or of images [B, D, h, w].
+        pretrained: makes the network with the weights DEFAULT, as its library reads them.
+        facts: what is recorded beside the name: library, licence.
+        layer: see `BackboneChoice.layer`; ``class_tokens``, too.
     """
 
     kind: Kind
@@ -219,33 +263,84 @@ class Architecture:
     frames: int = 1
     fixed: bool = False
     transform: FrameTransform | None = None
+    audio: Mapping[str, Any] | None = field(default=None, hash=False)
+    arrange: Callable[[Any, Any, Tensor], Tensor | Parts] | None = None
+    pretrained: Callable[[], nn.Module] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    layer: int | str | None = None
+    class_tokens: Literal["drop", "keep"] = "drop"
 
     def features(self, net: Any, x: Tensor) -> Tensor:
-        """Return the last feature map [B, D, t, h, w] of an input.
+        """Return the last feature map [B, D, t, h, w] of an input, or that of its ``layer``.
 
         Args:
             net: the network.
             x: what `BackboneChoice.input_shape` says, with B before; [B, N, W, C] of a sensor,
                 whose N windows go through the network by themselves.
         """
-        if self.kind != "series":
-            return self.feature_map(net, x)
-        tokens = torch.unflatten(self.feature_map(net, x.flatten(0, 1)), 0, x.shape[:2])
+        return self.parts(net, x).map
+
+    def parts(self, net: Any, x: Tensor) -> Parts:
+        """Return the feature map and, if they are kept, the tokens beside it; see `features`."""
+        if self.kind == "series":
+            return Parts(self._series(net, x))
+        T = x.shape[2] if x.dim() == 5 else 1
+        if not self.fixed or self.frames >= T or self.kind != "video":
+            return self._once(net, x)
+        chunks = torch.unflatten(x, 2, (T // self.frames, self.frames)).transpose(1, 2)
+        maps, extra = self._once(net, chunks.flatten(0, 1))
+        whole = torch.unflatten(maps, 0, chunks.shape[:2]).transpose(1, 2).flatten(2, 3)
+        if extra is not None:
+            extra = torch.unflatten(extra, 0, chunks.shape[:2]).flatten(1, 2)
+        return Parts(whole, extra)
+
+    def _once(self, net: Any, x: Tensor) -> Parts:
+        try:
+            made = self.feature_map(net, x)
+        except layers.Reached as reached:
+            made = (self.arrange or layers.as_map)(net, reached.output, x)
+        parts = made if isinstance(made, Parts) else Parts(made)
+        return parts if self.class_tokens == "keep" else Parts(parts.map)
+
+    def _series(self, net: Any, x: Tensor) -> Tensor:
+        made = self.feature_map(net, x.flatten(0, 1))
+        if isinstance(made, Parts):
+            made = made.map
+        tokens = torch.unflatten(made, 0, x.shape[:2])
         if tokens.dim() == 3:  # a token for each window
             tokens = tokens.unsqueeze(2)
         return tokens.flatten(1, 2).transpose(1, 2)[..., None, None]
 
     def headless(self) -> nn.Module:
         """Build the network with fresh parameters and without its heads."""
-        net = self.build(weights=None)
+        return self.cut(self.build(weights=None))
+
+    def cut(self, net: nn.Module) -> nn.Module:
+        """Take a network's heads off, and end it behind ``layer``.
+
+        Raises:
+            ConfigError: it has no such layer.
+        """
         for name in self.heads:
             setattr(net, name, nn.Identity())
+        if self.layer is not None:
+            layers.end_behind(net, self.layer)
         return net
 
 
-_swin = partial(Architecture, "video", feature_map=_swin3d, heads=("head",), frames=32)
+_swin = partial(
+    Architecture, "video", feature_map=_swin3d, heads=("head",), frames=32, arrange=_swin3d_map
+)
 _conv3d = partial(Architecture, "video", feature_map=_resnet3d, heads=("fc",), frames=16)
-_mvits = partial(Architecture, "video", feature_map=_mvit, heads=("head",), frames=16, fixed=True)
+_mvits = partial(
+    Architecture,
+    "video",
+    feature_map=_mvit,
+    heads=("head",),
+    frames=16,
+    fixed=True,
+    arrange=_mvit_map,
+)
 _image = partial(Architecture, "image", feature_map=_features2d, heads=("classifier",))
 
 
@@ -278,16 +373,31 @@ def find(name: str) -> Architecture:
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    library, _, rest = name.partition(":")
+    if library in LIBRARIES:
+        known_by = import_module(f"karmma_pipeline.models.backbones.{LIBRARIES[library]}")
+        network: Architecture = known_by.architecture(rest)
+        return network
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         return _own(name, entry.load)
     if ":" in name:
         module, _, factory = name.partition(":")
-        return _own(name, lambda: getattr(import_module(module), factory))
+        return _own(name, lambda: getattr(_imported(module), factory))
     known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
     raise ConfigError(
         f"name={name!r}: unknown backbone; known: {', '.join(known)}, "
-        "or your own as package.module:factory."
+        "timm:NAME, hf:ID, or your own as package.module:factory."
     )
+
+
+def _imported(module: str) -> Any:
+    """Import a module, of the working folder too; what is installed comes first."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        return import_module(module)
+    finally:
+        sys.path.remove(here)
 
 
 def _own(name: str, load: Callable[[], Any]) -> Architecture:
@@ -296,7 +406,7 @@ def _own(name: str, load: Callable[[], Any]) -> Architecture:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"name={name!r}: cannot be imported ({error}); is its package installed in this "
-            "environment, or its folder in PYTHONPATH?"
+            "environment, or its file in the working folder or in PYTHONPATH?"
         ) from error
     if callable(made):
         try:
@@ -313,8 +423,10 @@ def _own(name: str, load: Callable[[], Any]) -> Architecture:
 
 
 @cache
-def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
     """Return the feature map's (D, t, h, w) for an input of that shape, computing nothing.
+
+    The last number is that of the tokens beside it, E.
 
     Raises:
         ConfigError: the network cannot take this input, or gives something else than a map.
@@ -322,8 +434,10 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
     try:
         with torch.device("meta"), torch.inference_mode():
             net = architecture.headless().eval()
-            features = architecture.features(net, torch.empty(1, *shape))
-    except (RuntimeError, ValueError) as error:
+            features, extra = architecture.parts(net, torch.empty(1, *shape))
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"input {list(shape)}: the backbone cannot take it ({reason}); "
@@ -334,4 +448,4 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
             f"feature_map gave the shape {list(features.shape)}; it must give [B, D, t, h, w]."
         )
     _, D, t, h, w = features.shape
-    return D, t, h, w
+    return D, t, h, w, 0 if extra is None else extra.shape[1]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError, ConfigError
-from karmma_pipeline.models.backbones.registry import Architecture, find
+from karmma_pipeline.models.backbones import hub
+from karmma_pipeline.models.backbones.registry import LIBRARIES, Architecture, find
 
 #: Share of a backbone's tensors that a file must hold; heads do not count.
 ENOUGH = 0.95
@@ -242,7 +244,7 @@ def read_published(member: Any, backbone: str) -> dict[str, Tensor]:
 
 
 def fetch(name: str, weights: str = "DEFAULT", folder: Path | None = None) -> Path:
-    """Download a published weight into torch's cache or a folder, and check it against its hash.
+    """Download a published weight into its library's cache or a folder, and check it.
 
     A file that is already there is checked and kept.
 
@@ -250,6 +252,14 @@ def fetch(name: str, weights: str = "DEFAULT", folder: Path | None = None) -> Pa
         ConfigError: there is no such backbone, or no such weight of it.
         CheckpointError: there is no network, or the file is not what it should be.
     """
+    library, _, rest = name.partition(":")
+    if library in LIBRARIES:
+        repository = (
+            rest
+            if library == "hf"
+            else import_module("karmma_pipeline.models.backbones.timm_networks").repository(rest)
+        )
+        return hub.fetch(repository, name, folder)
     architecture = find(name)
     member = enum_member(architecture, weights)
     if member is None:

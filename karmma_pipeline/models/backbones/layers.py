@@ -1,0 +1,135 @@
+"""Tokens of any layer: a network ends behind it, and what would follow is not computed."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from karmma_pipeline.errors import ConfigError
+
+# Where networks keep their blocks: torchvision and timm, then transformers.
+_BLOCKS = (
+    *("blocks", "features", "stages", "layers"),
+    *("encoder.layer", "encoder.layers", "layer", "model.layer", "audio_encoder.layers"),
+)
+_NUMBERED = ("layer1", "layer2", "layer3", "layer4")
+
+
+class Parts(NamedTuple):
+    """What a network makes of an input.
+
+    Attributes:
+        map: its feature map [B, D, t, h, w].
+        extra: class and register tokens [B, E, D], of all frames in their order; None: it has none.
+    """
+
+    map: Tensor
+    extra: Tensor | None = None
+
+
+class Reached(Exception):  # noqa: N818  (no error: the pass ends here)
+    """Ends a pass; ``output`` is what the layer gave."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__("the layer that was asked for")
+        self.output = output
+
+
+def end_behind(net: nn.Module, layer: int | str) -> None:
+    """Let passes through a network end with `Reached` behind a layer.
+
+    Args:
+        net: the network, in which a hook is left.
+        layer: number of a block, from the end if negative, or the name of a module.
+
+    Raises:
+        ConfigError: it has no such layer.
+    """
+
+    # The exception carries the output, since several threads may run one network.
+    def reached(module: nn.Module, inputs: Any, output: Any) -> NoReturn:
+        raise Reached(output)
+
+    _find(net, layer).register_forward_hook(reached)
+
+
+def _find(net: nn.Module, layer: int | str) -> nn.Module:
+    names = dict(net.named_modules())
+    if isinstance(layer, str):
+        if layer in names and layer:
+            return names[layer]
+        near = difflib.get_close_matches(layer, names, n=3) or list(names)[1:9]
+        raise ConfigError(
+            f"layer={layer!r}: {type(net).__name__} has no module of this name; "
+            f"it has {', '.join(near)}."
+        )
+    blocks = _blocks(net)
+    if not -len(blocks) <= layer < len(blocks):
+        count = f"it has {len(blocks)}" if blocks else "its blocks are not in a list"
+        raise ConfigError(
+            f"layer={layer}: {type(net).__name__} has no such block, {count}; or give the name of "
+            "a module."
+        )
+    return blocks[layer]
+
+
+def _blocks(net: nn.Module) -> Sequence[nn.Module]:
+    names = dict(net.named_modules())
+    found = (names[name] for name in _BLOCKS if name in names)
+    for one in found:
+        if isinstance(one, nn.ModuleList | nn.Sequential):
+            return list(one)
+    return [names[name] for name in _NUMBERED if name in names]
+
+
+def as_map(net: nn.Module, output: Any, x: Tensor) -> Tensor:
+    """Return a module's output as a map [B, D, t, h, w].
+
+    Raises:
+        ConfigError: it has another number of dimensions.
+    """
+    if isinstance(output, Tensor) and output.dim() == 5:
+        return output
+    if isinstance(output, Tensor) and output.dim() == 4:
+        return output.unsqueeze(2)
+    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ConfigError(
+        f"layer: a module of {type(net).__name__} gave {shape}, which is no map; choose another, "
+        "or state how by `arrange` of the Architecture."
+    )
+
+
+def maps(y: Tensor, frames: tuple[int, int]) -> Tensor:
+    """Turn maps of frames [B T, D, h, w] into [B, D, T, h, w]; ``frames`` is (B, T)."""
+    return torch.unflatten(y, 0, frames).transpose(1, 2)
+
+
+def frame_by_frame(feature_map: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Let an image network see each frame of a video by itself.
+
+    Args:
+        feature_map: (network, pictures [B, 3, h, w]) to maps [B, D, h', w'].
+
+    Returns:
+        (network, video [B, 3, T, h, w]) to [B, D, T, h', w'].
+    """
+
+    def over_frames(net: Any, x: Tensor) -> Tensor:
+        return maps(feature_map(net, x.transpose(1, 2).flatten(0, 1)), (x.shape[0], x.shape[2]))
+
+    return over_frames
+
+
+def with_grid(y: Tensor, frames: tuple[int, int], grid: tuple[int, int]) -> Parts:
+    """Turn tokens of frames [B T, p + h w, D] into a map and the p tokens before it.
+
+    Raises:
+        ConfigError: there are fewer tokens than places in the grid (h, w).
+    """
+    extra = y.shape[1] - grid[0] * grid[1]
+    if extra < 0:
+        raise ConfigError(f"{list(y.shape)} are fewer tokens than the grid {list(grid)} has.")
+    whole = maps(torch.unflatten(y[:, extra:].transpose(1, 2), 2, grid), frames)
+    return Parts(whole, torch.unflatten(y[:, :extra], 0, frames).flatten(1, 2) if extra else None)
