@@ -53,10 +53,11 @@ def live(
     device: str,
     weights: tuple[str, ...],
 ) -> None:
-    """Recognise actions while a video plays or a camera runs, whatever sensors fail.
+    """Recognise actions live, whatever sensors fail.
 
-    Each window is answered with what is there. --browser shows the picture, the answers and a
-    switch per modality on a page that only this machine is served.
+    A video plays, or a camera runs; each window is answered with what is there. --browser
+    shows the picture, the answers and a switch per modality on a page that only this machine
+    is served.
     """
     if (source is None) == (camera is None):
         raise ConfigError("give one of --source VIDEO and --camera NUMBER.")
