@@ -439,7 +439,8 @@ def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: in
             yield f"{pad}# {line}"
         nested = _unwrap(field.annotation)
         value = _template_value(field) if default is None else getattr(default, name)
-        if isinstance(nested, type) and issubclass(nested, BaseModel) and value is not None:
+        plain = value is None or isinstance(value, float)  # of a key that may be either
+        if isinstance(nested, type) and issubclass(nested, BaseModel) and not plain:
             yield f"{pad}{name}:"
             part = value if isinstance(value, nested) else None
             yield from _template_lines(nested if part is None else type(part), part, depth + 1)

@@ -15,7 +15,18 @@ import karmma_pipeline
 PACKAGE = Path(karmma_pipeline.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"config", "errors", "files", "jobs", "locks", "logs", "metrics", "modalities", "runs"}
+FOUNDATION = {
+    "config",
+    "errors",
+    "files",
+    "jobs",
+    "locks",
+    "logs",
+    "metrics",
+    "modalities",
+    "own_code",
+    "runs",
+}
 MIDDLE = FOUNDATION | {"data", "models", "store"}
 STAGES = {"extraction", "training", "evaluation", "recognition"}
 

@@ -22,6 +22,9 @@ TRAIN: dict[str, type[Recipe]] = {
     "baseline": BaselineRecipe,
     "baseline_delta": BaselineRecipe,
     "student": DistillRecipe,
+    "late_fusion": BaselineRecipe,
+    "zero_imputation": BaselineRecipe,
+    "mean_imputation": BaselineRecipe,
 }
 STAGES: dict[str, type[Recipe]] = {"extract": ExtractRecipe, "evaluate": EvaluateRecipe}
 

@@ -5,22 +5,27 @@ modalities included. The fusion block is counted twice over: with absent modalit
 the sequence, the convention of the paper's figures, and as the model treats them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from karmma_pipeline import own_code
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.evaluation.peak_memory import peak_memory_mib
 from karmma_pipeline.evaluation.results import Cost
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import evaluated_subsets
+from karmma_pipeline.modalities import canonical, evaluated_subsets
+from karmma_pipeline.models.absence import find_rule
+from karmma_pipeline.models.architectures import build_model
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
 from karmma_pipeline.models.backbones.describe import describe
 from karmma_pipeline.models.backbones.registry import LIBRARIES, find
-from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.fusion import FusionSize, TokenModel
 from karmma_pipeline.models.saved import ModelCard
 
 
@@ -38,19 +43,32 @@ class SubsetCost:
 
 
 def subset_costs(
-    backbones: Mapping[str, BackboneChoice], size: FusionSize, heads: Mapping[str, int]
+    backbones: Mapping[str, BackboneChoice],
+    size: FusionSize,
+    heads: Mapping[str, int],
+    model: str = "",
+    model_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[SubsetCost]:
     """Count FLOPs and parameters for every subset that is evaluated.
 
     On the meta device, where it takes no memory. Parameters are those of the networks that run for
-    the subset.
+    the subset. A model of one's own is asked with all its modalities, the others masked, on the
+    CPU: nobody else knows what it leaves out.
     """
     facts = {m: _describe(choice) for m, choice in backbones.items()}
     shapes = {m: choice.output_shape for m, choice in backbones.items()}
+    whole = partial(build_model, model, model_args, size, shapes, heads)
     rows = []
     for subset in evaluated_subsets(backbones):
-        gflops, parameters = _fusion(size, {m: shapes[m] for m in subset}, heads)
-        as_run = gflops if size.absent == "drop" else _fusion(size, shapes, heads)[0]
+        mine = {m: shapes[m] for m in subset}
+        if own_code.is_own(model):
+            gflops, parameters = _count(whole, shapes, subset, "cpu")
+            as_run = gflops
+        else:
+            build = partial(build_model, model, model_args, size, mine, heads)
+            gflops, parameters = _count(build, mine, subset)
+            left_out = model == "late_fusion" or not find_rule(size.absent).in_sequence
+            as_run = gflops if left_out else _count(whole, shapes, tuple(shapes))[0]
         extractors = sum(facts[m][0] for m in subset)
         parameters += sum(facts[m][1] for m in subset)
         rows.append(SubsetCost(subset, extractors + gflops, extractors + as_run, parameters))
@@ -63,13 +81,17 @@ def _describe(choice: BackboneChoice) -> tuple[float, int]:
     return facts["gflops"], facts["parameters"]
 
 
-def _fusion(
-    size: FusionSize, shapes: Mapping[str, tuple[int, int]], heads: Mapping[str, int]
+def _count(
+    build: Callable[[], TokenModel],
+    shapes: Mapping[str, tuple[int, int]],
+    seen: Sequence[str],
+    device: str = "meta",
 ) -> tuple[float, int]:
-    mask = torch.ones(1, len(shapes), dtype=torch.bool)
-    with torch.device("meta"), torch.inference_mode():
-        model = FusionModel(size, shapes, heads).eval()
-        tokens = {m: torch.empty(1, *shape) for m, shape in shapes.items()}
+    """Return GFLOPs of one clip with some modalities, and parameters, of a model."""
+    mask = torch.tensor([[m in seen for m in canonical(shapes)]])
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.inference_mode():
+        model = build().eval()
+        tokens = {m: torch.zeros(1, *shape) for m, shape in shapes.items()}
         with FlopCounterMode(display=False) as counter:
             model(tokens, mask)
     return counter.get_total_flops() / 1e9, sum(p.numel() for p in model.parameters())
@@ -87,12 +109,16 @@ def model_costs(card: ModelCard, device: torch.device, memory: bool, stop: StopF
     if not all(_is_known(facts.get("backbone")) for facts in card.provenance.values()):
         return []
     choices = {modality: _choice(facts) for modality, facts in card.provenance.items()}
-    heads = {head: len(names) for head, names in card.heads.items()}
     left_out = card.size.model_copy(update={"absent": "drop"})
-    peaks = peak_memory_mib(choices, left_out, heads, str(device), stop) if memory else {}
+    model = (card.model, card.model_args)
+    peaks = (
+        peak_memory_mib(choices, left_out, card.classes, str(device), stop, *model)
+        if memory
+        else {}
+    )
     return [
         Cost(**asdict(cost), memory_mib=peaks.get(cost.modalities))
-        for cost in subset_costs(choices, card.size, heads)
+        for cost in subset_costs(choices, card.size, card.classes, *model)
     ]
 
 

@@ -9,17 +9,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from karmma_pipeline import own_code
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import evaluated_subsets
+from karmma_pipeline.modalities import canonical, evaluated_subsets
+from karmma_pipeline.models.architectures import build_model
 from karmma_pipeline.models.backbones import BackboneChoice
-from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.fusion import FusionSize
 
 _PROCESS = Path("/proc/self")
 _LOOK_S = 0.5
@@ -31,6 +36,8 @@ def peak_memory_mib(
     heads: Mapping[str, int],
     device: str = "cpu",
     stop: StopFlag | None = None,
+    model: str = "",
+    model_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[tuple[str, ...], float]:
     """Measure the peak memory of one clip in float32 for every subset that is evaluated.
 
@@ -48,6 +55,8 @@ def peak_memory_mib(
         "backbones": {m: choice.model_dump(mode="json") for m, choice in backbones.items()},
         "size": size.model_dump(),
         "heads": dict(heads),
+        "model": model,
+        "model_args": dict(model_args),
         "device": device,
         "subsets": chosen,
     }
@@ -96,8 +105,11 @@ def _main() -> None:
         # A fork each: what one measurement leaves behind does not count for the next. The parent
         # never touches CUDA, whose state does not survive a fork.
         if not os.fork():
+            takes = choices if own_code.is_own(request["model"]) else used
+            shapes = {m: choices[m].output_shape for m in takes}
+            arguments = (request["model"], request["model_args"], size, shapes, request["heads"])
             chosen = {m: choices[m] for m in used}
-            print(_measure(chosen, size, request["heads"], device), flush=True)
+            print(_measure(chosen, shapes, partial(build_model, *arguments), device), flush=True)
             os._exit(0)
         if os.wait()[1]:
             sys.exit(f"the process for {used} died")
@@ -106,15 +118,14 @@ def _main() -> None:
 @torch.inference_mode()
 def _measure(
     choices: Mapping[str, BackboneChoice],
-    size: FusionSize,
-    heads: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    build: Callable[[], torch.nn.Module],
     device: torch.device,
 ) -> float:
     before = _resident_mib("VmRSS:")
     (_PROCESS / "clear_refs").write_text("5")  # the kernel counts the peak (VmHWM) from here
     nets = {m: _zeros(choice, device) for m, choice in choices.items()}
-    shapes = {m: choice.output_shape for m, choice in choices.items()}
-    model = FusionModel(size, shapes, heads).eval().to(device)
+    model = build().eval().to(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -122,7 +133,7 @@ def _measure(
         clip = torch.zeros(1, *choice.input_shape, device=device)
         choice.architecture.features(nets[m], clip)
     tokens = {m: torch.zeros(1, *shape, device=device) for m, shape in shapes.items()}
-    model(tokens, torch.ones(1, len(shapes), dtype=torch.bool))
+    model(tokens, torch.tensor([[m in choices for m in canonical(shapes)]]))
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved() / 2**20
     return _resident_mib("VmHWM:") - before

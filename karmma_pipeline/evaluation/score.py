@@ -108,7 +108,8 @@ def run_result(
         seed=card.training.get("seed"),
         weights={m: str(p.get("weights", "?")) for m, p in card.provenance.items()},
         size=card.size.model_dump(),
-        paper_size=card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
+        paper_size=not card.model
+        and card.size == SIZES[kind].model_copy(update={"absent": card.size.absent}),
         trained_on=card.training.get("train_split"),
         chosen_on=chosen_on(run),
         model_digest=card.weights_sha256,

@@ -9,15 +9,76 @@ B clips in a batch, M modalities, N tokens of a modality, D width, C classes of 
 L length of the whole sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from karmma_pipeline.modalities import canonical
-from karmma_pipeline.models.size import Absent as Absent
+from karmma_pipeline.models.absence import filled, find_rule
 from karmma_pipeline.models.size import FusionSize as FusionSize
+
+
+class TokenModel(nn.Module):
+    """What every model of cached tokens has: modalities, heads, standardization.
+
+    Args:
+        modalities: name to (tokens N, backbone width).
+        heads: name to number of classes C.
+        means: whether it needs the mean of the training clips' tokens, see `set_mean`.
+
+    Attributes:
+        modalities: names in the order of a mask's columns.
+        tokens: N of each.
+        heads: C of each.
+    """
+
+    def __init__(
+        self,
+        modalities: Mapping[str, tuple[int, int]],
+        heads: Mapping[str, int],
+        means: bool = False,
+    ) -> None:
+        super().__init__()
+        self.modalities = canonical(modalities)
+        self.tokens = {m: modalities[m][0] for m in self.modalities}
+        self.heads = dict(heads)
+        self.needs_means = means
+        for m in self.modalities:
+            self.register_buffer(f"mean_{m}", torch.zeros(modalities[m][1]))
+            self.register_buffer(f"std_{m}", torch.ones(modalities[m][1]))
+            if means:
+                self.register_buffer(f"typical_{m}", torch.zeros(modalities[m]))
+
+    def standardise(self, modality: str, mean: Tensor, std: Tensor) -> None:
+        """Set what is subtracted from the features of a modality and divides them, [width] each.
+
+        Frozen networks differ in scale by orders of magnitude, which one learning rate cannot
+        serve. Saved with the model; 0 and 1 until set. It costs no multiply-add.
+        """
+        self.get_buffer(f"mean_{modality}").copy_(mean)
+        self.get_buffer(f"std_{modality}").copy_(std)
+
+    def set_mean(self, modality: str, mean: Tensor) -> None:
+        """Set the mean of the training clips' tokens as they are stored, [N, width]."""
+        self.get_buffer(f"typical_{modality}").copy_(mean)
+
+    def _scaled(self, modality: str, features: Tensor) -> Tensor:
+        mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
+        return (features - mean) / std
+
+    def _standardised(self, modality: str, features: Tensor, here: Tensor) -> Tensor:
+        """Return features [B, N, width] as numbers of one scale, zeros where absent.
+
+        Args:
+            modality: whose.
+            features: any float dtype; what stands in absent rows, NaN included, is not used.
+            here: bool [B, 1, 1], where it is present.
+        """
+        features = torch.where(here, features, features.new_zeros(()))
+        features = features.to(self.get_buffer(f"mean_{modality}").dtype)
+        return torch.where(here, self._scaled(modality, features), features)
 
 
 class _Layer(nn.Module):
@@ -48,7 +109,7 @@ class _Layer(nn.Module):
         return x + F.dropout(self.ffn(self.norm_ffn(x)), self.dropout, self.training)
 
 
-class FusionModel(nn.Module):
+class FusionModel(TokenModel):
     """Fuses cached tokens and classifies; works for any number of modalities and heads.
 
     Args:
@@ -60,15 +121,10 @@ class FusionModel(nn.Module):
     def __init__(
         self, size: FusionSize, modalities: Mapping[str, tuple[int, int]], heads: Mapping[str, int]
     ) -> None:
-        super().__init__()
+        self.rule = find_rule(size.absent)
+        super().__init__(modalities, heads, means=self.rule.fill is not None)
         self.size = size
-        self.modalities = canonical(modalities)
-        self.tokens = {m: modalities[m][0] for m in self.modalities}
-        self.heads = dict(heads)
         D = size.dim
-        for m in self.modalities:
-            self.register_buffer(f"mean_{m}", torch.zeros(modalities[m][1]))
-            self.register_buffer(f"std_{m}", torch.ones(modalities[m][1]))
         self.embed = nn.ModuleDict({m: nn.Linear(modalities[m][1], D) for m in self.modalities})
         self.modality_token = nn.ParameterDict(
             {m: nn.Parameter(torch.empty(D)) for m in self.modalities}
@@ -93,15 +149,6 @@ class FusionModel(nn.Module):
         for token in (self.cls, *self.modality_token.values(), *self.position_tokens.values()):
             nn.init.trunc_normal_(token, std=0.02)
 
-    def standardise(self, modality: str, mean: Tensor, std: Tensor) -> None:
-        """Set what is subtracted from the features of a modality and divides them, [width] each.
-
-        Frozen networks differ in scale by orders of magnitude, which one learning rate cannot
-        serve. Saved with the model; 0 and 1 until set. It costs no multiply-add.
-        """
-        self.get_buffer(f"mean_{modality}").copy_(mean)
-        self.get_buffer(f"std_{modality}").copy_(std)
-
     def forward(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Classify a batch.
 
@@ -116,7 +163,8 @@ class FusionModel(nn.Module):
         """
         seen, mixed = self._layout(mask)
         mask = mask.to(self.cls.device)
-        parts = [self._embed(m, tokens[m], mask[:, column]) for column, m in seen]
+        here = {m: mask[:, column, None, None] for column, m in seen}
+        parts = [self._embed(m, of, here[m]) for m, of in self._features(tokens, here)]
         cls = self.cls.expand(len(mask), 1, -1)
         x = torch.cat([cls.to(parts[0].dtype) if parts else cls, *parts], dim=1)
         key_mask = self._key_mask(mask, seen) if mixed else None
@@ -130,21 +178,25 @@ class FusionModel(nn.Module):
         Looks at values: a mask on the CPU costs no wait for the device.
         """
         columns = list(enumerate(self.modalities))
-        if self.size.absent != "drop":
+        if self.rule.in_sequence:
             return columns, False
         seen = [(column, m) for column, m in columns if bool(mask[:, column].any())]
         return seen, not bool(mask[:, [column for column, _ in seen]].all())
 
-    def _embed(self, modality: str, features: Tensor, present: Tensor) -> Tensor:
+    def _features(
+        self, tokens: Mapping[str, Tensor], here: Mapping[str, Tensor]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return the standardised features of each modality, absent rows filled by the rule."""
+        standardised = ((m, self._standardised(m, tokens[m], here[m])) for m in here)
+        if not self.needs_means:
+            return standardised
+        means = {m: self._scaled(m, self.get_buffer(f"typical_{m}")) for m in here}
+        return filled(self.rule, dict(standardised), here, means).items()
+
+    def _embed(self, modality: str, features: Tensor, here: Tensor) -> Tensor:
         """Return the sequence part of a modality, [B, N, D]."""
-        embed = self.embed[modality]
-        here = present[:, None, None]
-        features = torch.where(here, features, features.new_zeros(()))
-        features = features.to(self.cls.dtype)
-        mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
-        features = torch.where(here, (features - mean) / std, features)  # absent stays zero
-        embedded = embed(features)
-        if self.size.absent == "learned":
+        embedded = self.embed[modality](features)
+        if not self.rule.taken_for_data and self.rule.in_sequence:  # its own tokens and no more
             embedded = torch.where(here, embedded, embedded.new_zeros(()))
         own = self.modality_token[modality] + self.position_tokens[modality]
         return embedded + own.to(embedded.dtype)
@@ -162,7 +214,7 @@ class FusionModel(nn.Module):
         )
         logits = self.classify(self.hidden(summaries))  # [B, 1 + seen, all classes]
         counts = mask[:, [column for column, _ in seen]]
-        if self.size.absent == "zeros":  # it does not know that anything is absent
+        if self.rule.taken_for_data:  # it does not know that anything is absent
             counts = torch.ones_like(counts)
         weight = torch.cat([counts.new_ones(len(mask), 1), counts], dim=1)[..., None]
         total = torch.where(weight, logits, logits.new_zeros(())).sum(dim=1)

@@ -7,6 +7,7 @@ every moment.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from karmma_pipeline import config, files
+from karmma_pipeline import config, files, own_code
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError
-from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.architectures import LateFusion, OwnModel, build_model
+from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 from karmma_pipeline.runs import CARD, saved_folder
 
 WEIGHTS = "model.safetensors"
@@ -39,6 +41,9 @@ VERSIONS = frozenset(
 PLACES = frozenset({"weights"})
 _OLD = "model.previous.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._ -]*")
+# Keys of a card that are left out while they say nothing, so that earlier versions can read it.
+_NEWER: dict[str, Any] = {"stores": (), "model": "", "model_args": {}, "code": {}}
+_logger = logging.getLogger(__name__)
 
 
 class ModelCard(Recipe):
@@ -47,7 +52,12 @@ class ModelCard(Recipe):
     version: Literal[1] = Field(1, description="Version of this schema.")
     kind: Literal["teacher", "student", "baseline"] = Field(description="How it was trained.")
     name: str = Field(description="Name in legends.")
-    size: FusionSize = Field(description="Architecture.")
+    model: str = Field("", description="Architecture: empty, late_fusion, or one's own factory.")
+    model_args: dict[str, Any] = Field({}, description="Keywords of the factory.")
+    code: dict[str, str] = Field(
+        {}, description="Code of one's own that it runs, and the digest of its source file."
+    )
+    size: FusionSize = Field(description="Size of the fusion model, and its rule for absence.")
     modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D of each.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
     provenance: dict[str, dict[str, Any]] = Field(description="Where the tokens come from.")
@@ -67,10 +77,32 @@ class ModelCard(Recipe):
                 raise ValueError(f"{name!r}: a name is letters, digits, '-', '_' and '.'")
         return named
 
-    def build(self) -> FusionModel:
-        """Build the architecture with fresh weights."""
-        classes = {head: len(names) for head, names in self.heads.items()}
-        return FusionModel(self.size, self.modalities, classes)
+    @property
+    def classes(self) -> dict[str, int]:
+        """Head to number of classes C."""
+        return {head: len(names) for head, names in self.heads.items()}
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The key that names code of one's own, to the name."""
+        names = {"model": self.model, "size.absent": self.size.absent}
+        return {key: name for key, name in names.items() if own_code.is_own(name)}
+
+    def code_now(self) -> dict[str, str]:
+        """Return the digests of the code of one's own that it runs, as it is now.
+
+        Raises:
+            ConfigError: it cannot be imported.
+        """
+        return {name: own_code.digest(name, key) for key, name in self.own.items()}
+
+    def build(self) -> TokenModel:
+        """Build the architecture with fresh weights.
+
+        Raises:
+            ConfigError: it is one's own, and cannot be imported or built.
+        """
+        return build_model(self.model, self.model_args, self.size, self.modalities, self.classes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,7 +123,7 @@ class TrainedModel:
         path: the folder it was read from.
     """
 
-    network: FusionModel
+    network: TokenModel
     card: ModelCard
     path: Path
 
@@ -121,15 +153,21 @@ def open_model(path: str | Path, checkpoint: str = "best") -> TrainedModel:
     return TrainedModel(network, card, folder)
 
 
-def save_model(folder: Path, model: FusionModel, card: ModelCard) -> None:
+def save_model(folder: Path, model: TokenModel, card: ModelCard) -> None:
     """Write a model; killed anywhere, the old or the new one can be loaded."""
+    expected = {"": FusionModel, "late_fusion": LateFusion}.get(card.model, OwnModel)
+    if type(model) is not expected:  # it would be read as another one, silently
+        raise CheckpointError(
+            f"{folder}: a {type(model).__name__} cannot be saved as model={card.model!r}; name "
+            "the factory that makes it, model: package.module:factory."
+        )
     data = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     # Two files cannot be replaced at one moment. In this order a card always has its weights: the
     # old card those under their second name, until the new card is there.
     _keep_old(folder)
     files.write_bytes(folder / WEIGHTS, data)
-    left_out = set() if card.stores else {"stores"}  # earlier versions can read the others
+    left_out = {key for key, empty in _NEWER.items() if getattr(card, key) == empty}
     files.write_json(folder / CARD, card.model_dump(mode="json", exclude=left_out))
     (folder / _OLD).unlink(missing_ok=True)
 
@@ -167,28 +205,51 @@ def read_card(folder: Path) -> ModelCard:
         raise CheckpointError(f"{path}: the model card is damaged ({error}).") from None
 
 
-def load_model(folder: Path) -> tuple[FusionModel, ModelCard]:
-    """Load a model in evaluation mode, on the CPU.
+def load_model(folder: Path) -> tuple[TokenModel, ModelCard]:
+    """Load a model in evaluation mode, on the CPU; says if code of one's own has changed since.
 
     Raises:
-        CheckpointError: it is missing, damaged, or its tensors do not fit its card.
+        CheckpointError: it is missing, damaged, or its tensors do not fit its card; or its
+            architecture cannot be imported.
     """
     card = read_card(folder)
+    _check_code(folder, card)
     tensors = _read_weights(folder, card)
     path = folder / WEIGHTS
     try:
         if card.size.layers > len(tensors):
             raise RuntimeError(f"{card.size.layers} layers in {len(tensors)} tensors")
-        with torch.device("meta"):  # whatever sizes the card names, they cost no memory
-            model = card.build()
+        if own_code.is_own(card.model):  # which may look at its numbers, and draws some
+            with torch.random.fork_rng(devices=[]):
+                model = card.build()
+        else:
+            with torch.device("meta"):  # whatever sizes the card names, they cost no memory
+                model = card.build()
         model.load_state_dict(tensors, assign=True)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: does not fit {CARD} ({reason}).") from None
     return model.eval(), card
 
 
-def begin_from(model: FusionModel, card: ModelCard, folder: Path) -> list[str]:
+def _check_code(folder: Path, card: ModelCard) -> None:
+    """Refuse an architecture that is not there; tell of one whose source is another one now."""
+    try:
+        code = card.code_now()
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    for name, now in code.items():
+        if (then := card.code.get(name)) != now:
+            _logger.warning(
+                "%s: the source of %s has changed since it was trained (%s then, %s now); its "
+                "answers may be others.",
+                *(folder, name, (then or "unknown")[:12], now[:12]),
+            )
+
+
+def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
     """Give a model the weights of a saved one, as far as they mean the same in both.
 
     Modalities meet by name if their tokens come from the same network in the same way, classes of
@@ -206,6 +267,8 @@ def begin_from(model: FusionModel, card: ModelCard, folder: Path) -> list[str]:
         CheckpointError: there is none, or it is of another size.
     """
     found, theirs = load_model(folder)
+    if card.model or theirs.model:
+        return _begin_alike(model, card, found, theirs, folder)
     for key in ("dim", "layers", "attention_heads", "ffn_width", "head_width"):
         here, there = getattr(card.size, key), getattr(theirs.size, key)
         if here != there:
@@ -224,6 +287,21 @@ def begin_from(model: FusionModel, card: ModelCard, folder: Path) -> list[str]:
         for row, its in rows.items():
             new[name][row] = old[name][its]
     return [*anew, *lacking]
+
+
+def _begin_alike(
+    model: TokenModel, card: ModelCard, found: TokenModel, theirs: ModelCard, folder: Path
+) -> list[str]:
+    """Take over all weights; only our fusion block knows which of them mean the same elsewhere."""
+    for key in ("model", "model_args", "size", "heads"):
+        if (here := getattr(card, key)) != (there := getattr(theirs, key)):
+            raise CheckpointError(f"{folder}: {key} is {there!r} there and {here!r} here.")
+    if list(model.modalities) != list(found.modalities) or not all(
+        _same_tokens(card, theirs, m) for m in model.modalities
+    ):
+        raise CheckpointError(f"{folder}: its tokens come from other networks than those here.")
+    model.load_state_dict(found.state_dict())
+    return []
 
 
 def _same_tokens(one: ModelCard, other: ModelCard, modality: str) -> bool:

@@ -1,12 +1,15 @@
 """How a recipe says how large a fusion model is; torch is not needed to read it."""
 
-from typing import Literal
+from pydantic import Field, field_validator, model_validator
 
-from pydantic import Field, model_validator
-
+from karmma_pipeline import own_code
 from karmma_pipeline.config import Recipe
 
-Absent = Literal["learned", "zeros", "drop"]
+#: Rules for absent tokens that have a name; `karmma_pipeline.models.absence` says what each does.
+ABSENT = ("learned", "zeros", "mean", "drop")
+
+#: Models that have a name; empty is the fusion model.
+MODELS = ("", "late_fusion")
 
 
 class FusionSize(Recipe):
@@ -18,11 +21,17 @@ class FusionSize(Recipe):
     ffn_width: int = Field(384, gt=0, description="Hidden width of each layer's feed-forward net.")
     head_width: int = Field(768, gt=0, description="Hidden width of the MLP that all heads share.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
-    absent: Absent = Field(
+    absent: str = Field(
         "learned",
         description="What stands for an absent modality: learned (tokens of its own, KARMMA),\n"
-        "zeros (that the model takes for data, Baseline) or drop (left out of the sequence).",
+        "zeros (that the model takes for data, Baseline), mean (of the training clips' tokens,\n"
+        "taken for data), drop (left out of the sequence), or package.module:function.",
     )
+
+    @field_validator("absent")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return own_code.check_name(name, ABSENT)
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> "FusionSize":

@@ -30,7 +30,7 @@ from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thr
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard, open_model
 from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
@@ -65,7 +65,7 @@ class Recognizer:
         notes: what a user should know, such as libraries of other versions.
     """
 
-    def __init__(self, model: FusionModel, card: ModelCard, networks: Networks) -> None:
+    def __init__(self, model: TokenModel, card: ModelCard, networks: Networks) -> None:
         self.networks, self.card = networks, card
         self.model = model.to(networks.device)
         self.modalities = model.modalities

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non_finite_error
+from karmma_pipeline.data.loading.dropout import make_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.store.spec import ClipNumbers
 from karmma_pipeline.training.ranks import Ranks
@@ -101,6 +102,8 @@ def check_labels(
 
 
 def _needs_labels(recipe: TrainRecipe) -> bool:
+    if recipe.objective:
+        return False  # it may learn from anything
     return not (isinstance(recipe, DistillRecipe) and recipe.alpha == 1)
 
 
@@ -154,7 +157,7 @@ def make_loaders(
             train,
             recipe.batch_size,
             seed=recipe.seed,
-            p=recipe.modality_dropout,
+            draw_masks=make_masks(recipe.modality_dropout, recipe.seed, store, train),
             shuffle=True,
             order=order,
             **shared,
@@ -212,19 +215,40 @@ def _weights(labels: Labels, power: float, count: int) -> npt.NDArray[np.float64
     return weights
 
 
-def standardise(model: FusionModel, store: TokenSource, clips: ClipNumbers) -> None:
+def standardise(model: TokenModel, store: TokenSource, clips: ClipNumbers) -> None:
     """Set the model's standardization from (up to 2048, evenly spread) clips of the store.
 
     Raises:
         StoreError: clips have tokens that are NaN or infinite; they are named.
     """
     for column, m in enumerate(store.modalities):
-        present = clips[store.present[clips, column]]
-        chosen = present[:: max(1, len(present) // _CLIPS)]
+        chosen = _chosen(store, column, clips)
         if (moments := _moments(store, m, chosen)) is not None:
             mean, std = moments
             floor = 1e-3 * std.mean().clamp(min=1e-6)  # channels that hardly move stay small
             model.standardise(m, mean.float(), torch.maximum(std, floor).float())
+
+
+def set_means(model: TokenModel, store: TokenSource, clips: ClipNumbers) -> None:
+    """Set the mean tokens that a model needs for absent modalities, from the same clips.
+
+    Raises:
+        StoreError: clips have tokens that are NaN or infinite; they are named.
+    """
+    for column, m in enumerate(store.modalities):
+        chosen = _chosen(store, column, clips)
+        total = torch.zeros(store.shape(m), dtype=torch.float64)
+        for index in _pieces(chosen):
+            total += store.gather(m, index).double().sum(dim=0).cpu()
+        if not bool(total.isfinite().all()):
+            raise non_finite_error(store, _bad_clips(store, m, chosen), NEW_FOLDER)
+        model.set_mean(m, (total / max(1, len(chosen))).float())
+
+
+def _chosen(store: TokenSource, column: int, clips: ClipNumbers) -> ClipNumbers:
+    """Return up to 2048 clips, evenly spread over those that have a modality."""
+    present = clips[store.present[clips, column]]
+    return present[:: max(1, len(present) // _CLIPS)]
 
 
 def _moments(store: TokenSource, modality: str, clips: ClipNumbers) -> tuple[Tensor, Tensor] | None:

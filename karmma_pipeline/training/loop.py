@@ -17,12 +17,12 @@ from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import draws
 from karmma_pipeline.errors import KarmmaError, StoppedError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.clips import NEW_FOLDER
-from karmma_pipeline.training.objective import TERMS, Objective
+from karmma_pipeline.training.objective import Objective
 from karmma_pipeline.training.optimization import Gradient, adamw, learning_rate, moving_average
 from karmma_pipeline.training.progress import (
     EpochTimer,
@@ -50,7 +50,7 @@ class TrainingSetup:
     recipe: TrainRecipe
     run: RunFolder
     store: TokenSource
-    model: FusionModel
+    model: TokenModel
     card: ModelCard
     train: FeatureLoader
     val: FeatureLoader
@@ -73,7 +73,6 @@ class Trainer:
         self.model = setup.model.to(setup.device)
         self.ema = moving_average(self.model, recipe.ema) if recipe.ema else None
         self.optimiser = adamw(self.model, recipe.optimiser)
-        self.gradient = Gradient(self.model, len(TERMS))
         self.bfloat16 = recipe.precision == "bfloat16"
         self.progress = TrainingProgress()
         if state:
@@ -89,6 +88,7 @@ class Trainer:
             KarmmaError: the loss is not finite though the tokens are.
         """
         setup, progress = self.setup, self.progress
+        self.gradient = Gradient(self.model, len(objective.terms))
         setup.run.write_metrics(progress.history)
         total = setup.recipe.epochs * len(setup.train)
         with (
@@ -152,19 +152,17 @@ class Trainer:
             piece = batch.rows(slice(start, start + size)) if size < clips else batch
             terms = objective.loss(self._logits(self.model, piece), piece, counts)
             terms["loss"].backward()  # type: ignore[no-untyped-call]
-            zero = terms["loss"].new_zeros(())
-            self.gradient.add_loss([terms.get(name, zero) for name in TERMS])
+            self.gradient.add_loss([terms[name] for name in objective.terms])
         self.setup.ranks.sum(self.gradient.buffer)
         values, norm = self.gradient.clip(self.setup.recipe.optimiser.clip_norm)
-        of = dict(zip(TERMS, values, strict=True))
-        return {name: of[name] for name in objective.terms}, norm
+        return dict(zip(objective.terms, values, strict=True)), norm
 
     def _prepare_step(self) -> None:
         """Set learning rate and dropout, both pure functions of the step's number."""
         recipe, step, rate = self.setup.recipe, self._step_number(), self._learning_rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if recipe.size.dropout:
+        if recipe.size.dropout or recipe.own:
             # Seeded anew in every step, so that no generator's state has to be saved to resume.
             rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))
@@ -212,9 +210,9 @@ class Trainer:
             return model(batch.tokens_on(device), batch.mask)
 
     @property
-    def _eval_model(self) -> FusionModel:
+    def _eval_model(self) -> TokenModel:
         """The weights that are validated and saved as a model."""
-        return self.model if self.ema is None else cast("FusionModel", self.ema.module)
+        return self.model if self.ema is None else cast("TokenModel", self.ema.module)
 
     def _close_epoch(self, stop: StopFlag, timer: EpochTimer, bar: "tqdm[Any]") -> dict[str, Any]:
         setup, model, how = self.setup, self._eval_model.eval(), timer.measured()
@@ -248,7 +246,7 @@ class Trainer:
         tell(self._describe(row))
         return row
 
-    def _save_epoch(self, model: FusionModel, is_best: bool) -> None:
+    def _save_epoch(self, model: TokenModel, is_best: bool) -> None:
         """Write models, metrics and, last, the state.
 
         Killed in between, the state before is resumed from: it trains to this place again and

@@ -4,15 +4,17 @@ A loss is a sum over clips divided by how many clips count in the *whole* batch,
 of a batch (of ranks, or passed one after another) simply add up, however unequal they are.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from karmma_pipeline.data.loading.loader import Batch
+from karmma_pipeline.errors import ConfigError
 
 UNKNOWN = -1
 Logits = Mapping[str, Tensor]
@@ -114,14 +116,12 @@ def distillation(
     return temperature**2 * (torch.stack(losses) / _divisor(count, losses[0])).mean()
 
 
-TERMS = ("loss", "kl", "cross_entropy")
-"""What an objective may say of a batch: the loss that is minimised, and its parts."""
-
-
 class Objective(Protocol):
-    """What a model is trained for. ``terms``: those of `TERMS` that `loss` returns."""
+    """What a model is trained for."""
 
-    terms: ClassVar[tuple[str, ...]]
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What `loss` returns, in order: ``loss``, which is minimised, and its parts."""
 
     def counts(self, batch: Batch) -> Tensor:
         """Return how many clips each term of the loss averages over, float64 on the CPU."""
@@ -179,7 +179,7 @@ class DistillationObjective:
     weights: Sequence[float] = ()
     average: str = "probabilities"
 
-    terms: ClassVar[tuple[str, ...]] = TERMS
+    terms: ClassVar[tuple[str, ...]] = ("loss", "kl", "cross_entropy")
 
     def counts(self, batch: Batch) -> Tensor:
         """Return the labels that are known and the clips that a teacher saw, [heads + 1]."""
@@ -190,22 +190,139 @@ class DistillationObjective:
         """Return alpha * T^2 * KL + (1 - alpha) * cross-entropy."""
         device = next(iter(logits.values())).device
         valid = self._valid(batch).to(device)
-        cached = [teacher.logits(batch.clip_index, batch.mask) for teacher in self.teachers]
-        targets = {
-            head: teacher_log_probabilities(
-                [one[head].to(device) for one in cached],
-                valid,
-                self.weights or (1.0,) * len(self.teachers),
-                self.temperature,
-                self.average,
-            )
-            for head in logits
-        }
+        targets = self._targets(batch, valid, logits)
         kl = distillation(logits, targets, valid.any(dim=0), self.temperature, counts[-1:])
         entropy = self.labels.loss(logits, batch, counts[:-1])["loss"]
         loss = self.alpha * kl + (1 - self.alpha) * entropy
         return {"loss": loss, "kl": kl, "cross_entropy": entropy}
 
+    def taught(self, batch: Batch, device: torch.device) -> "TeacherAnswers":
+        """Return what the teachers say of a batch: the logits of one, or of their average."""
+        valid = self._valid(batch).to(device)
+        if len(self.teachers) == 1:
+            (teacher,) = self.teachers
+            answers = teacher.logits(batch.clip_index, batch.mask)
+            logits = {head: of.float().to(device) for head, of in answers.items()}
+        else:
+            logits = self._targets(batch, valid, batch.labels)
+        return TeacherAnswers(logits, valid.any(dim=0))
+
+    def _targets(self, batch: Batch, valid: Tensor, heads: Iterable[str]) -> dict[str, Tensor]:
+        """Return the average teacher's log probabilities, softened by T, head to [B, C]."""
+        cached = [teacher.logits(batch.clip_index, batch.mask) for teacher in self.teachers]
+        return {
+            head: teacher_log_probabilities(
+                [one[head].to(valid.device) for one in cached],
+                valid,
+                self.weights or (1.0,) * len(self.teachers),
+                self.temperature,
+                self.average,
+            )
+            for head in heads
+        }
+
     def _valid(self, batch: Batch) -> Tensor:
         """Return whether each teacher saw anything of each clip, bool [teachers, B]."""
         return torch.stack([t.valid(batch.clip_index, batch.mask) for t in self.teachers])
+
+
+class TeacherAnswers(dict[str, Tensor]):
+    """A teacher's logits of a batch, head to float32 [B, C].
+
+    valid: bool [B], False where no teacher saw anything of the clip: its row says nothing.
+    """
+
+    def __init__(self, logits: Mapping[str, Tensor], valid: Tensor) -> None:
+        super().__init__(logits)
+        self.valid = valid
+
+
+# Columns of the metrics that are ours.
+_RESERVED = frozenset({"steps", "gradient_norm"})
+
+
+class OwnObjective:
+    """A loss of one's own.
+
+    Args:
+        name: ``package.module:function``, for messages.
+        function: called with a batch (all but its tokens on the logits' device), float32 logits,
+            head to [B, C], what the teachers say (`TeacherAnswers`, None without teachers) and the
+            keywords. It returns the mean over these clips, a scalar, or a dict of scalars with
+            ``loss`` among them, whose other terms are logged.
+        keywords: of the function.
+        batch: a few clips on which it is tried; what it returns then, it returns in training.
+        logits: of the model for these.
+        taught: whether there are teachers.
+
+    Attributes:
+        teachers: whose answers it gets; set before training.
+
+    Raises:
+        ConfigError: it fails, or returns something else.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        keywords: Mapping[str, Any],
+        batch: Batch,
+        logits: Mapping[str, Tensor],
+        taught: bool,
+    ) -> None:
+        self.name, self.function, self.keywords = name, function, dict(keywords)
+        self.teachers: DistillationObjective | None = None
+        self.terms: tuple[str, ...] = ()
+        scores = {head: of.detach().float().requires_grad_() for head, of in logits.items()}
+        nothing = {head: torch.zeros_like(of) for head, of in scores.items()}
+        saw = torch.ones(len(batch.clip_index), dtype=torch.bool)
+        try:
+            terms = self._call(batch, scores, TeacherAnswers(nothing, saw) if taught else None)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever code of one's own raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(f"objective={name!r}: failed on a first batch ({reason}).") from error
+        if not terms["loss"].requires_grad:
+            raise ConfigError(f"objective={name!r}: its loss does not depend on the logits.")
+        self.terms = ("loss", *sorted(terms.keys() - {"loss"}))
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return the clips, [1]."""
+        return torch.tensor([len(batch.clip_index)], dtype=torch.float64)
+
+    def loss(self, logits: dict[str, Tensor], batch: Batch, counts: Tensor) -> dict[str, Tensor]:
+        """Return the share of these clips in the mean over the whole batch."""
+        share = len(batch.clip_index) / float(counts[0])
+        device = next(iter(logits.values())).device
+        taught = None if self.teachers is None else self.teachers.taught(batch, device)
+        return {name: share * of for name, of in self._call(batch, logits, taught).items()}
+
+    def _call(
+        self, batch: Batch, logits: Mapping[str, Tensor], taught: TeacherAnswers | None
+    ) -> dict[str, Tensor]:
+        device = next(iter(logits.values())).device
+        there = replace(
+            batch,
+            present=batch.present.to(device),
+            mask=batch.mask.to(device),
+            labels={head: of.to(device) for head, of in batch.labels.items()},
+        )
+        full = {head: of.float() for head, of in logits.items()}
+        said = self.function(there, full, taught, **self.keywords)
+        terms = said if isinstance(said, dict) else {"loss": said}
+        names = [n for n in terms if not re.fullmatch(r"[a-z]\w*", str(n)) or n in _RESERVED]
+        scalar = all(isinstance(of, Tensor) and of.dim() == 0 for of in terms.values())
+        if names or "loss" not in terms or not scalar:
+            what = f"names such as {names[0]!r}" if names else f"{type(said).__name__} of no scalar"
+            raise ConfigError(
+                f"objective={self.name!r}: returned {what}; return a scalar tensor, the mean over "
+                "the clips, or a dict of them with 'loss' in it."
+            )
+        if self.terms and terms.keys() != {*self.terms}:
+            raise ConfigError(
+                f"objective={self.name!r}: returned the terms {', '.join(terms)} and before "
+                f"{', '.join(self.terms)}; return the same for every batch."
+            )
+        return terms

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from karmma_pipeline.models.fusion import FusionModel
 from karmma_pipeline.training.recipe import Optimiser
 
 
@@ -25,7 +24,7 @@ class Gradient:
     """
 
     def __init__(self, model: nn.Module, terms: int = 1) -> None:
-        parameters = list(model.parameters())
+        parameters = [p for p in model.parameters() if p.requires_grad]
         total = sum(p.numel() for p in parameters)
         # The last numbers are losses: one sum over ranks, and one wait, serve both.
         self.buffer = torch.zeros(total + terms, device=parameters[0].device)
@@ -62,7 +61,7 @@ def adamw(model: nn.Module, settings: Optimiser) -> torch.optim.AdamW:
 
     def chosen(matrix: bool) -> Iterator[Tensor]:
         for name, parameter in model.named_parameters():
-            if (parameter.dim() > 1 and "token" not in name) is matrix:
+            if parameter.requires_grad and (parameter.dim() > 1 and "token" not in name) is matrix:
                 yield parameter
 
     groups: list[dict[str, Any]] = [
@@ -81,7 +80,7 @@ def learning_rate(settings: Optimiser, step: int, total: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def moving_average(model: FusionModel, decay: float) -> AveragedModel:
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """Return a copy of the model that follows it: ``update_parameters`` after each step.
 
     ema = d * ema + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n

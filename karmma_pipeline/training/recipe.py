@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from karmma_pipeline import own_code
 from karmma_pipeline.config import Recipe
+from karmma_pipeline.data.loading.dropout import ModalityDropout
 from karmma_pipeline.data.loading.settings import LoaderSettings
-from karmma_pipeline.models.size import FusionSize
+from karmma_pipeline.models.size import MODELS, FusionSize
 
 
 class Optimiser(Recipe):
@@ -55,6 +57,19 @@ class TrainRecipe(Recipe):
         description="Run folder whose weights training begins with, to train longer, finer or for\n"
         "other labels: classes of a head meet by name, and what has no like begins anew.",
     )
+    model: str = Field(
+        "",
+        description="Model: empty (the fusion model), late_fusion (one for each modality, whose\n"
+        "answers are averaged), or your own as package.module:factory.",
+    )
+    model_args: dict[str, Any] = Field(
+        {}, description="Keywords of the factory; of late_fusion: {average: probabilities}."
+    )
+    objective: str = Field(
+        "",
+        description="Loss: empty (the command's own), or yours as package.module:function.",
+    )
+    objective_args: dict[str, Any] = Field({}, description="Keywords of that function.")
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
@@ -67,12 +82,11 @@ class TrainRecipe(Recipe):
         description="Parts of a batch that pass through the network one after another; the\n"
         "step is that of the whole batch, the memory that of a part.",
     )
-    modality_dropout: float = Field(
+    modality_dropout: ModalityDropout = Field(
         0.3,
-        ge=0,
-        lt=1,
         description="delta: probability with which each present modality is dropped in training;\n"
-        "one of the present ones always stays (ours).",
+        "one of the present ones always stays (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1},\n"
+        "ramp_epochs: 10, ramp_from: 0.0, burst: 8}, or {patterns: FILE.csv}.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross-entropy.")
     class_balance: float = Field(
@@ -115,6 +129,29 @@ class TrainRecipe(Recipe):
         description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps to what it\n"
         "began with.",
     )
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The key that names code of one's own, to the name."""
+        names = {"model": self.model, "objective": self.objective, "absent": self.size.absent}
+        return {key: name for key, name in names.items() if own_code.is_own(name)}
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str) -> str:
+        return own_code.check_name(name, MODELS)
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, name: str) -> str:
+        return own_code.check_name(name, ("",))
+
+    @model_validator(mode="after")
+    def _arguments_of_something(self) -> "TrainRecipe":
+        for key in ("model", "objective"):
+            if getattr(self, f"{key}_args") and not getattr(self, key):
+                raise ValueError(f"{key}_args={getattr(self, f'{key}_args')!r} without {key}")
+        return self
 
 
 class TeacherRecipe(TrainRecipe):

@@ -1,20 +1,23 @@
 """The three trainings: teacher, baseline, distilled student; they differ in one objective."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from karmma_pipeline import own_code
 from karmma_pipeline.data.loading.clips import clips_of_split, excluded_ids
+from karmma_pipeline.data.loading.dropout import DropoutSchedule, patterns_digest
 from karmma_pipeline.data.loading.open import open_source
-from karmma_pipeline.errors import CheckpointError, KarmmaError, StoreError
+from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
-from karmma_pipeline.models.fusion import FusionModel
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
 from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
@@ -22,13 +25,20 @@ from karmma_pipeline.training.clips import (
     check_labels,
     describe,
     make_loaders,
+    set_means,
     standardise,
     unseen_labels,
     usable_clips,
 )
+from karmma_pipeline.training.first_batch import check_start, first_batch
 from karmma_pipeline.training.kept_clips import as_it_began, note_clips
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
-from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
+from karmma_pipeline.training.objective import (
+    DistillationObjective,
+    LabelObjective,
+    Objective,
+    OwnObjective,
+)
 from karmma_pipeline.training.progress import TrainingProgress, TrainReport
 from karmma_pipeline.training.ranks import Ranks, joined
 from karmma_pipeline.training.recipe import (
@@ -111,7 +121,9 @@ def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str
         return TrainingProgress(), {}
     progress = TrainingProgress.read(recipe.out / METRICS)
     if progress.finished(recipe) and len(models) == len(MODELS):
-        return progress, {"store": read_card(models[0]).store_digest}
+        card = read_card(models[0])
+        code = {f"{k} 0": card.code[name] for k, name in recipe.own.items() if name in card.code}
+        return progress, {"store": card.store_digest, **code}
     raise CheckpointError(
         f"{recipe.out}: its training states (state/) are gone after epoch {progress.epoch} of "
         f"{recipe.epochs}, so that it cannot go on; put them back, or choose another folder with "
@@ -163,12 +175,12 @@ def _changed_sources(
 ) -> Iterator[tuple[str, Any, str | None, str | None]]:
     """Yield what is another than when a run began: kind, place, digests then and now."""
     before, there = _numbered(began), _numbered(now)
-    for name in dict.fromkeys([*there, *(n for n in before if n.startswith(("exclude", "init")))]):
+    for name in dict.fromkeys(
+        [*there, *(n for n in before if n.startswith(("exclude", "init", "patterns")))]
+    ):
         if before.get(name) != there.get(name):
             kind, number = name.split()
-            paths = getattr(recipe, kind)
-            path = paths[int(number)] if kind == "teacher" else paths
-            yield kind, path, before.get(name), there.get(name)
+            yield kind, _named(recipe, kind, int(number)), before.get(name), there.get(name)
 
 
 def changed_sources(recipe: TrainRecipe) -> list[str]:
@@ -183,6 +195,21 @@ def changed_sources(recipe: TrainRecipe) -> list[str]:
             changed = _changed_sources(recipe, began, _sources_now(recipe, began))
             return [str(path or kind) for kind, path, _, _ in changed]
     return []
+
+
+def _named(recipe: TrainRecipe, kind: str, number: int) -> Any:
+    """Return what a recipe names as a source: a path, or code of one's own."""
+    if kind in recipe.own:
+        return recipe.own[kind]
+    if kind == "patterns":
+        return _patterns(recipe)
+    paths = getattr(recipe, kind)
+    return paths[number] if kind == "teacher" else paths
+
+
+def _patterns(recipe: TrainRecipe) -> Path | None:
+    dropout = recipe.modality_dropout
+    return dropout.patterns if isinstance(dropout, DropoutSchedule) else None
 
 
 def _digest(digest: str | None) -> str:
@@ -217,14 +244,17 @@ def _train(
     sources = _sources(recipe, store, caches, began)
     if began is not None:
         _check_sources(recipe, began, sources)
-    card = _card(recipe, kind, store)
+    card = _card(recipe, kind, store, sources)
     torch.manual_seed(recipe.seed)  # of the initial weights; steps seed themselves
     model = card.build()
     if state is None:
         if recipe.standardise:
             standardise(model, store, train)
+        if model.needs_means:
+            set_means(model, store, train)
         notes += _begin_from(recipe, model, card)
     loaders = make_loaders(recipe, store, train, val, device, ranks)
+    own = _try_out(recipe, model, store, train, ranks)
     run.claim(recipe)
     if run.writes and state is None:
         note_clips(recipe.out, store, np.concatenate([train, val]))
@@ -237,10 +267,28 @@ def _train(
     objective: Objective = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     if isinstance(recipe, DistillRecipe):
         objective = _distillation(recipe, objective, caches, setup, stop)
+    if own is not None:
+        own.teachers = objective if isinstance(objective, DistillationObjective) else None
+        objective = own
     return Trainer(setup, state).fit(objective, stop)
 
 
-def _begin_from(recipe: TrainRecipe, model: FusionModel, card: ModelCard) -> list[str]:
+def _try_out(
+    recipe: TrainRecipe, model: TokenModel, store: TokenSource, train: np.ndarray, ranks: Ranks
+) -> OwnObjective | None:
+    """Try code of one's own on a few clips, before anything is written; return its objective."""
+    if not recipe.own:
+        return None
+    check_start(recipe, model, ranks)
+    batch, logits = first_batch(recipe.model, model, store, train)
+    if not recipe.objective:
+        return None
+    function = own_code.find(recipe.objective, "objective")
+    taught = isinstance(recipe, DistillRecipe)
+    return OwnObjective(recipe.objective, function, recipe.objective_args, batch, logits, taught)
+
+
+def _begin_from(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> list[str]:
     """Give a model the weights of another run, as far as they fit; say what began anew."""
     if recipe.init_from is None:
         return []
@@ -276,25 +324,41 @@ def _sources(
 
     ``began``: those of the run that goes on, which does not need `init_from` any more.
     """
+
+    def kept(name: str, find: Callable[[], str], error: type[KarmmaError]) -> dict[str, str]:
+        try:
+            return {name: find()}
+        except error:
+            if began is None:
+                raise
+            return {k: v for k, v in began.items() if k == name}
+
     sources = {"store 0": store.digest}
     sources |= {f"teacher {number}": cache.digest for number, cache in enumerate(caches)}
     if recipe.exclude is not None:  # its content decides, as that of a store does
         ids = excluded_ids(store, recipe.exclude)
         sources["exclude 0"] = hashlib.sha256(ids.tobytes()).hexdigest()
     if recipe.init_from is not None:
-        try:
-            sources["init_from 0"] = read_card(saved_folder(recipe.init_from)).weights_sha256
-        except CheckpointError:
-            if began is None:
-                raise
-            sources |= {k: v for k, v in began.items() if k == "init_from 0"}
+        folder = recipe.init_from
+        sources |= kept(
+            "init_from 0", lambda: read_card(saved_folder(folder)).weights_sha256, CheckpointError
+        )
+    if (listed := _patterns(recipe)) is not None:
+        sources |= kept("patterns 0", lambda: patterns_digest(listed, store), ConfigError)
+    for key, name in recipe.own.items():
+        sources |= kept(f"{key} 0", partial(own_code.digest, name, key), ConfigError)
     return sources
 
 
-def _card(recipe: TrainRecipe, kind: RunKind, store: TokenSource) -> ModelCard:
+def _card(
+    recipe: TrainRecipe, kind: RunKind, store: TokenSource, sources: dict[str, str]
+) -> ModelCard:
     return ModelCard(
         kind=kind,
         name=recipe.name or recipe.out.name,
+        model=recipe.model,
+        model_args=recipe.model_args,
+        code={name: sources[f"{key} 0"] for key, name in recipe.own.items()},
         size=recipe.size,
         modalities={m: store.shape(m) for m in store.modalities},
         heads=store.heads,

@@ -229,6 +229,8 @@ class TeacherLogitsCache:
             "clip_ids": ids,
             "chunk": CHUNK,
         }
+        if self.card.own:  # whose source says as much of the logits as the weights do
+            self.key["teacher_code"] = self.card.code_now()
         text = json.dumps(self.key, sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 

@@ -87,7 +87,7 @@ def test_the_average_is_what_its_formula_says_and_is_what_is_saved(
 
     def record(self: loop.Trainer, *arguments: Any) -> float:
         value = original(self, *arguments)
-        seen.append(self.model.cls.detach().clone())
+        seen.append(self.model.get_parameter("cls").detach().clone())
         return value
 
     with pytest.MonkeyPatch.context() as patch:

@@ -131,9 +131,8 @@ def test_a_run_begins_with_the_weights_of_another_and_its_like_classes(
     taught, card = load_model(first / "best")
     assert list(card.heads) == ["noun", "verb"]
     for row, its in ((2, 3 + 3), (4, 3 + 0)):  # behind two places, and behind three nouns
-        torch.testing.assert_close(
-            model.classify.weight[row], taught.classify.weight[its], atol=1e-6, rtol=0
-        )
+        mine, theirs = (m.get_parameter("classify.weight") for m in (model, taught))
+        torch.testing.assert_close(mine[row], theirs[its], atol=1e-6, rtol=0)
 
 
 def test_features_of_another_network_and_another_size_begin_anew(

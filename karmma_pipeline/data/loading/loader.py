@@ -76,6 +76,7 @@ class FeatureLoader:
         p: probability with which each present modality drops.
         shuffle: a new order each epoch, else that of ``indices``.
         order: draws an epoch instead: its number to as many places in ``indices`` as there are.
+        draw_masks: draws masks instead: an epoch's number to bool [indices, M].
         threads: that gather ahead; 0 gathers when asked.
         ahead: batches that are gathered before they are asked for.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
@@ -94,6 +95,7 @@ class FeatureLoader:
         p: float = 0.0,
         shuffle: bool = False,
         order: Callable[[int], npt.NDArray[np.int64]] | None = None,
+        draw_masks: Callable[[int], npt.NDArray[np.bool_]] | None = None,
         threads: int = 1,
         ahead: int = 2,
         rank: int = 0,
@@ -103,7 +105,7 @@ class FeatureLoader:
     ) -> None:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
-        self.shuffle, self.order = shuffle, order
+        self.shuffle, self.order, self._draw_masks = shuffle, order, draw_masks
         self.threads, self.ahead = threads, max(1, ahead)
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.clip_ids[self.indices])
@@ -166,6 +168,8 @@ class FeatureLoader:
 
         Drawn at once they cost next to nothing.
         """
+        if self._draw_masks is not None:
+            return self._draw_masks(epoch)
         present = self.store.present[self.indices]
         return modality_mask(self.seed, epoch, self._keys, present, self.p)
 

@@ -76,7 +76,11 @@ def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def modality_mask(
-    seed: int, epoch: int, keys: NDArray[np.uint64], present: NDArray[np.bool_], p: float
+    seed: int,
+    epoch: int,
+    keys: NDArray[np.uint64],
+    present: NDArray[np.bool_],
+    p: float | NDArray[np.float64],
 ) -> NDArray[np.bool_]:
     """Draw which of the present modalities a model may see (modality dropout).
 
@@ -88,7 +92,7 @@ def modality_mask(
         epoch: number of the epoch, from 0.
         keys: uint64 [B] from `clip_keys`.
         present: bool [B, M], what each clip natively has.
-        p: probability in 0..1; 0 keeps everything.
+        p: probability in 0..1, or one for each modality [M]; 0 keeps everything.
 
     Returns:
         bool [B, M], within ``present``. Only a clip with nothing present gets an empty row.
@@ -96,15 +100,33 @@ def modality_mask(
     Raises:
         ConfigError: p is no probability.
     """
-    if not 0 <= p <= 1:
+    rates = np.broadcast_to(p, present.shape[1:])
+    if not ((rates >= 0) & (rates <= 1)).all():
         raise ConfigError(f"modality_dropout={p}: a probability lies in 0..1.")
-    if p == 0:
+    if not rates.any():
         return present.copy()
     # A stream per column: adding a modality at the end leaves the draws of the others as they were.
     base = _base(seed, epoch, keys)
     mask = present.copy()
     for m in range(present.shape[1]):
-        mask[:, m] &= _uniform(_stream(base, m)) >= p
+        mask[:, m] &= _uniform(_stream(base, m)) >= rates[m]
+    return _restore(base, present, mask)
+
+
+def restored(
+    seed: int,
+    epoch: int,
+    keys: NDArray[np.uint64],
+    present: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Return masks of any origin in which clips of which nothing was left have one modality."""
+    return _restore(_base(seed, epoch, keys), present, mask.copy())
+
+
+def _restore(
+    base: NDArray[np.uint64], present: NDArray[np.bool_], mask: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     empty = np.flatnonzero(~mask.any(axis=1) & present.any(axis=1))
     mask[empty] = _one_of(present[empty], _uniform(_stream(base[empty], _REPAIR)))
     return mask
