@@ -25,6 +25,7 @@ from karmma_pipeline.evaluation.report import tables
 from karmma_pipeline.evaluation.report.differences import sentences
 from karmma_pipeline.evaluation.report.page import FOLDERS, write_report
 from karmma_pipeline.evaluation.results import Difference, Results
+from karmma_pipeline.evaluation.robustness import robustness
 from karmma_pipeline.evaluation.score import clip_facts, find_groups, run_result, split_warnings
 from karmma_pipeline.evaluation.submission import write_submission
 from karmma_pipeline.jobs import StopFlag
@@ -99,9 +100,11 @@ def _score(
 ) -> Results:
     """Return what is said of each run, of each method, and of what is between methods."""
     run_results, answers = [], []
-    for run in predictions:
+    for folder, run in zip(recipe.runs, predictions, strict=True):
         correct = Correct(run, lambda: stop.check(NOTHING_KEPT))
-        run_results.append(run_result(correct, recipe, device, stop))
+        result = run_result(correct, recipe, device, stop)
+        tests = robustness(correct, folder, recipe, device, lambda: stop.check(NOTHING_KEPT))
+        run_results.append(result.model_copy(update={"robustness": tuple(tests)}))
         if len(predictions) > 1:
             answers.append(Answers.of(correct, recipe.drop_rates))
     first = predictions[0]

@@ -50,6 +50,27 @@ class EpicSubmission(Recipe):
     )
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RobustnessTests(Recipe):
+    """What else can become of sensors than that each drops out by itself."""
+
+    missing: list[Share] = Field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
+        description="Shares of the clips for which one modality is missing, each in turn (MiDl).",
+    )
+    patterns: dict[Name, Path] = Field(
+        default_factory=dict,
+        description="Name -> CSV of what clips lack: clip_id, missing (such as rgb+audio).",
+    )
+    stale: list[Share] = Field(
+        default_factory=list,
+        description="Shares of the clips for which one modality repeats the tokens of the clip\n"
+        "before, of the same group; takes a pass per modality.",
+    )
+
+
 class EvaluateRecipe(Recipe):
     """``karmma evaluate``: accuracy on every subset, drop curves, costs, and a report."""
 
@@ -111,6 +132,11 @@ class EvaluateRecipe(Recipe):
         default_factory=GroupFiles, description="Groups of clips with their own scores."
     )
 
+    robustness: RobustnessTests | None = Field(
+        None,
+        description="More than independent drops: `robustness: {}` for one missing modality,\n"
+        "`{stale: [0.5, 1]}` for a sensor that hangs; null: none.",
+    )
     submission: EpicSubmission | None = Field(
         None,
         description="Also write files for the EPIC-KITCHENS-100 server and official evaluator;\n"

@@ -128,6 +128,25 @@ class Calibration(Recipe):
     bins: tuple[Bin, ...] = Field(description="By rising probability.")
 
 
+class RobustnessPoint(Recipe):
+    """Accuracy where some clips are hit."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = Field(description="Of the clips, that are hit.")
+    hit: int = Field(description="How many clips that are.")
+    scores: dict[str, Score] = Field(description="`HEAD_top1` over all clips, hit or not.")
+
+
+class Robustness(Recipe):
+    """One test beyond independent drops."""
+
+    kind: Literal["missing", "pattern", "stale"] = Field(
+        description="missing: one modality is; pattern: what a list says is; stale: one modality's "
+        "tokens are those of the clip before, of the same group."
+    )
+    what: str = Field(description="The modality, or the name of the list.")
+    points: tuple[RobustnessPoint, ...] = Field(description="In the order of the recipe.")
+
+
 class RunResult(Recipe):
     """One model."""
 
@@ -147,6 +166,7 @@ class RunResult(Recipe):
         description="Every subset that was evaluated, under both protocols."
     )
     drop: tuple[DropCurve, ...] = Field(description="Drop curves per head and protocol.")
+    robustness: tuple[Robustness, ...] = Field((), description="Further tests, if asked for.")
     costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not asked for.")
     cost_note: str = Field("", description="How the costs were measured.")
     class_correct: dict[str, tuple[int, ...]] = Field(

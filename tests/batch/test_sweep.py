@@ -24,7 +24,7 @@ from karmma_pipeline.batch.sweep import load_sweep, run_one
 from karmma_pipeline.cli import main
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.evaluation import results as schema
-from karmma_pipeline.evaluation.report import figures
+from karmma_pipeline.evaluation.report import classes, figures
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.training.recipe import DistillRecipe
@@ -103,7 +103,8 @@ def in_this_process(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "run_all", in_this_process)
-    monkeypatch.setattr(figures, "draw", lambda _: {})  # most of a report's time
+    for module in (figures, classes):  # most of a report's time
+        monkeypatch.setattr(module, "draw", lambda _: {})
 
 
 def launch(path: Path) -> list[str]:

@@ -39,6 +39,7 @@ def without(*keys: str) -> Normalise:
 MORE_RESULTS = (
     *("methods", "differences", "warnings", "probes", "probe_notes"),
     *(f"runs.*.{name}" for name in ("trained_on", "chosen_on", "confusion", "calibration")),
+    "runs.*.robustness",
 )
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from karmma_pipeline import files
 from karmma_pipeline.evaluation import results as schema
-from karmma_pipeline.evaluation.report import classes, differences, figures, tables
+from karmma_pipeline.evaluation.report import classes, differences, figures, robustness, tables
 from karmma_pipeline.evaluation.results import Results
 from karmma_pipeline.modalities import label
 
@@ -37,7 +37,8 @@ def write_report(folder: Path, results: Results) -> None:
             name = f"confusion_{head}_{number}.csv"
             files.write_text(folder / "tables" / name, tables.to_csv(table))
     pictures = {}
-    for name, figure in {**figures.draw(results), **classes.draw(results)}.items():
+    drawn = {**figures.draw(results), **classes.draw(results), **robustness.draw(results)}
+    for name, figure in drawn.items():
         kinds = {kind: figures.to_bytes(figure, kind) for kind in figures.KINDS}
         for kind, data in kinds.items():
             files.write_bytes(folder / "figures" / f"{name}.{kind}", data)
@@ -59,6 +60,7 @@ def _tables(results: Results) -> dict[str, tables.Table]:
         "classes": classes.class_table(results),
         "calibration": classes.calibration_table(results),
         "probes": tables.probe_table(results),
+        "robustness": robustness.robustness_table(results),
     }
 
 

@@ -1,0 +1,217 @@
+"""Robustness beyond modalities that drop out independently of one another.
+
+- One modality is missing for a share of the clips (the protocol of MiDl, arXiv 2404.15161), or what
+  a list says is missing for each clip. Both follow from the subsets that are evaluated anyway.
+- A stale sensor: for a share of the clips a modality's tokens are those of the clip before, as when
+  a sensor hangs and its last value is repeated. This takes a pass per modality.
+
+Which clips are hit depends on the seed, the clip's id and the modality alone: all runs are hit on
+the same ones, and those of a smaller share are among those of a larger one.
+
+N clips, M modalities.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from karmma_pipeline.data.loading.masks import clip_keys, draws
+from karmma_pipeline.errors import ConfigError, ManifestError
+from karmma_pipeline.evaluation.drop_curve import Bools, Correct
+from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+from karmma_pipeline.evaluation.results import Robustness, RobustnessPoint
+from karmma_pipeline.evaluation.score import score
+from karmma_pipeline.metrics import action_correct, topk_correct
+from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.runs import saved_folder
+
+_STREAM = 1009  # of draws, one more for each modality: no other use of the seed has it
+
+
+def robustness(
+    correct: Correct,
+    folder: Path,
+    recipe: EvaluateRecipe,
+    device: torch.device,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Robustness]:
+    """Yield what becomes of a run's accuracy in each test that the recipe asks for.
+
+    Args:
+        correct: what the run answers.
+        folder: of the run.
+        recipe: with the tests, the seed and the batch size.
+        device: where the run's model runs.
+        check: called before each pass of a batch, may raise.
+
+    Raises:
+        ManifestError: a list of patterns cannot be used.
+    """
+    tests = recipe.robustness
+    if tests is None:
+        return
+    modalities = correct.run.store.modalities
+    for modality in modalities if tests.missing else ():
+        under = _without(correct, modality)
+        points = _points(correct, under, modality, tests.missing, recipe.seed)
+        yield Robustness(kind="missing", what=modality, points=tuple(points))
+    for name, path in tests.patterns.items():
+        under, hit = _pattern(correct, path)
+        point = _point(correct, under, hit, float(hit.mean()))
+        yield Robustness(kind="pattern", what=name, points=(point,))
+    for modality in modalities if tests.stale else ():
+        under = _stale(correct, folder, modality, recipe, device, check)
+        points = _points(correct, under, modality, tests.stale, recipe.seed)
+        yield Robustness(kind="stale", what=modality, points=tuple(points))
+
+
+def _points(
+    correct: Correct, under: dict[str, Bools], modality: str, shares: list[float], seed: int
+) -> Iterator[RobustnessPoint]:
+    """Yield the scores for each share of the clips that is hit: those with the lowest draws."""
+    keys = clip_keys(correct.run.clip_ids)
+    stream = _STREAM + correct.run.store.modalities.index(modality)
+    rank = np.argsort(np.argsort(draws(seed, 0, keys, stream), kind="stable"))
+    for share in shares:
+        yield _point(correct, under, rank < round(share * len(keys)), share)
+
+
+def _point(correct: Correct, under: dict[str, Bools], hit: Bools, share: float) -> RobustnessPoint:
+    """Return the scores where some clips are answered as ``under`` says, the others as ever."""
+    right = {metric: np.where(hit, under[metric], correct.table[metric, 1][0]) for metric in under}
+    return RobustnessPoint(
+        share=share,
+        hit=int(hit.sum()),
+        scores={f"{metric}_top1": score(of[correct.known[metric]]) for metric, of in right.items()},
+    )
+
+
+def _without(correct: Correct, modality: str) -> dict[str, Bools]:
+    """Return what is right, metric to bool [N], where no clip has a modality."""
+    left = tuple(m for m in correct.run.store.modalities if m != modality)
+    if left not in correct.run.subsets:  # it is the only one: nothing is left to see
+        return {metric: np.zeros(len(correct.run.clips), bool) for metric in correct.metrics}
+    number = correct.run.subsets.index(left)
+    return {metric: correct.table[metric, 1][number] for metric in correct.metrics}
+
+
+def _pattern(correct: Correct, path: Path) -> tuple[dict[str, Bools], Bools]:
+    """Return what is right where clips lack what a list says, and which clips it names, [N].
+
+    Raises:
+        ManifestError: see `_missing_of`.
+        ConfigError: there are so many modalities that not all subsets are evaluated.
+    """
+    if not correct.every_subset:
+        raise ConfigError(
+            f"{path}: patterns need the logits of every subset; the runs have "
+            f"{len(correct.run.store.modalities)} modalities, of which only some are evaluated."
+        )
+    missing = _missing_of(path, correct)
+    kept = correct.run.present & ~missing
+    number, rows = correct.subset_number(kept), np.arange(len(kept))
+    seen = kept.any(axis=1)
+    under = {m: correct.table[m, 1][number, rows] & seen for m in correct.metrics}
+    return under, np.asarray(missing.any(axis=1))
+
+
+def _missing_of(path: Path, correct: Correct) -> Bools:
+    """Read which modalities clips lack, bool [N, M], from a CSV: ``clip_id``, ``missing``.
+
+    Several modalities have a + between them. Clips that it does not name lack none; it may name
+    others than those evaluated.
+
+    Raises:
+        ManifestError: a column is not there, or a modality is unknown.
+    """
+    modalities = correct.run.store.modalities
+    place = {clip_id.decode(): row for row, clip_id in enumerate(correct.run.clip_ids.tolist())}
+    missing = np.zeros((len(place), len(modalities)), bool)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{path}: the list cannot be read ({error}).") from None
+    for line, row in enumerate(rows, 2):
+        clip_id, names = row.get("clip_id"), row.get("missing")
+        if clip_id is None or names is None:
+            raise ManifestError(f"{path}: line {line}: needs the columns clip_id and missing.")
+        for name in filter(None, (part.strip() for part in names.split("+"))):
+            if name not in modalities:
+                raise ManifestError(
+                    f"{path}: line {line}: missing={name!r}: there are {', '.join(modalities)}; "
+                    "write several with + between them."
+                )
+            if clip_id in place:
+                missing[place[clip_id], modalities.index(name)] = True
+    return missing
+
+
+def before(
+    clips: npt.NDArray[np.int64], groups: npt.NDArray[np.str_], has: Bools
+) -> npt.NDArray[np.int64]:
+    """Return the place in the store of the clip before each, [N]; -1 where there is none.
+
+    It is the last one before it in the store's order that is of the same group and has the
+    modality.
+
+    Args:
+        clips: places in the store [N], in any order.
+        groups: such as the subject or the video of each [N].
+        has: whether each has the modality [N].
+    """
+    previous = np.full(len(clips), -1, np.int64)
+    last: dict[str, int] = {}
+    for row in np.argsort(clips):
+        previous[row] = last.get(str(groups[row]), -1)
+        if has[row]:
+            last[str(groups[row])] = int(clips[row])
+    return previous
+
+
+def _stale(
+    correct: Correct,
+    folder: Path,
+    modality: str,
+    recipe: EvaluateRecipe,
+    device: torch.device,
+    check: Callable[[], None],
+) -> dict[str, Bools]:
+    """Return what is right, metric to bool [N], where a modality's tokens are the clip's before.
+
+    Where there is no clip before, the sensor has sent nothing yet: the modality is absent. Clips
+    that natively lack it go without it as ever.
+    """
+    run, column = correct.run, correct.run.store.modalities.index(modality)
+    model = load_model(saved_folder(folder, recipe.checkpoint))[0].to(device)
+    previous = before(run.clips, run.store.group[run.clips], run.present[:, column])
+    mask = run.present.copy()
+    mask[:, column] &= previous >= 0
+    outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in run.logits}
+    for start in range(0, len(run.clips), recipe.batch_size):
+        check()
+        rows = slice(start, start + recipe.batch_size)
+        shown = dict.fromkeys(run.store.modalities, run.clips[rows])
+        shown[modality] = np.where(mask[rows, column], previous[rows], run.clips[rows])
+        with torch.inference_mode():
+            tokens = {
+                m: run.store.gather(m, torch.from_numpy(index)).to(device)
+                for m, index in shown.items()
+            }
+            for head, out in model(tokens, torch.from_numpy(mask[rows])).items():
+                outputs[head].append(out.float().cpu().numpy())
+    logits = {head: np.concatenate(parts) for head, parts in outputs.items()}
+    seen = mask.any(axis=1)
+    return {
+        metric: seen
+        & (
+            topk_correct(logits[metric], run.labels[metric], 1)
+            if metric in logits
+            else action_correct(logits, run.labels, 1)
+        )
+        for metric in correct.metrics
+    }
