@@ -47,6 +47,7 @@ def find(name: str, key: str) -> Callable[..., Any]:
         ConfigError: it cannot be imported, or is nothing that can be called and has a source file.
     """
     module, _, attribute = name.partition(":")
+    refuse_python(name, key)
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # last: a file of the working folder must not hide a library
@@ -63,6 +64,16 @@ def find(name: str, key: str) -> Callable[..., Any]:
     if _source(made) is None:
         raise ConfigError(f"{key}={name!r}: has no source file, by which a run would be known.")
     return made
+
+
+def refuse_python(name: str, key: str) -> None:
+    """Refuse what is in Python's own library: names also come from the models of strangers.
+
+    Raises:
+        ConfigError: such as `os:system`, which no method or network is.
+    """
+    if name.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(f"{key}={name!r}: is of Python's own library, not code of one's own.")
 
 
 def digest(name: str, key: str) -> str:

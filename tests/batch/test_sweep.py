@@ -164,6 +164,7 @@ def test_what_a_sweep_cannot_mean_is_said(
         load_sweep(path)
 
 
+@pytest.mark.slow
 def test_again_does_nothing_and_a_change_redoes_what_depends_on_it(
     stores: Path, quick: None
 ) -> None:

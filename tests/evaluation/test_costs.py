@@ -42,6 +42,7 @@ def test_peak_memory_grows_with_the_modalities_and_holds_the_weights() -> None:
     assert found["rgb", "audio"] > found["audio",] + 0.8 * weights
 
 
+@pytest.mark.slow
 def test_memory_of_object_boxes_which_have_no_network_is_that_of_the_fusion_block() -> None:
     choice = BackboneChoice(name="boxes", frames=8)
     small = FusionSize(dim=16, attention_heads=2, ffn_width=16, head_width=16)

@@ -99,6 +99,7 @@ def test_the_expected_drop_curve_joins_the_subsets_and_the_sampled_one(found: Re
 SENSORS = {f"s{i}": (1, 3) for i in range(8)}
 
 
+@pytest.mark.slow
 def test_of_many_modalities_some_subsets_and_drawn_masks_are_evaluated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,6 +108,7 @@ def test_without_a_picture_its_shape_is_missing(tmp_path: Path) -> None:
         boxes_of(Clip("7", {**clip.media, "rgb": folder}, 0, None, {}))
 
 
+@pytest.mark.slow
 def test_boxes_go_the_whole_way_to_a_loss(tmp_path: Path) -> None:
     labels = {"Holding something": "0", "Closing something": "1"}
     rows = [{"id": "7", "template": "Holding [something]"}]

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support.lanes import slow_unless
 from support.media_files import write_video
 from torch import nn
 
@@ -333,7 +334,10 @@ def test_other_convolutions_are_left_alone() -> None:
     assert use_onednn(nets) == 0
 
 
-@pytest.mark.parametrize("name", ["s3d", "r2plus1d_18", "efficientnet_b0"])
+NETS = ["s3d", "r2plus1d_18", "efficientnet_b0"]
+
+
+@pytest.mark.parametrize("name", slow_unless({"s3d", "efficientnet_b0"}, NETS))
 def test_norms_that_are_folded_in_change_no_token(name: str) -> None:
     tree = {"image": (64, 64)} if name == "efficientnet_b0" else {"frames": 8, "size": 32}
     choice = BackboneChoice(name=name, weights="random:0", **tree)

@@ -1,4 +1,5 @@
 import ctypes
+import gc
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -198,6 +199,7 @@ class _Malloc(ctypes.Structure):
 
 def bytes_in_use() -> int:
     """Bytes that are allocated: resident memory would move with whatever else the system does."""
+    gc.collect()  # PyAV's containers and streams hold one another
     info = ctypes.CDLL(None).mallinfo2
     info.restype = _Malloc
     found = info()

@@ -225,6 +225,7 @@ def test_clips_without_any_file_get_no_decode_process(
         assert set(decoded.details.values()) == {str(clip.media["rgb"].path)}
 
 
+@pytest.mark.slow
 def test_pairs_of_frames_come_through_shared_memory_and_become_flow(tmp_path: Path) -> None:
     flow = Flow(source="raft_small", weights="random:0", updates=1)
     wanted = settings(flow)

@@ -297,6 +297,7 @@ def test_a_stop_does_not_wait_for_a_decoder_that_hangs(
         list(workers.batches(plans_of(clips_named(tmp_path, "hang"))))
 
 
+@pytest.mark.slow
 def test_sets_that_choose_the_same_network_run_it_once(
     tmp_path: Path, make_video: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

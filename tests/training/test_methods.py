@@ -212,6 +212,7 @@ def test_two_ranks_train_a_method_of_ones_own_as_one_does(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": "subprocess:Popen"}, r"model='subprocess:Popen': is of Python's own library"),
         ({"model": "nowhere:Net"}, r"model='nowhere:Net': cannot be imported .*No module named"),
         ({"model": "{}:Nett"}, r"cannot be imported \(AttributeError"),
         ({"model": "{}:Net", "model_args": {"depth": 2}}, r"could not be built .*'depth'"),

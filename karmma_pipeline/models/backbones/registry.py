@@ -39,6 +39,7 @@ from torchvision.models import video
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
+from karmma_pipeline import own_code
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones import layers
@@ -381,6 +382,7 @@ def find(name: str) -> Architecture:
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         return _own(name, entry.load)
     if ":" in name:
+        own_code.refuse_python(name, "name")
         module, _, factory = name.partition(":")
         return _own(name, lambda: getattr(_imported(module), factory))
     known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
