@@ -30,7 +30,7 @@ def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> 
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|url\(\s*["']?http""", page)
     with (tmp_path / "report/tables/drop_curve.csv").open() as file:
         rows = list(csv.reader(file))
-    assert [row[0] for row in rows[1:]] == [f"{p}%" for p in range(0, 100, 10)]
+    assert [row[0] for row in rows[1:]] == [*(f"{p}%" for p in range(0, 100, 10)), "mean"]
     for name in ("drop_curve", "subsets", "costs"):
         assert (tmp_path / f"report/figures/{name}.png").stat().st_size > 10_000
     commands = [line for line in first.output.splitlines() if line.startswith("$ karmma")]
