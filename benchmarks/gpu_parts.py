@@ -146,6 +146,7 @@ def _losses(
     torch.manual_seed(0)
     trainer = training.make_trainer(case, store, folder, device, Ranks())
     objective = LabelObjective(tuple(training.HEADS), 0.0)
+    training.begin(trainer, objective)
     trainer.model.train()
     for batch in trainer.setup.train.epoch(0):
         yield trainer._step(objective, batch, objective.counts(batch))

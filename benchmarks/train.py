@@ -43,6 +43,7 @@ from karmma_pipeline.store import (
 )
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import DistillationObjective, LabelObjective, Objective
+from karmma_pipeline.training.optimization import Gradient
 from karmma_pipeline.training.progress import EpochTimer, progress_bar
 from karmma_pipeline.training.ranks import Ranks, joined
 from karmma_pipeline.training.recipe import TrainRecipe
@@ -161,12 +162,18 @@ def ours(trainer: Trainer, objective: Objective, timer: EpochTimer) -> Turn:
     device = trainer.setup.device
 
     def turn() -> None:
+        begin(trainer, objective)
         trainer.progress.epoch, trainer.progress.batch = trainer.progress.epoch + 1, 0
         with progress_bar(1, 0, "", shown=False) as bar:
             trainer._train_epoch(objective, StopFlag(), timer, bar)
         _wait(device)
 
     return turn
+
+
+def begin(trainer: Trainer, objective: Objective) -> None:
+    """Set up what `Trainer.fit` does before its first epoch: turns have different losses."""
+    trainer.gradient = Gradient(trainer.model, len(objective.terms))
 
 
 def bare(model: FusionModel, batches: list[Batch], device: torch.device) -> Turn:
