@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, one_line
 
 
 class Recipe(BaseModel):
@@ -135,7 +135,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{where}: not valid YAML: {reason}.") from None
 
 

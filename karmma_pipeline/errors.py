@@ -16,6 +16,16 @@ class ExitCode(enum.IntEnum):
     STOPPED = 75
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """Return a text, such as an error of a library, on one line of at most so many characters."""
+    return " ".join(str(text).split())[:most]
+
+
+def named_line(error: BaseException) -> str:
+    """Return an error of somebody else's code on one line, with its class."""
+    return one_line(f"{type(error).__name__}: {error}", 300)
+
+
 class KarmmaError(ValueError):
     """Base of all errors that are the input's, not the program's.
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, named_line
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -54,7 +54,7 @@ def find(name: str, key: str) -> Callable[..., Any]:
     try:
         made = getattr(import_module(module), attribute)
     except Exception as error:  # whatever a module's own lines raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = named_line(error)
         raise ConfigError(
             f"{key}={name!r}: cannot be imported ({reason}); run the command in the folder of its "
             "file, or put that folder into PYTHONPATH."

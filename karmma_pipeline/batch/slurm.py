@@ -19,7 +19,7 @@ from karmma_pipeline import files
 from karmma_pipeline.batch.chain import ChainStage, job_name
 from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site, Sweep
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import KarmmaError, one_line
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, PARTS, without
 from karmma_pipeline.store.format import layout
@@ -429,6 +429,6 @@ def _run(command: Sequence[str]) -> str:
             "--launcher local."
         ) from None
     except subprocess.CalledProcessError as error:
-        reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        reason = one_line(error.stderr) or f"exit code {error.returncode}"
         raise KarmmaError(f"{shlex.join(command)}: {reason}.") from None
     return done.stdout

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, one_line
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -228,7 +228,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     except OSError as error:
         raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ManifestError(f"{path}: not a JSON file ({reason}).") from None
     if not isinstance(value, kind):
         raise ManifestError(f"{path}: the {what} must be a JSON {_called(kind)}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from karmma_pipeline import own_code
-from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError, named_line
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 
@@ -151,7 +151,7 @@ def build_model(
     except ConfigError:
         raise
     except Exception as error:  # whatever code of one's own raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = named_line(error)
         raise ConfigError(f"model={name!r}: could not be built ({reason}).") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(

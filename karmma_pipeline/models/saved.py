@@ -24,7 +24,7 @@ from torch import Tensor
 
 from karmma_pipeline import config, files, own_code
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.architectures import LateFusion, OwnModel, build_model
 from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 from karmma_pipeline.runs import CARD, saved_folder
@@ -229,7 +229,7 @@ def load_model(folder: Path) -> tuple[TokenModel, ModelCard]:
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CheckpointError(f"{path}: does not fit {CARD} ({reason}).") from None
     return model.eval(), card
 

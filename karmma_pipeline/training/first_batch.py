@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, named_line
 from karmma_pipeline.models.architectures import needs_whole_batches
 from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.store import TokenSource
@@ -37,7 +37,7 @@ def first_batch(
     except KarmmaError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # whatever code of one's own raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = named_line(error)
         raise ConfigError(f"model={name!r}: failed on a first batch ({reason}).") from error
     model.train(training)
     return batch, logits

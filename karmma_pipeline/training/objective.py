@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from karmma_pipeline.data.loading.loader import Batch
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, named_line
 
 UNKNOWN = -1
 Logits = Mapping[str, Tensor]
@@ -282,7 +282,7 @@ class OwnObjective:
         except ConfigError:
             raise
         except Exception as error:  # whatever code of one's own raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = named_line(error)
             raise ConfigError(f"objective={name!r}: failed on a first batch ({reason}).") from error
         if not terms["loss"].requires_grad:
             raise ConfigError(f"objective={name!r}: its loss does not depend on the logits.")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.backbones import hub
 from karmma_pipeline.models.backbones.layers import Parts, with_grid
 from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
@@ -244,7 +244,7 @@ def _read(auto: Any, folder: Path, where: str) -> Any:
     try:
         return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(
             f"name='hf:{where}': {auto.__name__} cannot read {folder} ({reason})."
         ) from None
@@ -274,7 +274,7 @@ def _pretrained(family: Family, folder: Path, where: str) -> nn.Module:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(
             f"hf:{where}: its weights cannot be read ({reason}); `karmma backbones fetch` gets "
             "them, in safetensors."

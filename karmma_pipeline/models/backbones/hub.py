@@ -13,7 +13,7 @@ from types import ModuleType
 import yaml
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 
 #: Licence of weights that state none.
 NOT_STATED = "not stated"
@@ -91,7 +91,7 @@ def fetch(repository: str, name: str, folder: Path | None = None) -> Path:
             hub.snapshot_download(repository, local_dir=folder, allow_patterns=list(_WANTED))
         )
     except Exception as error:  # of the hub, of HTTP, of the disk
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(
             f"{repository}: the download failed ({type(error).__name__}: {reason}); run `karmma "
             f"backbones fetch {name}` again, it goes on where it ended."

@@ -41,7 +41,7 @@ from torchvision.transforms import functional as vision
 
 from karmma_pipeline import own_code
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, one_line
 from karmma_pipeline.models.backbones import layers
 from karmma_pipeline.models.backbones.layers import Parts as Parts
 
@@ -440,7 +440,7 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
     except ConfigError:
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"input {list(shape)}: the backbone cannot take it ({reason}); "
             "a larger size or more frames may help."
