@@ -46,13 +46,10 @@ def find(name: str, key: str) -> Callable[..., Any]:
     Raises:
         ConfigError: it cannot be imported, or is nothing that can be called and has a source file.
     """
-    module, _, attribute = name.partition(":")
-    refuse_python(name, key)
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last: a file of the working folder must not hide a library
     try:
-        made = getattr(import_module(module), attribute)
+        made = load(name, key)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a module's own lines raise
         reason = named_line(error)
         raise ConfigError(
@@ -66,14 +63,20 @@ def find(name: str, key: str) -> Callable[..., Any]:
     return made
 
 
-def refuse_python(name: str, key: str) -> None:
-    """Refuse what is in Python's own library: names also come from the models of strangers.
+def load(name: str, key: str) -> Any:
+    """Import ``package.module:attribute``; whatever the module's own lines raise comes through.
 
     Raises:
-        ConfigError: such as `os:system`, which no method or network is.
+        ConfigError: it is in Python's own library, such as `os:system`: names also come from the
+            models of strangers.
     """
-    if name.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+    module, _, attribute = name.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:
         raise ConfigError(f"{key}={name!r}: is of Python's own library, not code of one's own.")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last: a file of the working folder must not hide a library
+    return getattr(import_module(module), attribute)
 
 
 def digest(name: str, key: str) -> str:

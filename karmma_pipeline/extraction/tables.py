@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import one_line
 from karmma_pipeline.extraction.types import NATURAL, DecodedClip
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore
@@ -95,7 +94,7 @@ def _note(clip: DecodedClip) -> dict[str, Any]:
 
 def one_line(detail: str) -> str:
     """Return a detail as one line of bounded length."""
-    line = one_line(detail)
+    line = " ".join(detail.split())
     if len(line) <= _MAX_DETAIL:
         return line
     # A long path comes first and what was wrong last: neither may push the other out.

@@ -19,13 +19,11 @@ window. Networks of one's own turn windows [B, W, C] into tokens.
 T frames, H and W the file's height and width, h and w the network's, B clips in a batch.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -382,9 +380,7 @@ def find(name: str) -> Architecture:
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         return _own(name, entry.load)
     if ":" in name:
-        own_code.refuse_python(name, "name")
-        module, _, factory = name.partition(":")
-        return _own(name, lambda: getattr(_imported(module), factory))
+        return _own(name, partial(own_code.load, name, "name"))
     known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
     raise ConfigError(
         f"name={name!r}: unknown backbone; known: {', '.join(known)}, "
@@ -392,19 +388,11 @@ def find(name: str) -> Architecture:
     )
 
 
-def _imported(module: str) -> Any:
-    """Import a module, of the working folder too; what is installed comes first."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        return import_module(module)
-    finally:
-        sys.path.remove(here)
-
-
 def _own(name: str, load: Callable[[], Any]) -> Architecture:
     try:
         made = load()
+    except ConfigError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"name={name!r}: cannot be imported ({error}); is its package installed in this "
