@@ -407,13 +407,25 @@ def differences(there: Any, wanted: Any, path: str = "") -> Iterator[Difference]
         yield Difference(path, there, wanted)
 
 
+def changed_keys(path: Path, recipe: Recipe) -> list[str]:
+    """Return the keys at which the recipe that `save` left in a file differs from this one."""
+    found = _saved_differences(path, recipe)
+    return [str(path)] if found is None else [one.path for one in found]
+
+
 def saved_differences(path: Path, recipe: Recipe) -> list[str]:
     """Return where the recipe that `save` left in a file differs from this one, if it matters."""
+    found = _saved_differences(path, recipe)
+    return [f"{path} is no recipe"] if found is None else [*map(str, found)]
+
+
+def _saved_differences(path: Path, recipe: Recipe) -> list[Difference] | None:
+    """Return where they differ; None: the file is no recipe, though nothing else tells."""
     began = saved(type(recipe), path)
     if began is not None:
-        return [*map(str, differences(identity(began), identity(resumed(began, recipe))))]
+        return [*differences(identity(began), identity(resumed(began, recipe)))]
     there = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    return [*map(str, differences(there, identity(recipe)))] or [f"{path} is no recipe"]
+    return [*differences(there, identity(recipe))] or None
 
 
 def save(recipe: Recipe, path: Path) -> None:

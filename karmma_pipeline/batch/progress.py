@@ -68,7 +68,7 @@ def changed_keys(folder: Path, recipe: Recipe, free: Collection[str] = ()) -> tu
     path = folder / "recipe.yaml"
     if not path.is_file():
         return ()
-    keys = (line.partition(" is ")[0] for line in config.saved_differences(path, recipe))
+    keys = config.changed_keys(path, recipe)
     return tuple(key for key in keys if key.partition(".")[0] not in free)
 
 
