@@ -40,6 +40,15 @@ def topk_correct(logits: Scores, labels: Labels, k: int) -> Bools:
     return (order == labels[:, None]).any(axis=1)
 
 
+def metric_correct(
+    metric: str, logits: Mapping[str, Scores], labels: Mapping[str, Labels], k: int
+) -> Bools:
+    """Tell which clips are right by a metric: a head's name, else the composite of all heads."""
+    if metric in logits:
+        return topk_correct(logits[metric], labels[metric], k)
+    return action_correct(logits, labels, k)
+
+
 def action_correct(logits: Mapping[str, Scores], labels: Mapping[str, Labels], k: int) -> Bools:
     """Tell for each clip whether its action is among the k best.
 

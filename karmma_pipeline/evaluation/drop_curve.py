@@ -28,10 +28,9 @@ from karmma_pipeline.evaluation.results import (
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.metrics import (
     ACTION,
-    action_correct,
     drop_distribution,
     kept_distribution,
-    topk_correct,
+    metric_correct,
 )
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO
 
@@ -77,11 +76,8 @@ class Correct:
         rows = []
         for number in range(len(self.seen) if k == 1 else len(run.subsets)):
             self._check()
-            if metric in run.logits:
-                rows.append(topk_correct(run.logits[metric][number], run.labels[metric], k))
-            else:
-                logits = {h: v[number] for h, v in run.logits.items()}
-                rows.append(action_correct(logits, run.labels, k))
+            logits = {h: v[number] for h, v in run.logits.items()}
+            rows.append(metric_correct(metric, logits, run.labels, k))
         return np.stack(rows) & self.seen[: len(rows)]
 
     @property

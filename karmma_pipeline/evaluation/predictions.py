@@ -19,7 +19,7 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.features import view_of
 from karmma_pipeline.evaluation.results import metric_names
 from karmma_pipeline.logs import progress_bar
-from karmma_pipeline.metrics import action_correct, topk_correct
+from karmma_pipeline.metrics import metric_correct
 from karmma_pipeline.models.device import pick_device
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ class Predictions:
         known = np.stack([self.labels[h] >= 0 for h in heads]).all(axis=0)
         if not known.any():
             raise ConfigError(f"head={head!r}: no clip has a label that the model knows.")
-        if head in self.heads:
-            right = topk_correct(self.logits[head], self.labels[head], 1)
-        else:
-            right = action_correct(self.logits, self.labels, 1)
+        right = metric_correct(head, self.logits, self.labels, 1)
         return 100 * float((right & self.mask.any(axis=1))[known].mean())
 
     def classes(self, head: str) -> list[str | None]:

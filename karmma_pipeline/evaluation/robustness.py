@@ -25,7 +25,7 @@ from karmma_pipeline.evaluation.drop_curve import Bools, Correct
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Robustness, RobustnessPoint
 from karmma_pipeline.evaluation.score import score
-from karmma_pipeline.metrics import action_correct, topk_correct
+from karmma_pipeline.metrics import metric_correct
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.runs import saved_folder
 
@@ -207,11 +207,5 @@ def _stale(
     logits = {head: np.concatenate(parts) for head, parts in outputs.items()}
     seen = mask.any(axis=1)
     return {
-        metric: seen
-        & (
-            topk_correct(logits[metric], run.labels[metric], 1)
-            if metric in logits
-            else action_correct(logits, run.labels, 1)
-        )
-        for metric in correct.metrics
+        metric: seen & metric_correct(metric, logits, run.labels, 1) for metric in correct.metrics
     }
