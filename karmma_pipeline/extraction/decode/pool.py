@@ -342,14 +342,10 @@ class DecodePool:
             return MediaFaultError(
                 Reason.TIMEOUT, f"took more than {self.timeout_s:g} s of CPU time for a clip"
             )
-        how = (
-            " without a result"
-            if code is None
-            else f" by signal {-code}"
-            if code < 0
-            else f" with code {code}"
-        )
-        return MediaFaultError(Reason.CRASHED, f"its decode process ended{how}")
+        how = "without a result"
+        if code is not None:
+            how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        return MediaFaultError(Reason.CRASHED, f"its decode process ended {how}")
 
     def _is_done(self, future: _Future) -> bool:
         """Wait for a task; False if it was lost with its pool.
