@@ -4,7 +4,7 @@ All with every modality that a clip has. Clips of several seeds are counted toge
 """
 
 from collections import Counter
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from karmma_pipeline.evaluation.report.figures import (
     style,
     title_of,
 )
-from karmma_pipeline.evaluation.report.tables import Cells, Table
+from karmma_pipeline.evaluation.report.tables import Cells, Table, mean_of
 from karmma_pipeline.evaluation.results import Calibration, Method, Results
 from karmma_pipeline.modalities import NOTHING
 
@@ -38,8 +38,7 @@ def class_table(results: Results) -> Table:
         ):
             if clips:
                 shares = (_accuracies(results, m, head, number, clips) for m in results.methods)
-                cells = (f"{fmean(of):.1f}{_deviation(of)}" for of in shares)
-                rows.append([name, head, str(clips), *cells])
+                rows.append([name, head, str(clips), *map(mean_of, shares)])
     return header, rows
 
 
@@ -48,10 +47,6 @@ def _accuracies(
 ) -> list[float]:
     runs = (results.runs[n] for n in method.runs)
     return [100 * run.class_correct[head][number] / clips for run in runs]
-
-
-def _deviation(values: list[float]) -> str:
-    return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
 
 
 def confusions(results: Results, method: Method, head: str) -> Counter[tuple[int, int]]:
@@ -90,7 +85,7 @@ def calibration_table(results: Results) -> Table:
         for metric in metrics:
             of_runs = [results.runs[n].calibration.get(metric) for n in method.runs]
             errors = [100 * one.ece for one in of_runs if one is not None]
-            cells.append(f"{fmean(errors):.1f}{_deviation(errors)}" if errors else "")
+            cells.append(mean_of(errors))
         rows.append([method.name, *cells])
     return ["model", *(f"{metric} ECE (%)" for metric in metrics)], rows if metrics else []
 

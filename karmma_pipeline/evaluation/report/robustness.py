@@ -1,12 +1,10 @@
 """Table and figure of the tests beyond independent drops; of several seeds the mean."""
 
-from statistics import fmean, stdev
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from karmma_pipeline.evaluation.report import figures
-from karmma_pipeline.evaluation.report.tables import Cells, Table
+from karmma_pipeline.evaluation.report.tables import Cells, Table, mean_of
 from karmma_pipeline.evaluation.results import Method, Results, Robustness
 
 _TESTS = {"missing": "missing", "stale": "stale", "pattern": "missing by list"}
@@ -18,12 +16,9 @@ def robustness_table(results: Results) -> Table:
     rows: list[Cells] = []
     for number, test in enumerate(results.runs[0].robustness):
         for at, point in enumerate(test.points):
-            cells = [_TESTS[test.kind], test.what, f"{point.share:.0%}"]
-            for method in results.methods:
-                values = _values(results, _of(results, method, number), at)
-                spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{fmean(values):.1f}{spread}" if values else "")
-            rows.append(cells)
+            runs = (_of(results, method, number) for method in results.methods)
+            means = (mean_of(_values(results, tests, at)) for tests in runs)
+            rows.append([_TESTS[test.kind], test.what, f"{point.share:.0%}", *means])
     return header, rows
 
 

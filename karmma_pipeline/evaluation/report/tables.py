@@ -7,6 +7,7 @@ import csv
 import io
 import unicodedata
 from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
 
 from karmma_pipeline.evaluation import paper
 from karmma_pipeline.evaluation.results import OverSeeds, Protocol, Results
@@ -45,6 +46,13 @@ def drop_table(results: Results, protocol: Protocol) -> Table:
     if any(curves):
         rows.append(["mean", *(spread(curve.mean) if curve else "" for curve in curves)])
     return header, rows
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """Return the mean of what seeds have, and their standard deviation if there are several."""
+    sd = stdev(values) if len(values) > 1 else None
+    mean = fmean(values) if values else None
+    return spread(OverSeeds(mean=mean, sd=sd, by_seed=tuple(values)))
 
 
 def spread(value: OverSeeds) -> str:
