@@ -102,6 +102,11 @@ def canonical(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(m for m in KNOWN if m in unique) + tuple(sorted(unique - set(KNOWN)))
 
 
+def parse_label(text: str) -> tuple[str, ...]:
+    """Read names that are joined by a plus, such as ``rgb + audio``; an empty text has none."""
+    return tuple(name for part in text.split("+") if (name := part.strip()))
+
+
 def subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """Return all non-empty subsets, largest first, each in canonical order.
 

@@ -26,6 +26,8 @@ from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Robustness, RobustnessPoint
 from karmma_pipeline.evaluation.score import score
 from karmma_pipeline.metrics import metric_correct
+from karmma_pipeline.modalities import parse_label
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.runs import saved_folder
 
@@ -63,8 +65,11 @@ def robustness(
         under, hit = _pattern(correct, path)
         point = _point(correct, under, hit, float(hit.mean()))
         yield Robustness(kind="pattern", what=name, points=(point,))
-    for modality in modalities if tests.stale else ():
-        under = _stale(correct, folder, modality, recipe, device, check)
+    if not tests.stale:
+        return
+    model = load_model(saved_folder(folder, recipe.checkpoint))[0].to(device)
+    for modality in modalities:
+        under = _stale(correct, model, modality, recipe, check)
         points = _points(correct, under, modality, tests.stale, recipe.seed)
         yield Robustness(kind="stale", what=modality, points=tuple(points))
 
@@ -140,7 +145,7 @@ def _missing_of(path: Path, correct: Correct) -> Bools:
         clip_id, names = row.get("clip_id"), row.get("missing")
         if clip_id is None or names is None:
             raise ManifestError(f"{path}: line {line}: needs the columns clip_id and missing.")
-        for name in filter(None, (part.strip() for part in names.split("+"))):
+        for name in parse_label(names):
             if name not in modalities:
                 raise ManifestError(
                     f"{path}: line {line}: missing={name!r}: there are {', '.join(modalities)}; "
@@ -175,10 +180,9 @@ def before(
 
 def _stale(
     correct: Correct,
-    folder: Path,
+    model: TokenModel,
     modality: str,
     recipe: EvaluateRecipe,
-    device: torch.device,
     check: Callable[[], None],
 ) -> dict[str, Bools]:
     """Return what is right, metric to bool [N], where a modality's tokens are the clip's before.
@@ -187,7 +191,7 @@ def _stale(
     that natively lack it go without it as ever.
     """
     run, column = correct.run, correct.run.store.modalities.index(modality)
-    model = load_model(saved_folder(folder, recipe.checkpoint))[0].to(device)
+    device = next(model.parameters()).device
     previous = before(run.clips, run.store.group[run.clips], run.present[:, column])
     mask = run.present.copy()
     mask[:, column] &= previous >= 0

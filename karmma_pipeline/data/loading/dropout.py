@@ -21,6 +21,7 @@ from karmma_pipeline import config
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.loading.masks import clip_keys, draws, modality_mask, restored
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.modalities import parse_label
 from karmma_pipeline.store.source import TokenSource
 from karmma_pipeline.store.spec import ClipNumbers
 
@@ -239,7 +240,7 @@ def read_patterns(path: Path, store: TokenSource) -> dict[int, Mapping[str, Bool
 def _row(
     row: Mapping[str, str | None], where: str, modalities: Sequence[str]
 ) -> tuple[int, str, Bools]:
-    missing = [name.strip() for name in (row["missing"] or "").split("+") if name.strip()]
+    missing = parse_label(row["missing"] or "")
     if unknown := [name for name in missing if name not in modalities]:
         raise ConfigError(
             f"{where}: missing={unknown[0]!r} is no modality; there are {', '.join(modalities)}, "
