@@ -99,18 +99,15 @@ def live(
 
 def _plain(row: Row, stream: Stream, mask: Any) -> dict[str, Any]:
     """Return what the page shows of a window, JSON-plain."""
-    top = {
-        head: [{"class": g.name, "probability": g.probability} for g in guesses]
-        for head, guesses in row.top.items()
-    }
-    best = next(iter(row.top.values()), ())
+    from karmma_pipeline.recognition.output import plain_top
+
     return {
         "start_s": row.start_s,
         "stop_s": row.stop_s,
         "mask": dict(mask),
         "reasons": dict(row.reasons),
-        "top": top,
-        "said": best[0].name if best else "nothing to see",
+        "top": plain_top(row),
+        "said": row.best(next(iter(row.top), "")),
         "lag_s": stream.lag_s,
         "skipped": stream.skipped,
     }

@@ -211,7 +211,6 @@ class _MediaWriter:
         self._audio: Any = None
         self._file: Any = None
         self._last, self._sound_end = -1, -np.inf
-        self._info: Any = None
 
     def add(self, modality: str, kind: str, at_s: float, message: Any) -> None:
         """Take a message; its stream must be known before the first one is written."""

@@ -168,9 +168,13 @@ def _true_class(row: Row, head: str, heads: Sequence[str]) -> str:
     return row.truth.get(head, "")
 
 
+def plain_top(row: Row) -> dict[str, list[dict[str, Any]]]:
+    """Return the best classes of each head, JSON-plain."""
+    return {h: [{"class": g.name, "probability": g.probability} for g in of]
+            for h, of in row.top.items()}  # fmt: skip
+
+
 def _plain(row: Row) -> dict[str, Any]:
-    top = {h: [{"class": g.name, "probability": g.probability} for g in of]
-           for h, of in row.top.items()}  # fmt: skip
     return {
         "clip_id": row.clip_id,
         "source": str(row.source),
@@ -178,7 +182,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "stop_s": row.stop_s,
         "seen": row.seen,
         "absent": dict(row.reasons),
-        "top": top,
+        "top": plain_top(row),
         "true": dict(row.truth),
     }
 
