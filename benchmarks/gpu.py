@@ -40,6 +40,11 @@ and on the host, in a clone of the repository:
     export PYTHONPATH=$PWD
 """
 
+#: Functions of `gpu_parts`, in the order of their worth: what is not reached in time is missed the
+#: least. Named here, so that this process imports no torch, which would take a part of the GPU.
+PARTS = ("tokens", "losses", "resume", "extract_features", "decode", "train", "distill")
+PARTS += ("predict", "compiled")
+
 PART_S, TOTAL_S = 150, 8 * 60
 """Seconds of a part, and of all parts together."""
 
@@ -51,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
-    parser.add_argument("--only", nargs="*", default=[], help="these parts alone")
+    parser.add_argument("--only", nargs="*", default=[], choices=PARTS, help="these parts alone")
     parser.add_argument("--rehearse", action="store_true", help="every part in small, on a CPU")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,7 +75,7 @@ def main() -> None:
 
 def run_all(arguments: argparse.Namespace, rows: Path) -> bool:
     """Run the parts in processes of their own, a new one after each failure; tell if any failed."""
-    waiting = arguments.only or part_names()
+    waiting = arguments.only or [*PARTS]
     began, failed = time.monotonic(), False
     while waiting:
         process = subprocess.Popen(command(arguments, waiting), start_new_session=True)
@@ -117,17 +122,10 @@ def wait_for(process: "subprocess.Popen[Any]", rows: Path, began: float, limited
     return f"its process ended with {process.returncode}" if process.returncode else ""
 
 
-def part_names() -> list[str]:
-    """Return the parts, without importing torch in this process, which takes no GPU then."""
-    source = here("gpu_parts.py").read_text(encoding="utf-8")
-    table = source.split("PARTS: dict[str, Part] = {")[1].split("}")[0]
-    return [line.split('"')[1] for line in table.splitlines() if '"' in line]
-
-
 def work(arguments: argparse.Namespace) -> None:
     """Be a child: run some parts, one after another."""
+    import gpu_parts
     import torch
-    from gpu_parts import PARTS, Bench
 
     device = torch.device("cpu" if arguments.rehearse else arguments.device)
     if device.type == "cuda":
@@ -142,7 +140,8 @@ def work(arguments: argparse.Namespace) -> None:
         started, why = time.perf_counter(), ""
         with TemporaryDirectory(prefix="karmma-gpu-") as folder:
             try:
-                for row in PARTS[name](Bench(device, arguments.rehearse, Path(folder))):
+                bench = gpu_parts.Bench(device, arguments.rehearse, Path(folder))
+                for row in getattr(gpu_parts, name)(bench):
                     append(rows, {"part": name, **row})
             except Exception as error:  # whatever a driver may raise
                 traceback.print_exc()

@@ -383,7 +383,7 @@ def train(bench: Bench) -> Iterator[Row]:
         store = training.write_store(bench.folder / f"{kind}-store", case, 2 * case.batch)
         trainer = training.make_trainer(case, store, bench.folder / kind, bench.device, Ranks())
         noise = OnDevice(store, bench.device, case.batch, case.steps)
-        object.__setattr__(trainer.setup, "train", noise)
+        trainer.setup = replace(trainer.setup, train=noise)
         trainer.bfloat16 = bench.device.type == "cuda"
         timer = training.EpochTimer()
         objective = LabelObjective(tuple(training.HEADS), 0.0)
@@ -469,7 +469,7 @@ def distill(bench: Bench) -> Iterator[Row]:
     store = training.write_store(bench.folder / "store", case, 2 * case.batch)
     trainer = training.make_trainer(case, store, bench.folder / "run", bench.device, Ranks())
     noise = OnDevice(store, bench.device, case.batch, case.steps // 4)
-    object.__setattr__(trainer.setup, "train", noise)
+    trainer.setup = replace(trainer.setup, train=noise)
     trainer.bfloat16 = bench.device.type == "cuda"
     labels = LabelObjective(tuple(training.HEADS), 0.0)
     table: Any = _Table(bench.device)
@@ -572,19 +572,3 @@ def _student(networks: Networks) -> tuple[FusionModel, ModelCard]:
         store_digest="",
     )
     return card.build().eval(), card
-
-
-Part = Callable[[Bench], Iterator[Row]]
-
-PARTS: dict[str, Part] = {
-    "tokens": tokens,
-    "losses": losses,
-    "resume": resume,
-    "extract": extract_features,
-    "decode": decode,
-    "train": train,
-    "distill": distill,
-    "predict": predict,
-    "compile": compiled,
-}
-"""In the order of their worth: what is not reached in time is missed the least."""
