@@ -23,6 +23,7 @@ from karmma_pipeline.modalities import canonical, evaluated_subsets
 from karmma_pipeline.models.absence import find_rule
 from karmma_pipeline.models.architectures import build_model
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
+from karmma_pipeline.models.backbones.choice import recorded
 from karmma_pipeline.models.backbones.describe import describe
 from karmma_pipeline.models.backbones.registry import LIBRARIES, find
 from karmma_pipeline.models.fusion import FusionSize, TokenModel
@@ -132,23 +133,7 @@ def _is_known(name: object) -> bool:
         return False
 
 
-def _choice(facts: Mapping[str, object]) -> BackboneChoice:
+def _choice(facts: Mapping[str, Any]) -> BackboneChoice:
     """Return the backbone that a store's provenance names, with weights that cost nothing."""
-    shape = facts["input"]
-    assert isinstance(shape, list)  # noqa: S101  (written by the extract stage)
-    values: dict[str, object] = {
-        "name": facts["backbone"],
-        "weights": "random:0",
-        "tokens": facts["token_grid"],
-        "layer": facts.get("layer"),
-        "class_tokens": facts.get("class_tokens", "drop"),
-    }
-    if facts["backbone"] == "boxes":
-        values |= {"weights": "DEFAULT", "frames": shape[1]}
-    elif facts["backbone"] == "windows":
-        values |= {"weights": "DEFAULT", "series": shape}
-    elif len(shape) == 4:
-        values |= {"frames": shape[1], "size": shape[2]}
-    else:
-        values |= {"image": shape[1:]}
-    return BackboneChoice.model_validate(values)
+    weights = "DEFAULT" if facts["backbone"] in {"boxes", "windows"} else "random:0"
+    return BackboneChoice.model_validate({**recorded(facts), "weights": weights})

@@ -17,6 +17,7 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
 from karmma_pipeline.models.backbones import registry
+from karmma_pipeline.models.backbones.choice import recorded
 from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, read_card
 from karmma_pipeline.runs import saved_folder
 from karmma_pipeline.store import ModalitySpec
@@ -84,25 +85,15 @@ def _known(model: type[Recipe], of: Mapping[str, Any]) -> dict[str, Any]:
 
 def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     """Turn a record of a backbone into the choice that a recipe would make."""
-    architecture = registry.find(facts["backbone"])
-    choice = {
-        "name": facts["backbone"],
-        "tokens": facts["token_grid"],
-        "engine": str(facts.get("engine") or "torch").partition(" ")[0],
-    }
-    if architecture.kind == "boxes":
-        return choice | {"frames": facts["input"][1]}
-    if facts["backbone"] == "windows":
+    engine = str(facts.get("engine") or "torch").partition(" ")[0]
+    choice = recorded(facts) | {"engine": engine}
+    if facts["backbone"] in {"boxes", "windows"}:
         return choice
     choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}
-    if architecture.kind == "series":
-        return choice
-    choice |= {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
-    if architecture.audio is not None:  # as it was then, whatever the network states now
+    if registry.find(facts["backbone"]).audio is not None:
+        # As it was then, whatever the network states now.
         choice |= {"audio": _known(Audio, facts["audio"])}
-    if architecture.kind == "image":
-        return choice | {"image": facts["input"][1:]}
-    return choice | {"frames": facts["input"][1], "size": facts["input"][-1]}
+    return choice
 
 
 def _common(recorded: Mapping[str, Mapping[str, Any]], key: str) -> Any:

@@ -6,6 +6,7 @@ Torch is imported where a network is looked at: to read a recipe must not take s
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -333,6 +334,26 @@ class BackboneChoice(Recipe):
         t, h, w = self.grid
         width, *_, extra = registry.map_shape(self.architecture, self.input_shape)
         return t * h * w + extra, width
+
+
+def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of the choice that a store's provenance records, all but its weights.
+
+    Raises:
+        ConfigError: the network that it names is not there.
+    """
+    from karmma_pipeline.models.backbones import registry
+
+    shape = facts["input"]
+    of_input = {
+        "boxes": {"frames": shape[1]},
+        "series": {"series": tuple(shape)},
+        "image": {"image": tuple(shape[1:])},
+        "video": {"frames": shape[1], "size": shape[-1]},
+    }
+    kept = {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
+    kind = registry.find(facts["backbone"]).kind
+    return {"name": facts["backbone"], "tokens": facts["token_grid"], **kept, **of_input[kind]}
 
 
 def _check_pair(pattern: str, replacement: str) -> None:
