@@ -6,16 +6,17 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import forks
 
 from karmma_pipeline import config
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import KarmmaError, StoppedError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore
@@ -103,6 +104,16 @@ class StopAt(StopFlag):
         if self.looks == 0:
             self.request()
         return super().requested
+
+
+def stopped_and_resumed(
+    train: Callable[..., Any], recipe: Any, looks: Iterable[int], says: str
+) -> None:
+    """Train to the end, stopped after so many looks at the flag each time, which is said."""
+    for count in looks:
+        with pytest.raises(StoppedError, match=says):
+            train(recipe, stop=StopAt(count))
+    train(recipe)
 
 
 def exit_code(train: Callable[[StopFlag], object]) -> int:

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.tiny_store import write_store
-from support.training import SIZE, StopAt, results, says, student_recipe, teacher_recipe
+from support.training import (
+    SIZE,
+    StopAt,
+    results,
+    says,
+    stopped_and_resumed,
+    student_recipe,
+    teacher_recipe,
+)
 
 from karmma_pipeline.errors import StoppedError
 from karmma_pipeline.training.stages import distill, train_teacher
@@ -30,10 +38,7 @@ def test_stopped_in_the_middle_of_epochs_it_goes_on_exactly(
         teacher_recipe(store, tmp_path / n, epochs=4, **changes) for n in ("whole", "parts")
     )
     train_teacher(whole)
-    for looks in (5, 1, 13):
-        with pytest.raises(StoppedError, match="is saved; run the same command again"):
-            train_teacher(parts, stop=StopAt(looks))
-    train_teacher(parts)
+    stopped_and_resumed(train_teacher, parts, (5, 1, 13), "is saved; run the same command again")
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
 
 
@@ -44,10 +49,7 @@ def test_a_stopped_student_goes_on_exactly(store: Path, tmp_path: Path) -> None:
         for n in ("whole", "parts")
     )
     distill(whole)
-    for looks in (6, 8):
-        with pytest.raises(StoppedError):
-            distill(parts, stop=StopAt(looks))
-    distill(parts)
+    stopped_and_resumed(distill, parts, (6, 8), "run the same command again")
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
 
 

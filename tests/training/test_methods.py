@@ -20,6 +20,7 @@ from support.training import (
     fork_ranks,
     results,
     says,
+    stopped_and_resumed,
     student_recipe,
     teacher_recipe,
 )
@@ -163,10 +164,7 @@ def test_a_student_of_ones_own_learns_from_a_teacher_of_ones_own_by_a_loss_of_on
         for n in ("whole", "parts")
     )
     distill(whole)
-    for looks in (6, 8):
-        with pytest.raises(StoppedError):
-            distill(parts, stop=StopAt(looks))
-    distill(parts)
+    stopped_and_resumed(distill, parts, (6, 8), "run the same command again")
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
     rows = [
         json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
