@@ -52,6 +52,8 @@ def test_confusions_and_calibration_follow_from_the_logits(report: EvaluateRepor
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
     assert run.calibration["verb"].ece == pytest.approx(error)
+    for k, one in enumerate(run.calibration["verb"].bins):
+        assert one.clips == ((sure > k / 15) & (sure <= (k + 1) / 15)).sum()
     sure_of_action = sure * softmax(saved["logits.noun"][0]).max(axis=1)
     bins = run.calibration["action"].bins
     mean = sum(b.clips * b.confidence for b in bins) / sum(b.clips for b in bins)

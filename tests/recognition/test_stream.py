@@ -69,6 +69,20 @@ def test_sound_of_another_rate_is_resampled_as_a_whole_track_is(recognizer: Reco
         np.testing.assert_allclose(logits, expected.logits[head], atol=1e-5)
 
 
+def test_the_jitter_of_a_clock_leaves_sound_whole_and_a_late_chunk_is_a_hole() -> None:
+    rate, rng = 16_000, np.random.default_rng(0)
+    track = rng.standard_normal(2 * rate).astype(np.float32)
+    microphone = sensors.Microphone(rate, keep_s=10, tolerance_s=0.1)
+    for n, chunk in enumerate(np.split(track, 20)):
+        microphone.push(n / 10 + (rng.uniform(-0.01, 0.01) if n else 0), chunk)
+    microphone.push(2.2, track[:rate])
+    view = microphone.view(0, 3.2, 3.2)
+    assert view is not None
+    np.testing.assert_array_equal(view.sound(0, 2, rate), track)
+    assert not view.sound(2.03, 2.17, rate).any()
+    np.testing.assert_array_equal(view.sound(2.2, 3.2, rate), track[:rate])
+
+
 def test_a_dead_sensor_is_absent_from_its_deadline_on(recognizer: Recognizer) -> None:
     stream = recognizer.stream(deadline_s={"rgb": 1.0, "audio": 0.3}, share=0.5)
     assert said(stream, 2.1).reasons == dict.fromkeys(recognizer.modalities, "no_data")
