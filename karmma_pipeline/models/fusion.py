@@ -19,6 +19,9 @@ from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.absence import filled, find_rule
 from karmma_pipeline.models.size import FusionSize as FusionSize
 
+#: Deviation with which learned tokens are drawn.
+TOKEN_STD = 0.02
+
 
 class TokenModel(nn.Module):
     """What every model of cached tokens has: modalities, heads, standardization.
@@ -147,7 +150,18 @@ class FusionModel(TokenModel):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
         for token in (self.cls, *self.modality_token.values(), *self.position_tokens.values()):
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.trunc_normal_(token, std=TOKEN_STD)
+
+    @torch.no_grad()
+    def scale_positions(self, std: float) -> None:
+        """Give the position tokens, as they were drawn, another deviation.
+
+        They are added to embedded tokens of a deviation of about 1. Much smaller ones hide where
+        in the clip a token lies, and training hardly makes them larger.
+        """
+        if std != TOKEN_STD:  # a factor that rounds to 1 would still change bits
+            for token in self.position_tokens.values():
+                token *= std / TOKEN_STD
 
     def forward(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Classify a batch.

@@ -39,6 +39,27 @@ def note_clips(out: Path, store: TokenSource, clips: npt.NDArray[np.int64]) -> N
     files.write_json(out / CLIPS, content)
 
 
+def learned_from(run: Path, store: TokenSource, split: str) -> npt.NDArray[np.bytes_]:
+    """Return the ids of the clips that a run was trained on.
+
+    Args:
+        run: its folder.
+        store: the store that it read.
+        split: what it learned from; its folder names the clips that chose the epoch, too.
+
+    Raises:
+        CheckpointError: the folder does not tell.
+    """
+    kept = _read(run / CLIPS)
+    if kept is None:
+        raise CheckpointError(
+            f"{run}: has no {CLIPS}, so that nobody knows which clips it was trained on; train it "
+            "again, or set cross_fitted: false."
+        )
+    ids = store.clip_ids[store.split == split]
+    return ids[np.isin(ids, np.array([*kept["clips"]], ids.dtype))]
+
+
 def as_it_began(out: Path, store: TokenSource) -> TokenSource:
     """Return a store as a run began with it: as it is, or the clips of it that the run knows.
 

@@ -93,7 +93,12 @@ def teacher_log_probabilities(
 
 
 def distillation(
-    student: Logits, teacher: Logits, valid: Tensor, temperature: float, count: Tensor | None = None
+    student: Logits,
+    teacher: Logits,
+    valid: Tensor,
+    temperature: float,
+    count: Tensor | None = None,
+    worth: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return T^2 * KL(teacher || student) of the softened distributions, mean over heads.
 
@@ -105,15 +110,45 @@ def distillation(
         valid: bool [B], clips of which a teacher saw something; the mean is over these.
         temperature: T.
         count: float [1], valid clips of the whole batch; those here if not given.
+        worth: head to bool [B], the KL of other clips is 0; all if not given.
     """
     losses = []
     for head, scores in student.items():
         log_q = F.log_softmax(scores.float() / temperature, dim=1)
         per_clip = F.kl_div(log_q, teacher[head], reduction="none", log_target=True).sum(dim=1)
-        losses.append(torch.where(valid, per_clip, per_clip.new_zeros(())).sum())
+        counts = valid if worth is None else valid & worth[head]
+        losses.append(torch.where(counts, per_clip, per_clip.new_zeros(())).sum())
     if count is None:
         count = valid.sum().double().cpu()
     return temperature**2 * (torch.stack(losses) / _divisor(count, losses[0])).mean()
+
+
+def worth_teaching(
+    clips: str, student: Logits, teacher: Logits, labels: Mapping[str, Tensor], temperature: float
+) -> dict[str, Tensor] | None:
+    """Return the clips from whose teacher there is something to learn, head to bool [B].
+
+    Args:
+        clips: ``right``: those that the teacher answers rightly; ``better``: those to whose label
+            it gives more probability than the student, both softened; ``all``: None is returned.
+        student: head to logits [B, C].
+        teacher: head to log probabilities [B, C], softened by T.
+        labels: head to int64 [B]; where one is unknown, -1, the teacher is believed.
+        temperature: T.
+    """
+    if clips == "all":
+        return None
+    worth = {}
+    for head, answers in teacher.items():
+        label = labels[head].to(answers.device)
+        if clips == "right":
+            knows = answers.argmax(dim=1) == label
+        else:
+            place = label.clamp(min=0)[:, None]
+            mine = F.log_softmax(student[head].detach().float() / temperature, dim=1)
+            knows = (answers.gather(1, place) > mine.gather(1, place))[:, 0]
+        worth[head] = knows | (label == UNKNOWN)
+    return worth
 
 
 class Objective(Protocol):
@@ -160,6 +195,27 @@ class MaskedLogits(Protocol):
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """A teacher that is asked of clips alone from which it did not learn.
+
+    Args:
+        teacher: its logits.
+        learned: bool, by place in the student's store, the clips that it was trained on.
+    """
+
+    teacher: MaskedLogits
+    learned: Tensor
+
+    def valid(self, clip_index: Tensor, mask: Tensor) -> Tensor:
+        """Return the clips of which it saw anything and that it did not learn from, bool [B]."""
+        return self.teacher.valid(clip_index, mask) & ~self.learned[clip_index]
+
+    def logits(self, clip_index: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return its logits, head to [B, C]."""
+        return self.teacher.logits(clip_index, mask)
+
+
+@dataclass(frozen=True)
 class DistillationObjective:
     """KARMMA: the cached logits of teachers under the same masks, and the labels.
 
@@ -170,6 +226,7 @@ class DistillationObjective:
         temperature: T.
         weights: of the teachers in their average; empty: all the same.
         average: ``probabilities`` or ``logits``.
+        clips: those whose KL counts, see `worth_teaching`.
     """
 
     labels: Objective
@@ -178,6 +235,7 @@ class DistillationObjective:
     temperature: float
     weights: Sequence[float] = ()
     average: str = "probabilities"
+    clips: str = "all"
 
     terms: ClassVar[tuple[str, ...]] = ("loss", "kl", "cross_entropy")
 
@@ -191,7 +249,8 @@ class DistillationObjective:
         device = next(iter(logits.values())).device
         valid = self._valid(batch).to(device)
         targets = self._targets(batch, valid, logits)
-        kl = distillation(logits, targets, valid.any(dim=0), self.temperature, counts[-1:])
+        worth = worth_teaching(self.clips, logits, targets, batch.labels, self.temperature)
+        kl = distillation(logits, targets, valid.any(dim=0), self.temperature, counts[-1:], worth)
         entropy = self.labels.loss(logits, batch, counts[:-1])["loss"]
         loss = self.alpha * kl + (1 - self.alpha) * entropy
         return {"loss": loss, "kl": kl, "cross_entropy": entropy}

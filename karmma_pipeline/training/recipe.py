@@ -71,6 +71,12 @@ class TrainRecipe(Recipe):
     )
     objective_args: dict[str, Any] = Field({}, description="Keywords of that function.")
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
+    position_std: float = Field(
+        0.02,
+        ge=0,
+        description="Deviation of a fusion model's position tokens when training begins. They are\n"
+        "added to tokens of about 1: small ones hide where in the clip a token lies.",
+    )
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
     batch_size: int = Field(
@@ -222,6 +228,19 @@ class DistillRecipe(TrainRecipe):
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
     temperature: float = Field(1.0, gt=0, description="T; the KL carries T^2 (ours).")
+    kl_clips: Literal["all", "right", "better"] = Field(
+        "all",
+        description="Clips whose KL counts, for each head and under each mask: all; right: those\n"
+        "that the teachers answer rightly; better: those to whose label they give more\n"
+        "probability than the student does. The mean is over all clips; where a label is\n"
+        "unknown, the teachers are believed.",
+    )
+    cross_fitted: bool = Field(
+        False,
+        description="Leave a teacher out for the clips that it was trained on: of several, each\n"
+        "trained without a part of the clips (`exclude`), those alone teach a clip that never\n"
+        "saw it.",
+    )
 
     @model_validator(mode="after")
     def _one_store_each(self) -> "DistillRecipe":

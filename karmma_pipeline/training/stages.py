@@ -17,7 +17,7 @@ from karmma_pipeline.data.loading.open import open_source
 from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
-from karmma_pipeline.models.fusion import TokenModel
+from karmma_pipeline.models.fusion import FusionModel, TokenModel
 from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
 from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
@@ -31,13 +31,15 @@ from karmma_pipeline.training.clips import (
     usable_clips,
 )
 from karmma_pipeline.training.first_batch import check_start, first_batch
-from karmma_pipeline.training.kept_clips import as_it_began, note_clips
+from karmma_pipeline.training.kept_clips import as_it_began, learned_from, note_clips
 from karmma_pipeline.training.loop import Trainer, TrainingSetup
 from karmma_pipeline.training.objective import (
     DistillationObjective,
     LabelObjective,
+    MaskedLogits,
     Objective,
     OwnObjective,
+    Unseen,
 )
 from karmma_pipeline.training.progress import TrainingProgress, TrainReport
 from karmma_pipeline.training.ranks import Ranks, joined
@@ -240,6 +242,7 @@ def _train(
     train, val = (usable_clips(recipe, store, s) for s in (recipe.train_split, recipe.val_split))
     notes = [*check_labels(recipe, store, train, val)]
     caches = _teacher_caches(recipe, store, train)
+    notes += _check_cross_fitted(recipe, store, caches, train)
     began = None if state is None else state["sources"]
     sources = _sources(recipe, store, caches, began)
     if began is not None:
@@ -247,6 +250,9 @@ def _train(
     card = _card(recipe, kind, store, sources)
     torch.manual_seed(recipe.seed)  # of the initial weights; steps seed themselves
     model = card.build()
+    for part in model.modules():  # late fusion has several
+        if isinstance(part, FusionModel):
+            part.scale_positions(recipe.position_std)
     if state is None:
         if recipe.standardise:
             standardise(model, store, train)
@@ -406,11 +412,44 @@ def _distillation(
 ) -> DistillationObjective:
     folder: Path = recipe.teacher_table or recipe.out / "teacher_table"
     draws = (setup.train, recipe.epochs)
+    teachers: list[MaskedLogits] = [
+        one.load(folder, setup.device, setup.ranks, stop, draws) for one in caches
+    ]
+    if recipe.cross_fitted:
+        learned = [_learned(*of, setup.store) for of in zip(recipe.teacher, caches, strict=True)]
+        teachers = [Unseen(*of) for of in zip(teachers, learned, strict=True)]
     return DistillationObjective(
         labels,
-        [one.load(folder, setup.device, setup.ranks, stop, draws) for one in caches],
+        teachers,
         recipe.alpha,
         recipe.temperature,
         recipe.teacher_weights,
         recipe.teacher_average,
+        recipe.kl_clips,
     )
+
+
+def _check_cross_fitted(
+    recipe: TrainRecipe, store: TokenSource, caches: list[TeacherLogitsCache], clips: np.ndarray
+) -> Iterator[str]:
+    """Yield how many clips are taught by a teacher that was not trained on them.
+
+    Raises:
+        ConfigError: none is.
+    """
+    if not isinstance(recipe, DistillRecipe) or not recipe.cross_fitted:
+        return
+    learned = [_learned(*of, store)[clips] for of in zip(recipe.teacher, caches, strict=True)]
+    taught = int((~torch.stack(learned).all(dim=0)).sum())
+    if not taught:
+        raise ConfigError(
+            "cross_fitted=True: every teacher was trained on all clips of this training; train "
+            "each of several without a part of them, `exclude: FILE`."
+        )
+    yield f"{taught} of {len(clips)} clips are taught by a teacher that was not trained on them"
+
+
+def _learned(teacher: Path, cache: TeacherLogitsCache, student: TokenSource) -> torch.Tensor:
+    """Return which clips of the student's store a teacher was trained on, bool."""
+    ids = learned_from(teacher, cache.store, cache.card.training["train_split"])
+    return torch.from_numpy(np.isin(student.clip_ids, ids.astype(student.clip_ids.dtype)))

@@ -93,7 +93,10 @@ def state(data: bytes) -> bytes:
     return "\n".join(_plain(tree)).encode()
 
 
-NEW_KEYS = ("version", "select_by", "init_from", "allow_unfinished", "precision")
+NEW_KEYS = (
+    *("version", "select_by", "init_from", "allow_unfinished", "precision"),
+    *("position_std", "kl_clips", "cross_fitted"),
+)
 NEW_COLUMNS = (
     "best_epoch",
     "clips_per_s",

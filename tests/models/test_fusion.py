@@ -112,3 +112,16 @@ def test_the_forward_pass_is_the_papers() -> None:
 def test_attention_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="dim=10 must be divisible by attention_heads=3"):
         FusionSize(dim=10, attention_heads=3)
+
+
+def test_position_tokens_are_scaled_and_nothing_else() -> None:
+    plain, scaled = make_model("learned"), make_model("learned")
+    plain.scale_positions(0.02)
+    scaled.scale_positions(0.5)
+    fresh, wide = make_model("learned").state_dict(), scaled.state_dict()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, fresh[name])
+        factor = 25 if name.startswith("position_tokens.") else 1
+        torch.testing.assert_close(wide[name], factor * tensor)
+    drawn = torch.cat([t.flatten() for n, t in wide.items() if n.startswith("position_tokens.")])
+    assert float(drawn.std()) == pytest.approx(0.5, rel=0.2)  # of 176 numbers

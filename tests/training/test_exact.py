@@ -44,8 +44,9 @@ def test_stopped_in_the_middle_of_epochs_it_goes_on_exactly(
 
 def test_a_stopped_student_goes_on_exactly(store: Path, tmp_path: Path) -> None:
     train_teacher(teacher_recipe(store, tmp_path / "teacher", epochs=2))
+    more = {"temperature": 2.0, "position_std": 0.5, "kl_clips": "better", **ALL}
     whole, parts = (
-        student_recipe(store, tmp_path / "teacher", tmp_path / n, epochs=3, temperature=2.0, **ALL)
+        student_recipe(store, tmp_path / "teacher", tmp_path / n, epochs=3, **more)
         for n in ("whole", "parts")
     )
     distill(whole)
