@@ -4,6 +4,7 @@ The architecture is the one that reproduces the paper's FLOP bars: a linear embe
 modality, a learned modality token added to each token, learned tokens per position that
 stand in for an absent modality, [CLS], pre-norm transformer layers, then one shared
 multi-head MLP on CLS and on the mean of each present modality's tokens; logits are averaged.
+Or, with ``pool: attentive``, V-JEPA 2's attentive pooler over the tokens of what is present.
 
 B clips in a batch, M modalities, N tokens of a modality, D width, C classes of a head,
 L length of the whole sequence.
@@ -84,6 +85,15 @@ class TokenModel(nn.Module):
         return torch.where(here, self._scaled(modality, features), features)
 
 
+def _feed_forward(size: FusionSize) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(size.dim, size.ffn_width),
+        nn.GELU(),
+        nn.Dropout(size.dropout),
+        nn.Linear(size.ffn_width, size.dim),
+    )
+
+
 class _Layer(nn.Module):
     """Pre-norm transformer layer; `key_mask` bool [B, 1, 1, L] is False where nobody may look."""
 
@@ -95,12 +105,7 @@ class _Layer(nn.Module):
         self.qkv = nn.Linear(size.dim, 3 * size.dim)
         self.project = nn.Linear(size.dim, size.dim)
         self.norm_ffn = nn.LayerNorm(size.dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(size.dim, size.ffn_width),
-            nn.GELU(),
-            nn.Dropout(size.dropout),
-            nn.Linear(size.ffn_width, size.dim),
-        )
+        self.ffn = _feed_forward(size)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         B, L, D = x.shape
@@ -110,6 +115,37 @@ class _Layer(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
         x = x + self.project(attended.transpose(1, 2).reshape(B, L, D))
         return x + F.dropout(self.ffn(self.norm_ffn(x)), self.dropout, self.training)
+
+
+class AttentivePool(nn.Module):
+    """A learned query per head looks at the tokens: V-JEPA 2's attentive pooler.
+
+    Source: facebookresearch/vjepa2, src/models/attentive_pooler.py. As there, values are not
+    projected after the attention, and queries are not normalised before it. Its self-attention
+    blocks are the fusion model's layers.
+    """
+
+    def __init__(self, size: FusionSize, heads: Iterable[str]) -> None:
+        super().__init__()
+        self.heads = tuple(heads)
+        self.attention_heads, self.dropout = size.attention_heads, size.dropout
+        self.tokens = nn.ParameterDict({h: nn.Parameter(torch.empty(size.dim)) for h in self.heads})
+        self.query = nn.Linear(size.dim, size.dim)
+        self.key_value = nn.Linear(size.dim, 2 * size.dim)
+        self.norm_ffn = nn.LayerNorm(size.dim)
+        self.ffn = _feed_forward(size)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Return what each head is read off, [B, heads, D], of normalised tokens [B, L, D]."""
+        B, L, D = x.shape
+        queries = torch.stack([self.tokens[h] for h in self.heads])  # the dictionary is sorted
+        q = self.query(queries).view(1, len(queries), self.attention_heads, -1).transpose(1, 2)
+        k, v = self.key_value(x).view(B, L, 2, self.attention_heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        q = q.expand(B, -1, -1, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
+        pooled = queries + attended.transpose(1, 2).reshape(B, len(queries), D)
+        return pooled + F.dropout(self.ffn(self.norm_ffn(pooled)), self.dropout, self.training)
 
 
 class FusionModel(TokenModel):
@@ -138,10 +174,14 @@ class FusionModel(TokenModel):
         self.cls = nn.Parameter(torch.empty(D))
         self.layers = nn.ModuleList(_Layer(size) for _ in range(size.layers))
         self.norm = nn.LayerNorm(D)
-        self.hidden = nn.Sequential(
-            nn.Linear(D, size.head_width), nn.GELU(), nn.Dropout(size.dropout)
-        )
-        self.classify = nn.Linear(size.head_width, sum(self.heads.values()))
+        attentive = size.pool == "attentive"
+        self.pool = AttentivePool(size, self.heads) if attentive else None
+        if not attentive:
+            self.hidden = nn.Sequential(
+                nn.Linear(D, size.head_width), nn.GELU(), nn.Dropout(size.dropout)
+            )
+        width = D if attentive else size.head_width
+        self.classify = nn.Linear(width, sum(self.heads.values()))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -149,7 +189,10 @@ class FusionModel(TokenModel):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        for token in (self.cls, *self.modality_token.values(), *self.position_tokens.values()):
+        tokens = [self.cls, *self.modality_token.values(), *self.position_tokens.values()]
+        if self.pool is not None:
+            tokens += self.pool.tokens.values()
+        for token in tokens:
             nn.init.trunc_normal_(token, std=TOKEN_STD)
 
     @torch.no_grad()
@@ -184,7 +227,11 @@ class FusionModel(TokenModel):
         key_mask = self._key_mask(mask, seen) if mixed else None
         for layer in self.layers:
             x = layer(x, key_mask)
-        return self._classify(self.norm(x), mask, seen)
+        x = self.norm(x)
+        if self.pool is not None:
+            counts = None if self.rule.taken_for_data else self._key_mask(mask, seen)
+            return self._classify_pooled(self.pool(x, counts))
+        return self._classify(x, mask, seen)
 
     def _layout(self, mask: Tensor) -> tuple[list[tuple[int, str]], bool]:
         """Return the modalities in the sequence, and whether some rows must not see them all.
@@ -235,3 +282,10 @@ class FusionModel(TokenModel):
         averaged = total / weight.sum(dim=1)
         by_head = torch.split(averaged, list(self.heads.values()), dim=-1)
         return dict(zip(self.heads, by_head, strict=True))
+
+    def _classify_pooled(self, pooled: Tensor) -> dict[str, Tensor]:
+        """Return the logits of each head from its own query, [B, heads, D]."""
+        sizes, layer = list(self.heads.values()), self.classify
+        rows = zip(torch.split(layer.weight, sizes), torch.split(layer.bias, sizes), strict=True)
+        of_heads = zip(self.heads, pooled.unbind(dim=1), rows, strict=True)
+        return {head: F.linear(x, weight, bias) for head, x, (weight, bias) in of_heads}

@@ -269,7 +269,7 @@ def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
     found, theirs = load_model(folder)
     if card.model or theirs.model:
         return _begin_alike(model, card, found, theirs, folder)
-    for key in ("dim", "layers", "attention_heads", "ffn_width", "head_width"):
+    for key in ("dim", "layers", "attention_heads", "ffn_width", "head_width", "pool"):
         here, there = getattr(card.size, key), getattr(theirs.size, key)
         if here != there:
             raise CheckpointError(

@@ -1,6 +1,14 @@
 """How a recipe says how large a fusion model is; torch is not needed to read it."""
 
-from pydantic import Field, field_validator, model_validator
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from karmma_pipeline import own_code
 from karmma_pipeline.config import Recipe
@@ -19,13 +27,22 @@ class FusionSize(Recipe):
     layers: int = Field(1, gt=0, description="Transformer layers.")
     attention_heads: int = Field(6, gt=0, description="Attention heads; must divide dim.")
     ffn_width: int = Field(384, gt=0, description="Hidden width of each layer's feed-forward net.")
-    head_width: int = Field(768, gt=0, description="Hidden width of the MLP that all heads share.")
+    head_width: int = Field(
+        768, gt=0, description="Hidden width of the MLP that all heads share (pool: mean)."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
     absent: str = Field(
         "learned",
         description="What stands for an absent modality: learned (tokens of its own, KARMMA),\n"
         "zeros (that the model takes for data, Baseline), mean (of the training clips' tokens,\n"
         "taken for data), drop (left out of the sequence), or package.module:function.",
+    )
+
+    pool: Literal["mean", "attentive"] = Field(
+        "mean",
+        description="What is classified: mean (CLS and each modality's mean token by the MLP,\n"
+        "KARMMA), or attentive (a learned query per head looks at all tokens of what is present:\n"
+        "V-JEPA 2's probe, which has layers: 3 and an ffn_width of 4 * dim).",
     )
 
     @field_validator("absent")
@@ -40,3 +57,11 @@ class FusionSize(Recipe):
                 f"dim={self.dim} must be divisible by attention_heads={self.attention_heads}"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_saved(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a key that earlier versions do not know, while it says what they do."""
+        values: dict[str, Any] = default(self)
+        if values.get("pool") == "mean":
+            del values["pool"]
+        return values

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 
 from karmma_pipeline.evaluation.costs import subset_costs
@@ -14,16 +16,22 @@ def test_all_fourteen_bars_of_the_paper_come_out_within_a_hundredth_of_a_percent
     assert "| teacher | V+F+A | 1707.166" in paper_table(rows)
 
 
-def test_stand_in_tokens_cost_what_the_papers_formula_says() -> None:
+@pytest.mark.parametrize("pool", ["mean", "attentive"])
+def test_stand_in_tokens_cost_what_the_papers_formula_says(
+    pool: Literal["mean", "attentive"],
+) -> None:
     """Closed form of the fusion block's FLOPs, with every modality's tokens in the sequence."""
     choice = BackboneChoice(name="resnet18", image=(64, 64))
-    size = FusionSize(dim=16, layers=2, attention_heads=2, ffn_width=24, head_width=32)
+    size = FusionSize(dim=16, layers=2, attention_heads=2, ffn_width=24, head_width=32, pool=pool)
     rows = subset_costs({"rgb": choice, "audio": choice}, size, {"verb": 4, "noun": 3})
     n, width = choice.output_shape
     d, f, h, C, L, M = 16, 24, 32, 7, 2, 2
     N = 1 + M * n
     fusion = 2 * M * n * width * d + 2 * L * N * (4 * d**2 + 2 * d * f) + 4 * L * d * N**2
-    fusion += (1 + M) * 2 * (d * h + h * C)
+    if pool == "mean":
+        fusion += (1 + M) * 2 * (d * h + h * C)
+    else:  # 2 queries: projected, keys and values of all tokens, attention, feed-forward, classes
+        fusion += 2 * (2 * d**2 + N * 2 * d**2 + 2 * 2 * N * d + 2 * 2 * d * f + d * C)
     both, rgb, audio = rows
     assert both.gflops == both.gflops_as_run
     extractor = both.gflops - fusion / 1e9

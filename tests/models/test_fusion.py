@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +10,21 @@ from karmma_pipeline.models.fusion import FusionModel, FusionSize
 
 SHAPES = {"rgb": (4, 6), "flow": (4, 6), "audio": (3, 5)}
 HEADS = {"verb": 7, "noun": 3}
+RULES = ["learned", "zeros", "drop", "learned attentive", "zeros attentive", "drop attentive"]
 
 
-def make_model(absent: str, seed: int = 0) -> FusionModel:
+def make_model(rule: str, seed: int = 0) -> FusionModel:
+    """Build a model of a rule for absence, such as ``drop``, or ``drop attentive``."""
     torch.manual_seed(seed)
+    absent, _, pool = rule.partition(" ")
     size = FusionSize(
-        dim=16, layers=2, attention_heads=4, ffn_width=24, head_width=20, absent=absent
+        dim=16,
+        layers=2,
+        attention_heads=4,
+        ffn_width=24,
+        head_width=20,
+        absent=absent,
+        pool="attentive" if pool else "mean",
     )
     return FusionModel(size, SHAPES, HEADS).eval()
 
@@ -27,7 +38,7 @@ def both(out: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(out.values()), dim=1)
 
 
-@pytest.mark.parametrize("absent", ["learned", "zeros", "drop"])
+@pytest.mark.parametrize("absent", RULES)
 def test_what_stands_in_an_absent_modality_has_no_influence(absent: str) -> None:
     model, tokens = make_model(absent), make_tokens(4)
     mask = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
@@ -38,7 +49,7 @@ def test_what_stands_in_an_absent_modality_has_no_influence(absent: str) -> None
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("absent", ["learned", "zeros", "drop"])
+@pytest.mark.parametrize("absent", RULES)
 @settings(max_examples=20, deadline=None)
 @given(bits=st.lists(st.integers(0, 7), min_size=2, max_size=6))
 def test_a_clip_does_not_depend_on_its_batch(absent: str, bits: list[int]) -> None:
@@ -51,8 +62,9 @@ def test_a_clip_does_not_depend_on_its_batch(absent: str, bits: list[int]) -> No
         torch.testing.assert_close(out[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_dropping_a_modality_equals_a_model_that_never_had_it() -> None:
-    model, tokens = make_model("drop"), make_tokens(3)
+@pytest.mark.parametrize("rule", ["drop", "drop attentive"])
+def test_dropping_a_modality_equals_a_model_that_never_had_it(rule: str) -> None:
+    model, tokens = make_model(rule), make_tokens(3)
     mask = torch.tensor([[True, False, True]]).repeat(3, 1)
     shapes = {m: SHAPES[m] for m in ("rgb", "audio")}
     smaller = FusionModel(model.size, shapes, HEADS).eval()
@@ -64,7 +76,7 @@ def test_dropping_a_modality_equals_a_model_that_never_had_it() -> None:
 def test_absence_is_told_apart_only_where_the_setting_says_so() -> None:
     tokens, full = make_tokens(1), torch.ones(1, 3, dtype=torch.bool)
     part = torch.tensor([[True, True, False]])
-    for absent in ("learned", "zeros", "drop"):
+    for absent in RULES:
         model = make_model(absent)
         assert not torch.allclose(both(model(tokens, full)), both(model(tokens, part)))
     silent = {**tokens, "audio": torch.zeros_like(tokens["audio"])}
@@ -107,6 +119,70 @@ def test_the_forward_pass_is_the_papers() -> None:
     logits = linear(F.gelu(linear(means, "hidden.0")), "classify").mean(dim=0, keepdim=True)
     out = both(model(tokens, torch.ones(1, 3, dtype=torch.bool)))
     torch.testing.assert_close(out, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_per_head_looks_at_the_tokens_of_what_is_present() -> None:
+    """The attentive pool of one clip, written out by hand, after the layers and the norm."""
+    model, tokens = make_model("learned attentive"), make_tokens(1)
+    seen = []
+    model.norm.register_forward_hook(lambda _, __, out: seen.append(out))
+    out = model(tokens, torch.tensor([[True, False, True]]))
+    x = torch.cat([seen[0][0, :5], seen[0][0, 9:]])  # CLS and rgb, audio; flow is absent
+    p = {name.removeprefix("pool."): of for name, of in model.named_parameters()}
+    keys, values = torch.split(x @ p["key_value.weight"].T + p["key_value.bias"], 16, dim=1)
+    for head, rows in (("verb", slice(0, 7)), ("noun", slice(7, 10))):
+        query = p["query.weight"] @ p[f"tokens.{head}"] + p["query.bias"]
+        parts = [slice(4 * h, 4 * h + 4) for h in range(4)]
+        looked = [(keys[:, s] @ query[s] / 2).softmax(dim=0) @ values[:, s] for s in parts]
+        pooled = p[f"tokens.{head}"] + torch.cat(looked)
+        inner = F.layer_norm(pooled, (16,)) @ p["ffn.0.weight"].T + p["ffn.0.bias"]
+        pooled = pooled + F.gelu(inner) @ p["ffn.3.weight"].T + p["ffn.3.bias"]
+        logits = p["classify.weight"][rows] @ pooled + p["classify.bias"][rows]
+        torch.testing.assert_close(out[head][0], logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.extra
+def test_the_attentive_pool_is_v_jepa_2s() -> None:
+    """With its weights in ours, layers included, the classifier of transformers says the same."""
+    vjepa2 = pytest.importorskip("transformers.models.vjepa2.modeling_vjepa2")
+    shape = {"hidden_size": 16, "num_attention_heads": 4, "num_pooler_layers": 2}
+    config = vjepa2.VJEPA2Config(**shape, mlp_ratio=4.0, layer_norm_eps=1e-5)
+    torch.manual_seed(0)
+    theirs = vjepa2.VJEPA2AttentivePooler(config).eval()
+    torch.nn.init.normal_(theirs.query_tokens)
+    ours = FusionModel(
+        FusionSize(dim=16, layers=2, attention_heads=4, ffn_width=64, pool="attentive"),
+        {"rgb": (9, 6)},
+        {"verb": 7},
+    ).eval()
+    assert ours.pool is not None
+    copied: list[tuple[Any, ...]] = [(ours.pool, theirs.cross_attention_layer, "cross_attn")]
+    copied += zip(ours.layers, theirs.self_attention_layers, ["self_attn"] * 2, strict=True)
+    for mine, their, name in copied:
+        attention = getattr(their, name)
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if name == "self_attn":
+            copy(mine.project, attention.out_proj)
+            copy(mine.qkv, *qkv)
+            copy(mine.norm_attention, their.layer_norm1)
+        else:
+            copy(mine.query, qkv[0])
+            copy(mine.key_value, *qkv[1:])
+            copy(ours.norm, their.layer_norm1)
+        copy(mine.norm_ffn, their.layer_norm2)
+        copy(mine.ffn[0], their.mlp.fc1)
+        copy(mine.ffn[3], their.mlp.fc2)
+    ours.pool.tokens["verb"].data = theirs.query_tokens.data[0, 0]
+    into: list[torch.Tensor] = []
+    next(ours.layers.children()).register_forward_pre_hook(lambda _, given: into.append(given[0]))
+    rgb = torch.randn(2, 9, 6)
+    out = ours({"rgb": rgb}, torch.ones(2, 1, dtype=torch.bool))
+    torch.testing.assert_close(out["verb"], ours.classify(theirs(into[0])), rtol=1e-4, atol=1e-5)
+
+
+def copy(mine: torch.nn.Module, *theirs: torch.nn.Module) -> None:
+    for name, to in mine.named_parameters():
+        to.data = torch.cat([dict(one.named_parameters())[name].data for one in theirs])
 
 
 def test_attention_heads_must_divide_the_width() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.models.fusion import FusionSize
-from karmma_pipeline.models.saved import ModelCard, load_model, save_model
+from karmma_pipeline.models.saved import ModelCard, begin_from, load_model, save_model
 
 
 def make_card(dim: int = 8) -> ModelCard:
@@ -33,6 +33,22 @@ def test_a_saved_model_comes_back_with_all_it_is(tmp_path: Path) -> None:
     mask = torch.ones(2, 2, dtype=torch.bool)
     assert torch.equal(again(tokens, mask)["verb"], model(tokens, mask)["verb"])
     assert not again.training
+
+
+def test_how_tokens_are_pooled_is_kept_where_it_is_not_the_mean(tmp_path: Path) -> None:
+    card = make_card()
+    save_model(tmp_path / "mean", card.build(), card)
+    assert "pool" not in json.loads((tmp_path / "mean/model.json").read_text())["size"]
+    attentive = card.model_copy(update={"size": card.size.model_copy(update={"pool": "attentive"})})
+    model = attentive.build().eval()
+    save_model(tmp_path / "attentive", model, attentive)
+    again, found = load_model(tmp_path / "attentive")
+    assert found.size.pool == "attentive"
+    tokens = {"rgb": torch.randn(2, 2, 3), "imu": torch.randn(2, 1, 4)}
+    mask = torch.tensor([[True, True], [False, True]])
+    assert torch.equal(again(tokens, mask)["verb"], model(tokens, mask)["verb"])
+    with pytest.raises(CheckpointError, match=r"set size\.pool: attentive"):
+        begin_from(card.build(), card, tmp_path / "attentive")
 
 
 def test_weights_lie_on_boundaries_so_that_every_process_computes_the_same_bits(
