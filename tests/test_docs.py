@@ -1,5 +1,7 @@
 """The pages of docs/: their commands run, and their links lead somewhere."""
 
+import contextlib
+import copy
 import json
 import re
 import shlex
@@ -8,16 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
+from pydantic import ValidationError
 
+from karmma_pipeline import config
 from karmma_pipeline.cli import main
+from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.sample import write_sample
+from karmma_pipeline.recipes import recipe_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MADE = {"changelog.md", "contributing.md", "benchmarks.md", "recipe_reference.md"}
 """Pages that docs/hooks.py makes."""
+MODELS = ("extract", "train-baseline", "distill", "evaluate", "sweep")
 
 
 def blocks(text: str, kind: str) -> list[str]:
@@ -39,6 +47,32 @@ def test_links_lead_somewhere_and_commands_parse(page: Path) -> None:
                 while hasattr(command, "commands"):
                     assert words[1] in command.commands, line
                     command, words = command.commands[words[1]], words[1:]
+                with contextlib.suppress(click.BadParameter):  # a file that is not here
+                    command.make_context(words[0], words[1:])
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_recipes_on_the_pages_have_keys_and_values_that_are_allowed(page: Path) -> None:
+    for block in blocks(page.read_text("utf-8"), "yaml"):
+        lines = block.splitlines()
+        alternatives = (
+            len({line.partition(":")[0] for line in lines}) < len(lines) == block.count(": {")
+        )  # `key: {...}` once more and once more
+        for text in lines if alternatives else [block]:
+            tree = config.parse_yaml(text, page.name)
+            if set(tree) <= {"rgb", "flow", "audio"}:
+                tree = {"sets": {"one": tree}}
+            faults = [faults_of(recipe_model(name), tree) for name in MODELS]
+            assert [] in faults, f"{page.name}: {text}{min(faults, key=len)}"
+
+
+def faults_of(model: type[Recipe], tree: dict[str, Any]) -> list[Any]:
+    """What is wrong with a recipe, keys aside that a fragment leaves out."""
+    try:
+        model.model_validate(copy.deepcopy(tree))
+    except ValidationError as error:
+        return [fault for fault in error.errors() if fault["type"] != "missing"]
+    return []
 
 
 def test_the_pages_of_ones_own_videos_say_the_same() -> None:
