@@ -281,7 +281,7 @@ def predict(
 ) -> Predictions:
     """Say what a model takes the clips of a feature store for.
 
-    Classes meet by name: a store may have other classes than the model, or no labels at all.
+    Classes are matched by name: a store may have other classes than the model, or no labels at all.
 
     Args:
         model: of `load_model`, or its path.

@@ -30,7 +30,7 @@ Line = Annotated[str, AfterValidator(_line)]
 
 
 class Resources(Recipe):
-    """What one task of a stage asks for."""
+    """Resources of one task of a stage."""
 
     cpus: PositiveInt = Field(8, description="CPUs of a task; also its number of threads.")
     gpus: int = Field(1, ge=0, description="GPUs of a task (of a node, for several nodes).")
@@ -49,13 +49,15 @@ class Stage(Recipe):
         default_factory=list, description="As --set: a list of a.b=value."
     )
     array: PositiveInt = Field(
-        1, description="Tasks among which extraction shares out its shards, by seconds of video."
+        1, description="Array tasks that extraction is split into, balanced by seconds of video."
     )
-    at_once: PositiveInt | None = Field(None, description="Tasks that may run together; null: all.")
+    at_once: PositiveInt | None = Field(
+        None, description="Array tasks that may run at once; null: all."
+    )
     nodes: PositiveInt = Field(
         1, description="Nodes of a training; above 1 it runs as `srun torchrun`, one rank per GPU."
     )
-    resources: Resources = Field(Resources(), description="What one task asks for.")
+    resources: Resources = Field(Resources(), description="Resources of one task.")
 
     @model_validator(mode="after")
     def _fits_command(self) -> Self:
@@ -74,11 +76,11 @@ class Stage(Recipe):
 class Chain(Recipe):
     """``karmma submit CHAIN``: stages from videos to the report."""
 
-    name: Name = Field("karmma", description="Opens the names of the jobs.")
+    name: Name = Field("karmma", description="Prefix of the job names.")
     folder: Path = Field(Path("jobs"), description="Folder for the scripts and logs of the jobs.")
     stages: dict[Name, Stage] = Field(
         min_length=1,
-        description="Name to stage, in any order that has inputs before outputs.",
+        description="Stages by name; a stage comes after those whose output it reads.",
         examples=[
             {
                 "extract": {"command": "extract", "recipe": "extract.yaml", "array": 32},
@@ -117,7 +119,7 @@ class Method(Recipe):
     grid: dict[str, Values] = Field(
         default_factory=dict,
         description="Keys of the recipe -> values; every combination is a method of its own,\n"
-        "whose settings its name ends with.",
+        "with the settings appended to its name.",
     )
     teacher: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (),
@@ -145,14 +147,15 @@ class SweepReport(Recipe):
 
     recipe: Path | None = Field(None, description="Recipe of karmma evaluate; null: its defaults.")
     set: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of that recipe -> value; runs and out are known."
+        default_factory=dict,
+        description="Keys of that recipe -> value; runs and out are set by the sweep.",
     )
 
 
 class Sweep(Recipe):
     """``karmma sweep SWEEP``: methods, their settings and seeds, and one report over all runs."""
 
-    name: Name = Field("sweep", description="Opens the names of batch jobs.")
+    name: Name = Field("sweep", description="Prefix of the job names.")
     out: Path = Field(
         Path("sweep"), description="Folder: METHOD/seedS are the runs, `report` the report."
     )
@@ -161,7 +164,7 @@ class Sweep(Recipe):
     )
     methods: dict[Name, Method] = Field(
         min_length=1,
-        description="Name to method, teachers before those that they teach.",
+        description="Methods by name; teachers before their students.",
         examples=[
             {
                 "teacher": {"command": "train-teacher", "recipe": "teacher.yaml"},
@@ -177,7 +180,7 @@ class Sweep(Recipe):
     )
     seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)] = Field(
         default_factory=lambda: [0, 1, 2, 3, 4],
-        description="Each method is trained once with each.",
+        description="Each method is trained once with each seed.",
     )
     evaluate: SweepReport = Field(SweepReport(), description="What the report measures.")
     resources: Resources = Field(

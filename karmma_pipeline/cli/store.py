@@ -107,7 +107,7 @@ def store_stage(store: Path, folder: Path) -> None:
     "--label-spaces",
     type=click.Choice(["same", "join"]),
     default="same",
-    help="join: class lists that differ meet by name.",
+    help="join: match class lists that differ by name.",
 )
 def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) -> None:
     """Write one store with the clips and modalities of several."""

@@ -24,12 +24,12 @@ class GroupFiles(Recipe):
     """Lists of EPIC-KITCHENS-100 that define groups of clips."""
 
     unseen: Path | None = Field(
-        None, description="CSV of participants that training never saw; gives unseen_* scores."
+        None, description="CSV of participants not seen in training; adds unseen_* scores."
     )
     tail: dict[str, Path] = Field(
         default_factory=dict,
-        description="Head -> CSV of its tail classes; gives tail_* scores. "
-        "A tail action has a tail class in any head.",
+        description="Head -> CSV of its tail classes; adds tail_* scores. An action is a tail\n"
+        "action if its class is a tail class in any head.",
     )
 
 
@@ -54,7 +54,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RobustnessTests(Recipe):
-    """What else can become of sensors than that each drops out by itself."""
+    """How sensors fail other than by independent drops."""
 
     missing: list[Share] = Field(
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
@@ -82,8 +82,8 @@ class EvaluateRecipe(Recipe):
     )
     stores: list[Path] = Field(
         default_factory=list,
-        description="Feature stores; each run takes the one whose features it was trained on, or\n"
-        "those of them that it was trained on as one. Empty: those of the runs' recipes.",
+        description="Feature stores; each run is evaluated on those whose features it was\n"
+        "trained on. Empty: those of the runs' recipes.",
         examples=[["features/teacher", "features/student"]],
     )
     out: Path = Field(Path("report"), description="Folder of the report.")
@@ -98,7 +98,7 @@ class EvaluateRecipe(Recipe):
     )
     split: str = Field("val", description="Split to evaluate; empty: every clip.")
     exclude: Path | None = Field(
-        None, description="Text file with one clip id per line: clips that are left out."
+        None, description="Text file with one clip id per line: clips to leave out."
     )
     official_clips: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Size of the official split (EPIC-KITCHENS-100 val: 9668), to print."
@@ -112,8 +112,8 @@ class EvaluateRecipe(Recipe):
     draws: Annotated[int, Field(ge=0)] = Field(
         20,
         description="Draws of the sampled drop curve; 0: the exact expected curve only. Above 6\n"
-        "modalities the curve is an estimate from as many subsets that are drawn for each clip;\n"
-        "fewer where they and the chosen subsets would make over 60 passes; 0: no curve.",
+        "modalities the curve is estimated from that many random subsets per clip, at most 60\n"
+        "passes together with the fixed subsets; 0: no curve.",
     )
     seed: int = Field(0, description="Seed of the draws; every run sees the same masks.")
     costs: bool = Field(True, description="Count FLOPs and parameters, backbones included.")
@@ -121,12 +121,12 @@ class EvaluateRecipe(Recipe):
         False, description="Measure peak memory too, in one subprocess per subset (slow)."
     )
     classes: bool = Field(
-        True, description="Say what is taken for what, and how sure answers are (calibration)."
+        True, description="Report per-class accuracy, confusions and calibration."
     )
     probe: bool = Field(
         False,
-        description="Also train linear probes on the tokens: of each modality, and of all. For\n"
-        "tokens that fit into memory; they need the splits that the first run was trained with.",
+        description="Also train linear probes on the tokens of each modality and of all. Tokens\n"
+        "must fit into memory; the first run's train and validation splits must be in the store.",
     )
     groups: GroupFiles = Field(
         default_factory=GroupFiles, description="Groups of clips with their own scores."
@@ -134,8 +134,8 @@ class EvaluateRecipe(Recipe):
 
     robustness: RobustnessTests | None = Field(
         None,
-        description="More than independent drops: `robustness: {}` for one missing modality,\n"
-        "`{stale: [0.5, 1]}` for a sensor that hangs; null: none.",
+        description="Failures beyond independent drops: `robustness: {}` for one missing\n"
+        "modality, `{stale: [0.5, 1]}` for a sensor that repeats old data; null: none.",
     )
     submission: EpicSubmission | None = Field(
         None,

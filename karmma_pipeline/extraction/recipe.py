@@ -39,16 +39,16 @@ class Sampling(Recipe):
     fps: float = Field(15.0, gt=0, description="Frames per second of mode fps.")
     short: Literal["repeat_last", "repeat_ends"] = Field(
         "repeat_last",
-        description="What mode fps does with a clip shorter than T frames. repeat_last: start at\n"
+        description="How mode fps pads a clip shorter than T frames. repeat_last: start at\n"
         "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
     )
     tolerance_s: float = Field(
         0.5,
         ge=0,
-        description="Farthest that a frame may start from its wanted moment, and that a clip may\n"
-        "reach out of its file; beyond, the modality is absent, as timestamp_mismatch or\n"
-        "out_of_range. Where frames usually stand longer, as in slide shows, the first is not\n"
-        "asked for.",
+        description="Largest distance between a frame and its requested time, and between a clip\n"
+        "and the ends of its file; beyond it the modality is absent (timestamp_mismatch,\n"
+        "out_of_range). Videos whose frames usually last longer, such as slide shows, are exempt\n"
+        "from the first.",
     )
 
 
@@ -60,7 +60,7 @@ class Flow(Recipe):
 
     source: Literal["dis", "raft_small", "raft_large"] = Field(
         "dis",
-        description="How motion is computed where the data set brings none. dis: OpenCV's DIS, on\n"
+        description="How flow is computed where the data set has none. dis: OpenCV's DIS, on\n"
         "the CPU; raft_*: torchvision's networks, on the device of the backbones.",
     )
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
@@ -69,18 +69,18 @@ class Flow(Recipe):
         description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
         "or random:SEED.",
     )
-    updates: int = Field(12, gt=0, description="RAFT: refinements; the last one counts.")
-    pairs_at_once: int = Field(16, gt=0, description="RAFT: pairs that go through it at once.")
+    updates: int = Field(12, gt=0, description="RAFT: flow updates; the last one is used.")
+    pairs_at_once: int = Field(16, gt=0, description="RAFT: frame pairs per forward pass.")
     gap_s: float = Field(
         1 / 15,
         gt=0,
-        description="Seconds between the two frames. A file has none at exactly that distance:\n"
-        "the nearest other frame is taken and the motion scaled to gap_s.",
+        description="Seconds between the two frames of a pair. Where no frame lies exactly there,\n"
+        "the nearest one is taken and the flow scaled to gap_s.",
     )
     bound_px: float = Field(
         20.0,
         gt=0,
-        description="Motion is clipped to +-bound px per gap and scaled to bytes with 128 = 0;\n"
+        description="Flow is clipped to +-bound_px per gap and scaled to bytes with 128 = 0;\n"
         "channels are (u, v, 128), then normalised with the mean and std of the network's own\n"
         "transform, as its RGB is. 20 is the two-stream convention.",
     )
@@ -89,9 +89,9 @@ class Flow(Recipe):
 class StoreSettings(Recipe):
     """How tokens lie on disk."""
 
-    dtype: Dtype = Field("float16", description="Type of the tokens on disk.")
+    dtype: Dtype = Field("float16", description="Data type of the tokens on disk.")
     clips_per_shard: int = Field(
-        256, gt=0, description="Clips of one shard file, which one job writes alone."
+        256, gt=0, description="Clips per shard file; a shard is written by one job."
     )
 
 
@@ -99,27 +99,30 @@ class Decode(Recipe):
     """The processes that read media."""
 
     workers: int | None = Field(
-        None, gt=0, description="Processes; null: half of the CPUs, beside a GPU all but one."
+        None, gt=0, description="Decode processes; null: half of the CPUs, with a GPU all but one."
     )
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="CPU seconds for a clip; beyond, its process is ended, and the clip is a\n"
-        "timeout if it takes as long by itself.",
+        description="CPU seconds that a clip may take to decode; beyond, its process is ended,\n"
+        "and if it takes as long by itself, its reason is timeout.",
     )
     stall_s: float = Field(
         300.0,
         gt=0,
-        description="Seconds in which a process may neither use the CPU nor read a byte; time in\n"
-        "which it waits for a CPU or the machine sleeps does not count.",
+        description="Seconds that a decode process may stall, without using the CPU or reading a\n"
+        "byte; waiting for a CPU or a suspended machine does not count.",
     )
     memory_gb: float = Field(
-        8.0, gt=0, description="A process that takes more is killed; its clips are out_of_memory."
+        8.0,
+        gt=0,
+        description="Memory limit of a decode process; beyond, it is killed, and its clip's\n"
+        "reason is out_of_memory.",
     )
     queue_gb: float = Field(
         1.0,
         gt=0,
-        description="Memory for clips that are decoded ahead of the networks, all together.",
+        description="Memory for prefetched clips, in total.",
     )
 
 
@@ -143,20 +146,22 @@ class ExtractRecipe(Recipe):
         "csv; then root and annotations. docs/datasets.md has an example of each.",
     )
     out: Path = Field(
-        description="Folder; each backbone set gets a store in it.", examples=["features"]
+        description="Output folder; each backbone set gets a feature store in it.",
+        examples=["features"],
     )
-    sampling: Sampling = Field(Sampling(), description="Moments of a clip.")
+    sampling: Sampling = Field(Sampling(), description="Which moments of a clip are sampled.")
     flow: Flow = Field(Flow(), description="Optical flow.")
     audio: Audio = Field(
         Audio(),
-        description="Spectrograms of networks that state none of their own: neither under\n"
-        "`audio` of the network in a set, nor by themselves as those of timm: and hf: do.",
+        description="Spectrogram of audio networks that define none of their own: neither by\n"
+        "`audio` in their set, nor by themselves, as timm: and hf: networks do.",
     )
     sensors: dict[str, Sensor] = Field(
         {},
         validate_default=True,
-        description="Sensors, each a modality of its name: a column of a CSV names its files. Of\n"
-        "a published set that has some, what is stated here counts. docs/sensors.md has all keys.\n"
+        description="Sensors, each a modality of that name: a column of the manifest names its\n"
+        "files. For the sensors of a published data set, these keys override its own.\n"
+        "docs/sensors.md has all keys.\n"
         "imu: {channels: [ax, ay, az], time: t, unit: ms, rate_hz: 50, window: 25}",
     )
     sets: dict[str, dict[str, BackboneChoice]] = Field(
@@ -181,43 +186,46 @@ class ExtractRecipe(Recipe):
     store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
     video_decoder: Literal["pyav", "decord"] = Field(
         "pyav",
-        description="What reads pictures of media files. pyav: exact in every file. decord: no\n"
-        "faster, and refuses every file that its packets do not prove to be a clean one.",
+        description="Video reader. pyav: exact for every file. decord: no faster, and refuses\n"
+        "files whose packets do not prove that its seeks are exact.",
     )
-    decode: Decode = Field(Decode(), description="Reading of media.")
+    decode: Decode = Field(Decode(), description="Decoding of media.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Clips that go through a network at once. auto: as many as fit, a power of\n"
-        "two. The store records this key and the next three; every later run of it computes in\n"
-        "the same way.",
+        description="Clips per forward pass. auto: the largest power of two that fits into\n"
+        "memory. The store records this key and the next three; later runs compute in the same\n"
+        "way.",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        description="Of convolutions and products. auto: float32. tf32 (GPU) and bfloat16 are\n"
-        "faster where the device has them, much slower where not; tokens stray a little.",
+        description="Precision of convolutions and matrix products. auto: float32. tf32 (GPU) and\n"
+        "bfloat16 are faster on devices that support them and much slower on others; tokens\n"
+        "change slightly.",
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto",
-        description="How pictures and videos lie in memory. auto: channels_last for networks of\n"
-        "convolutions, contiguous for transformers.",
+        description="Memory format of images and videos. auto: channels_last for convolutional\n"
+        "networks, contiguous for transformers.",
     )
     compile: bool = Field(
-        False, description="torch.compile: minutes at the start, faster forward passes after."
+        False,
+        description="Use torch.compile: takes minutes at the start, speeds up forward passes.",
     )
     memory_gb: float | None = Field(
         None,
         gt=0,
-        description="Memory for forward passes. On a GPU: what batch_size auto may fill; null: 8.\n"
-        "On a CPU: of all passes at once, fewer run if not all fit; null: half of what is free.",
+        description="Memory for forward passes. On a GPU: what batch_size auto may use; null: 8.\n"
+        "On a CPU: of all concurrent passes, fewer run if not all fit; null: half of the free\n"
+        "memory.",
     )
     max_failures: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="Share of clips that may lose a modality to an error, and of entries of a\n"
-        "published list that may be faulty and are left out. Of fewer than 20 clips any number\n"
-        "may lose one, but not all.",
+        description="Largest share of clips that may lose a modality to an error, and of faulty\n"
+        "entries in published annotations, which are left out. With fewer than 20 clips any\n"
+        "number may lose one, but not all.",
     )
 
     @model_validator(mode="before")

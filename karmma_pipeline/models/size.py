@@ -33,9 +33,9 @@ class FusionSize(Recipe):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
     absent: str = Field(
         "learned",
-        description="What stands for an absent modality: learned (tokens of its own, KARMMA),\n"
-        "zeros (that the model takes for data, Baseline), mean (of the training clips' tokens,\n"
-        "taken for data), drop (left out of the sequence), or package.module:function.",
+        description="Stand-in for an absent modality: learned (learnable tokens, KARMMA), zeros\n"
+        "(seen as data, Baseline), mean (of the training clips' tokens, seen as data), drop\n"
+        "(left out of the sequence), or your own as package.module:function.",
     )
 
     pool: Literal["mean", "attentive"] = Field(

@@ -211,7 +211,7 @@ def _join_heads(
             if there != names and label_spaces == "same":
                 raise StoreError(
                     f"{stores[0].path} and {store.path}: head {head!r}: {_differ(there, names)}; "
-                    "set loader.label_spaces=join to let classes meet by name."
+                    "set loader.label_spaces=join to match classes by name."
                 )
             heads[head] = there + tuple(n for n in names if n not in set(there))
     return heads

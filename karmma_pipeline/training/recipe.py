@@ -16,15 +16,19 @@ class Optimiser(Recipe):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
     lr: float = Field(1e-4, gt=0, description="Peak learning rate (ours).")
-    weight_decay: float = Field(0.05, ge=0, description="Decay of matrices (ours).")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moments.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of all steps that warm up (ours).")
-    clip_norm: float = Field(5.0, gt=0, description="Largest norm of the gradient (ours).")
+    weight_decay: float = Field(0.05, ge=0, description="Weight decay of weight matrices (ours).")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas.")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Fraction of all steps with linear warm-up (ours)."
+    )
+    clip_norm: float = Field(
+        5.0, gt=0, description="Gradient norm above which gradients are clipped (ours)."
+    )
 
 
 def _store(example: str) -> Any:
     return Field(
-        description="Feature store; several are trained on as one (clips meet by id).",
+        description="Feature store; several are joined by clip id and trained on as one.",
         examples=[example],
     )
 
@@ -44,32 +48,34 @@ class TrainRecipe(Recipe):
     SETTLED = frozenset({"precision"})
 
     store: Path | tuple[Path, ...] = _store("features/student")
-    loader: LoaderSettings = Field(LoaderSettings(), description="How tokens reach the model.")
+    loader: LoaderSettings = Field(LoaderSettings(), description="Loading of tokens.")
     out: Path = _out("runs/student")
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
-    train_split: str = Field("train", description="Clips to learn from.")
-    val_split: str = Field("val", description="Clips that choose the best epoch.")
+    train_split: str = Field("train", description="Split to train on.")
+    val_split: str = Field("val", description="Split on which the best epoch is chosen.")
     exclude: Path | None = Field(
-        None, description="Text file with one clip id per line: clips of both splits left out."
+        None, description="Text file with one clip id per line: clips to leave out of both splits."
     )
     init_from: Path | None = Field(
         None,
-        description="Run folder whose weights training begins with, to train longer, finer or for\n"
-        "other labels: classes of a head meet by name, and what has no like begins anew.",
+        description="Run folder whose weights training starts from: for longer training,\n"
+        "fine-tuning or new labels. Classes are matched by name; weights without a match start\n"
+        "afresh.",
     )
     model: str = Field(
         "",
-        description="Model: empty (the fusion model), late_fusion (one for each modality, whose\n"
-        "answers are averaged), or your own as package.module:factory.",
+        description="Model: empty (the fusion model), late_fusion (one model per modality,\n"
+        "averaged), or your own as package.module:factory.",
     )
     model_args: dict[str, Any] = Field(
-        {}, description="Keywords of the factory; of late_fusion: {average: probabilities}."
+        {},
+        description="Keyword arguments of the factory; of late_fusion: {average: probabilities}.",
     )
     objective: str = Field(
         "",
-        description="Loss: empty (the command's own), or yours as package.module:function.",
+        description="Loss: empty (the command's own), or your own as package.module:function.",
     )
-    objective_args: dict[str, Any] = Field({}, description="Keywords of that function.")
+    objective_args: dict[str, Any] = Field({}, description="Keyword arguments of that function.")
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     position_std: float = Field(
         0.02,
@@ -77,16 +83,18 @@ class TrainRecipe(Recipe):
         description="Deviation of a fusion model's position tokens when training begins. They are\n"
         "added to tokens of about 1: small ones hide where in the clip a token lies.",
     )
-    optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
+    optimiser: Optimiser = Field(Optimiser(), description="Optimiser.")
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
     batch_size: int = Field(
-        64, gt=0, description="Clips of a step, over all ranks and parts together (ours)."
+        64,
+        gt=0,
+        description="Clips per optimiser step, over all ranks and accumulated parts (ours).",
     )
     accumulate: int = Field(
         1,
         gt=0,
-        description="Parts of a batch that pass through the network one after another; the\n"
-        "step is that of the whole batch, the memory that of a part.",
+        description="Gradient accumulation: parts in which a batch passes through the network;\n"
+        "the step is that of the whole batch, the memory that of a part.",
     )
     modality_dropout: ModalityDropout = Field(
         0.3,
@@ -94,7 +102,9 @@ class TrainRecipe(Recipe):
         "one of the present ones always stays (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1},\n"
         "ramp_epochs: 10, ramp_from: 0.0, burst: 8}, or {patterns: FILE.csv}.",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross-entropy.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Label smoothing of the cross-entropy."
+    )
     class_balance: float = Field(
         0.0,
         ge=0,
@@ -112,28 +122,29 @@ class TrainRecipe(Recipe):
     select_by: str = Field(
         "action_top1",
         description="Validation metric that chooses the best epoch: action_top1, HEAD_top1, loss,\n"
-        "or epoch (the last one). Among equal ones the lower loss is better.",
+        "or epoch (the last one). Ties go to the lower loss.",
     )
     patience: int = Field(
         0,
         ge=0,
-        description="Epochs without a better one, see `select_by`, after which training ends;\n"
-        "0 trains all epochs.",
+        description="Early stopping: epochs without improvement of `select_by` after which\n"
+        "training ends; 0: train all epochs.",
     )
     standardise: bool = Field(
-        True, description="Scale features by mean and deviation over the training clips."
+        True,
+        description="Standardise features by their mean and deviation over the training clips.",
     )
     save_every_s: float = Field(
         300.0,
         ge=0,
-        description="Seconds between saved training states inside an epoch; 0: every step.",
+        description="Seconds between training states saved within an epoch; 0: every step.",
     )
-    seed: int = Field(0, description="Of initial weights, order, masks and dropout.")
+    seed: int = Field(0, description="Seed of initial weights, order of clips, masks and dropout.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps to what it\n"
-        "began with.",
+        description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps the\n"
+        "precision that it started with.",
     )
 
     @property
@@ -208,15 +219,15 @@ class DistillRecipe(TrainRecipe):
         description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
     )
     teacher_store: Stores = Field(
-        description="The store that the teacher was trained on; one for all, or one for each.\n"
-        "Several that were trained on as one are a list in the list: [[rgb, audio]].",
+        description="Feature store of the teacher: one for all teachers, or one for each. Stores\n"
+        "that a teacher was trained on as one are a nested list: [[rgb, audio]].",
         examples=["features/teacher"],
     )
     allow_unfinished: bool = Field(
-        False, description="Take the best epoch so far of a teacher that is still to train."
+        False, description="Use the best epoch so far of a teacher whose training has not finished."
     )
     teacher_weights: tuple[float, ...] = Field(
-        (), description="Weight of each teacher in their average; empty: all the same."
+        (), description="Weight of each teacher in their average; empty: equal weights."
     )
     teacher_average: Literal["probabilities", "logits"] = Field(
         "probabilities",
@@ -224,10 +235,14 @@ class DistillRecipe(TrainRecipe):
     )
     teacher_table: Path | None = Field(
         None,
-        description="Folder of the teachers' cached logits, which runs may share; empty: in `out`.",
+        description="Folder of the teachers' cached logits, may be shared by runs; null: in `out`.",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
-    temperature: float = Field(1.0, gt=0, description="T; the KL carries T^2 (ours).")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature T of both softmaxes in the KL term, scaled by T^2 (ours).",
+    )
     kl_clips: Literal["all", "right", "better"] = Field(
         "all",
         description="Clips whose KL counts, for each head and under each mask: all; right: those\n"

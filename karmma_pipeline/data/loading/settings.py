@@ -18,22 +18,21 @@ class LoaderSettings(Recipe):
 
     cache: Literal["map", "device"] = Field(
         "map",
-        description="Where tokens are read from. map: the files, mapped into memory (the page\n"
-        "cache keeps what fits, one copy for all ranks). device: all tokens on the device.",
+        description="Where tokens are read from. map: memory-mapped files (the page cache keeps\n"
+        "what fits, one copy for all ranks). device: all tokens are kept on the device.",
     )
     stage: Path | None = Field(
         None,
-        description="Folder on the node's own disk, to which stores are copied and verified\n"
-        "first; a verified copy is used again. /dev/shm: the node's memory, one copy for all\n"
-        "ranks, which nothing evicts and which stays until it is removed. null: read where\n"
-        "they lie.",
+        description="Folder on the node's own disk, to which stores are first copied and\n"
+        "verified; a verified copy is used again. /dev/shm: the node's memory, one copy for all\n"
+        "ranks, which is never evicted and stays until it is removed. null: read in place.",
     )
-    threads: int = Field(1, ge=0, description="Threads that gather ahead; 0: when asked.")
-    ahead: int = Field(2, ge=1, description="Batches that are gathered before they are asked for.")
+    threads: int = Field(1, ge=0, description="Threads that prefetch batches; 0: none.")
+    ahead: int = Field(2, ge=1, description="Batches to prefetch.")
     label_spaces: Literal["same", "join"] = Field(
         "same",
-        description="Several stores whose class lists differ. same: refuse, naming the\n"
-        "differences; join: classes meet by name.",
+        description="Several stores with different class lists. same: refuse, naming the\n"
+        "differences; join: match classes by name.",
     )
 
     @model_validator(mode="before")
