@@ -56,8 +56,8 @@ def live(
     """Recognise actions live, whatever sensors fail.
 
     A video plays, or a camera runs; each window is answered with what is there. --browser
-    shows the picture, the answers and a switch per modality on a page that only this machine
-    is served.
+    shows the picture, the answers and a switch per modality on a page served to this machine
+    alone.
     """
     if (source is None) == (camera is None):
         raise ConfigError("give one of --source VIDEO and --camera NUMBER.")

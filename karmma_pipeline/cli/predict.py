@@ -35,9 +35,9 @@ if TYPE_CHECKING:
               show_default=True, help="Folder of the answers.")  # fmt: skip
 @click.option("--video", is_flag=True, help="Also write the videos with the answers drawn in.")
 @click.option("--topic", "topics", multiple=True, metavar="MODALITY=/TOPIC",
-              help="Of a bag: what is a modality; repeatable.")  # fmt: skip
+              help="Topic of a bag that is read as a modality; repeatable.")  # fmt: skip
 @click.option("--clock", type=click.Choice(["header", "log"]), default="header",
-              help="Of a bag: times of its messages' headers or of their recording.")  # fmt: skip
+              help="Clock of a bag: its messages' headers, or their recording.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="Backbone weights that have moved; repeatable.")  # fmt: skip

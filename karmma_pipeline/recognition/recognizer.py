@@ -177,6 +177,7 @@ class Recognizer:
         share: float = 0.8,
         frozen_s: float | None = None,
         audio_hz: int | None = None,
+        limits: Mapping[str, tuple[float, float]] | None = None,
     ) -> Stream:
         """Return what live sensors push into, and what answers for the newest window.
 
@@ -190,6 +191,8 @@ class Recognizer:
             frozen_s: a camera that sends the very same picture for so long is absent (``frozen``);
                 None: that is allowed.
             audio_hz: rate of the pushed sound; None: that of the model's spectrograms.
+            limits: sensor to the lowest and the highest value that it may send; with others in a
+                window it is absent (``out_of_range``).
 
         Raises:
             ConfigError: a setting makes no sense.
@@ -203,7 +206,7 @@ class Recognizer:
             (0.0, {'rgb': True, 'flow': True, 'audio': False}, {'audio': 'no_data'})
         """
         settings = StreamSettings(
-            window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz
+            window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz, limits or {}
         )
         self.networks.serve(1, torch.get_num_threads())
         return Stream(settings, self.decode_settings, self.modalities, self.answer)

@@ -7,18 +7,22 @@ that `karmma predict` gives to the same window of the same signals.
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip, FileSource, Source
+from karmma_pipeline.data.manifest import Clip, FileSource, SensorSource, Source
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clip
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.recognition.prediction import DROPPED, Prediction
+from karmma_pipeline.recognition.samples import Samples, SamplesView
 from karmma_pipeline.recognition.sensors import (
     CAMERA,
     MICROPHONE,
@@ -30,11 +34,18 @@ from karmma_pipeline.recognition.sensors import (
 )
 
 SENSOR_OF = {"rgb": "rgb", "flow": "rgb", "audio": "audio"}
-"""Modality to the sensor that it comes from: flow is computed from the camera's pictures."""
+"""Modality to the sensor that it comes from: flow is computed from the camera's pictures.
+
+A sensor of the model's own, such as an IMU, has the name of its modality.
+"""
 
 _PLACES = {"rgb": CAMERA, "audio": MICROPHONE}
 
 NO_DATA, STALE, GAP, FROZEN = "no_data", "stale", "gap", "frozen"
+OUT_OF_RANGE = Reason.OUT_OF_RANGE.label
+
+# Faults of a window that are no gap in what its sensor has sent.
+_OTHER_FAULTS = {Reason.TOO_SHORT, Reason.BAD_CLOCK}
 
 Answer = Callable[[Clip, DecodedClip], Prediction]
 
@@ -57,6 +68,7 @@ class StreamSettings:
         share: part of a window that a sensor must cover.
         frozen_s: for how long a camera may send the very same picture; None: for ever.
         audio_hz: rate of the pushed sound; None: that of the model's spectrograms.
+        limits: sensor to the lowest and the highest value that it may send.
 
     Raises:
         ConfigError: one of them makes no sense.
@@ -69,12 +81,11 @@ class StreamSettings:
     share: float = 0.8
     frozen_s: float | None = None
     audio_hz: int | None = None
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         deadlines = self.deadline_s
         named = deadlines if isinstance(deadlines, Mapping) else {"": deadlines}
-        if unknown := [name for name in named if name and name not in SENSOR_OF.values()]:
-            raise ConfigError(f"deadline_s: no sensor {unknown[0]!r}; sensors are rgb and audio.")
         above = {"window_s": self.window_s, "hop_s": self.hop_s, "frozen_s": self.frozen_s}
         above |= {"audio_hz": self.audio_hz}
         above |= {f"deadline_s {name}".strip(): value for name, value in named.items()}
@@ -85,6 +96,11 @@ class StreamSettings:
             raise ConfigError(f"tolerance_s={self.tolerance_s}: 0 or seconds above it.")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share}: above 0 and at most 1 is allowed.")
+        for name, (low, high) in self.limits.items():
+            if not low < high:
+                raise ConfigError(
+                    f"limits: {name} from {low} to {high}: the lowest value is first."
+                )
 
     def deadline(self, sensor: str) -> float:
         """Return the deadline of a sensor."""
@@ -122,28 +138,59 @@ class Stream:
         self._camera = Camera(transforms, keep_s)
         rate = settings.audio_hz or decode.audio.sample_rate
         self._microphone = Microphone(rate, keep_s, settings.tolerance_s)
+        self._samples = {m: Samples(m, decode.sensors[m], keep_s)
+                         for m in modalities if m in decode.sensors}  # fmt: skip
+        self._check_names()
         self._frames, self._stepping = LiveFrames(), threading.Lock()
         self._last: int | None = None
         self.skipped, self.lag_s = 0, 0.0
 
-    def push(self, sensor: str, time_s: float, values: npt.NDArray[np.generic]) -> None:
+    def push(
+        self,
+        sensor: str,
+        time_s: float | npt.NDArray[np.float64],
+        values: npt.NDArray[np.generic],
+    ) -> None:
         """Take over what a sensor has sent.
 
         Args:
-            sensor: ``rgb`` or ``audio``; flow is computed from ``rgb``.
-            time_s: when the picture, or the first sample, was taken, seconds on a clock that all
-                sensors and `step` share.
-            values: a picture, uint8 [H, W, 3] in RGB; or sound, float32 [S], mono.
+            sensor: ``rgb`` or ``audio``; flow is computed from ``rgb``. Or a sensor that the model
+                was trained with, by its modality.
+            time_s: when the picture, or the first sample of sound, was taken, seconds on a clock
+                that all sensors and `step` share; of a block of a sensor's samples when each of
+                them was, [S].
+            values: a picture, uint8 [H, W, 3] in RGB; or sound, float32 [S], mono; or a sensor's
+                sample [C] or samples [S, C], their channels as in training.
 
         Raises:
             ConfigError: there is no such sensor, or these are no such values.
         """
+        if sensor in self._samples:
+            self._samples[sensor].push(time_s, values)
+            return
+        if isinstance(time_s, np.ndarray) and time_s.ndim:
+            raise ConfigError(f"push({sensor!r}, ...): one moment is wanted.")
         if sensor == "rgb":
-            self._camera.push(time_s, values)  # type: ignore[arg-type]  # it looks itself
+            self._camera.push(float(time_s), values)  # type: ignore[arg-type]  # it looks itself
         elif sensor == "audio":
-            self._microphone.push(time_s, values)  # type: ignore[arg-type]
+            self._microphone.push(float(time_s), values)  # type: ignore[arg-type]
         else:
-            raise ConfigError(f"push({sensor!r}, ...): sensors are rgb and audio.")
+            raise ConfigError(f"push({sensor!r}, ...): sensors are {self._names()}.")
+
+    def _names(self) -> str:
+        *others, last = ("rgb", "audio", *self._samples)
+        return f"{', '.join(others)} and {last}"
+
+    def _check_names(self) -> None:
+        named = self.settings.deadline_s if isinstance(self.settings.deadline_s, Mapping) else {}
+        known = {*SENSOR_OF.values(), *self._samples}
+        if unknown := [name for name in named if name not in known]:
+            raise ConfigError(f"deadline_s: no sensor {unknown[0]!r}; sensors are {self._names()}.")
+        if unknown := [name for name in self.settings.limits if name not in self._samples]:
+            raise ConfigError(
+                f"limits: {unknown[0]!r} is no sensor of numbers; the model has "
+                f"{', '.join(self._samples) or 'none'}."
+            )
 
     def switch(self, modality: str, on: bool) -> None:
         """Leave a modality out, or let it in again, whatever its sensor sends.
@@ -160,7 +207,8 @@ class Stream:
     @property
     def ignored(self) -> dict[str, int]:
         """Sensor to how much of it came too late, from the future, or with NaN in it."""
-        return {"rgb": self._camera.ignored, "audio": self._microphone.ignored}
+        others = {name: samples.ignored for name, samples in self._samples.items()}
+        return {"rgb": self._camera.ignored, "audio": self._microphone.ignored, **others}
 
     def step(self, now_s: float) -> Prediction | None:
         """Answer for the newest window; None if it has been answered already.
@@ -193,21 +241,27 @@ class Stream:
     def _begin_anew(self) -> None:
         self._camera.forget()
         self._microphone.forget()
+        for samples in self._samples.values():
+            samples.forget()
         self._last = None
 
     def _window(self, start_s: float, stop_s: float, now_s: float) -> Prediction:
         by_s = now_s + self.settings.tolerance_s  # clocks of sensors may be that much ahead
-        camera = self._camera.view(start_s, stop_s, by_s)
-        sound = self._microphone.view(start_s, stop_s, by_s)
+        views = _Views(
+            self._camera.view(start_s, stop_s, by_s),
+            self._microphone.view(start_s, stop_s, by_s),
+            {name: samples.view(start_s, by_s) for name, samples in self._samples.items()},
+        )
         why = {m: reason for m in self.modalities
-               if (reason := self._absence(m, camera, sound, start_s, stop_s, now_s))}  # fmt: skip
+               if (reason := self._absence(m, views, start_s, stop_s, now_s))}  # fmt: skip
         media: dict[str, Source] = {m: FileSource(_PLACES[of]) for m, of in SENSOR_OF.items()}
+        media |= {name: SensorSource(Path(name)) for name in self._samples}
         clip = Clip(f"{start_s:.3f}", media, start_s, stop_s, {})
         here, missing = self._inputs(why)
-        of_live = _Views({view.path: view for view in (camera, sound) if view is not None})
-        decoded = decode_clip(clip, replace(self._decode, inputs=here), of_live, self._frames.of)
+        decoded = decode_clip(clip, replace(self._decode, inputs=here), views, self._frames.of)
         # What the sensors do not cover well enough for the wanted moments is a gap in them.
-        why |= {spec.modality: GAP for spec in decoded.reasons}
+        why |= {spec.modality: reason.label if reason in _OTHER_FAULTS else GAP
+                for spec, reason in decoded.reasons.items()}  # fmt: skip
         decoded.reasons |= dict.fromkeys(missing, Reason.GAP)
         prediction = self._answer(clip, decoded)
         reasons = {m: why.get(m, reason) for m, reason in prediction.reasons.items()}
@@ -220,47 +274,38 @@ class Stream:
         return here, [spec for spec in inputs if spec.modality in why]
 
     def _absence(
-        self,
-        modality: str,
-        camera: CameraView | None,
-        sound: SoundView | None,
-        start_s: float,
-        stop_s: float,
-        now_s: float,
+        self, modality: str, views: "_Views", start_s: float, stop_s: float, now_s: float
     ) -> str | None:
         """Return why a modality is not to be seen in a window; None if it is."""
         if modality in self._off:
             return DROPPED
-        sensor = SENSOR_OF.get(modality)
+        sensor = SENSOR_OF.get(modality, modality)
         newest_s = self._newest_s(sensor)
-        deadline_s = self.settings.deadline(sensor or "")
-        least_s = self.settings.share * (stop_s - start_s) * (1 - _ROUNDING)
-        if sensor == "rgb" and camera is not None:
-            covered_s = camera.covered_s(start_s, stop_s, deadline_s)
-            frozen_s = self.settings.frozen_s
-            if frozen_s is not None and camera.same_s >= frozen_s:
-                return FROZEN
-        elif sensor == "audio" and sound is not None:
-            covered_s = sound.covered_s(start_s, stop_s)
-        elif newest_s is None:
+        if newest_s is None:
             return NO_DATA
-        else:
+        settings, deadline_s = self.settings, self.settings.deadline(sensor)
+        if views.is_frozen(sensor, settings.frozen_s):
+            return FROZEN
+        if newest_s < now_s - deadline_s or not views.has(sensor):
             return STALE
-        if newest_s is None or newest_s < now_s - deadline_s:
-            return STALE
-        return GAP if covered_s < least_s else None
+        if not views.is_within(sensor, start_s, stop_s, settings.limits):
+            return OUT_OF_RANGE
+        least_s = settings.share * (stop_s - start_s) * (1 - _ROUNDING)
+        return GAP if views.covered_s(sensor, start_s, stop_s, deadline_s) < least_s else None
 
-    def _newest_s(self, sensor: str | None) -> float | None:
-        if sensor is None:
-            return None
-        return self._camera.newest_s if sensor == "rgb" else self._microphone.newest_s
+    def _newest_s(self, sensor: str) -> float | None:
+        newest = {"rgb": self._camera.newest_s, "audio": self._microphone.newest_s}
+        newest |= {name: samples.newest_s for name, samples in self._samples.items()}
+        return newest.get(sensor)
 
 
+@dataclass(frozen=True)
 class _Views:
-    """The sensors' views in place of open files."""
+    """What the sensors have sent for a window, in place of open files; None: nothing."""
 
-    def __init__(self, views: Mapping[object, MediaReader]) -> None:
-        self._views = views
+    camera: CameraView | None
+    sound: SoundView | None
+    samples: Mapping[str, SamplesView | None]
 
     def of(self, source: Source) -> MediaReader:
         """Return the view that stands behind a source.
@@ -269,6 +314,44 @@ class _Views:
             MediaFaultError: its sensor has sent nothing that is still of use.
         """
         assert isinstance(source, FileSource)  # noqa: S101  (made above)
-        if source.path not in self._views:
+        view = self.camera if source.path == CAMERA else self.sound
+        if view is None:
             raise MediaFaultError(Reason.NO_STREAM, f"{source.path} has sent nothing")
-        return self._views[source.path]
+        return view
+
+    def series(self, source: SensorSource, sensor: Sensor) -> SensorSeries:
+        """Return the samples of a sensor that has sent some."""
+        view = self.samples[source.path.name]
+        assert view is not None  # noqa: S101  (else it is not decoded)
+        return view.series()
+
+    def has(self, sensor: str) -> bool:
+        """Tell whether a sensor has sent anything for the window."""
+        views = {"rgb": self.camera, "audio": self.sound, **self.samples}
+        return views[sensor] is not None
+
+    def is_frozen(self, sensor: str, frozen_s: float | None) -> bool:
+        """Tell whether a camera has sent the very same picture for so long."""
+        if sensor != "rgb" or self.camera is None or frozen_s is None:
+            return False
+        return self.camera.same_s >= frozen_s
+
+    def is_within(
+        self,
+        sensor: str,
+        start_s: float,
+        stop_s: float,
+        limits: Mapping[str, tuple[float, float]],
+    ) -> bool:
+        """Tell whether all that a sensor has measured lies within its limits, if it has some."""
+        view = self.samples.get(sensor)
+        if view is None or sensor not in limits:
+            return True
+        return view.within(start_s, stop_s, limits[sensor])
+
+    def covered_s(self, sensor: str, start_s: float, stop_s: float, deadline_s: float) -> float:
+        """Return for how many seconds of a span a sensor has sent something."""
+        if sensor == "rgb" and self.camera is not None:
+            return self.camera.covered_s(start_s, stop_s, deadline_s)
+        view = self.sound if sensor == "audio" else self.samples.get(sensor)
+        return 0.0 if view is None else view.covered_s(start_s, stop_s)

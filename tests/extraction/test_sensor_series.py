@@ -15,7 +15,7 @@ from scipy import io
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.sensor_series import SensorSeries
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.modalities import Reason
 
 Array = NDArray[Any]
@@ -41,7 +41,7 @@ def sensor(**settings: Any) -> Sensor:
 
 
 def series(path: Path, **settings: Any) -> SensorSeries:
-    return SensorSeries(path, sensor(**settings))
+    return SensorSeries.of_file(path, sensor(**settings))
 
 
 def reason_of(call: Callable[[], Any]) -> tuple[Reason, str]:
@@ -159,7 +159,8 @@ def test_windows_lie_on_the_clips_clock(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "s.csv", np.column_stack([T, T, -2 * T]), "t,a,b")
 
     def windows(start: float, stop: float | None, **settings: Any) -> tuple[Array, Array]:
-        return read_windows(path, sensor(rate_hz=50.0, windows=3, **settings), start, stop)
+        settled = sensor(rate_hz=50.0, windows=3, **settings)
+        return read_windows(series_of(path, settled), settled, start, stop)
 
     got, times = windows(1.0, 2.0)  # 0.08 s each, the first at the start, the last to the stop
     starts = np.array([1.0, 1.46, 1.92])
@@ -230,7 +231,8 @@ def test_what_cannot_be_had_has_a_reason(
     tmp_path: Path, name: str, reason: Reason, detail: str
 ) -> None:
     path, settings, span = broken(name, tmp_path)
-    got, said = reason_of(lambda: read_windows(path, sensor(**settings), *span))
+    settled = sensor(**settings)
+    got, said = reason_of(lambda: read_windows(series_of(path, settled), settled, *span))
     assert got == reason, said
     assert detail in said
 

@@ -134,7 +134,7 @@ def test_topics_are_files_at_the_times_of_their_messages(tmp_path: Path, compres
     assert codec == ("mjpeg" if compressed else "ffv1")
     np.testing.assert_array_equal(sound, wave(slice(None)))
     moments = np.arange(0.5, 2.5, 0.05)
-    values = SensorSeries(found.media["imu"].path, sensor).at(moments)
+    values = SensorSeries.of_file(found.media["imu"].path, sensor).at(moments)
     np.testing.assert_allclose(values, np.stack([moments, -moments], 1), atol=2e-3)
     assert found.end_s == pytest.approx(3.1, abs=0.01)
 

@@ -1,6 +1,6 @@
 """A tiny model with a network per modality, and its answers to whole signals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from karmma_pipeline import config
-from karmma_pipeline.data.manifest import Clip, FileSource, Source
+from karmma_pipeline.data.manifest import Clip, FileSource, SensorSource, Source
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.decode.frame_selection import DecodedFrames
 from karmma_pipeline.extraction.decode.worker import decode_clip
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.media.audio_track import cut
 from karmma_pipeline.extraction.media.interface import MediaReader
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import ROUNDING_S, covering
 from karmma_pipeline.modalities import Reason
@@ -55,15 +57,16 @@ def image_net() -> Architecture:
 
 
 def tiny_recognizer(**changes: Any) -> Recognizer:
-    """Return a recogniser of rgb, flow and audio with random weights."""
+    """Return a recogniser of rgb, flow, audio and stated sensors with random weights."""
     video = {"name": "support.live:video_net", "weights": "random:1"}
     image = {"name": "support.live:image_net", "weights": "random:2", "image": [16, 16]}
+    windows = {name: {"name": "windows"} for name in changes.get("sensors", ())}
     tree = {
         "manifest": "-",
         "out": "-",
         "device": "cpu",
         "batch_size": 1,
-        "sets": {SET: {"rgb": video, "flow": video, "audio": image}},
+        "sets": {SET: {"rgb": video, "flow": video, "audio": image, **windows}},
         "audio": {"front_end": "vggish"},
         **changes,
     }
@@ -87,11 +90,20 @@ def tiny_recognizer(**changes: Any) -> Recognizer:
 
 
 class Signals(MediaReader):
-    """Pictures and sound that are there as a whole."""
+    """Pictures, sound and sensors (name to times and values) that are there as a whole."""
 
     video_decoder = audio_decoder = "test"
 
-    def __init__(self, times: Any, pictures: Any, sound: Any, rate: int, zero_s: float) -> None:
+    def __init__(
+        self,
+        times: Any,
+        pictures: Any,
+        sound: Any,
+        rate: int,
+        zero_s: float,
+        sensors: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> None:
+        self._sensors = sensors or {}
         self.path, self._times, self._pictures = Path("signals"), np.asarray(times), pictures
         self._sound, self._rate, self._zero_s = sound, rate, zero_s
 
@@ -123,14 +135,18 @@ class Signals(MediaReader):
     def of(self, source: Source) -> MediaReader:
         return self
 
+    def series(self, source: SensorSource, sensor: Sensor) -> SensorSeries:
+        return SensorSeries(source.path, sensor, *self._sensors[source.path.name])
+
 
 def offline(
     recognizer: Recognizer, signals: Signals, start_s: float, stop_s: float, seen: Iterable[str]
 ) -> Prediction:
     """Return what is said of a window of signals that are there as a whole."""
     seen = set(seen)
-    source = FileSource(signals.path)
-    clip = Clip("offline", dict.fromkeys(seen, source), start_s, stop_s, {})
+    media: dict[str, Source] = dict.fromkeys(seen, FileSource(signals.path))
+    media |= {m: SensorSource(Path(m)) for m in seen & {*recognizer.decode_settings.sensors}}
+    clip = Clip("offline", media, start_s, stop_s, {})
     inputs = recognizer.decode_settings.inputs
     here = tuple(spec for spec in inputs if spec.modality in seen)
     settings = replace(recognizer.decode_settings, inputs=here)

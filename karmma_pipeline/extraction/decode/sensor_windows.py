@@ -13,7 +13,7 @@ import numpy.typing as npt
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.media.integrity import SourceCheck, Span, State
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.sensor_series import series_of
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.extraction.types import Times
 from karmma_pipeline.modalities import Reason
 
@@ -24,7 +24,7 @@ _ROUNDING_S = 1e-6
 
 
 def read_windows(
-    path: Path, sensor: Sensor, start_s: float, stop_s: float | None
+    series: SensorSeries, sensor: Sensor, start_s: float, stop_s: float | None
 ) -> tuple[Windows, Times]:
     """Return the windows of a span of a series; without a stop, up to its end.
 
@@ -32,12 +32,11 @@ def read_windows(
         float32 [N, W, C], and the centres of the windows, requested and real, float64 [2, N].
 
     Raises:
-        MediaFaultError: the series cannot be read, or not for that span.
+        MediaFaultError: the series cannot be read for that span.
     """
-    series = series_of(path, sensor)
     stop_s = series.stop_s if stop_s is None else stop_s
     if start_s >= stop_s:
-        detail = f"{path}: ends at {stop_s:.3f} s, the clip starts at {start_s:.3f} s"
+        detail = f"{series.path}: ends at {stop_s:.3f} s, the clip starts at {start_s:.3f} s"
         raise MediaFaultError(Reason.OUT_OF_RANGE, detail)
     starts = window_starts(sensor, start_s, stop_s)
     moments = starts[:, None] + np.arange(sensor.window) / sensor.rate_hz
@@ -85,15 +84,15 @@ def check_series(probe: SeriesProbe) -> SourceCheck:
     """Read a series and every span of it, as extraction will; faults are said, not raised."""
     lost: dict[Span, str] = {}
     try:
-        stop_s = series_of(probe.path, probe.sensor).stop_s
+        series = series_of(probe.path, probe.sensor)
     except MediaFaultError as fault:
         detail = fault.detail.removeprefix(f"{probe.path}: ")
         return SourceCheck("damaged", detail, lost=frozenset(probe.spans))
     for span in probe.spans:
         try:
-            read_windows(probe.path, probe.sensor, *span)
+            read_windows(series, probe.sensor, *span)
         except MediaFaultError as fault:
             lost[span] = f"{fault.reason.label}: {fault.detail.removeprefix(f'{probe.path}: ')}"
     detail = next(iter(lost.values()), "")
     state: State = "damaged" if lost else "fine"
-    return SourceCheck(state, detail, {"series": stop_s}, lost=frozenset(lost))
+    return SourceCheck(state, detail, {"series": series.stop_s}, lost=frozenset(lost))

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from karmma_pipeline.data.manifest import BoxSource, Clip, SensorSource, Source
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.decode.frame_selection import (
     DecodedFrames,
@@ -34,6 +35,7 @@ from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
 
@@ -143,6 +145,10 @@ class Media(Protocol):
         """Return it."""
         ...
 
+    def series(self, source: SensorSource, sensor: Sensor) -> SensorSeries:
+        """Return the samples of a sensor."""
+        ...
+
 
 def decode_clip(
     clip: Clip,
@@ -179,7 +185,8 @@ def _begin(
                 decoded.arrays[spec], decoded.times[spec] = boxes, times
             elif isinstance(source, SensorSource):
                 sensor = settings.sensors[spec.modality]
-                windows, times = read_windows(source.path, sensor, clip.start_s, clip.stop_s)
+                series = media.series(source, sensor)
+                windows, times = read_windows(series, sensor, clip.start_s, clip.stop_s)
                 decoded.arrays[spec], decoded.times[spec] = windows, times
             elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, media)

@@ -4,11 +4,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from karmma_pipeline.data.manifest import BoxSource, FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.manifest import (
+    BoxSource,
+    FileSource,
+    FrameSource,
+    SensorSource,
+    SoundArray,
+    Source,
+)
+from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaReader
 from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.extraction.types import Decoder
 
 
@@ -46,6 +55,14 @@ class OpenMedia:
         if key not in self._open:
             self._open[key] = self._opened(source)
         return self._open[key]
+
+    def series(self, source: SensorSource, sensor: Sensor) -> SensorSeries:
+        """Return the samples of a sensor's file.
+
+        Raises:
+            MediaFaultError: it cannot be read.
+        """
+        return series_of(source.path, sensor)
 
     def _opened(self, source: Source) -> MediaReader:
         match source:

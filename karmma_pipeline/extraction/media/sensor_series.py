@@ -10,6 +10,7 @@ S samples, K moments, C channels.
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -35,11 +36,13 @@ _AT_ONCE = 256
 
 
 class SensorSeries:
-    """One file of a sensor.
+    """The samples of a sensor: of a file, or of what a live one has sent so far.
 
     Args:
-        path: the file.
+        path: where they come from.
         sensor: its settings.
+        times: of the samples on the clips' clock, rising, seconds [S].
+        values: [S, C]; rows with NaN count as missing.
 
     Attributes:
         start_s, stop_s: of the series on the clips' clock: the first sample, and a period after
@@ -47,35 +50,30 @@ class SensorSeries:
         rate_hz: its own rate.
 
     Raises:
-        MediaFaultError: it cannot be read, has fewer than two samples, or its times do not rise.
+        MediaFaultError: there are fewer than two samples.
     """
 
-    def __init__(self, path: Path, sensor: Sensor) -> None:
-        self.path, self._sensor = path, sensor
-        values, stamps = read_series_file(path, sensor)
+    def __init__(self, path: Path, sensor: Sensor, times: Times, values: Values) -> None:
+        self.path, self._sensor, self._times = path, sensor, times
         if len(values) < 2:
             raise MediaFaultError(Reason.TOO_SHORT, f"{path}: {len(values)} samples")
-        self._times = self._clock(len(values), stamps)
-        self.rate_hz = sensor.source_hz or 1 / float(np.median(np.diff(self._times)))
-        self.start_s = float(self._times[0])
-        self.stop_s = float(self._times[-1]) + 1 / self.rate_hz
+        self.rate_hz = sensor.source_hz or 1 / float(np.median(np.diff(times)))
+        self.start_s = float(times[0])
+        self.stop_s = float(times[-1]) + 1 / self.rate_hz
         with np.errstate(over="ignore"):
             self._values = values.astype(np.float32)  # half the memory; sensors have 16 bits
         self._good = np.asarray(np.isfinite(self._values).all(axis=1))
 
-    def _clock(self, samples: int, stamps: Values | None) -> Times:
-        sensor = self._sensor
-        if stamps is None:
-            assert sensor.source_hz is not None  # noqa: S101  (the recipe has one of the two)
-            return sensor.offset_s + np.arange(samples) / sensor.source_hz
-        times = stamps * UNITS[sensor.unit]
-        wrong = np.flatnonzero(~np.isfinite(times) | (np.diff(times, prepend=-np.inf) <= 0))
-        if len(wrong):
-            n = int(wrong[0])
-            before = times[n - 1] if n else times[0]
-            detail = f"{self.path}: sample {n + 1}: time {times[n]:.6g} s after {before:.6g} s"
-            raise MediaFaultError(Reason.BAD_CLOCK, detail)
-        return times - (times[0] if sensor.from_first else 0.0) + sensor.offset_s
+    @classmethod
+    def of_file(cls, path: Path, sensor: Sensor) -> Self:
+        """Read a file.
+
+        Raises:
+            MediaFaultError: it cannot be read, has fewer than two samples, or its times do not
+                rise.
+        """
+        values, stamps = read_series_file(path, sensor)
+        return cls(path, sensor, _clock(path, sensor, len(values), stamps), values)
 
     def at(self, moments: Times) -> Values:
         """Return the signal at rising moments [K], as the sensor's ``rate_hz`` can hold it [K, C].
@@ -97,7 +95,7 @@ class SensorSeries:
 
     def _part(self, moments: Times) -> tuple[Times, Values]:
         """Return the samples that moments depend on, without those that are NaN."""
-        margin = (_ZEROS + 2) / min(self.rate_hz, self._sensor.rate_hz) + self._sensor.max_gap_s
+        margin = reach_s(self._sensor, self.rate_hz)
         ends = np.array([moments[0] - margin, moments[-1] + margin])
         low, high = np.searchsorted(self._times, ends)
         good = self._good[low:high]
@@ -136,6 +134,31 @@ class SensorSeries:
         if abs(rate / stated - 1) > self._sensor.rate_tolerance:
             detail = f"{rate:.4g} Hz by its time stamps from {times[0]:.3f} s on, not {stated:g}"
             raise MediaFaultError(Reason.BAD_CLOCK, f"{self.path}: {detail}")
+
+
+def reach_s(sensor: Sensor, rate_hz: float) -> float:
+    """Return how far from a moment samples lie that it depends on, seconds.
+
+    Args:
+        sensor: its settings.
+        rate_hz: the series' own rate.
+    """
+    return (_ZEROS + 2) / min(rate_hz, sensor.rate_hz) + sensor.max_gap_s
+
+
+def _clock(path: Path, sensor: Sensor, samples: int, stamps: Values | None) -> Times:
+    if stamps is None:
+        assert sensor.source_hz is not None  # noqa: S101  (the recipe has one of the two)
+        return sensor.offset_s + np.arange(samples) / sensor.source_hz
+    times = stamps * UNITS[sensor.unit]
+    wrong = np.flatnonzero(~np.isfinite(times) | (np.diff(times, prepend=-np.inf) <= 0))
+    if len(wrong) and samples > 1:
+        n = int(wrong[0])
+        before = times[n - 1] if n else times[0]
+        detail = f"{path}: sample {n + 1}: time {times[n]:.6g} s after {before:.6g} s"
+        raise MediaFaultError(Reason.BAD_CLOCK, detail)
+    first_s = times[0] if sensor.from_first and samples else 0.0
+    return times - first_s + sensor.offset_s
 
 
 def _even(times: Times, values: Values, rate_hz: float) -> tuple[float, float, Values]:
@@ -191,4 +214,4 @@ def series_of(path: Path, sensor: Sensor) -> SensorSeries:
 # One for each sensor of a recording. Size and time are part of the key: a file may be replaced.
 @lru_cache(maxsize=4)
 def _kept_series(path: Path, sensor: Sensor, _key: tuple[int, int] | None) -> SensorSeries:
-    return SensorSeries(path, sensor)
+    return SensorSeries.of_file(path, sensor)
