@@ -29,6 +29,8 @@ if TYPE_CHECKING:
               help="Probability per second that a sensor dies or comes back.")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Of --chaos.")
 @click.option("--fast", is_flag=True, help="Play --source as fast as it can be answered.")
+@click.option("--measure", is_flag=True,
+              help="Time answers to made-up signals, per subset of modalities.")  # fmt: skip
 @click.option("--browser", is_flag=True, help="Show it on a page of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0,
               help="Of the page; default: a free one.")  # fmt: skip
@@ -47,6 +49,7 @@ def live(
     chaos: float,
     seed: int,
     fast: bool,
+    measure: bool,
     browser: bool,
     port: int,
     top: int,
@@ -59,6 +62,11 @@ def live(
     shows the picture, the answers and a switch per modality on a page served to this machine
     alone.
     """
+    if measure:
+        if source is not None or camera is not None:
+            raise ConfigError("--measure: takes made-up signals; leave out --source and --camera.")
+        _measure(run, window_s, hop_s, device, weights)
+        return
     if (source is None) == (camera is None):
         raise ConfigError("give one of --source VIDEO and --camera NUMBER.")
     if fast and source is None:
@@ -88,13 +96,39 @@ def live(
         if page is not None:
             click.echo(f"open {page.address}")
         show = (lambda picture: None) if page is None else page.show_picture
-        play = playing.simulated if fast else playing.at_its_rate
+        play = playing.simulated
+        if not fast:
+            play = playing.at_its_rate
+            stream.warm_up()
         for prediction in play(stream, events, failures, show, stop):
             row = row_of(prediction, top, {})
             click.echo(row.sentence())
             if page is not None:
                 page.show(_plain(row, stream, prediction.mask))
     click.echo(f"{stream.skipped} windows were skipped")
+
+
+def _measure(
+    run: Path, window_s: float, hop_s: float, device: str, weights: tuple[str, ...]
+) -> None:
+    """Print how long answers take, and how short a hop this machine holds."""
+    from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.recognition.backbones import parse_weights
+    from karmma_pipeline.recognition.latency import latencies, play_hops
+    from karmma_pipeline.recognition.recognizer import Recognizer
+
+    recognizer = Recognizer.load(run, device, parse_weights(weights))
+    with StopFlag() as stop:
+        slowest_s = 0.0
+        for latency in latencies(recognizer, window_s, hop_s, stop):
+            click.echo(latency.sentence())
+            slowest_s = max(slowest_s, latency.p99_s)
+        held = list[float]()
+        for played in play_hops(recognizer, window_s, slowest_s, stop):
+            click.echo(played.sentence())
+            held += [] if played.skipped else [played.hop_s]
+    said = f"the smallest hop held is {min(held):.3g} s" if held else "no hop was held"
+    click.echo(f"{said}, with windows of {window_s:g} s")
 
 
 def _plain(row: Row, stream: Stream, mask: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaRea
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.recognition.noise import Noise
 from karmma_pipeline.recognition.prediction import DROPPED, Prediction
 from karmma_pipeline.recognition.samples import Samples, SamplesView
 from karmma_pipeline.recognition.sensors import (
@@ -136,8 +137,8 @@ class Stream:
         keep_s = 2 * (_PAUSE_S + settings.window_s + settings.hop_s + settings.tolerance_s)
         transforms = [spec.transform for spec in decode.inputs if spec.transform is not None]
         self._camera = Camera(transforms, keep_s)
-        rate = settings.audio_hz or decode.audio.sample_rate
-        self._microphone = Microphone(rate, keep_s, settings.tolerance_s)
+        self._audio_hz = settings.audio_hz or decode.audio.sample_rate
+        self._microphone = Microphone(self._audio_hz, keep_s, settings.tolerance_s)
         self._samples = {m: Samples(m, decode.sensors[m], keep_s)
                          for m in modalities if m in decode.sensors}  # fmt: skip
         self._check_names()
@@ -209,6 +210,22 @@ class Stream:
         """Sensor to how much of it came too late, from the future, or with NaN in it."""
         others = {name: samples.ignored for name, samples in self._samples.items()}
         return {"rgb": self._camera.ignored, "audio": self._microphone.ignored, **others}
+
+    def noise(self) -> Noise:
+        """Return made-up signals of all sensors that it takes."""
+        return Noise(self._decode, self._audio_hz)
+
+    def warm_up(self) -> None:
+        """Answer once to made-up signals of all sensors.
+
+        What networks and decoders set up in their first pass takes long, so that the first windows
+        would be late. What has been pushed is not touched.
+        """
+        other = Stream(self.settings, self._decode, self.modalities, self._answer)
+        now_s = self.settings.window_s + self.settings.tolerance_s
+        for sensor, time_s, values in other.noise().until(now_s):
+            other.push(sensor, time_s, values)
+        other.step(now_s)
 
     def step(self, now_s: float) -> Prediction | None:
         """Answer for the newest window; None if it has been answered already.

@@ -14,9 +14,13 @@ from support.live import tiny_recognizer, tiny_run
 from support.media_files import write_video
 
 from karmma_pipeline.cli import main
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.recognition import latency
 from karmma_pipeline.recognition.live import Failures, at_its_rate
 from karmma_pipeline.recognition.page import LivePage
+
+IMU = {"channels": 3, "source_hz": 100, "rate_hz": 20, "windows": 2, "window": 8}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,64 @@ def test_a_sources_fault_ends_what_plays_at_its_rate() -> None:
         list(at_its_rate(stream, faulty(), Failures(0, 0), lambda picture: None, StopFlag()))
 
 
+def test_a_warm_stream_has_had_a_pass_of_every_network_and_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recognizer = tiny_recognizer(sensors={"imu": IMU})
+    seen: list[Any] = []
+    real = recognizer.answer
+
+    def answer(*arguments: Any) -> Any:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(recognizer, "answer", answer)
+    stream = recognizer.stream(window_s=1)
+    stream.warm_up()
+    assert [one.mask for one in seen] == [dict.fromkeys(recognizer.modalities, True)]
+    cold = stream.step(1.1)
+    assert cold is not None
+    assert set(cold.reasons.values()) == {"no_data"}
+
+
+def test_a_window_that_a_sensor_does_not_fit_into_is_not_measured() -> None:
+    some = latency.latencies(tiny_recognizer(sensors={"imu": IMU}), 0.3, 0.1, StopFlag())
+    with pytest.raises(ConfigError, match=r"--window 0.3: a modality is absent: imu \(too_short\)"):
+        next(some)
+
+
+def test_measuring_times_every_subset_and_plays_hops_until_one_is_missed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_MOST", 2)
+    outcomes = iter([3, 0, 0, 1])
+
+    def play(stream: Any, stop: Any) -> latency.Played:
+        return latency.Played(stream.settings.hop_s, 10, next(outcomes), 0.1)
+
+    monkeypatch.setattr(latency, "_play", play)
+    said = live(root, "--measure", "--window", 1)
+    assert [line.split(":")[0] for line in said[:7]] == [
+        *("V+F+A", "V+F", "V+A", "F+A", "V", "F", "A")
+    ]
+    assert all("(2 answers)" in line for line in said[:7])
+    hops = [float(line.split()[1]) for line in said[7:11]]
+    assert hops[1] > hops[0]
+    assert hops[2:] == pytest.approx([hops[1] / 2, hops[1] / 4], rel=0.01)
+    assert said[11].startswith(f"the smallest hop held is {hops[2]:g} s")
+
+
+def test_what_is_played_to_measure_is_answered_or_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(latency, "_LEAST_PLAYED", 3)
+    monkeypatch.setattr(latency, "_PLAYED_S", 0.3)
+    played = latency._play(tiny_recognizer().stream(window_s=0.3, hop_s=0.1), StopFlag())
+    assert played.answered >= 1
+    assert played.answered + played.skipped >= 3
+    assert played.lag_s > 0
+
+
 def ask(address: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     try:
         request = urllib.request.Request(address, body, headers)  # noqa: S310
@@ -112,6 +174,7 @@ def test_the_page_shows_answers_and_switches_to_who_knows_its_token() -> None:
         (("--source", "{run}/model.json"), "model.json"),
         (("--camera", "77"), "--camera 77: there is no such camera"),
         (("--camera", "0", "--fast"), "it is for --source"),
+        (("--camera", "0", "--measure"), "leave out --source and --camera"),
         (("--source", "{video}", "--hop", "0"), "hop_s=0.0"),
         (("--source", "{video}", "--chaos", "2"), "--chaos 2.0"),
         (("--source", "{video}", "--without", "imu"), "the model takes"),

@@ -1,0 +1,153 @@
+"""How long a model takes to answer on this machine, and how often it can be asked live."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from math import ceil
+
+import numpy as np
+
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.modalities import evaluated_subsets, label
+from karmma_pipeline.recognition.live import Event, Failures, at_its_rate
+from karmma_pipeline.recognition.recognizer import Recognizer
+from karmma_pipeline.recognition.stream import Stream
+
+# Answers of a subset that are timed: at least and at most so many, else what fits into the time.
+_LEAST, _MOST, _SECONDS = 12, 200, 10.0
+
+# A hop is rounded up to whole hundredths of a second. It is played for so many windows, or fewer,
+# and where it is not held it is raised, so often.
+_GRID, _LEAST_PLAYED, _MOST_PLAYED, _PLAYED_S, _RAISE, _TRIES = 100, 10, 40, 20.0, 1.25, 5
+
+# How often noise arrives while it plays, seconds.
+_TICK_S = 0.04
+
+_ASKED = "what was measured has been printed"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long answers take that see some modalities: medians and 99th percentiles, seconds."""
+
+    seen: tuple[str, ...]
+    answers: int
+    p50_s: float
+    p99_s: float
+
+    def sentence(self) -> str:
+        """Return it as a line."""
+        return (
+            f"{label(self.seen)}: p50 {1e3 * self.p50_s:.0f} ms, p99 {1e3 * self.p99_s:.0f} ms "
+            f"({self.answers} answers)"
+        )
+
+
+@dataclass(frozen=True)
+class Played:
+    """What came of sensors that were answered in real time; ``lag_s`` is the largest."""
+
+    hop_s: float
+    answered: int
+    skipped: int
+    lag_s: float
+
+    def sentence(self) -> str:
+        """Return it as a line."""
+        return (
+            f"hop {self.hop_s:.3g} s in real time: {self.answered} windows answered, "
+            f"{self.skipped} skipped, the latest answer {self.lag_s:.2f} s after its window"
+        )
+
+
+def latencies(
+    recognizer: Recognizer, window_s: float, hop_s: float, stop: StopFlag
+) -> Iterator[Latency]:
+    """Yield how long an answer takes with every subset of the modalities, on made-up signals.
+
+    Raises:
+        ConfigError: a modality does not fit into the window.
+        StoppedError: a stop was asked for.
+    """
+    for subset in evaluated_subsets(recognizer.modalities):
+        stream = recognizer.stream(window_s, hop_s)
+        for modality in recognizer.modalities:
+            stream.switch(modality, modality in subset)
+        seconds = _timed(stream, subset, stop)
+        p50, p99 = np.quantile(seconds, (0.5, 0.99)).tolist()
+        yield Latency(subset, len(seconds), p50, p99)
+
+
+def _timed(stream: Stream, subset: tuple[str, ...], stop: StopFlag) -> list[float]:
+    """Return the seconds that answers took, without the first."""
+    noise, settings, seconds = stream.noise(), stream.settings, list[float]()
+    for number in range(_MOST + 1):
+        stop.check(_ASKED)
+        now_s = settings.window_s + settings.tolerance_s + number * settings.hop_s
+        for sensor, at_s, values in noise.until(now_s):
+            stream.push(sensor, at_s, values)
+        started = time.perf_counter()
+        prediction = stream.step(now_s)
+        seconds.append(time.perf_counter() - started)
+        if prediction is None or any(not prediction.mask[m] for m in subset):
+            why = prediction.reasons if prediction else {}
+            said = ", ".join(f"{m} ({why.get(m, 'late')})" for m in subset if m in why)
+            raise ConfigError(f"--window {settings.window_s:g}: a modality is absent: {said}.")
+        if number >= _LEAST and sum(seconds[1:]) > _SECONDS:
+            break
+    return seconds[1:]
+
+
+def play_hops(
+    recognizer: Recognizer, window_s: float, latency_s: float, stop: StopFlag
+) -> Iterator[Played]:
+    """Play made-up signals in real time, at longer hops until one is held, then at half of it.
+
+    Halves follow as long as they are held, so that the last but one is the smallest that was.
+
+    Args:
+        recognizer: all modalities of which are there.
+        window_s: length of a window.
+        latency_s: of one answer: no shorter hop can be held.
+        stop: looked at between windows.
+
+    Raises:
+        StoppedError: a stop was asked for.
+    """
+    hop_s, held = _rounded_up(latency_s), False
+    for _ in range(_TRIES):
+        played = _play(recognizer.stream(window_s, hop_s), stop)
+        yield played
+        if held and played.skipped:
+            return
+        held = not played.skipped
+        hop_s = hop_s / 2 if held else _rounded_up(_RAISE * hop_s)
+
+
+def _rounded_up(hop_s: float) -> float:
+    return ceil(hop_s * _GRID) / _GRID
+
+
+def _play(stream: Stream, stop: StopFlag) -> Played:
+    settings, began = stream.settings, list[float]()
+    windows = min(max(_LEAST_PLAYED, round(_PLAYED_S / settings.hop_s)), _MOST_PLAYED)
+    end_s = settings.window_s + settings.tolerance_s + (windows - 0.5) * settings.hop_s
+    noise = stream.noise()
+
+    def events() -> Iterator[Event]:
+        began.append(time.monotonic())
+        for there_s in (n * _TICK_S for n in count(1)):
+            for sensor, at_s, values in noise.until(there_s):
+                yield there_s, sensor, at_s, values
+            if there_s > end_s:
+                return
+
+    stream.warm_up()
+    answered, lag_s = 0, 0.0
+    for prediction in at_its_rate(stream, events(), Failures(0, 0), lambda picture: None, stop):
+        answered += 1
+        ended_s = prediction.clip.stop_s or 0.0
+        lag_s = max(lag_s, time.monotonic() - began[0] - ended_s)
+    return Played(settings.hop_s, answered, stream.skipped, lag_s)
