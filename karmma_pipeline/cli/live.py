@@ -11,7 +11,9 @@ import click
 from karmma_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from karmma_pipeline.models.backbones.choice import Engine
     from karmma_pipeline.recognition.output import Row
+    from karmma_pipeline.recognition.recognizer import Recognizer
     from karmma_pipeline.recognition.stream import Stream
 
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
               help="Of the page; default: a free one.")  # fmt: skip
 @click.option("--top", type=click.IntRange(1, 100), default=3, help="Classes that are shown.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option("--engine", type=click.Choice(["torch", "openvino"]),
+              help="What computes the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="Backbone weights that have moved; repeatable.")  # fmt: skip
 def live(
@@ -54,6 +58,7 @@ def live(
     port: int,
     top: int,
     device: str,
+    engine: Engine | None,
     weights: tuple[str, ...],
 ) -> None:
     """Recognise actions live, whatever sensors fail.
@@ -62,12 +67,9 @@ def live(
     shows the picture, the answers and a switch per modality on a page served to this machine
     alone.
     """
-    if measure:
-        if source is not None or camera is not None:
-            raise ConfigError("--measure: takes made-up signals; leave out --source and --camera.")
-        _measure(run, window_s, hop_s, device, weights)
-        return
-    if (source is None) == (camera is None):
+    if measure and (source is not None or camera is not None):
+        raise ConfigError("--measure: takes made-up signals; leave out --source and --camera.")
+    if not measure and (source is None) == (camera is None):
         raise ConfigError("give one of --source VIDEO and --camera NUMBER.")
     if fast and source is None:
         raise ConfigError("--fast: a camera has its own rate; it is for --source.")
@@ -80,7 +82,10 @@ def live(
     from karmma_pipeline.recognition.recognizer import Recognizer
 
     failures = playing.Failures(chaos, seed)
-    recognizer = Recognizer.load(run, device, parse_weights(weights))
+    recognizer = Recognizer.load(run, device, parse_weights(weights), engine)
+    if measure:
+        _measure(recognizer, window_s, hop_s)
+        return
     stream = recognizer.stream(window_s, hop_s, deadline_s)
     for modality in without:
         stream.switch(modality, on=False)
@@ -108,16 +113,11 @@ def live(
     click.echo(f"{stream.skipped} windows were skipped")
 
 
-def _measure(
-    run: Path, window_s: float, hop_s: float, device: str, weights: tuple[str, ...]
-) -> None:
+def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
     """Print how long answers take, and how short a hop this machine holds."""
     from karmma_pipeline.jobs import StopFlag
-    from karmma_pipeline.recognition.backbones import parse_weights
     from karmma_pipeline.recognition.latency import latencies, play_hops
-    from karmma_pipeline.recognition.recognizer import Recognizer
 
-    recognizer = Recognizer.load(run, device, parse_weights(weights))
     with StopFlag() as stop:
         slowest_s = 0.0
         for latency in latencies(recognizer, window_s, hop_s, stop):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from karmma_pipeline.data.sensors import Sensor
     from karmma_pipeline.jobs import StopFlag
+    from karmma_pipeline.models.backbones.choice import Engine
     from karmma_pipeline.recognition.bag import Clock
     from karmma_pipeline.recognition.clips import Recording, Wanted
     from karmma_pipeline.recognition.output import Row
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 @click.option("--clock", type=click.Choice(["header", "log"]), default="header",
               help="Clock of a bag: its messages' headers, or their recording.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option("--engine", type=click.Choice(["torch", "openvino"]),
+              help="What computes the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="Backbone weights that have moved; repeatable.")  # fmt: skip
 def predict(
@@ -57,6 +60,7 @@ def predict(
     topics: tuple[str, ...],
     clock: Clock,
     device: str,
+    engine: Engine | None,
     weights: tuple[str, ...],
 ) -> None:
     """Recognise actions in videos with a trained model.
@@ -79,7 +83,7 @@ def predict(
     sensors = sensors_of(run) if others else {}
     bags = _unpacked(inputs, topics, sensors, out, clock)
     wanted = wanted_clips(inputs, spans, sensors, bags)
-    recognizer = Recognizer.load(run, device, parse_weights(weights))
+    recognizer = Recognizer.load(run, device, parse_weights(weights), engine)
     for note in recognizer.notes:
         click.echo(f"note: {note}", err=True)
     with StopFlag() as stop:

@@ -17,7 +17,7 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
 from karmma_pipeline.models.backbones import registry
-from karmma_pipeline.models.backbones.choice import recorded
+from karmma_pipeline.models.backbones.choice import Engine, recorded
 from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, read_card
 from karmma_pipeline.runs import saved_folder
 from karmma_pipeline.store import ModalitySpec
@@ -26,13 +26,16 @@ SET = "model"
 """Name of the one backbone set that a model needs."""
 
 
-def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> ExtractRecipe:
+def recipe_of(
+    card: ModelCard, weights: Mapping[str, str], device: str, engine: Engine | None = None
+) -> ExtractRecipe:
     """Return the extraction recipe whose tokens a model takes.
 
     Args:
         card: of the model.
         weights: modality to a file of weights that has moved since, or its published name.
         device: where the backbones run.
+        engine: what computes them; None: what computed the tokens of the training.
 
     Raises:
         ConfigError: the card does not say enough, or an option names what it does not have.
@@ -48,7 +51,7 @@ def recipe_of(card: ModelCard, weights: Mapping[str, str], device: str) -> Extra
             f"--weights {unknown[0]}=...: the model has no backbone for it; it has "
             f"{', '.join(recorded)}."
         )
-    choices = {m: _choice(facts, weights.get(m)) for m, facts in recorded.items()}
+    choices = {m: _choice(facts, weights.get(m), engine) for m, facts in recorded.items()}
     tree: dict[str, Any] = {
         "manifest": "-",
         "out": "-",
@@ -83,12 +86,12 @@ def _known(model: type[Recipe], of: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in of.items() if name in model.model_fields}
 
 
-def _choice(facts: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
+def _choice(facts: Mapping[str, Any], weights: str | None, engine: Engine | None) -> dict[str, Any]:
     """Turn a record of a backbone into the choice that a recipe would make."""
-    engine = str(facts.get("engine") or "torch").partition(" ")[0]
-    choice = recorded(facts) | {"engine": engine}
+    choice = recorded(facts)
     if facts["backbone"] in {"boxes", "windows"}:
         return choice
+    choice["engine"] = engine or str(facts.get("engine") or "torch").partition(" ")[0]
     choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}
     if registry.find(facts["backbone"]).audio is not None:
         # As it was then, whatever the network states now.

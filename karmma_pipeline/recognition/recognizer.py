@@ -30,6 +30,7 @@ from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thr
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.backbones.choice import Engine
 from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard, open_model
 from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
@@ -82,7 +83,11 @@ class Recognizer:
 
     @classmethod
     def load(
-        cls, run: str | Path, device: str = "auto", weights: Mapping[str, str] | None = None
+        cls,
+        run: str | Path,
+        device: str = "auto",
+        weights: Mapping[str, str] | None = None,
+        engine: Engine | None = None,
     ) -> Self:
         """Load a trained model and its backbones.
 
@@ -90,14 +95,17 @@ class Recognizer:
             run: folder of a run, or of one of its checkpoints.
             device: ``auto``, ``cpu``, ``cuda``, ...
             weights: modality to a file of backbone weights that has moved since.
+            engine: ``torch`` or ``openvino``, for all backbones; None: as the tokens of the
+                training were computed.
 
         Raises:
             CheckpointError: no model is there, it is damaged, or weights are missing.
-            ConfigError: the backbones cannot be set up as they were.
+            ConfigError: the backbones cannot be set up as they were, or the engine cannot
+                compute them here.
         """
         opened = open_model(run)
         card = opened.card
-        networks = Networks(recipe_of(card, weights or {}, device))
+        networks = Networks(recipe_of(card, weights or {}, device, engine))
         with one_thread(networks.device):
             configure(networks, {}, _logger.info)
         return cls(opened.network, card, networks)
