@@ -21,6 +21,13 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe for all other settings.")
+@click.option(
+    "--gallery",
+    type=click.IntRange(1, 50),
+    metavar="N",
+    help="Also show N clips that the last run gets right, N wrong and N that a second modality "
+    "rescues, as videos.",
+)
 @set_option
 @check_option
 def evaluate(
@@ -28,6 +35,7 @@ def evaluate(
     stores: tuple[Path, ...],
     out: Path | None,
     recipe: Path | None,
+    gallery: int | None,
     overrides: tuple[str, ...],
     check: bool,
 ) -> None:
@@ -46,7 +54,13 @@ def evaluate(
     from karmma_pipeline.jobs import StopFlag
 
     with StopFlag() as stop:
-        finish(run(resolved, stop).summary())
+        report = run(resolved, stop)
+        lines = [report.summary()]
+        if gallery is not None:
+            from karmma_pipeline.cli.gallery import write_gallery
+
+            lines.append(f"gallery of {write_gallery(resolved, report, gallery, stop)}")
+        finish(*lines)
 
 
 @click.command()

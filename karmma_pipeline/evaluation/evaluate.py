@@ -45,6 +45,11 @@ class EvaluateReport:
     folder: Path
     results: Results
 
+    def logits(self, number: int) -> Path:
+        """Return where the raw logits of a run lie, given its place among the runs."""
+        name = _file_name(number, self.results.runs[number].name)
+        return self.folder / "logits" / f"{name}.safetensors"
+
     def summary(self) -> str:
         """Return the closing lines of the command."""
         table = tables.to_markdown(tables.drop_table(self.results, "all"))
@@ -134,7 +139,7 @@ def _write_predictions(predictions: list[Predictions], recipe: EvaluateRecipe) -
     """Write what every number of the report can be computed from again, and what people read."""
     files.write_text(recipe.out / _ANSWERS, best_answers(predictions))
     for number, run in enumerate(predictions):
-        file_name = f"{number}_{_file_name(run.name)}"
+        file_name = _file_name(number, run.name)
         run.save(recipe.out / "logits" / f"{file_name}.safetensors")
         files.write_text(recipe.out / "predictions" / f"{file_name}.csv", run.to_csv())
         if recipe.submission is not None:
@@ -142,5 +147,6 @@ def _write_predictions(predictions: list[Predictions], recipe: EvaluateRecipe) -
             write_submission(folder, file_name, run, recipe.submission, groups)
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)[:60]
+def _file_name(number: int, name: str) -> str:
+    plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)[:60]
+    return f"{number}_{plain}"

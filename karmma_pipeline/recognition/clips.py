@@ -122,7 +122,7 @@ def wanted_clips(
 
 
 def _recording(path: Path) -> Recording:
-    return Recording(dict.fromkeys(("rgb", "flow", "audio"), FileSource(path)), _end(path))
+    return Recording(dict.fromkeys(("rgb", "flow", "audio"), FileSource(path)), file_end_s(path))
 
 
 def _check(path: Path) -> None:
@@ -140,8 +140,12 @@ def _named(clip: Clip, heads: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return {head: heads[head][i] for head, i in clip.labels.items() if i != UNKNOWN}
 
 
-def _end(path: Path) -> float:
-    """Return when a file's pictures end, or its sound if it has no pictures."""
+def file_end_s(path: Path) -> float:
+    """Return when a file's pictures end, seconds, or its sound if it has no pictures.
+
+    Raises:
+        MediaError: it cannot be read, or holds neither.
+    """
     try:
         with OpenMedia() as media:
             reader = media.of(FileSource(path))

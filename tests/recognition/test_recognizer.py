@@ -245,6 +245,34 @@ def test_rows_without_labels_are_answered(root: Path, tmp_path: Path) -> None:
     assert [clip.stop_s for clip in wanted.clips] == [1.5]
 
 
+def test_a_report_shows_clips_as_videos_while_their_media_are_there(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    switches = [word for key in ("split=", "costs=false", "draws=0") for word in ("--set", key)]
+    words = ["evaluate", root / "run", "--out", out, "--gallery", 2, *switches]
+    (rule,) = [line for line in run(*words).splitlines() if line.startswith("gallery of ")]
+    videos = sorted(path.name for path in (out / "gallery").iterdir())
+    counts = {kind: sum(kind in name for name in videos) for kind in ("right", "wrong", "rescued")}
+    assert [f"{count} of" in rule for count in counts.values()] == [True] * 3
+    page = (out / "index.html").read_text()
+    assert rule.removeprefix("gallery of ") in page
+    for name in videos:
+        assert f'src="gallery/{name}#t=0.01"' in page
+        with av.open(out / "gallery" / name) as video:
+            assert next(video.decode(video=0)).height > 0
+    assert "gallery" not in (out / "results.json").read_text()
+
+    media, away = root / "clips/videos", root / "clips/away"
+    media.rename(away)
+    try:
+        told = run(*words, code=1)
+        assert "is not there any more" in told.splitlines()[-1]
+        assert (out / "index.html").is_file()
+    finally:
+        away.rename(media)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

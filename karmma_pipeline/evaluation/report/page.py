@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from karmma_pipeline import files
 from karmma_pipeline.evaluation import results as schema
+from karmma_pipeline.evaluation.gallery import Gallery
 from karmma_pipeline.evaluation.report import classes, differences, figures, robustness, tables
 from karmma_pipeline.evaluation.results import Results
 from karmma_pipeline.modalities import label
@@ -19,11 +20,17 @@ from karmma_pipeline.modalities import label
 # A page of many methods would grow too large: more confusions, and longer lists, are files alone.
 _MOST_INLINE = 8
 
-FOLDERS = ("logits", "predictions", "submission", "tables", "figures")
+FOLDERS = ("logits", "predictions", "submission", "tables", "figures", "gallery")
 
 
-def write_report(folder: Path, results: Results) -> None:
-    """Write results.json, tables, figures and the page; they depend on nothing else."""
+def write_report(folder: Path, results: Results, gallery: Gallery | None = None) -> None:
+    """Write results.json, tables, figures and the page; they depend on nothing else.
+
+    Args:
+        folder: of the report.
+        results: of the evaluation.
+        gallery: of videos that lie in ``gallery`` already, if there are some.
+    """
     schema.write(results, folder / "results.json")
     for name, table in _tables(results).items():
         if table[1]:
@@ -44,7 +51,7 @@ def write_report(folder: Path, results: Results) -> None:
             files.write_bytes(folder / "figures" / f"{name}.{kind}", data)
         pictures[name] = _inline(kinds["svg"])
     # Last, for whoever sees the page takes the report for finished.
-    files.write_text(folder / "index.html", render(results, pictures))
+    files.write_text(folder / "index.html", render(results, pictures, gallery))
     files.sweep([folder, *(folder / name for name in FOLDERS)])
 
 
@@ -64,8 +71,8 @@ def _tables(results: Results) -> dict[str, tables.Table]:
     }
 
 
-def render(results: Results, pictures: dict[str, Markup]) -> str:
-    """Return the page; pictures are inlined, nothing is fetched."""
+def render(results: Results, pictures: dict[str, Markup], gallery: Gallery | None = None) -> str:
+    """Return the page; pictures are inlined, and nothing is fetched but the gallery's videos."""
     folder = package_files("karmma_pipeline.evaluation.report")
     source = folder.joinpath("report.html").read_text("utf-8")
     environment = Environment(
@@ -85,6 +92,7 @@ def render(results: Results, pictures: dict[str, Markup]) -> str:
         main_differences=differences.headline_table(results),
         confusions=confusions,
         most=_MOST_INLINE,
+        gallery=gallery,
         label=label,
     )
 
