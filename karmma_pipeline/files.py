@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tqdm import tqdm
 
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import KarmmaError, StoreError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.EFBIG}
 
 
+# Free space that is asked for, times the size of the files: folders take some too.
+_ROOM = 1.02
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
 
 
@@ -193,3 +196,24 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """Return the text that `write_json` writes."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def check_space(folder: Path, size: int, inodes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StoreError: the folder's disk has not that many bytes or inodes free.
+    """
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < size * _ROOM:
+        raise StoreError(
+            f"{folder}: {tqdm.format_sizeof(size, 'B')} are needed, "
+            f"{tqdm.format_sizeof(free, 'B')} are free; "
+            "choose another folder or free some space."
+        )
+    if disk.f_files and disk.f_favail < inodes:
+        raise StoreError(
+            f"{folder}: {inodes} files and folders are needed, {disk.f_favail} inodes are free; "
+            "choose another folder or remove some files."
+        )

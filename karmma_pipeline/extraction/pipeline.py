@@ -43,7 +43,6 @@ from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, StoreSpec, create_store
 from karmma_pipeline.store.catalog import continue_list
-from karmma_pipeline.store.tools.stage import check_space
 
 _logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ def _check_room(out: Path, manifest: Manifest, specs: Mapping[Path, StoreSpec]) 
             media = (clip.media.get(modality) for clip in manifest.clips)
             needed += stored.clip_bytes * sum(exists(s.path) for s in media if s is not None)
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    check_space(place, max(0, needed), 0)
+    files.check_space(place, max(0, needed), 0)
 
 
 def _is_whole(path: Path) -> bool:

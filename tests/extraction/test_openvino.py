@@ -316,7 +316,6 @@ def test_another_device_than_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
     choice = BackboneChoice(**TINY)
     with pytest.raises(ConfigError, match="computes on CPUs and the device is cuda:1"):
         openvino_engine.check(choice, torch.device("cuda:1"))
-    openvino_engine.check(choice.model_copy(update={"engine": "torch"}), torch.device("cuda:1"))
 
 
 def test_keys_of_a_recipe_that_it_cannot_follow_are_refused(tmp_path: Path) -> None:

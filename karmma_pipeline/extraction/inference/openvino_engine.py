@@ -61,8 +61,6 @@ def check(choice: BackboneChoice, device: torch.device) -> None:
     Raises:
         ConfigError: the library is missing, or the device is no CPU.
     """
-    if choice.engine == "torch":
-        return
     if not is_installed():
         raise ConfigError(
             f"{choice.name}: engine openvino is not installed; pip install "

@@ -76,10 +76,12 @@ class Network:
     """
 
     def __init__(self, backbone: Backbone, device: torch.device, config: ComputeConfig) -> None:
-        openvino_engine.check(backbone.choice, device)
+        self.openvino: OpenVino | None = None
+        if backbone.choice.engine == "openvino":
+            openvino_engine.check(backbone.choice, device)
+            self.openvino = OpenVino(backbone)
         self.backbone, self.device = backbone.to(device), device
         self.halved = 0
-        self.openvino = OpenVino(backbone) if backbone.choice.engine == "openvino" else None
         if self.openvino is None:
             self._ready_for_torch()
         self._clip_bytes = 0

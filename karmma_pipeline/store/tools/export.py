@@ -22,7 +22,6 @@ from karmma_pipeline.store.former import Encoded
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
 from karmma_pipeline.store.tools.rewrite import read_encoded
-from karmma_pipeline.store.tools.stage import check_space
 
 ExportLayout = Literal["npy", "pt", "actionformer", "tim"]
 _CLIPS = 32
@@ -45,7 +44,7 @@ def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None =
     out.mkdir(parents=True, exist_ok=True)
     for m in opened.modalities:
         files.check_name(m)
-    check_space(out, *_needed(opened, layout))
+    files.check_space(out, *_needed(opened, layout))
     name, data, describe = _FORMATS[layout]
     written = 0
     with progress_bar(total=int(opened.present.sum()), desc=f"export {layout}", unit="file") as bar:

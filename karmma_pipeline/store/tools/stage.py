@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError
@@ -28,8 +27,6 @@ from karmma_pipeline.store.integrity import foreign_files, verify
 from karmma_pipeline.store.reader import FeatureStore
 
 _PIECE = 16 << 20
-# Free space that is asked for, times the store's size: folders take some too.
-_ROOM = 1.02
 
 
 def stage(
@@ -151,7 +148,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
     missing = {n: s for n, s in sizes.items() if not _has(place / n, s)}
     # A shard's file lies in a folder of its own, and each file has a temporary one while it is
     # copied: four inodes a file is more than is needed.
-    check_space(place.parent, sum(missing.values()), 4 * len(missing))
+    files.check_space(place.parent, sum(missing.values()), 4 * len(missing))
     _done(place).unlink(missing_ok=True)  # from here on nothing counts as verified
     files.sweep(files.folders_of(place), alone=True)  # of a copy that was killed
     with progress_bar(total=sum(sizes.values()), desc="stage", unit="B", unit_scale=True) as bar:
@@ -171,27 +168,6 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
 
 def _has(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def check_space(folder: Path, size: int, inodes: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        StoreError: the folder's disk has not that many bytes or inodes free.
-    """
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < size * _ROOM:
-        raise StoreError(
-            f"{folder}: {tqdm.format_sizeof(size, 'B')} are needed, "
-            f"{tqdm.format_sizeof(free, 'B')} are free; "
-            "choose another folder or free some space."
-        )
-    if disk.f_files and disk.f_favail < inodes:
-        raise StoreError(
-            f"{folder}: {inodes} files and folders are needed, {disk.f_favail} inodes are free; "
-            "choose another folder or remove some files."
-        )
 
 
 @contextmanager
@@ -227,7 +203,7 @@ def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise StoreError(f"{archive / LIST}: {name!r} leads out of the store.")
     out.mkdir(parents=True, exist_ok=True)
-    check_space(out, sum(sizes.values()), 4 * len(sizes))
+    files.check_space(out, sum(sizes.values()), 4 * len(sizes))
     for name, size in progress_bar(sizes.items(), "decompress", unit="file"):
         stop.check("the files that are there are kept")
         target = out / name
