@@ -39,8 +39,9 @@ from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings, input_sp
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason, label, subsets
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
+from karmma_pipeline.models.exported import open_model
 from karmma_pipeline.models.fusion import FusionModel
-from karmma_pipeline.models.saved import ModelCard, open_model
+from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.recognition.backbones import SET
 from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
 from karmma_pipeline.store import FeatureStore

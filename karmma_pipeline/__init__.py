@@ -250,7 +250,8 @@ def load_model(path: str | Path, *, checkpoint: str = "best") -> TrainedModel:
     """Load a trained model, in evaluation mode and on the CPU. Never runs code of the file.
 
     Args:
-        path: a run, such as ``runs/student``, or a folder in it, such as ``runs/student/best``.
+        path: a run, such as ``runs/student``, a folder in it, such as ``runs/student/best``, an
+            exported model (`karmma export`), or ``hf:USER/NAME``, the same on the hub.
         checkpoint: which one of a run: ``best`` or ``last``.
 
     Returns:
@@ -264,7 +265,7 @@ def load_model(path: str | Path, *, checkpoint: str = "best") -> TrainedModel:
         >>> model.name, model.network.modalities
         ('Student (distilled)', ('rgb', 'flow', 'audio'))
     """
-    from karmma_pipeline.models.saved import open_model
+    from karmma_pipeline.models.exported import open_model
 
     return open_model(path, checkpoint)
 
@@ -310,7 +311,7 @@ def predict(
 
     from karmma_pipeline import logs
     from karmma_pipeline.evaluation.predictions import predict_clips
-    from karmma_pipeline.models.saved import open_model
+    from karmma_pipeline.models.exported import open_model
     from karmma_pipeline.store import FeatureStore
 
     if isinstance(model, str | Path):

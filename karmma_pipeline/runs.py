@@ -19,6 +19,7 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
 RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
 CARD = "model.json"  # of a saved model, in a folder of the run
+EXPORT = "export.json"  # of an exported model
 MODELS = ("best", "last")
 _STARTED, _MADE = {ENVIRONMENT, LOG, METRICS}, {"state", "tensorboard", "teacher_table"}
 _LOCK = ".lock"
@@ -202,6 +203,11 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
     for folder in (path / checkpoint, path):
         if (folder / CARD).is_file():
             return folder
+    if (path / EXPORT).is_file():
+        raise CheckpointError(
+            f"{path}: is an exported model, for predict, live and load_model; name the run that it "
+            "was exported from."
+        )
     if (path / RECIPE).is_file():
         raise CheckpointError(
             f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extraction.estimate": MIDDLE | {"extraction"},
     "training": MIDDLE,
     "evaluation": MIDDLE,
-    "recognition": INFERENCE | {"evaluation.score"},
+    "recognition": INFERENCE | {f"evaluation.{name}" for name in ("costs", "score", "statistics")},
     "recipes": FOUNDATION | {f"{part}.recipe" for part in (*STAGES, "batch")},
     "batch": MIDDLE | STAGES | {"recipes"},
     "demo": MIDDLE | STAGES | {"recipes"},

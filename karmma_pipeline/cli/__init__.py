@@ -11,6 +11,7 @@ from karmma_pipeline import __version__
 from karmma_pipeline.cli.batch import status, submit, sweep
 from karmma_pipeline.cli.demo import demo, sample
 from karmma_pipeline.cli.evaluate import costs, evaluate
+from karmma_pipeline.cli.export import export
 from karmma_pipeline.cli.extract import backbones, extract, plan
 from karmma_pipeline.cli.init import init
 from karmma_pipeline.cli.live import live
@@ -51,6 +52,7 @@ for _command in (
     evaluate,
     predict,
     live,
+    export,
     sweep,
     submit,
     status,

@@ -52,11 +52,14 @@ class LateFusion(TokenModel):
 
     def forward(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Classify a batch; see `FusionModel.forward`. With nothing present all logits are 0."""
-        seen = [(column, m) for column, m in enumerate(self.modalities) if mask[:, column].any()]
+        whole = torch.onnx.is_in_onnx_export()  # a graph that must serve every mask
+        columns = enumerate(self.modalities)
+        seen = [(column, m) for column, m in columns if whole or mask[:, column].any()]
         every = torch.ones_like(mask[:, :1])
         device = self.get_buffer(f"mean_{self.modalities[0]}").device
         mask = mask.to(device)
-        total = {head: torch.zeros(len(mask), C, device=device) for head, C in self.heads.items()}
+        B = mask.shape[0]
+        total = {head: torch.zeros(B, C, device=device) for head, C in self.heads.items()}
         if self.average == "probabilities":
             total = {head: of - math.inf for head, of in total.items()}
         for column, m in seen:
@@ -75,7 +78,9 @@ class LateFusion(TokenModel):
     def _mean(self, total: Tensor, count: Tensor) -> Tensor:
         if self.average == "logits":
             return total / count.clamp(min=1)
-        return torch.where(count > 0, total - count.clamp(min=1).log(), torch.zeros_like(total))
+        return torch.where(
+            count > 0, total - count.clamp(min=1).float().log(), torch.zeros_like(total)
+        )
 
 
 class OwnModel(TokenModel):

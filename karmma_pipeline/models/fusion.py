@@ -222,7 +222,7 @@ class FusionModel(TokenModel):
         mask = mask.to(self.cls.device)
         here = {m: mask[:, column, None, None] for column, m in seen}
         parts = [self._embed(m, of, here[m]) for m, of in self._features(tokens, here)]
-        cls = self.cls.expand(len(mask), 1, -1)
+        cls = self.cls.expand(mask.shape[0], 1, -1)
         x = torch.cat([cls.to(parts[0].dtype) if parts else cls, *parts], dim=1)
         key_mask = self._key_mask(mask, seen) if mixed else None
         for layer in self.layers:
@@ -236,11 +236,12 @@ class FusionModel(TokenModel):
     def _layout(self, mask: Tensor) -> tuple[list[tuple[int, str]], bool]:
         """Return the modalities in the sequence, and whether some rows must not see them all.
 
-        Looks at values: a mask on the CPU costs no wait for the device.
+        Looks at values: a mask on the CPU costs no wait for the device. A graph that is being
+        exported must serve every mask: there all modalities have a place, and some are hidden.
         """
         columns = list(enumerate(self.modalities))
-        if self.rule.in_sequence:
-            return columns, False
+        if self.rule.in_sequence or torch.onnx.is_in_onnx_export():
+            return columns, not self.rule.in_sequence
         seen = [(column, m) for column, m in columns if bool(mask[:, column].any())]
         return seen, not bool(mask[:, [column for column, _ in seen]].all())
 
@@ -264,7 +265,7 @@ class FusionModel(TokenModel):
 
     def _key_mask(self, mask: Tensor, seen: list[tuple[int, str]]) -> Tensor:
         parts = [mask[:, column, None].expand(-1, self.tokens[m]) for column, m in seen]
-        keys = torch.cat([mask.new_ones(len(mask), 1), *parts], dim=1)
+        keys = torch.cat([torch.ones_like(mask[:, :1]), *parts], dim=1)
         return keys[:, None, None, :]
 
     def _classify(self, x: Tensor, mask: Tensor, seen: list[tuple[int, str]]) -> dict[str, Tensor]:
@@ -277,7 +278,7 @@ class FusionModel(TokenModel):
         counts = mask[:, [column for column, _ in seen]]
         if self.rule.taken_for_data:  # it does not know that anything is absent
             counts = torch.ones_like(counts)
-        weight = torch.cat([counts.new_ones(len(mask), 1), counts], dim=1)[..., None]
+        weight = torch.cat([torch.ones_like(mask[:, :1]), counts], dim=1)[..., None]
         total = torch.where(weight, logits, logits.new_zeros(())).sum(dim=1)
         averaged = total / weight.sum(dim=1)
         by_head = torch.split(averaged, list(self.heads.values()), dim=-1)

@@ -27,7 +27,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.architectures import LateFusion, OwnModel, build_model
 from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
-from karmma_pipeline.runs import CARD, saved_folder
+from karmma_pipeline.runs import CARD
 
 WEIGHTS = "model.safetensors"
 # Facts of a provenance that are no reason to call features others: versions of libraries, which
@@ -136,21 +136,6 @@ class TrainedModel:
         heads = ", ".join(f"{head} ({len(of)})" for head, of in self.card.heads.items())
         takes = ", ".join(self.network.modalities)
         return f"<{self.card.kind} {self.name!r} of {takes}: {heads}>"
-
-
-def open_model(path: str | Path, checkpoint: str = "best") -> TrainedModel:
-    """Load a model of a run folder or of one of its checkpoints.
-
-    Args:
-        path: a run, such as ``runs/student``, or a folder in it, such as ``runs/student/best``.
-        checkpoint: which one of a run: ``best`` or ``last``.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    folder = saved_folder(Path(path), checkpoint)
-    network, card = load_model(folder)
-    return TrainedModel(network, card, folder)
 
 
 def save_model(folder: Path, model: TokenModel, card: ModelCard) -> None:

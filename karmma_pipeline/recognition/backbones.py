@@ -13,13 +13,13 @@ from karmma_pipeline import config
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.data.sensors import Sensor
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
-from karmma_pipeline.models.backbones import registry
-from karmma_pipeline.models.backbones.choice import Engine, recorded
-from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, read_card
-from karmma_pipeline.runs import saved_folder
+from karmma_pipeline.models.backbones import BackboneChoice, registry
+from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS, Engine, recorded
+from karmma_pipeline.models.exported import ExportedModel, card_of
+from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, TrainedModel
 from karmma_pipeline.store import ModalitySpec
 
 SET = "model"
@@ -27,19 +27,21 @@ SET = "model"
 
 
 def recipe_of(
-    card: ModelCard, weights: Mapping[str, str], device: str, engine: Engine | None = None
+    model: TrainedModel, weights: Mapping[str, str], device: str, engine: Engine | None = None
 ) -> ExtractRecipe:
     """Return the extraction recipe whose tokens a model takes.
 
     Args:
-        card: of the model.
+        model: of a run, or exported: then its own files are the networks.
         weights: modality to a file of weights that has moved since, or its published name.
         device: where the backbones run.
         engine: what computes them; None: what computed the tokens of the training.
 
     Raises:
         ConfigError: the card does not say enough, or an option names what it does not have.
+        CheckpointError: an exported model lacks a file.
     """
+    card = model.card
     recorded = {m: facts for m, facts in card.provenance.items() if "backbone" in facts}
     if not recorded:
         raise ConfigError(
@@ -51,30 +53,54 @@ def recipe_of(
             f"--weights {unknown[0]}=...: the model has no backbone for it; it has "
             f"{', '.join(recorded)}."
         )
-    choices = {m: _choice(facts, weights.get(m), engine) for m, facts in recorded.items()}
+    files = _exported(model, weights, device, engine) if isinstance(model, ExportedModel) else {}
+    choices = {m: files.get(m) or _choice(of, weights.get(m), engine) for m, of in recorded.items()}
     tree: dict[str, Any] = {
         "manifest": "-",
         "out": "-",
-        "device": device,
+        "device": "cpu" if files else device,
         "sets": {SET: choices},
         "sampling": _common(recorded, "sampling"),
         "sensors": {
             m: _known(Sensor, of["sensor"]) for m, of in recorded.items() if "sensor" in of
         },
     }
-    for key, model in (("flow", Flow), ("audio", Audio)):
+    for key, settings in (("flow", Flow), ("audio", Audio)):
         if of := recorded.get(key, {}).get(key):  # beside the settings stand facts
-            tree[key] = _known(model, of)
+            tree[key] = _known(settings, of)
     return config.build(ExtractRecipe, tree, f"the model {card.name!r}")
 
 
-def sensors_of(run: Path) -> dict[str, Sensor]:
+def _exported(
+    model: ExportedModel, weights: Mapping[str, str], device: str, engine: Engine | None
+) -> dict[str, BackboneChoice]:
+    if weights:
+        raise ConfigError(f"--weights: {model.path} is an exported model, which has its own.")
+    if device not in {"auto", "cpu"}:
+        raise ConfigError(
+            f"device={device!r}: {model.path} is an exported model, which onnxruntime computes on "
+            "the CPU; leave the device out, or name the run."
+        )
+    if engine is not None:
+        raise ConfigError(
+            f"engine={engine!r}: {model.path} is an exported model, which onnxruntime computes; "
+            "leave the engine out, or name the run."
+        )
+    choices = model.choices()
+    for m, facts in model.card.provenance.items():
+        # Its maker's network, whose code would be run, must not stand in for a file.
+        if m not in choices and facts.get("backbone", "") not in {"", *WITHOUT_WEIGHTS}:
+            raise CheckpointError(f"{model.path}: has no file of the network of {m}; export anew.")
+    return choices
+
+
+def sensors_of(run: str | Path) -> dict[str, Sensor]:
     """Return the modalities of a run's model that are sensors, and how their files are read.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
     """
-    recorded = read_card(saved_folder(run)).provenance
+    recorded = card_of(run).provenance
     return {m: _sensor(facts) for m, facts in recorded.items() if "sensor" in facts}
 
 
@@ -89,7 +115,7 @@ def _known(model: type[Recipe], of: Mapping[str, Any]) -> dict[str, Any]:
 def _choice(facts: Mapping[str, Any], weights: str | None, engine: Engine | None) -> dict[str, Any]:
     """Turn a record of a backbone into the choice that a recipe would make."""
     choice = recorded(facts)
-    if facts["backbone"] in {"boxes", "windows"}:
+    if facts["backbone"] in WITHOUT_WEIGHTS:
         return choice
     choice["engine"] = engine or str(facts.get("engine") or "torch").partition(" ")[0]
     choice |= {"weights": weights or facts["weights"], "key_map": facts["weights_key_map"]}

@@ -31,8 +31,9 @@ from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSetti
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones.choice import Engine
+from karmma_pipeline.models.exported import open_model
 from karmma_pipeline.models.fusion import TokenModel
-from karmma_pipeline.models.saved import ModelCard, open_model
+from karmma_pipeline.models.saved import ModelCard, TrainedModel
 from karmma_pipeline.recognition.backbones import SET, check_networks, recipe_of, specs_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
 from karmma_pipeline.recognition.prediction import DROPPED, Dropout, Prediction
@@ -92,8 +93,9 @@ class Recognizer:
         """Load a trained model and its backbones.
 
         Args:
-            run: folder of a run, or of one of its checkpoints.
-            device: ``auto``, ``cpu``, ``cuda``, ...
+            run: folder of a run, of one of its checkpoints or of an exported model, or
+                ``hf:USER/NAME``.
+            device: ``auto``, ``cpu``, ``cuda``, ...; exported models are computed on the CPU.
             weights: modality to a file of backbone weights that has moved since.
             engine: ``torch`` or ``openvino``, for all backbones; None: as the tokens of the
                 training were computed.
@@ -103,12 +105,21 @@ class Recognizer:
             ConfigError: the backbones cannot be set up as they were, or the engine cannot
                 compute them here.
         """
-        opened = open_model(run)
-        card = opened.card
-        networks = Networks(recipe_of(card, weights or {}, device, engine))
+        return cls.of(open_model(run), device, weights, engine)
+
+    @classmethod
+    def of(
+        cls,
+        model: TrainedModel,
+        device: str = "auto",
+        weights: Mapping[str, str] | None = None,
+        engine: Engine | None = None,
+    ) -> Self:
+        """Set up the backbones of a loaded model; see `load`."""
+        networks = Networks(recipe_of(model, weights or {}, device, engine))
         with one_thread(networks.device):
             configure(networks, {}, _logger.info)
-        return cls(opened.network, card, networks)
+        return cls(model.network, model.card, networks)
 
     def video(
         self,

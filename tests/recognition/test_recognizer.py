@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.modalities import subsets
+from karmma_pipeline.models.exported import open_model
 from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.recognition.backbones import recipe_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
 from karmma_pipeline.recognition.output import PredictionWriter, row_of
 from karmma_pipeline.recognition.prediction import Dropout, Prediction
@@ -321,7 +324,6 @@ def test_spans_that_make_no_sense_and_imported_features_are_refused(
     with pytest.raises(ConfigError, match=r"rgb\.weights_sha256 is .* here and was 0"):
         Recognizer(recognizer.model, other, recognizer.networks)
     imported = recognizer.card.model_copy(update={"provenance": {"rgb": {}}})
-    from karmma_pipeline.recognition.backbones import recipe_of
-
+    model = open_model(root / "run")
     with pytest.raises(ConfigError, match="imported features"):
-        recipe_of(imported, {}, "cpu")
+        recipe_of(replace(model, card=imported), {}, "cpu")

@@ -107,8 +107,7 @@ class Networks:
             ConfigError: an engine cannot compute its network; the message says what it lacks.
         """
         for network in self.all.values():
-            if network.openvino is not None:
-                network.openvino.serve(passes, threads)
+            network.serve(passes, threads)
 
     def jobs(self, name: str) -> dict[str, Job]:
         """Return what each modality of a set takes."""

@@ -19,6 +19,7 @@ from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.openvino_engine import OpenVino
 from karmma_pipeline.models.backbones import Backbone
+from karmma_pipeline.models.backbones.onnx_networks import OnnxNet
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -104,6 +105,13 @@ class Network:
             parameter.data = parameter.data.contiguous(memory_format=wanted)
         compiled = torch.compile(self.backbone) if config.compile else self.backbone
         self._call = self.openvino or compiled
+
+    def serve(self, passes: int, threads: int) -> None:
+        """Let an engine get ready for so many batches at once, and so many threads of each."""
+        if self.openvino is not None:
+            self.openvino.serve(passes, threads)
+        elif isinstance(self.backbone.net, OnnxNet):
+            self.backbone.net.session.serve(threads)
 
     def _format(self, dimensions: int) -> torch.memory_format:
         last = self.config.memory_format == "channels_last"

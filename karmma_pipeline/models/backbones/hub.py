@@ -5,6 +5,7 @@ the library's own variables.
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,12 @@ _WANTED = ("*.json", _WEIGHTS, "README.md", "LICENSE*")
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
-_EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf"}
+_EXTRAS = {
+    "timm": "timm",
+    "transformers": "hf",
+    "huggingface_hub": "hf",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime.quantization"), "export"),
+}
 
 
 def library(name: str) -> ModuleType:
@@ -108,3 +114,25 @@ def fetch(repository: str, name: str, folder: Path | None = None) -> Path:
             "convert them once, or take another repository."
         )
     return where
+
+
+def folder_of(repository: str, wanted: Sequence[str]) -> Path:
+    """Return a folder with some files of a repository, which the cache keeps.
+
+    Without network it is what was downloaded before.
+
+    Args:
+        repository: ``USER/NAME``.
+        wanted: patterns of file names.
+
+    Raises:
+        CheckpointError: there is no network and nothing in the cache, or no such repository.
+    """
+    hub = library("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=list(wanted)))
+    except Exception as error:  # of the hub, of HTTP, of the disk
+        reason = one_line(error, 300)
+        raise CheckpointError(
+            f"hf:{repository}: the download failed ({type(error).__name__}: {reason})."
+        ) from None

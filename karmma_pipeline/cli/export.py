@@ -1,0 +1,57 @@
+"""`karmma export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help="Folder that is made; an earlier export in it is replaced.")  # fmt: skip
+@click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
+              help="Features of the training, for the accuracies of the card; repeatable.\n"
+              "Default: those that the run names, if they are there.")  # fmt: skip
+@click.option("--int8", is_flag=True, help="Products in int8: smaller, faster, less exact.")
+@click.option("--clips", type=click.Path(path_type=Path),
+              help="Labelled CSV on which --int8 is compared, backbones included.")  # fmt: skip
+@click.option("--weights", multiple=True, metavar="MODALITY=FILE",
+              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+def export(
+    run: Path,
+    out: Path,
+    stores: tuple[Path, ...],
+    int8: bool,
+    clips: Path | None,
+    weights: tuple[str, ...],
+) -> None:
+    """Write a trained model as ONNX files that stand alone.
+
+    A file per backbone, one for the fusion, export.json and a card (README.md). `karmma predict`
+    and `karmma live` take the folder on any machine, without the run, its features or PyTorch
+    weights. Every subset of modalities is held against PyTorch first: a model whose logits stray
+    by more than 1e-4 is not written.
+    """
+    from karmma_pipeline.cli.options import finish
+    from karmma_pipeline.recognition.backbones import parse_weights
+    from karmma_pipeline.recognition.export import export_model
+
+    made = export_model(
+        run, out, stores=stores, int8=int8, clips=clips, weights=parse_weights(weights)
+    )
+    megabytes = sum((made.folder / name).stat().st_size for name in made.card.files) / 1e6
+    found = made.card.measured
+    for subset, ms in found["latency"]["ms"].items():
+        gap = found["difference"][subset]
+        click.echo(
+            f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, difference {gap:.1e}"
+        )
+    click.echo(f"largest difference of a logit to PyTorch: {made.difference:.1e}")
+    if made.verdict:
+        click.echo(f"int8: {made.verdict}")
+    finish(
+        f"exported: {made.folder}, {len(made.card.files)} files of {megabytes:.0f} MB",
+        then=f"karmma predict {made.folder} VIDEO",
+    )
