@@ -144,18 +144,21 @@ def test_files_and_card_say_what_they_are(copy: Path) -> None:
     assert "Accuracy was not measured" in text
 
 
-MODELS = {
-    **{name: ("", {}, name) for name in ("learned", "zeros", "mean", "drop")},
-    "late": ("late_fusion", {}, "learned"),
-    "late, probabilities": ("late_fusion", {"average": "probabilities"}, "learned"),
-}  # fmt: skip
+RULES: tuple[dict[str, Any], ...] = ({}, *({"absent": name} for name in ("zeros", "mean", "drop")))
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{f"{of.get('absent', 'learned')}": ("", {}, of) for of in RULES},
+    "attentive": ("", {}, {"pool": "attentive"}),
+    "attentive, drop": ("", {}, {"pool": "attentive", "absent": "drop"}),
+    "late": ("late_fusion", {}, {}),
+    "late, probabilities": ("late_fusion", {"average": "probabilities"}, {}),
+}
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_every_model_answers_every_subset_of_a_mixed_batch(case: str, tmp_path: Path) -> None:
-    name, arguments, absent = MODELS[case]
+    name, arguments, changes = MODELS[case]
     shapes, heads = {"rgb": (3, 6), "imu": (2, 4), "audio": (5, 2)}, {"verb": 4, "mask": 3}
-    size = SMALL.model_copy(update={"absent": absent})
+    size = SMALL.model_copy(update=changes)
     model = build_model(name, arguments, size, shapes, heads).eval()
     for m, (_, width) in shapes.items():
         model.standardise(m, torch.randn(width), torch.rand(width) + 0.5)
