@@ -5,8 +5,8 @@ epoch counts, for none may be chosen on the subject that is reported. The stores
 ``karmma extract extract/utd_mhad.yaml --set dataset.val_subjects=[S] --set out=STORES/sS``.
 
 ``PYTHONPATH=.:tests python -m support.subjects STORES OUT train NAME COMMAND KEY=VALUE...`` trains
-a setting (``teacher=NAME+NAME`` names those that were trained before), ``... compare NAME NAME...`` prints
-means and the paired differences to the first, which docs/experiments.md has.
+a setting (``teacher=NAME+NAME`` names those that were trained before), ``... compare NAME NAME...``
+prints means and the paired differences to the first, which docs/experiments.md has.
 """
 
 import resource
