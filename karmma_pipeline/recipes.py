@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from karmma_pipeline.config import Recipe
 
-ProjectSize = Literal["tiny", "laptop", "paper"]
+ProjectSize = Literal["tiny", "demo", "laptop", "paper"]
 
 COMMANDS = {
     "extract": "extract",
@@ -79,8 +79,9 @@ def project(
     """Return the recipes of `COMMANDS`, whose folders and networks fit each other.
 
     Args:
-        size: tiny: small networks of random weights, for a first try; laptop: small networks of
-            published weights; paper: those of the paper, for a GPU.
+        size: tiny: small networks of random weights, for a first try; demo: those that were
+            trained for the clips of `karmma sample`; laptop: small networks of published weights;
+            paper: those of the paper, for a GPU.
         manifest: CSV of the clips.
         root: goes before the folders that the recipes name.
         training: keys of all trainings, such as ``epochs``.

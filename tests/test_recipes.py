@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from karmma_pipeline import config
+from karmma_pipeline.batch.sweep import load_sweep
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.demo import RECIPES, write_recipes
 from karmma_pipeline.errors import ConfigError
@@ -14,7 +15,12 @@ from karmma_pipeline.evaluation import paper
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.recipes import recipe_model
-from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.training.recipe import (
+    BaselineRecipe,
+    DistillRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+)
 
 ROOT = Path(__file__).parents[1]
 TRAIN: dict[str, type[Recipe]] = {
@@ -64,9 +70,15 @@ def test_a_wrong_data_set_is_told_where_it_stands(dataset: object, message: str)
 
 def test_the_demos_recipes_parse(tmp_path: Path) -> None:
     paths = write_recipes(tmp_path, quick=True)
-    assert list(paths) == list(RECIPES)
+    assert list(paths) == [*RECIPES, "sweep"]
+    sweep = load_sweep(paths.pop("sweep"))
+    report = sweep.stage("report").recipe
+    assert isinstance(report, EvaluateRecipe)
     for name, path in paths.items():
-        config.load(TRAIN.get(name, ExtractRecipe), path)
+        recipe = config.load(TRAIN.get(name, ExtractRecipe), path)
+        if isinstance(recipe, TrainRecipe):  # what chooses an epoch is not what is reported
+            assert (recipe.val_split, report.split) == ("val", "test")
+            assert f"{name}/seed0" in {stage.name for stage in sweep.stages}
 
 
 def test_teacher_and_student_have_the_papers_sizes() -> None:

@@ -1,13 +1,27 @@
 """What ``karmma demo`` runs: its recipes and its commands, as data."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import config, files
-from karmma_pipeline.recipes import COMMANDS, project
+from karmma_pipeline.recipes import COMMANDS, project, recipe_model
 
 RECIPES = ("extract", "teacher", "baseline", "baseline_delta", "student")
-_FULL = {"clips": 700, "epochs": 25}
-_QUICK = {"clips": 64, "epochs": 2}
+"""The recipes that the sweep trains with, after that of the extraction, in legend order."""
+
+
+@dataclass(frozen=True)
+class _Amount:
+    clips: int
+    test: int
+    epochs: int
+    seeds: tuple[int, ...]
+
+
+_FULL = _Amount(clips=700, test=300, epochs=25, seeds=(0, 1, 2, 3, 4))
+_QUICK = _Amount(clips=64, test=32, epochs=2, seeds=(0,))
 
 
 def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]]:
@@ -17,41 +31,36 @@ def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]
 
     Args:
         out: folder of everything that the demo writes.
-        quick: a few clips and epochs: shows every step, not accuracy.
-        seed: of the data and of every training.
+        quick: a few clips and epochs, one seed: shows every step, not accuracy.
+        seed: of the data.
     """
+    amount = _QUICK if quick else _FULL
+    clips = ["--clips", str(amount.clips), "--test", str(amount.test), "--seed", str(seed)]
     recipes = out / "recipes"
-    runs = [str(out / "runs" / name) for name in RECIPES[1:]]
-    stores = [str(out / "features" / name) for name in ("teacher", "student")]
-    clips = str(_values(quick)["clips"])
     return [
-        ["sample", str(out / "clips"), "--clips", clips, "--seed", str(seed)],
+        ["sample", str(out / "clips"), *clips],
         ["extract", str(recipes / "extract.yaml")],
-        ["train-teacher", str(recipes / "teacher.yaml")],
-        ["train-baseline", str(recipes / "baseline.yaml")],
-        ["train-baseline", str(recipes / "baseline_delta.yaml")],
-        ["distill", str(recipes / "student.yaml")],
-        [
-            "evaluate",
-            *runs,
-            *(word for store in stores for word in ("--store", store)),
-            *("--out", str(out / "report")),
-            *("--set", "title=Digits in motion"),
-            *("--set", "memory=true"),
-        ],
+        ["sweep", str(recipes / "sweep.yaml")],
     ]
 
 
-def write_recipes(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Path]:
-    """Write the recipes of `commands` to ``out/recipes``; return their paths by name."""
-    training = {"epochs": _values(quick)["epochs"], "seed": seed}
-    recipes = project("tiny", out / "clips" / "manifest.csv", out, **training)
-    paths = {name: out / "recipes" / f"{name}.yaml" for name in RECIPES}
+def write_recipes(out: Path, *, quick: bool = False) -> dict[str, Path]:
+    """Write the recipes of `commands` to ``out/recipes``; return their paths by name.
+
+    ``sweep`` trains each of `RECIPES` with several seeds, epochs chosen on the split val, and
+    reports on the split test.
+    """
+    amount = _QUICK if quick else _FULL
+    recipes = project("demo", out / "clips" / "manifest.csv", out, epochs=amount.epochs)
+    paths = {name: out / "recipes" / f"{name}.yaml" for name in (*RECIPES, "sweep")}
+    methods = {n: {"command": COMMANDS[n], "recipe": str(paths[n])} for n in RECIPES[1:]}
+    methods["student"]["teacher"] = "teacher"
+    report = {"split": "test", "title": "Digits in motion"}
+    tree = {
+        "out": out, "methods": methods, "seeds": amount.seeds, "evaluate": {"set": report},
+    }  # fmt: skip
+    recipes["sweep"] = config.build(recipe_model("sweep"), tree, "sweep")
     for name, path in paths.items():
-        title = f"# karmma {COMMANDS[name]} {path}\n\n"
+        title = f"# karmma {COMMANDS.get(name, name)} {path}\n\n"
         files.write_text(path, title + config.template(type(recipes[name]), recipes[name]))
     return paths
-
-
-def _values(quick: bool) -> dict[str, int]:
-    return _QUICK if quick else _FULL

@@ -68,12 +68,21 @@ def test_classes_are_balanced_and_both_splits_are_there(manifest: Manifest) -> N
     assert sum(c.split == "val" for c in manifest.clips) == 16
 
 
-def test_splits_share_no_handwriting() -> None:
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "val", "test", "networks")])
+def test_splits_share_no_handwriting(splits: tuple[str, ...]) -> None:
     for noun in range(len(NOUNS)):
-        train, val = set(handwriting("train", noun)), set(handwriting("val", noun))
-        assert train
-        assert val
-        assert not train & val
+        shown = [handwriting(split, noun, apart="test" in splits) for split in splits]
+        assert all(map(len, shown))
+        assert len(np.unique(np.concatenate(shown))) == sum(map(len, shown))
+
+
+@pytest.mark.slow
+def test_a_test_split_leaves_the_labels_of_the_others_as_they_are(tmp_path: Path) -> None:
+    path = write_sample(tmp_path, clips=16, test=8)
+    splits = Counter(clip.split for clip in read_manifest(path).clips)
+    assert splits == {"train": 12, "val": 4, "test": 8}
+    with pytest.raises(ConfigError, match="'test': 8"):
+        write_sample(tmp_path, clips=16)
 
 
 def test_media_differ_as_real_ones_do(root: Path) -> None:

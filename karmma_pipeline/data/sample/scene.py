@@ -24,7 +24,16 @@ NOUNS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 VERBS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 SAMPLE_RATE = 16_000
 
-_VALIDATION_EVERY = 4
+# The rests of division by 8 of the handwriting samples that a split shows.
+_SHOWN = {"train": (1, 2, 3, 5, 6, 7), "val": (0, 4)}
+# Where there is a test split: apart from it, and from what the demo's networks have learned from.
+_APART = {
+    "train": (1, 5),
+    "val": (0,),
+    "test": (4,),
+    "networks": (2, 3, 6),
+    "networks_val": (7,),
+}
 # Deviation of a digit's way from its direction in rad: 7 of 100 are nearer to the next one.
 _SWERVE = 0.22
 _ROWS, _COLUMNS = (697.0, 770.0, 852.0, 941.0), (1209.0, 1336.0, 1477.0)
@@ -37,11 +46,16 @@ def _handwriting() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
 
 
-def handwriting(split: str, noun: int) -> npt.NDArray[np.int64]:
-    """Return the indices of the handwriting samples of a digit; splits share none."""
+def handwriting(split: str, noun: int, *, apart: bool = False) -> npt.NDArray[np.int64]:
+    """Return the indices of the handwriting samples of a digit; splits share none.
+
+    Args:
+        split: train or val; test, networks and networks_val are apart.
+        noun: the digit.
+        apart: train and val leave samples to a test split and to the demo's networks.
+    """
     indices = np.flatnonzero(_handwriting()[1] == noun)
-    validation = indices % _VALIDATION_EVERY == 0
-    return indices[validation if split == "val" else ~validation]
+    return indices[np.isin(indices % 8, (_APART if apart else _SHOWN)[split])]
 
 
 def tone_hz(noun: int) -> tuple[float, float]:
