@@ -17,6 +17,7 @@ from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries, reach_s
 from karmma_pipeline.extraction.types import Times
+from karmma_pipeline.recognition.sensors import oldest
 
 # Seconds before a window's filters that are kept: the rate that decides on their length is
 # estimated anew from what is there.
@@ -79,7 +80,8 @@ class Samples:
     """
 
     def __init__(self, name: str, sensor: Sensor, keep_s: float) -> None:
-        self.name, self._sensor, self._keep_s = name, sensor, keep_s
+        self.name, self._sensor = name, sensor
+        self._keep_s = keep_s + 2 * reach_s(sensor, sensor.source_hz or sensor.rate_hz)
         self._lock = threading.Lock()
         self.ignored = 0
         self.forget()
@@ -121,7 +123,7 @@ class Samples:
                 self._times.insert(place, at_s)
                 self._rows.insert(place, row.copy())
             if self._times:
-                self._drop_before(self._times[-1] - self._keep_s)
+                self._drop_before(oldest(self._times[len(self._times) // 2], self._keep_s))
 
     def view(self, start_s: float, now_s: float) -> SamplesView | None:
         """Return what there is by now for a window, and forget what is older; None if nothing."""

@@ -42,6 +42,19 @@ CAMERA, MICROPHONE = Path("camera"), Path("microphone")
 _MARGIN_S = 0.05
 
 
+def oldest(middle_s: float, keep_s: float) -> float:
+    """Return from when on samples are kept, where nobody has said what the time is.
+
+    Around the middle one of them, not back from the newest, lest one time stamp that has gone
+    astray push out all that is good.
+
+    Args:
+        middle_s: time of the sample in the middle.
+        keep_s: seconds that are kept.
+    """
+    return middle_s - keep_s / 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Shot:
     """A picture as the networks want it; ``serial`` tells it from all others of its camera."""
@@ -148,7 +161,7 @@ class Camera:
         with self._lock:
             self._serial += 1
             insort(self._shots, _Shot(time_s, self._serial, digest, pictures), key=_time_of)
-            oldest_s = self._shots[-1].time_s - self._keep_s
+            oldest_s = oldest(self._shots[len(self._shots) // 2].time_s, self._keep_s)
             del self._shots[: bisect_left(self._shots, oldest_s, key=_time_of)]
 
     def view(self, start_s: float, stop_s: float, now_s: float) -> CameraView | None:
@@ -336,7 +349,7 @@ class Microphone:
             return
         with self._lock:
             insort(self._waiting, (time_s, np.array(samples, np.float32)), key=_chunk_time)
-            oldest_s = self._waiting[-1][0] - self._keep_s
+            oldest_s = oldest(self._waiting[len(self._waiting) // 2][0], self._keep_s)
             del self._waiting[: bisect_left(self._waiting, oldest_s, key=_chunk_time)]
 
     def view(self, start_s: float, stop_s: float, now_s: float) -> SoundView | None:

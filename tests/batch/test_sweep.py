@@ -207,16 +207,16 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     assert "needs what is not done yet: teacher,lr=1e+30/seed0" in alone.output
 
 
-def test_the_shipped_sweep_parses_and_looks_at_no_test_subject(
+def test_the_shipped_sweep_chooses_on_one_subject_and_reports_the_test_subjects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(Path("batch/utd_mhad.yaml"))
     trained: list[Any] = [stage.recipe for stage in sweep.stages[:-1]]
     assert {recipe.val_split for recipe in trained} == {"val"}
-    assert {recipe.select_by for recipe in trained} == {"epoch"}
+    assert {recipe.select_by for recipe in trained} == {"action_top1"}
     report: Any = sweep.stages[-1].recipe
-    assert (report.split, len(report.runs)) == ("val", 5 * len(sweep.points))
+    assert (report.split, len(report.runs)) == ("test", 5 * len(sweep.points))
     extract = config.load(ExtractRecipe, Path("extract/utd_mhad.yaml"))
     assert report.stores == [extract.out / name for name in extract.sets]
 

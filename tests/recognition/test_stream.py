@@ -45,12 +45,12 @@ def said(stream: Any, now_s: float) -> Any:
     return prediction
 
 
-def test_chaos_costs_no_answer_and_changes_none(recognizer: Recognizer) -> None:
-    outcome = chaos.run(200, 40, 1, recognizer)
+def test_chaos_costs_no_answer_and_changes_none() -> None:
+    outcome = chaos.run(200, 40, 1)
     assert outcome.farthest <= 1e-5
     assert outcome.compared >= 25
     assert set(outcome.reasons) >= {"stale", "gap", "dropped"}
-    assert len(outcome.masks) == 8  # all subsets, and nothing at all
+    assert len(outcome.masks) >= 12  # of 15 subsets, and nothing at all
     assert all(outcome.ignored.values())
 
 

@@ -135,6 +135,26 @@ def test_bad_samples_cost_themselves_alone(recognizer: Recognizer) -> None:
     assert (clean.ignored["imu"], stream.ignored["imu"]) == (0, 6)
 
 
+@pytest.mark.parametrize("sensor", ["rgb", "audio", "imu"])
+def test_one_time_stamp_gone_astray_before_the_first_step_pushes_nothing_out(
+    recognizer: Recognizer, sensor: str
+) -> None:
+    """Until somebody asks, nothing says what the time is."""
+    stream = recognizer.stream(window_s=1)
+    values: dict[str, Any] = {
+        "rgb": np.zeros((20, 24, 3), np.uint8),
+        "audio": np.zeros(640, np.float32),
+        "imu": np.zeros(3),
+    }
+    hz = {"rgb": 25, "audio": 25, "imu": 100}[sensor]
+    for n in range(round(1.1 * hz)):
+        stream.push(sensor, n / hz, values[sensor])
+        if n == hz // 2:
+            stream.push(sensor, 1e6, values[sensor])
+    assert sensor not in said(stream, 1.1).reasons
+    assert stream.ignored[sensor] == 1
+
+
 def test_what_is_kept_is_a_window_and_what_its_filter_needs(recognizer: Recognizer) -> None:
     stream = recognizer.stream()
     for second in range(60):

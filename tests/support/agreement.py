@@ -5,6 +5,7 @@ By hand, in a folder that ``karmma demo`` made:
 """
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 import karmma_pipeline as km
-from karmma_pipeline.data.manifest import Clip, read_manifest
+from karmma_pipeline.data.manifest import read_manifest
+from karmma_pipeline.extraction.inference.networks import Computed
+from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import label, subsets
 from karmma_pipeline.recognition.prediction import Dropout
 from karmma_pipeline.recognition.recognizer import Recognizer
@@ -53,6 +56,10 @@ def agreement(run: Path, store: Path, manifest: Path, most: int, workers: int) -
     rounded = Recognizer.load(run, "cpu")
     plain = rounded.card.model_copy(update={"dtypes": {}})
     unrounded = Recognizer(rounded.model, plain, rounded.networks)
+    with ExitStack() as stack:
+        # As `Recognizer.predict` does; the networks' tokens are those of all subsets.
+        batches = rounded._batches(stack, clips, workers, StopFlag())
+        computed = list(rounded._computed(stack, batches, StopFlag()))
     found = []
     for subset in subsets(rounded.modalities):
         without = tuple(m for m in rounded.modalities if m not in subset)
@@ -60,8 +67,8 @@ def agreement(run: Path, store: Path, manifest: Path, most: int, workers: int) -
         of_cache = {head: logits[: len(clips)] for head, logits in cached.logits.items()}
         here = cached.mask[: len(clips)].any(axis=1)
         seen = cached.mask[: len(clips)]
-        near = said(rounded, clips, without, workers, seen)
-        far = said(unrounded, clips, without, workers, seen)
+        near = said(rounded, computed, without, seen)
+        far = said(unrounded, computed, without, seen)
         apart = max(float(np.abs(far[h] - of_cache[h])[here].max()) for h in of_cache)
         turned = close = 0
         for head, logits in of_cache.items():
@@ -76,14 +83,14 @@ def agreement(run: Path, store: Path, manifest: Path, most: int, workers: int) -
 
 def said(
     recognizer: Recognizer,
-    clips: list[Clip],
+    computed: list[Computed],
     without: tuple[str, ...],
-    workers: int,
     seen: npt.NDArray[np.bool_],
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return the logits of clips, head to [N, C]; NaN where there was nothing to see."""
     heads = {head: len(names) for head, names in recognizer.card.heads.items()}
-    answers = list(recognizer.predict(clips, Dropout(without), workers=workers))
+    dropout = Dropout(without)
+    answers = [one for batch in computed for one in recognizer._answers(batch, dropout)]
     assert [[*one.mask.values()] for one in answers] == seen.tolist()
     return {
         head: np.stack([one.logits.get(head, np.full(c, np.nan, np.float32)) for one in answers])

@@ -18,7 +18,8 @@ from support.live import Signals, offline, tiny_recognizer
 from karmma_pipeline.recognition.prediction import Prediction
 from karmma_pipeline.recognition.recognizer import Recognizer
 
-FPS, HZ, CHUNK = 10, 16_000, 1_600
+FPS, HZ, CHUNK, IMU_HZ = 10, 16_000, 1_600, 50
+IMU = {"channels": 3, "source_hz": IMU_HZ, "rate_hz": 20, "windows": 4, "window": 8}
 WINDOW_S, HOP_S, LATE_S = 2.0, 0.5, 0.1
 REASONS = {"no_data", "stale", "gap", "dropped"}
 HISTORY_S = 12.0
@@ -39,15 +40,16 @@ class Outcome:
 
 
 class World:
-    """A camera and a microphone that fail, and all that has come of them."""
+    """A camera, a microphone and an IMU that fail, and all that has come of them."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng, self.order = rng, itertools.count()
-        self.states = {"rgb": "well", "audio": "well"}
+        self.states = {"rgb": "well", "audio": "well", "imu": "well"}
         self.on_the_way: list[Any] = []
         self.frames: dict[float, Any] = {}
         self.chunks: dict[int, Any] = {}
-        self.sent = {"rgb": 0, "audio": 0}
+        self.samples: dict[float, Any] = {}
+        self.sent = {"rgb": 0, "audio": 0, "imu": 0}
 
     def fail_and_return(self) -> int:
         """Let sensors change how they are; return how many did."""
@@ -61,7 +63,7 @@ class World:
 
     def send(self, until_s: float) -> None:
         """Let the sensors send what is taken up to a moment; it arrives a little later."""
-        for sensor, rate in (("rgb", FPS), ("audio", HZ / CHUNK)):
+        for sensor, rate in (("rgb", FPS), ("audio", HZ / CHUNK), ("imu", IMU_HZ)):
             while self.sent[sensor] / rate < until_s:
                 number, taken_s = self.sent[sensor], self.sent[sensor] / rate
                 self.sent[sensor] += 1
@@ -74,13 +76,15 @@ class World:
         values: Any
         if sensor == "rgb":
             values = self.rng.integers(0, 256, (20, 24, 3), np.uint8)
+        elif sensor == "imu":
+            values = self.rng.standard_normal(3)
         else:
             values = (self.rng.random(CHUNK, np.float32) - 0.5).astype(np.float32)
         arrives_s = taken_s + self.rng.random() * LATE_S * 0.9
         good = not (state == "mad" and self.rng.random() < 0.3)
         stamp = taken_s
-        if not good and sensor == "audio" and self.rng.random() < 0.5:
-            values[3] = np.nan
+        if not good and sensor != "rgb" and self.rng.random() < 0.5:
+            values[2] = np.nan
         elif not good:
             stamp = float(self.rng.choice([taken_s - 1e3, taken_s + 1e5, taken_s + 5, np.nan]))
         key = number if good else None
@@ -94,10 +98,11 @@ class World:
             stream.push(sensor, stamp, values)
             if key is None:
                 continue
-            if sensor == "rgb":
-                self.frames[stamp] = values
-                while min(self.frames) < stamp - HISTORY_S:
-                    del self.frames[min(self.frames)]
+            if sensor in {"rgb", "imu"}:
+                kept = self.frames if sensor == "rgb" else self.samples
+                kept[stamp] = values
+                for old in [at_s for at_s in kept if at_s < stamp - HISTORY_S]:
+                    del kept[old]
             else:
                 self.chunks[key] = values
                 while min(self.chunks) * CHUNK / HZ < stamp - HISTORY_S:
@@ -111,12 +116,14 @@ class World:
         for number, values in self.chunks.items():
             sound[(number - first) * CHUNK :][:CHUNK] = values
         pictures = [self.frames[t] for t in times]
-        return Signals(times, pictures, sound, HZ, first * CHUNK / HZ)
+        moments = np.array(sorted(self.samples))
+        imu = moments, np.array([self.samples[at_s] for at_s in moments])
+        return Signals(times, pictures, sound, HZ, first * CHUNK / HZ, {"imu": imu})
 
 
 def run(events: int, compare: int, seed: int, recognizer: Recognizer | None = None) -> Outcome:
     """Let so many failures and returns happen, a step per hop, and check every answer."""
-    recognizer = recognizer or tiny_recognizer()
+    recognizer = recognizer or tiny_recognizer(sensors={"imu": IMU})
     rng, outcome = np.random.default_rng(seed), Outcome()
     stream = recognizer.stream(WINDOW_S, HOP_S, 0.5, tolerance_s=LATE_S, audio_hz=HZ, share=0.75)
     world, off = World(rng), set[str]()

@@ -5,8 +5,8 @@ epoch counts, for none may be chosen on the subject that is reported. The stores
 ``karmma extract extract/utd_mhad.yaml --set dataset.val_subjects=[S] --set out=STORES/sS``.
 
 ``PYTHONPATH=.:tests python -m support.subjects STORES OUT train NAME COMMAND KEY=VALUE...`` trains
-a setting (``teacher=NAME`` names one that was trained before), ``... compare NAME NAME...`` prints
-means and the paired differences to the first, which docs/experiments.md has.
+a setting (``teacher=NAME+NAME`` names those that were trained before), ``... compare NAME NAME...``
+prints means and the paired differences to the first, which docs/experiments.md has.
 """
 
 import resource
@@ -43,7 +43,7 @@ STUDENT = {"dim": 64, "layers": 1, "attention_heads": 4, "ffn_width": 64, "head_
 def train(stores: Path, out: Path, name: str, command: str, given: Sequence[str]) -> None:
     """Train a setting on all subjects but one, each in turn, and keep what it answers rightly."""
     seeds = [int(s) for g in given if g.startswith("seeds=") for s in g[6:].split(",")] or SEEDS
-    taught = [g.partition("=")[2].split(",") for g in given if g.startswith("teacher=")]
+    taught = [g.partition("=")[2].split("+") for g in given if g.startswith("teacher=")]
     changes = [g for g in given if not g.startswith(("seeds=", "teacher="))]
     began = _seconds()
     for seed in seeds:
