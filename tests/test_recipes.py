@@ -28,6 +28,8 @@ TRAIN: dict[str, type[Recipe]] = {
     "baseline": BaselineRecipe,
     "baseline_delta": BaselineRecipe,
     "student": DistillRecipe,
+    "student_end_to_end": DistillRecipe,
+    "student_last_stage": DistillRecipe,
     "late_fusion": BaselineRecipe,
     "zero_imputation": BaselineRecipe,
     "mean_imputation": BaselineRecipe,

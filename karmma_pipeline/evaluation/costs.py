@@ -134,6 +134,9 @@ def _is_known(name: object) -> bool:
 
 
 def _choice(facts: Mapping[str, Any]) -> BackboneChoice:
-    """Return the backbone that a store's provenance names, with weights that cost nothing."""
+    """Return the backbone that a store's provenance names, with weights that cost nothing.
+
+    All of it, wherever it is cut.
+    """
     weights = "DEFAULT" if facts["backbone"] in {"boxes", "windows"} else "random:0"
-    return BackboneChoice.model_validate({**recorded(facts), "weights": weights})
+    return BackboneChoice.model_validate({**recorded(facts), "weights": weights, "cut": None})

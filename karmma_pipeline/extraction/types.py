@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.backbones.choice import INPUT
+from karmma_pipeline.store.spec import StoredDtype
 
 if TYPE_CHECKING:
     from karmma_pipeline.data.manifest import Clip
@@ -42,6 +44,14 @@ NATURAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET}
 
 # How long the only frame of a video counts as shown if the file does not say.
 _ALONE_S = 0.04
+
+
+class StoredRows(TypedDict):
+    """N rows of a clip, their width D and their type on disk; see `ModalitySpec`."""
+
+    tokens: int
+    width: int
+    dtype: StoredDtype
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,20 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
     pairs = modality == "flow" and flow is not None and flow.source != "dis"
     size = (height, width)
     return InputSpec(modality, choice.frame_count, choice.transform, size, True, pairs)
+
+
+def stored_as(modality: str, choice: BackboneChoice, dtype: StoredDtype) -> StoredRows:
+    """Return what a store holds of a clip: tokens, or what a cut backbone leaves of it.
+
+    Args:
+        modality: of the clip.
+        choice: the backbone.
+        dtype: of tokens and activations; decoded pictures stay uint8.
+    """
+    tokens, width = choice.stored_shape(modality)
+    if choice.cut == INPUT and choice.architecture.kind == "video" and modality != "audio":
+        dtype = "uint8"
+    return {"tokens": tokens, "width": width, "dtype": dtype}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,24 @@ class TokenModel(nn.Module):
         """Set the mean of the training clips' tokens as they are stored, [N, width]."""
         self.get_buffer(f"typical_{modality}").copy_(mean)
 
+    def features(self, modality: str, stored: Tensor) -> Tensor:
+        """Return the tokens [B, N, width] of what a store holds of a modality: these."""
+        return stored
+
+    def encode(self, tokens: Mapping[str, Tensor], mask: Tensor) -> Mapping[str, Tensor]:
+        """Return what `answer` takes, once for all masks under which clips are asked about.
+
+        Args:
+            tokens: as of `FusionModel.forward`.
+            mask: bool [B, M], what any of these masks lets through.
+        """
+        return tokens
+
+    def answer(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """Classify what `encode` gave under a mask; see `FusionModel.forward`."""
+        logits: dict[str, Tensor] = self(tokens, mask)
+        return logits
+
     def _scaled(self, modality: str, features: Tensor) -> Tensor:
         mean, std = self.get_buffer(f"mean_{modality}"), self.get_buffer(f"std_{modality}")
         return (features - mean) / std

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,10 @@ from torch import Tensor
 from karmma_pipeline import config, files, own_code
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
+from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.architectures import LateFusion, OwnModel, build_model
+from karmma_pipeline.models.backbones.choice import BackboneChoice, recorded
+from karmma_pipeline.models.cut import CutModel, model_of_tokens, suffixes_of
 from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 from karmma_pipeline.runs import CARD
 
@@ -96,13 +99,38 @@ class ModelCard(Recipe):
         """
         return {name: own_code.digest(name, key) for key, name in self.own.items()}
 
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """The modalities whose backbones are cut: the model holds what lies behind."""
+        return tuple(m for m in canonical(self.modalities) if "cut" in self.provenance.get(m, {}))
+
+    @property
+    def token_shapes(self) -> dict[str, tuple[int, int]]:
+        """N and D of the tokens that are fused: of a cut backbone those of its end."""
+        return {**self.modalities, **{m: c.output_shape for m, c in self._choices.items()}}
+
+    @property
+    def _choices(self) -> dict[str, BackboneChoice]:
+        """The networks that are cut, with weights that cost nothing."""
+        facts = {m: recorded(self.provenance[m]) for m in self.cut}
+        return {m: BackboneChoice(**{**of, "weights": "random:0"}) for m, of in facts.items()}
+
     def build(self) -> TokenModel:
-        """Build the architecture with fresh weights.
+        """Build the architecture with fresh weights; those behind a cut are undefined.
 
         Raises:
             ConfigError: it is one's own, and cannot be imported or built.
         """
-        return build_model(self.model, self.model_args, self.size, self.modalities, self.classes)
+        shapes = self.token_shapes
+        model = build_model(self.model, self.model_args, self.size, shapes, self.classes)
+        if not self.cut:
+            return model
+        from karmma_pipeline.models.backbones.suffix import Suffix  # torchvision, too
+
+        # On the CPU, wherever the rest is: not all that a library's network holds is in its state.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            suffixes = {m: Suffix(choice) for m, choice in self._choices.items()}
+        return CutModel(model, suffixes, self.modalities)
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,9 +169,10 @@ class TrainedModel:
 def save_model(folder: Path, model: TokenModel, card: ModelCard) -> None:
     """Write a model; killed anywhere, the old or the new one can be loaded."""
     expected = {"": FusionModel, "late_fusion": LateFusion}.get(card.model, OwnModel)
-    if type(model) is not expected:  # it would be read as another one, silently
+    fusion = model_of_tokens(model)
+    if type(fusion) is not expected:  # it would be read as another one, silently
         raise CheckpointError(
-            f"{folder}: a {type(model).__name__} cannot be saved as model={card.model!r}; name "
+            f"{folder}: a {type(fusion).__name__} cannot be saved as model={card.model!r}; name "
             "the factory that makes it, model: package.module:factory."
         )
     data = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
@@ -262,6 +291,8 @@ def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
                 f"set size.{key}: {there}."
             )
     anew = [m for m in model.modalities if not _same_tokens(card, theirs, m)]
+    _begin_suffixes(model, found, anew)
+    model, found = model_of_tokens(model), model_of_tokens(found)
     old, new = found.state_dict(), model.state_dict()
     for name, tensor in new.items():
         of_new = any(part in anew for part in (*name.split("."), *name.split("_", 1)))
@@ -272,6 +303,13 @@ def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
         for row, its in rows.items():
             new[name][row] = old[name][its]
     return [*anew, *lacking]
+
+
+def _begin_suffixes(model: TokenModel, found: TokenModel, anew: Sequence[str]) -> None:
+    theirs = suffixes_of(found)
+    for modality, suffix in suffixes_of(model).items():
+        if modality in theirs and modality not in anew:
+            suffix.load_state_dict(theirs[modality].state_dict())
 
 
 def _begin_alike(
@@ -285,13 +323,24 @@ def _begin_alike(
         _same_tokens(card, theirs, m) for m in model.modalities
     ):
         raise CheckpointError(f"{folder}: its tokens come from other networks than those here.")
-    model.load_state_dict(found.state_dict())
+    _begin_suffixes(model, found, ())
+    model_of_tokens(model).load_state_dict(model_of_tokens(found).state_dict())
     return []
 
 
 def _same_tokens(one: ModelCard, other: ModelCard, modality: str) -> bool:
-    shapes = [card.modalities.get(modality) for card in (one, other)]
-    return shapes[0] == shapes[1] and one.provenance[modality] == other.provenance[modality]
+    """Tell whether a model begins with the tokens that a saved one takes.
+
+    One whose backbone is cut begins with the backbone's own; one that trained a part of it does not
+    end with them.
+    """
+    shapes = [card.token_shapes.get(modality) for card in (one, other)]
+    if shapes[0] != shapes[1]:
+        return False
+    here, there = one.provenance[modality], other.provenance[modality]
+    if "cut" in here and "cut" not in there:
+        here = {key: of for key, of in here.items() if key != "cut"}
+    return here == there
 
 
 def _class_rows(

@@ -134,6 +134,11 @@ def _check_output(out: Path) -> None:
 def _check_model(model: TrainedModel) -> None:
     if isinstance(model, ExportedModel):
         raise ConfigError(f"{model.path}: is an exported model already; name a run.")
+    if model.card.cut:
+        raise ConfigError(
+            f"{model.path}: parts of its backbones ({', '.join(model.card.cut)}) were trained; "
+            "such models are not exported yet. karmma predict and karmma live take the run."
+        )
     flow = model.card.provenance.get("flow", {}).get("flow", {})
     if flow.get("source", "dis") != "dis":
         raise ConfigError(

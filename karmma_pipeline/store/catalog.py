@@ -280,7 +280,7 @@ def _describe(
         width = max(width, len(clip.clip_id)) if number else len(clip.clip_id)
     return {
         "format": layout.FORMAT,
-        "version": layout.VERSION_GROWN if lists else layout.VERSION,
+        "version": _version(spec, grown=bool(lists)),
         "spec": spec.model_dump(mode="json"),
         "clips": len(clips),
         "clips_sha256": sha.hexdigest(),
@@ -289,6 +289,12 @@ def _describe(
         "groups": sorted({c.group for c in clips}),
         **({_GROWN_FROM: lists} if lists else {}),
     }
+
+
+def _version(spec: StoreSpec, *, grown: bool) -> int:
+    if any(one.is_cut for one in spec.modalities.values()):
+        return layout.VERSION_CUT
+    return layout.VERSION_GROWN if grown else layout.VERSION
 
 
 #: Columns by name: values, little-endian, and attributes.

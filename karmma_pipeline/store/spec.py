@@ -38,14 +38,17 @@ def dequantise(
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
+# Pictures before a network that is cut at its input are what they are, whatever a recipe says.
+StoredDtype = Dtype | Literal["uint8"]
 ClipNumbers = npt.NDArray[np.int64]
 
-_DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1"}
+_DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1", "uint8": "|u1"}
 _LARGEST = {
     "float16": float(np.finfo(np.float16).max),
     "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
     "float32": float(np.finfo(np.float32).max),
     "int8": LARGEST,
+    "uint8": 255.0,
 }
 # Values of one clip and modality; more is a mistake or an attack, not a feature.
 _MAX_VALUES = 1 << 28
@@ -76,10 +79,10 @@ class ModalitySpec(Recipe):
 
     tokens: int = Field(gt=0, le=1_000_000, description="Tokens N of a clip.")
     width: int = Field(gt=0, le=1_000_000, description="Width D of a token.")
-    dtype: Dtype = Field(
+    dtype: StoredDtype = Field(
         "float16",
         description="Type on disk. bfloat16 is kept as uint16 bits, int8 with a float16 scale\n"
-        "per token (half the bytes of float16).",
+        "per token (half the bytes of float16); uint8 is for pictures before a network.",
     )
     frames: int = Field(0, ge=0, description="Sampled times T that are recorded per clip.")
     provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
@@ -108,12 +111,23 @@ class ModalitySpec(Recipe):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The shape of the N tokens: what they were pooled to, else the backbone's own map."""
-        for sides in (self.provenance.get("token_grid"), self.provenance.get("raw_grid")):
+        """The shape of the N tokens: what they were pooled to, else the backbone's own map.
+
+        Of a backbone that is cut: that of the activation, or the input, which are its rows.
+        """
+        facts = self.provenance
+        if self.is_cut:
+            facts = {"raw_grid": facts["cut"].get("grid")}
+        for sides in (facts.get("token_grid"), facts.get("raw_grid")):
             whole = isinstance(sides, list) and all(isinstance(s, int) and s > 0 for s in sides)
             if sides and whole:
                 return tuple(sides) if math.prod(sides) == self.tokens else (self.tokens,)
         return (self.tokens,)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether rows are no tokens yet: a part of the backbone is to follow."""
+        return isinstance(self.provenance.get("cut"), dict)
 
     @property
     def clip_bytes(self) -> int:

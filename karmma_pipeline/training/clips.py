@@ -223,7 +223,7 @@ def standardise(model: TokenModel, store: TokenSource, clips: ClipNumbers) -> No
     """
     for column, m in enumerate(store.modalities):
         chosen = _chosen(store, column, clips)
-        if (moments := _moments(store, m, chosen)) is not None:
+        if (moments := _moments(model, store, m, chosen)) is not None:
             mean, std = moments
             floor = 1e-3 * std.mean().clamp(min=1e-6)  # channels that hardly move stay small
             model.standardise(m, mean.float(), torch.maximum(std, floor).float())
@@ -237,9 +237,9 @@ def set_means(model: TokenModel, store: TokenSource, clips: ClipNumbers) -> None
     """
     for column, m in enumerate(store.modalities):
         chosen = _chosen(store, column, clips)
-        total = torch.zeros(store.shape(m), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
         for index in _pieces(chosen):
-            total += store.gather(m, index).double().sum(dim=0).cpu()
+            total = total + _features(model, store, m, index).sum(dim=0).cpu()
         if not bool(total.isfinite().all()):
             raise non_finite_error(store, _bad_clips(store, m, chosen), NEW_FOLDER)
         model.set_mean(m, (total / max(1, len(chosen))).float())
@@ -251,11 +251,19 @@ def _chosen(store: TokenSource, column: int, clips: ClipNumbers) -> ClipNumbers:
     return present[:: max(1, len(present) // _CLIPS)]
 
 
-def _moments(store: TokenSource, modality: str, clips: ClipNumbers) -> tuple[Tensor, Tensor] | None:
+@torch.inference_mode()
+def _features(model: TokenModel, store: TokenSource, modality: str, index: Tensor) -> Tensor:
+    """Return the tokens [B, N, D] of some clips as the model begins, float64."""
+    return model.features(modality, store.gather(modality, index)).double()
+
+
+def _moments(
+    model: TokenModel, store: TokenSource, modality: str, clips: ClipNumbers
+) -> tuple[Tensor, Tensor] | None:
     """Return mean and deviation over tokens, [width], in two passes that need little memory."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in _pieces(clips):
-        tokens = store.gather(modality, index).double().flatten(0, 1)
+        tokens = _features(model, store, modality, index).flatten(0, 1)
         total, count = total + tokens.sum(dim=0), count + len(tokens)
     if count < 2:
         return None
@@ -264,7 +272,7 @@ def _moments(store: TokenSource, modality: str, clips: ClipNumbers) -> tuple[Ten
     # The second pass: sums of squares of what lies far from zero would lose their last digits.
     mean, squares = total / count, torch.zeros((), dtype=torch.float64)
     for index in _pieces(clips):
-        tokens = store.gather(modality, index).double().flatten(0, 1)
+        tokens = _features(model, store, modality, index).flatten(0, 1)
         squares = squares + (tokens - mean).square().sum(dim=0)
     return mean, (squares / (count - 1)).sqrt()
 

@@ -23,7 +23,13 @@ from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.training.clips import NEW_FOLDER
 from karmma_pipeline.training.objective import Objective
-from karmma_pipeline.training.optimization import Gradient, adamw, learning_rate, moving_average
+from karmma_pipeline.training.optimization import (
+    SCALE,
+    Gradient,
+    adamw,
+    learning_rate,
+    moving_average,
+)
 from karmma_pipeline.training.progress import (
     EpochTimer,
     TrainingProgress,
@@ -72,7 +78,7 @@ class Trainer:
         self.setup, recipe = setup, setup.recipe
         self.model = setup.model.to(setup.device)
         self.ema = moving_average(self.model, recipe.ema) if recipe.ema else None
-        self.optimiser = adamw(self.model, recipe.optimiser)
+        self.optimiser = adamw(self.model, recipe.optimiser, recipe.suffix.lr)
         self.bfloat16 = recipe.precision == "bfloat16"
         self.progress = TrainingProgress()
         if state:
@@ -161,8 +167,8 @@ class Trainer:
         """Set learning rate and dropout, both pure functions of the step's number."""
         recipe, step, rate = self.setup.recipe, self._step_number(), self._learning_rate()
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        if recipe.size.dropout or recipe.own:
+            group["lr"] = rate * group.get(SCALE, 1.0)
+        if recipe.size.dropout or recipe.own or recipe.suffix.stochastic:
             # Seeded anew in every step, so that no generator's state has to be saved to resume.
             rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from karmma_pipeline.models.cut import suffixes_of
 from karmma_pipeline.training.recipe import Optimiser
 
 
@@ -56,18 +57,35 @@ class Gradient:
         return terms, length
 
 
-def adamw(model: nn.Module, settings: Optimiser) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only, not biases, norms and learned tokens."""
+#: In a group of the optimiser: its learning rate in units of the others'.
+SCALE = "scale"
 
-    def chosen(matrix: bool) -> Iterator[Tensor]:
+
+def adamw(model: nn.Module, settings: Optimiser, suffix_lr: float = 0.0) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices only, not biases, norms and learned tokens.
+
+    ``suffix_lr``: of what lies behind the cuts of backbones, which gets groups of its own.
+    """
+    behind = [parameter for of in suffixes_of(model).values() for parameter in of.parameters()]
+    numbers = {id(parameter) for parameter in behind}
+
+    def chosen(matrix: bool, suffix: bool = False) -> Iterator[Tensor]:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (parameter.dim() > 1 and "token" not in name) is matrix:
+            is_matrix = parameter.dim() > 1 and "token" not in name
+            if parameter.requires_grad and (id(parameter) in numbers, is_matrix) == (
+                suffix,
+                matrix,
+            ):
                 yield parameter
 
     groups: list[dict[str, Any]] = [
         {"params": list(chosen(matrix=True)), "weight_decay": settings.weight_decay},
         {"params": list(chosen(matrix=False)), "weight_decay": 0.0},
     ]
+    if any(parameter.requires_grad for parameter in behind):
+        scale = {SCALE: suffix_lr / settings.lr}
+        for group, matrix in zip(groups[:2], (True, False), strict=True):
+            groups.append({**group, "params": list(chosen(matrix, suffix=True)), **scale})
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 

@@ -26,6 +26,35 @@ class Optimiser(Recipe):
     )
 
 
+class SuffixSettings(Recipe):
+    """How the parts of backbones behind a `cut` train; see docs/cut.md."""
+
+    FREE = frozenset({"weights", "save_memory"})
+
+    lr: float = Field(
+        1e-5,
+        ge=0,
+        description="Peak learning rate, on the schedule of optimiser.lr (ours); 0 freezes them.",
+    )
+    freeze_norm: bool = Field(
+        True, description="Batch norms keep their statistics, scale and shift (ours)."
+    )
+    stochastic: bool = Field(
+        False,
+        description="Dropout and stochastic depth of the networks act as in their own training.",
+    )
+    save_memory: bool = Field(
+        False,
+        description="Keep only what lies between the modules of a suffix for the backward pass\n"
+        "and compute the rest again: less memory, about a third more time.",
+    )
+    weights: dict[str, str] = Field(
+        {},
+        description="Modality to the file of its network's weights, if it has moved since the\n"
+        "extraction.",
+    )
+
+
 def _store(example: str) -> Any:
     return Field(
         description="Feature store; several are joined by clip id and trained on as one.",
@@ -84,6 +113,10 @@ class TrainRecipe(Recipe):
         "added to tokens of about 1: small ones hide where in the clip a token lies.",
     )
     optimiser: Optimiser = Field(Optimiser(), description="Optimiser.")
+    suffix: SuffixSettings = Field(
+        SuffixSettings(),
+        description="Parts of backbones that train with the model, where a set's choice has a cut.",
+    )
     epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
     batch_size: int = Field(
         64,

@@ -21,6 +21,7 @@ from karmma_pipeline.models.fusion import FusionModel, TokenModel
 from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
 from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
+from karmma_pipeline.training import suffixes
 from karmma_pipeline.training.clips import (
     check_labels,
     describe,
@@ -253,12 +254,9 @@ def _train(
     for part in model.modules():  # late fusion has several
         if isinstance(part, FusionModel):
             part.scale_positions(recipe.position_std)
+    notes += suffixes.adapt(recipe, model, ranks)
     if state is None:
-        if recipe.standardise:
-            standardise(model, store, train)
-        if model.needs_means:
-            set_means(model, store, train)
-        notes += _begin_from(recipe, model, card)
+        notes += _begin(recipe, model, card, store, train, device)
     loaders = make_loaders(recipe, store, train, val, device, ranks)
     own = _try_out(recipe, model, store, train, ranks)
     run.claim(recipe)
@@ -292,6 +290,25 @@ def _try_out(
     function = own_code.find(recipe.objective, "objective")
     taught = isinstance(recipe, DistillRecipe)
     return OwnObjective(recipe.objective, function, recipe.objective_args, batch, logits, taught)
+
+
+def _begin(
+    recipe: TrainRecipe,
+    model: TokenModel,
+    card: ModelCard,
+    store: TokenSource,
+    train: np.ndarray,
+    device: torch.device,
+) -> list[str]:
+    """Give a model all that it has before the first step; say what a reader should know."""
+    suffixes.begin(recipe, model, card)
+    if card.cut:  # whose tokens take long to compute
+        model.to(device)
+    if recipe.standardise:
+        standardise(model, store, train)
+    if model.needs_means:
+        set_means(model, store, train)
+    return _begin_from(recipe, model.cpu(), card)
 
 
 def _begin_from(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> list[str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from karmma_pipeline import files
-from karmma_pipeline.data.loading.clips import predict_masked
+from karmma_pipeline.data.loading.clips import MaskedModel, predict_masked
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.errors import CheckpointError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
@@ -390,7 +390,7 @@ class _Answers:
         self.columns = [mine.get(m, len(mine)) for m in cache.store.modalities]
 
     def ask(
-        self, model: torch.nn.Module, device: torch.device, stop: StopFlag, bar: "tqdm[Any]"
+        self, model: MaskedModel, device: torch.device, stop: StopFlag, bar: "tqdm[Any]"
     ) -> bool:
         """Ask for what is left, batch by batch; return False if a stop was asked for before."""
 

@@ -3,14 +3,14 @@
 B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError, ManifestError, StoreError
@@ -102,13 +102,23 @@ def _folder(store: TokenSource, modality: str) -> Path:
     return next((part.path for part in parts if modality in part.modalities), store.path)
 
 
+class MaskedModel(Protocol):
+    """What is asked about clips: a `TokenModel` of `karmma_pipeline.models`."""
+
+    def encode(self, tokens: Mapping[str, Tensor], mask: Tensor, /) -> Mapping[str, Tensor]:
+        """Return what does not depend on a mask, of all that any of them lets through."""
+
+    def answer(self, tokens: Mapping[str, Tensor], mask: Tensor, /) -> dict[str, Tensor]:
+        """Return logits, head to [B, C]."""
+
+
 #: A mask, bool [n, M], of the first n clips of a batch, and the logits under it, head to [n, C].
 MaskLogits = tuple[Tensor, dict[str, Tensor]]
 
 
 @torch.inference_mode()
 def predict_masked(
-    model: nn.Module,
+    model: MaskedModel,
     loader: FeatureLoader,
     masks: Callable[[Batch], Iterable[Tensor]],
     device: torch.device,
@@ -133,12 +143,14 @@ def predict_masked(
     """
     store = loader.store
     for batch in loader.epoch(0):
-        tokens = batch.tokens_on(device)
+        asked = list(masks(batch))
+        tokens = model.encode(batch.tokens_on(device), _any_of(asked, batch.present))
         answers: list[MaskLogits] = []
-        for mask in masks(batch):
+        for mask in asked:
             check()
             some = {m: of[: len(mask)] for m, of in tokens.items()}
-            answers.append((mask, {h: of.float().cpu() for h, of in model(some, mask).items()}))
+            said = model.answer(some, mask)
+            answers.append((mask, {h: of.float().cpu() for h, of in said.items()}))
         if not all(all_finite(logits) for _, logits in answers):
             if bad := non_finite(store, batch):
                 raise non_finite_error(store, bad)
@@ -147,6 +159,14 @@ def predict_masked(
                 "diverged: train it again with a lower optimiser.lr."
             )
         yield batch, answers
+
+
+def _any_of(masks: Sequence[Tensor], present: Tensor) -> Tensor:
+    """Return what some mask lets through, bool [B, M]."""
+    seen = torch.zeros_like(present)
+    for mask in masks:
+        seen[: len(mask)] |= mask
+    return seen
 
 
 def subset_masks(

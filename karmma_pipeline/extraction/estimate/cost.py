@@ -18,7 +18,8 @@ from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.workers import max_workers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import input_spec
+from karmma_pipeline.extraction.types import input_spec, stored_as
+from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec
 from karmma_pipeline.store.format import layout
@@ -34,8 +35,7 @@ def disk(recipe: ExtractRecipe, manifest: Manifest, present: Presence) -> dict[s
     tables = 0
     for name, choices in recipe.sets.items():
         for modality, choice in choices.items():
-            count, width = choice.output_shape
-            arrays = ModalitySpec(tokens=count, width=width, dtype=recipe.store.dtype).arrays
+            arrays = _stored(modality, choice, recipe).arrays
             shards = [int(present[modality][at : at + size].sum()) for at in range(0, clips, size)]
             files = (layout.file_bytes(array, size, there) for array in arrays for there in shards)
             tokens[name][modality] = sum(files)
@@ -49,6 +49,28 @@ def disk(recipe: ExtractRecipe, manifest: Manifest, present: Presence) -> dict[s
         "total_bytes_about": tables + sum(sum(of.values()) for of in tokens.values()),
         "free_bytes": shutil.disk_usage(next(p for p in places if p.exists())).free,
         "shards": math.ceil(clips / size),
+    }
+
+
+def _stored(modality: str, choice: BackboneChoice, recipe: ExtractRecipe) -> ModalitySpec:
+    return ModalitySpec(**stored_as(modality, choice, recipe.store.dtype))
+
+
+def cuts(recipe: ExtractRecipe) -> dict[str, dict[str, int]]:
+    """Return the bytes of a clip for every place where a cut network could be cut.
+
+    Returns:
+        ``set.modality`` of the networks that are cut, to the name of each cut, and ``tokens``
+        without one, to bytes.
+    """
+    return {
+        f"{name}.{modality}": {
+            cut or "tokens": _stored(modality, choice.cut_at(cut), recipe).clip_bytes
+            for cut in (*choice.cuts, None)
+        }
+        for name, choices in recipe.sets.items()
+        for modality, choice in choices.items()
+        if choice.cut is not None
     }
 
 

@@ -63,6 +63,7 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         "heads": {head: list(names) for head, names in manifest.heads.items()},
         **facts,
         "disk": {**disk, "total_bytes_about_without_faults": whole},
+        "cuts": cost.cuts(recipe),
         "time": {**time, "hours": hours},
         "array_tasks": None if hours is None else tasks(hours, disk["shards"], TASK_HOURS),
         "too_many_lost": not recipe.allows(lost, len(manifest.clips)),
@@ -88,6 +89,7 @@ def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
         "duplicates": [same or "no two clips have the same video and span"],
         "splits": _splits(plan),
         "disk": _disk(plan["disk"], recipe),
+        "cuts": _cuts(plan["cuts"]),
         "time": _time(plan, recipe_path),
     }
     return "\n".join(
@@ -185,6 +187,13 @@ def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
         f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} are free at {recipe.out}{enough}"
     )
     return [*lines, *([f"{_size(whole)} once no clip is lost any more"] if whole > total else [])]
+
+
+def _cuts(cuts: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"{name}: a clip takes {', '.join(f'{_size(of)} ({cut})' for cut, of in sizes.items())}"
+        for name, sizes in cuts.items()
+    ]
 
 
 def _time(plan: Plan, recipe_path: Path) -> list[str]:

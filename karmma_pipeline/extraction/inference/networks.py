@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from math import lcm
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.media.sensor_series import RESAMPLING as RESAMPLED
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec
+from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec, stored_as
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec, StoreSpec
 
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 class Computed:
     """A batch whose tokens are there, or on a GPU soon will be.
 
-    tokens: of each job and place in the batch, float32 [N, D].
+    tokens: of each job and place in the batch, float32 [N, D]; pictures are uint8.
     """
 
     batch: Batch
@@ -59,7 +59,7 @@ class Computed:
         stop.synchronize()
         return start.elapsed_time(stop) / 1000
 
-    def of(self, job: Job, place: int) -> npt.NDArray[np.float32] | None:
+    def of(self, job: Job, place: int) -> npt.NDArray[Any] | None:
         """Return the tokens [N, D] of a clip; None if it lacks the input."""
         if job.spec in self.batch.clips[place].reasons:
             return None
@@ -121,12 +121,9 @@ class Networks:
         """Return what the store of a set looks like, provenance included."""
         specs = {}
         for modality, choice in self.recipe.sets[name].items():
-            tokens, width = choice.output_shape
             config = self.all[network_key(choice)].config
             specs[modality] = ModalitySpec(
-                tokens=tokens,
-                width=width,
-                dtype=self.recipe.store.dtype,
+                **stored_as(modality, choice, self.recipe.store.dtype),
                 frames=input_spec(modality, choice).times,
                 provenance=self._provenance(modality, choice),
                 computed=config.model_dump(mode="json", by_alias=True),
@@ -200,6 +197,8 @@ class Networks:
 
     def _run(self, job: Job, batch: Batch, inputs: Mapping[InputSpec, Tensor]) -> dict[int, Tensor]:
         network, clips = self.all[job.network], inputs[job.spec]
+        if job.spec.modality == "flow" and network.backbone.choice.cut == INPUT:
+            clips = clips[:, :, :2]  # the third channel is constant
         size = network.config.batch_size
         tokens: dict[int, Tensor] = {}
         for first in range(0, len(clips), size):

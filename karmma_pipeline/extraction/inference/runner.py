@@ -19,6 +19,7 @@ from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.openvino_engine import OpenVino
 from karmma_pipeline.models.backbones import Backbone
+from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.models.backbones.onnx_networks import OnnxNet
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -120,7 +121,8 @@ class Network:
     def tokens(self, clips: Tensor) -> Tensor:
         """Turn decoded clips [B, ...], wherever they lie, into float32 tokens [B, N, D].
 
-        A batch that does not fit into memory is halved until it does; none is lost.
+        A network that is cut at its input gives the clips as they are, in rows. A batch that does
+        not fit into memory is halved until it does; none is lost.
 
         Raises:
             KarmmaError: not even one clip fits.
@@ -164,6 +166,8 @@ class Network:
         )
 
     def _forward(self, clips: Tensor) -> Tensor:
+        if self.backbone.choice.cut == INPUT:
+            return clips.flatten(2)
         with torch.inference_mode(), _products(self.device, self.config.precision):
             x = self.backbone.prepare(clips.to(self.device, non_blocking=True))
             x = x.contiguous(memory_format=self._format(x.dim()))

@@ -8,7 +8,8 @@ import torchvision
 from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.choice import BackboneChoice, parse_seed
+from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, parse_seed
+from karmma_pipeline.models.backbones.layers import Parts
 
 
 class Backbone(nn.Module):
@@ -25,7 +26,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.choice = choice
         self.architecture = choice.architecture
-        _ = choice.output_shape  # refuse what does not fit before weights are read
+        _ = choice.output_shape, choice.stored_shape()  # refuse what does not fit before weights
         self.net, self.loaded = _load(choice)
         self.eval()
         self.requires_grad_(requires_grad=False)
@@ -36,35 +37,26 @@ class Backbone(nn.Module):
         return self
 
     def prepare(self, clips: Tensor) -> Tensor:
-        """Turn what the decoder gives into the network's float input, on the clips' device.
-
-        Args:
-            clips: uint8 frames [B, T, 3, h, w], or float spectrogram frames [B, T, h, w], or
-                float log-mel images [B, h, w] (both already standardised), boxes [B, T, 14, 7], or
-                windows of a sensor [B, N, W, C].
-        """
-        if self.architecture.kind == "boxes":
-            return registry.prepare_boxes(clips)
-        if self.architecture.kind == "series":
-            return clips.float()
-        if clips.dtype == torch.uint8:
-            return self.choice.transform.normalise(clips)
-        return clips.float().unsqueeze(1).expand(-1, 3, *(-1,) * (clips.dim() - 1))
+        """Turn what the decoder gives into the network's float input, see `prepare`."""
+        return prepare(self.choice, clips)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn inputs (see `BackboneChoice.input_shape`, with B before) into tokens [B, N, D]."""
-        features, extra = self.architecture.parts(self.net, x)  # [B, D, t, h, w], [B, E, D]
-        if self.choice.tokens is not None:
-            features = nn.functional.adaptive_avg_pool3d(features, self.choice.tokens)
-        tokens = features.flatten(2).transpose(1, 2)
-        return tokens if extra is None else torch.cat([extra, tokens], dim=1)
+        """Turn inputs (see `BackboneChoice.input_shape`, with B before) into tokens [B, N, D].
+
+        Of a network that is cut before a stage: what goes into that stage, a row per place.
+        """
+        cut = self.choice.cut
+        if cut is not None and cut != INPUT:
+            stages = self.architecture.stages
+            return stages.as_tokens(stages.before(self.net, cut, x))
+        return pooled(self.choice, self.architecture.parts(self.net, x))
 
     def provenance(self) -> dict[str, Any]:
         """Return what a store must know of its tokens, JSON-plain."""
         choice = self.choice
         kind = self.architecture.kind
         image = choice.input_shape[1:] if kind == "image" else ()
-        cut = {"layer": choice.layer, "class_tokens": choice.class_tokens}
+        ends = {"layer": choice.layer, "class_tokens": choice.class_tokens}
         return {
             "backbone": choice.name,
             "weights": choice.weights,
@@ -78,8 +70,44 @@ class Backbone(nn.Module):
             "width": choice.output_shape[1],
             "torchvision": torchvision.__version__,
             **self.architecture.facts,
-            **{key: value for key, value in cut.items() if value not in {None, "drop"}},
+            **{key: value for key, value in ends.items() if value not in {None, "drop"}},
+            **self._cut(),
         }
+
+    def _cut(self) -> dict[str, Any]:
+        """Return where the network is cut, if it is: the facts above are those of all of it."""
+        choice = self.choice
+        if choice.cut is None:
+            return {}
+        return {"cut": {"before": choice.cut, "grid": list(choice.stored_grid)}}
+
+
+def prepare(choice: BackboneChoice, clips: Tensor) -> Tensor:
+    """Turn what the decoder gives into a network's float input, on the clips' device.
+
+    Args:
+        choice: the network.
+        clips: uint8 frames [B, T, 3, h, w], or float spectrogram frames [B, T, h, w], or
+            float log-mel images [B, h, w] (both already standardised), boxes [B, T, 14, 7], or
+            windows of a sensor [B, N, W, C].
+    """
+    kind = choice.architecture.kind
+    if kind == "boxes":
+        return registry.prepare_boxes(clips)
+    if kind == "series":
+        return clips.float()
+    if clips.dtype == torch.uint8:
+        return choice.transform.normalise(clips)
+    return clips.float().unsqueeze(1).expand(-1, 3, *(-1,) * (clips.dim() - 1))
+
+
+def pooled(choice: BackboneChoice, parts: Parts) -> Tensor:
+    """Return the tokens [B, N, D] of a network's map and of what stands beside it."""
+    features, extra = parts  # [B, D, t, h, w], [B, E, D]
+    if choice.tokens is not None:
+        features = nn.functional.adaptive_avg_pool3d(features, choice.tokens)
+    tokens = features.flatten(2).transpose(1, 2)
+    return tokens if extra is None else torch.cat([extra, tokens], dim=1)
 
 
 def _load(choice: BackboneChoice) -> tuple[nn.Module, state_dicts.Loaded]:

@@ -5,6 +5,7 @@ Torch is imported where a network is looked at: to read a recipe must not take s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,9 @@ _SHIPPED: dict[str, Kind] = {
     "boxes": "boxes",
     "windows": "series",
 }
+
+#: The cut before everything: what is stored is the prepared input itself.
+INPUT = "input"
 
 #: Networks that learn nothing.
 WITHOUT_WEIGHTS = frozenset(("boxes", "windows"))
@@ -93,6 +97,12 @@ class BackboneChoice(Recipe):
         "its name), before any norm that follows; the rest is not computed. null: the last one,\n"
         "normed.",
     )
+    cut: str | None = Field(
+        None,
+        description="Where what is stored ends and what a training changes begins: a stage of the\n"
+        "network (its input is stored), or input (prepared pictures, a spectrogram); null: the\n"
+        "tokens are stored and nothing of the network trains. docs/cut.md has the stages.",
+    )
     series: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
         description="Sensors: windows N, samples of each, channels; a recipe's sensors fill it in.",
@@ -109,6 +119,8 @@ class BackboneChoice(Recipe):
         """Find faults when the recipe is read; a package.module:factory is imported later."""
         if self.engine != "torch" and self.name in WITHOUT_WEIGHTS:
             raise ValueError(f"engine={self.engine!r}: {self.name} computes nothing; leave it out")
+        if self.cut is not None:
+            self._check_cut(self.cut)
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
@@ -119,6 +131,14 @@ class BackboneChoice(Recipe):
         elif ":" not in self.name:
             self._check_input(self.architecture)
         return self
+
+    def _check_cut(self, cut: str) -> None:
+        if self.name in WITHOUT_WEIGHTS:
+            raise ValueError(f"cut={cut!r}: {self.name} has nothing to train; leave it out")
+        if self.engine != "torch":
+            raise ValueError(f"cut={cut!r}: is for engine torch; leave engine={self.engine!r} out")
+        if self.layer is not None and cut != INPUT:
+            raise ValueError(f"cut={cut!r} and layer={self.layer!r}: give one, or cut: input")
 
     @field_serializer("audio")
     def _as_stated(self, audio: Audio | None) -> dict[str, Any] | None:
@@ -327,8 +347,67 @@ class BackboneChoice(Recipe):
         return self.tokens
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Where the network could be cut, from its input on."""
+        from karmma_pipeline.models.backbones.stages import Stages
+
+        named = self.architecture.feature_map
+        if self.architecture.fixed or not isinstance(named, Stages):
+            return (INPUT,)
+        return INPUT, *[*named.modules][1:]
+
+    def cut_at(self, cut: str | None) -> Self:
+        """Return the choice with another cut, or without one."""
+        return self.model_copy(update={"cut": cut})
+
+    @property
+    def stored_grid(self) -> tuple[int, ...]:
+        """The shape of the N rows that are stored: of tokens, of an activation, or of the input.
+
+        Raises:
+            ConfigError: the network has no such stage.
+        """
+        if self.cut is None:
+            return self.grid
+        if self.cut == INPUT:
+            return self.input_shape[1:2]  # frames, or the bands of one spectrogram
+        return self._activation[0]
+
+    def stored_shape(self, modality: str = "") -> tuple[int, int]:
+        """Return N rows and their width D as a store holds them for one clip.
+
+        Without a cut these are tokens. Of the prepared input a row is a frame, a mel band or a
+        window; of flow only the two channels that say something.
+
+        Raises:
+            ConfigError: the network has no such stage.
+        """
+        if self.cut is None:
+            return self.output_shape
+        if self.cut != INPUT:
+            grid, width = self._activation
+            return math.prod(grid), width
+        kind, shape = self.architecture.kind, self.input_shape
+        if kind == "series":
+            return shape[0], math.prod(shape[1:])
+        if kind == "image":
+            return shape[1], shape[2]
+        channels = {"audio": 1, "flow": 2}.get(modality, 3)
+        return shape[1], channels * math.prod(shape[2:])
+
+    @property
+    def _activation(self) -> tuple[tuple[int, ...], int]:
+        from karmma_pipeline.models.backbones import registry
+
+        assert self.cut is not None  # noqa: S101  (see above)
+        return registry.activation_shape(self.architecture, self.cut, self.input_shape)
+
+    @property
     def output_shape(self) -> tuple[int, int]:
-        """Tokens N and width D of one clip, worked out without building any weights."""
+        """Tokens N and width D of one clip, worked out without building any weights.
+
+        Those of the whole network, wherever it is cut.
+        """
         from karmma_pipeline.models.backbones import registry
 
         t, h, w = self.grid
@@ -352,6 +431,8 @@ def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
         "video": {"frames": shape[1], "size": shape[-1]},
     }
     kept = {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
+    if "cut" in facts:
+        kept["cut"] = facts["cut"]["before"]
     kind = registry.find(facts["backbone"]).kind
     return {"name": facts["backbone"], "tokens": facts["token_grid"], **kept, **of_input[kind]}
 

@@ -52,7 +52,10 @@ def end_behind(net: nn.Module, layer: int | str) -> None:
     def reached(module: nn.Module, inputs: Any, output: Any) -> NoReturn:
         raise Reached(output)
 
-    _find(net, layer).register_forward_hook(reached)
+    found = _find(net, layer)
+    while type(found) is nn.Sequential and len(found):  # which may be called piece by piece
+        found = found[-1]
+    found.register_forward_hook(reached)
 
 
 def _find(net: nn.Module, layer: int | str) -> nn.Module:

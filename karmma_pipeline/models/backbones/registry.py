@@ -42,6 +42,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, one_line
 from karmma_pipeline.models.backbones import layers
 from karmma_pipeline.models.backbones.layers import Parts as Parts
+from karmma_pipeline.models.backbones.stages import Stages as Stages
 
 #: torchvision's video weights were made without antialiasing (its ``_presets.py``).
 ANTIALIAS = False
@@ -176,20 +177,6 @@ Kind = Literal["video", "image", "boxes", "series"]
 FeatureMap = Callable[[Any, Tensor], Tensor | Parts]
 
 
-def _swin3d(net: video.SwinTransformer3d, x: Tensor) -> Tensor:
-    features: Tensor = net.norm(net.features(net.pos_drop(net.patch_embed(x))))
-    return features.permute(0, 4, 1, 2, 3)
-
-
-def _s3d(net: video.S3D, x: Tensor) -> Tensor:
-    return net.features(x)
-
-
-def _resnet3d(net: video.VideoResNet, x: Tensor) -> Tensor:
-    x = net.stem(x)
-    return net.layer4(net.layer3(net.layer2(net.layer1(x))))
-
-
 def _mvit(net: video.MViT, x: Tensor) -> Tensor:
     x = net.pos_encoding(net.conv_proj(x).flatten(2).transpose(1, 2))
     thw = (net.pos_encoding.temporal_size, *net.pos_encoding.spatial_size)
@@ -207,13 +194,28 @@ def _swin3d_map(net: video.SwinTransformer3d, output: Tensor, x: Tensor) -> Tens
     return output.permute(0, 4, 1, 2, 3)
 
 
-def _features2d(net: Any, x: Tensor) -> Tensor:
-    return net.features(x).unsqueeze(2)
+def _features(**stages: tuple[int, int]) -> Stages:
+    """Return stages of `features`, which end before the second number."""
+    return Stages({s: tuple(f"features.{i}" for i in range(*ends)) for s, ends in stages.items()})
 
 
-def _resnet2d(net: models.ResNet, x: Tensor) -> Tensor:
-    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-    return net.layer4(net.layer3(net.layer2(net.layer1(x)))).unsqueeze(2)
+_SWIN3D = Stages(
+    {
+        "patches": ("patch_embed", "pos_drop"),
+        "stage1": ("features.0",),
+        **{f"stage{n + 1}": (f"features.{2 * n - 1}", f"features.{2 * n}") for n in (1, 2, 3)},
+        "norm": ("norm",),
+    },
+    channels_last=True,
+)
+_LAYERS = {f"layer{n}": (f"layer{n}",) for n in (1, 2, 3, 4)}
+_RESNET3D = Stages({"stem": ("stem",), **_LAYERS})
+_RESNET2D = Stages({"stem": ("conv1", "bn1", "relu", "maxpool"), **_LAYERS})
+_S3D = _features(stem=(0, 1), stage2=(1, 4), stage3=(4, 7), stage4=(7, 13), stage5=(13, 16))
+_STAGES = {f"stage{n}": (n, n + 1) for n in range(1, 8)}
+_EFFICIENTNET = _features(stem=(0, 1), **_STAGES, head=(8, 9))
+_BLOCKS = {f"block{n}": (n, n + 1) for n in range(1, 16)}
+_MOBILENET = _features(stem=(0, 1), **_BLOCKS, head=(16, 17))
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class Architecture:
         build: called as ``build(weights=None)``; must also work on torch's meta device.
         weights: torchvision's enum of published weights, or None.
         feature_map: (network, input) to the last feature map [B, D, t, h, w]; t is 1 for images.
+            `Stages` can be cut between any two of them, see `BackboneChoice.cut`.
             Of kind "series": to the tokens of a window, [B, D] or [B, t, D].
         heads: attributes of the network that are replaced by the identity.
         frames: T where a recipe gives none.
@@ -293,6 +296,17 @@ class Architecture:
             extra = torch.unflatten(extra, 0, chunks.shape[:2]).flatten(1, 2)
         return Parts(whole, extra)
 
+    @property
+    def stages(self) -> Stages:
+        """The stages between which the network can be cut.
+
+        Raises:
+            ConfigError: it is not made of such.
+        """
+        if not isinstance(self.feature_map, Stages) or self.fixed:
+            raise ConfigError("cut: this network has no named stages; allowed is input.")
+        return self.feature_map
+
     def _once(self, net: Any, x: Tensor) -> Parts:
         try:
             made = self.feature_map(net, x)
@@ -328,9 +342,9 @@ class Architecture:
 
 
 _swin = partial(
-    Architecture, "video", feature_map=_swin3d, heads=("head",), frames=32, arrange=_swin3d_map
+    Architecture, "video", feature_map=_SWIN3D, heads=("head",), frames=32, arrange=_swin3d_map
 )
-_conv3d = partial(Architecture, "video", feature_map=_resnet3d, heads=("fc",), frames=16)
+_conv3d = partial(Architecture, "video", feature_map=_RESNET3D, heads=("fc",), frames=16)
 _mvits = partial(
     Architecture,
     "video",
@@ -340,23 +354,29 @@ _mvits = partial(
     fixed=True,
     arrange=_mvit_map,
 )
-_image = partial(Architecture, "image", feature_map=_features2d, heads=("classifier",))
+_image = partial(Architecture, "image", heads=("classifier",))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "swin3d_t": _swin(build=video.swin3d_t, weights=video.Swin3D_T_Weights),
     "swin3d_s": _swin(build=video.swin3d_s, weights=video.Swin3D_S_Weights),
     "swin3d_b": _swin(build=video.swin3d_b, weights=video.Swin3D_B_Weights),
-    "s3d": Architecture("video", video.s3d, video.S3D_Weights, _s3d, ("classifier",), 16),
+    "s3d": Architecture("video", video.s3d, video.S3D_Weights, _S3D, ("classifier",), 16),
     "r2plus1d_18": _conv3d(build=video.r2plus1d_18, weights=video.R2Plus1D_18_Weights),
     "r3d_18": _conv3d(build=video.r3d_18, weights=video.R3D_18_Weights),
     "mc3_18": _conv3d(build=video.mc3_18, weights=video.MC3_18_Weights),
     "mvit_v1_b": _mvits(build=video.mvit_v1_b, weights=video.MViT_V1_B_Weights),
     "mvit_v2_s": _mvits(build=video.mvit_v2_s, weights=video.MViT_V2_S_Weights),
-    "efficientnet_b0": _image(build=models.efficientnet_b0, weights=models.EfficientNet_B0_Weights),
-    "resnet18": Architecture("image", models.resnet18, models.ResNet18_Weights, _resnet2d, ("fc",)),
+    "efficientnet_b0": _image(
+        build=models.efficientnet_b0,
+        weights=models.EfficientNet_B0_Weights,
+        feature_map=_EFFICIENTNET,
+    ),
+    "resnet18": Architecture("image", models.resnet18, models.ResNet18_Weights, _RESNET2D, ("fc",)),
     "mobilenet_v3_large": _image(
-        build=models.mobilenet_v3_large, weights=models.MobileNet_V3_Large_Weights
+        build=models.mobilenet_v3_large,
+        weights=models.MobileNet_V3_Large_Weights,
+        feature_map=_MOBILENET,
     ),
     "boxes": Architecture("boxes", nn.Identity, None, _box_map, (), BOX_FRAMES),
     "windows": Architecture("series", nn.Identity, None, _flat, ()),
@@ -439,3 +459,19 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
         )
     _, D, t, h, w = features.shape
     return D, t, h, w, 0 if extra is None else extra.shape[1]
+
+
+@cache
+def activation_shape(
+    architecture: Architecture, cut: str, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], int]:
+    """Return the grid and the channels of what goes into a stage, computing nothing.
+
+    Raises:
+        ConfigError: the network has no such stage, or cannot take this input.
+    """
+    map_shape(architecture, shape)  # which says what is wrong with an input
+    with torch.device("meta"), torch.inference_mode():
+        net = architecture.headless().eval()
+        x = architecture.stages.before(net, cut, torch.empty(1, *shape))
+    return architecture.stages.grid(x), architecture.stages.as_tokens(x).shape[2]

@@ -88,7 +88,7 @@ def _folder(split: str) -> str:
 
 
 def _npy(one: ModalitySpec, arrays: Encoded) -> bytes:
-    plain = one.dtype in {"float16", "float32"}
+    plain = one.dtype in {"float16", "float32", "uint8"}
     values = arrays[0] if plain else one.decode(arrays)
     return _written(lambda buffer: np.save(buffer, values))
 

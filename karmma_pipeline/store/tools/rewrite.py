@@ -21,7 +21,14 @@ from karmma_pipeline.store.finalize import finalize
 from karmma_pipeline.store.former import Encoded
 from karmma_pipeline.store.joined import JoinedStore, LabelSpaces
 from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.spec import ClipNumbers, ClipRow, Dtype, ModalitySpec, StoreSpec
+from karmma_pipeline.store.spec import (
+    ClipNumbers,
+    ClipRow,
+    Dtype,
+    ModalitySpec,
+    StoredDtype,
+    StoreSpec,
+)
 from karmma_pipeline.store.writer import ShardWriter
 
 # Clips in memory at once.
@@ -110,6 +117,11 @@ def convert(
         raise StoreError(f"{store}: pool: no modality {', '.join(unknown)} is there.")
     for m, one in opened.specs.items():
         grid = (pool or {}).get(m)
+        if one.is_cut and (grid is not None or (one.dtype == "uint8" and dtype is not None)):
+            raise StoreError(
+                f"{store}: {m} is what goes into {one.provenance['cut'].get('before')} of its "
+                "backbone; it is neither pooled nor, as pictures, given another type."
+            )
         specs[m] = _converted(store, m, one, dtype or one.dtype, grid)
         if specs[m] != one:
             changes[m] = _change(one, grid)
@@ -118,7 +130,7 @@ def convert(
 
 
 def _converted(
-    store: Path, modality: str, one: ModalitySpec, dtype: Dtype, grid: Sequence[int] | None
+    store: Path, modality: str, one: ModalitySpec, dtype: StoredDtype, grid: Sequence[int] | None
 ) -> ModalitySpec:
     provenance = dict(one.provenance)
     tokens = one.tokens

@@ -1,0 +1,126 @@
+"""What lies behind the cut of a backbone: the part that a training changes.
+
+B clips in a batch, N rows of D numbers as a store holds them, N' tokens of width D'.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline.models.backbones import stages
+from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
+from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
+from karmma_pipeline.models.backbones.layers import Parts
+
+#: The third channel of a picture of flow, which says nothing and is not stored.
+_NO_FLOW = 128
+
+
+class Suffix(nn.Module):
+    """The modules of a network behind its cut, fed with what a store holds of the part before it.
+
+    Its weights are undefined until `load_state_dict`; see `weights_behind`. All of it is in
+    evaluation mode until `adapt`, in training, too: dropout, stochastic depth and batch norms are
+    as they are when the network is used.
+
+    Args:
+        choice: the network, with its cut.
+
+    Attributes:
+        save_memory: whether the backward pass computes anew what lies inside of modules.
+    """
+
+    def __init__(self, choice: BackboneChoice) -> None:
+        super().__init__()
+        assert choice.cut is not None  # noqa: S101  (there is no suffix without)
+        self.choice, self.architecture, self.cut = choice, choice.architecture, choice.cut
+        self.net = self.architecture.headless()
+        if self.cut != INPUT:
+            stages.drop(self.net, self.architecture.stages.split(self.cut)[0])
+        self.save_memory = False
+        self._moves: tuple[bool, bool] = (False, False)
+        self.train(mode=False)
+
+    def adapt(self, *, freeze_norm: bool, stochastic: bool, save_memory: bool) -> None:
+        """Say how it trains.
+
+        Args:
+            freeze_norm: batch norms keep their statistics, scale and shift.
+            stochastic: dropout and stochastic depth act as in the network's own training.
+            save_memory: see the class.
+        """
+        self.save_memory, self._moves = save_memory, (not freeze_norm, stochastic)
+        for norm in self.norms():
+            norm.requires_grad_(requires_grad=not freeze_norm)
+        self.train(self.training)
+
+    def norms(self) -> list[nn.Module]:
+        """Return its batch norms, whose statistics depend on which clips share a pass."""
+        kind = nn.modules.batchnorm._BatchNorm
+        return [module for module in self.modules() if isinstance(module, kind)]
+
+    def train(self, mode: bool = True) -> "Suffix":
+        """Set the mode: what `adapt` has not named stays in that of evaluation."""
+        norms, others = self._moves
+        super().train(mode and others)
+        for norm in self.norms():
+            norm.train(mode and norms)
+        self.training = mode
+        return self
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D']."""
+        if self.cut == INPUT:
+            return pooled(self.choice, self._parts(prepare(self.choice, self._input(stored))))
+        of_net = self.architecture.stages
+        x = of_net.of_tokens(stored.float(), self.choice.stored_grid)
+        save_memory = self.save_memory and torch.is_grad_enabled()
+        return pooled(self.choice, Parts(of_net.after(self.net, self.cut, x, save_memory)))
+
+    def _parts(self, x: Tensor) -> Parts:
+        """Run the whole network, stage by stage where it has some and memory is to be saved."""
+        named = self.architecture.feature_map
+        if not (self.save_memory and torch.is_grad_enabled() and isinstance(named, stages.Stages)):
+            return self.architecture.parts(self.net, x)
+        return Parts(named.after(self.net, next(iter(named.modules)), x, save_memory=True))
+
+    def _input(self, stored: Tensor) -> Tensor:
+        """Turn rows into what the decoder gave."""
+        if self.architecture.kind == "series":
+            return torch.unflatten(stored, 2, self.choice.input_shape[1:])
+        if self.architecture.kind == "image":
+            return stored
+        sides = self.choice.input_shape[-2:]
+        clips = torch.unflatten(stored, 2, (-1, *sides))
+        if clips.shape[2] == 1:  # spectrograms of frames
+            return clips.squeeze(2)
+        clips = clips.to(torch.uint8)  # a recogniser's arrays are all of float32
+        if clips.shape[2] == 2:
+            third = clips.new_full((), _NO_FLOW).expand(*clips.shape[:2], 1, *sides)
+            return torch.cat([clips, third], dim=2)
+        return clips
+
+
+def weights_behind(facts: Mapping[str, Any], weights: str | None = None) -> dict[str, Tensor]:
+    """Return the weights with which the part behind a cut begins: those of the whole network.
+
+    Args:
+        facts: provenance of a modality of a store.
+        weights: where they lie now, if they have moved.
+
+    Raises:
+        CheckpointError: they are not there, or are not those whose prefix made the store.
+    """
+    tree = recorded(facts) | {"weights": weights or facts["weights"]}
+    if keys := facts.get("weights_key_map"):
+        tree["key_map"] = keys
+    backbone = Backbone(BackboneChoice.model_validate(tree))
+    if backbone.loaded.digest != facts["weights_sha256"]:
+        raise CheckpointError(
+            f"weights={tree['weights']!r}: have the digest {backbone.loaded.digest[:12]}, and the "
+            f"store was made with {facts['weights_sha256'][:12]}; name the file that made it."
+        )
+    return backbone.net.state_dict()

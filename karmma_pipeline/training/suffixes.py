@@ -1,0 +1,73 @@
+"""How the parts of backbones behind their cuts begin, and how they train."""
+
+import torch
+
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.cut import suffixes_of
+from karmma_pipeline.models.fusion import TokenModel
+from karmma_pipeline.models.saved import ModelCard
+from karmma_pipeline.training.ranks import Ranks
+from karmma_pipeline.training.recipe import SuffixSettings, TrainRecipe
+
+
+def adapt(recipe: TrainRecipe, model: TokenModel, ranks: Ranks) -> list[str]:
+    """Let suffixes train as a recipe says; return what a reader should know.
+
+    Raises:
+        ConfigError: it says something of suffixes and no backbone is cut; or batch norms learn
+            from parts of a batch.
+    """
+    suffixes, settings = suffixes_of(model), recipe.suffix
+    if not suffixes:
+        if settings.model_copy(update={"weights": {}}) != SuffixSettings():
+            raise ConfigError(
+                "suffix: no backbone of this store is cut, so that there is none to train; leave "
+                "the key out, or extract with cut: STAGE or cut: input in the set's choices."
+            )
+        return []
+    for modality, suffix in suffixes.items():
+        if (
+            not settings.freeze_norm
+            and suffix.norms()
+            and (recipe.accumulate, ranks.size) != (1, 1)
+        ):
+            raise ConfigError(
+                f"suffix.freeze_norm=false: {modality}'s network has batch norms, whose numbers "
+                "depend on which clips share a pass; train it with accumulate: 1 on one rank, or "
+                "leave the key out."
+            )
+        suffix.adapt(
+            freeze_norm=settings.freeze_norm,
+            stochastic=settings.stochastic,
+            save_memory=settings.save_memory,
+        )
+        if not settings.lr:
+            suffix.requires_grad_(requires_grad=False)
+    return [_said(modality, model, settings) for modality in suffixes]
+
+
+def _said(modality: str, model: TokenModel, settings: SuffixSettings) -> str:
+    suffix = suffixes_of(model)[modality]
+    count = sum(p.numel() for p in suffix.parameters() if p.requires_grad)
+    what = f"{count:,} parameters train at lr {settings.lr:g}" if count else "frozen"
+    return f"{modality}: {suffix.choice.name} from {suffix.cut} on: {what}"
+
+
+def begin(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> None:
+    """Give suffixes the weights of the networks whose prefixes made the store.
+
+    Raises:
+        CheckpointError: they are not there, or are others.
+        ConfigError: `suffix.weights` names a modality that has no suffix.
+    """
+    suffixes, moved = suffixes_of(model), recipe.suffix.weights
+    if unknown := [m for m in moved if m not in suffixes]:
+        raise ConfigError(
+            f"suffix.weights.{unknown[0]}: is not cut; there are {', '.join(suffixes) or 'none'}."
+        )
+    if suffixes:
+        from karmma_pipeline.models.backbones.suffix import weights_behind  # torchvision, too
+    for modality, suffix in suffixes.items():
+        whole = weights_behind(card.provenance[modality], moved.get(modality))
+        with torch.no_grad():
+            suffix.net.load_state_dict({name: whole[name] for name in suffix.net.state_dict()})

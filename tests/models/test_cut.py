@@ -1,0 +1,129 @@
+"""A network that is cut between its stages: prefix and suffix are the whole."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import zarr
+from support import cut_store
+from support.lanes import slow_unless
+
+from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
+from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.suffix import Suffix, weights_behind
+from karmma_pipeline.store import FeatureStore
+
+STAGED = [n for n, a in ARCHITECTURES.items() if isinstance(a.feature_map, Stages)]
+QUICK = {"resnet18"}
+
+
+def small(name: str) -> dict[str, object]:
+    if ARCHITECTURES[name].kind == "image":
+        return {"name": name, "image": (64, 96)}
+    return {"name": name, "frames": 4 if name != "s3d" else 16, "size": 64 if name == "s3d" else 32}
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, STAGED))
+def test_prefix_and_suffix_of_every_cut_give_the_bits_of_the_whole_network(name: str) -> None:
+    whole = BackboneChoice.model_validate({**small(name), "weights": "random:0"})
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[name]
+    net = architecture.headless().eval()
+    x = torch.randn(2, *whole.input_shape)
+    with torch.inference_mode():
+        wanted = architecture.features(net, x).flatten(2).transpose(1, 2)
+        for cut in whole.cuts[1:]:
+            choice = whole.cut_at(cut)
+            stored = architecture.stages.as_tokens(architecture.stages.before(net, cut, x))
+            assert tuple(stored.shape[1:]) == choice.stored_shape()
+            suffix = Suffix(choice)
+            weights = net.state_dict()
+            suffix.net.load_state_dict({k: weights[k] for k in suffix.net.state_dict()})
+            assert torch.equal(suffix(stored), wanted), cut
+    # Behind the last cut lies no more than the last stage.
+    last = architecture.stages.modules[whole.cuts[-1]]
+    count = sum(p.numel() for path in last for p in net.get_submodule(path).parameters())
+    assert sum(p.numel() for p in suffix.parameters()) == count
+
+
+def test_torchvisions_own_modules_are_the_stages_in_its_own_order() -> None:
+    """Against torchvision's `features`, which knows nothing of stages."""
+    net = ARCHITECTURES["efficientnet_b0"].build(weights=None).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        ours = ARCHITECTURES["efficientnet_b0"].features(net, x)
+        assert torch.equal(ours, net.get_submodule("features")(x).unsqueeze(2))
+
+
+def test_what_cannot_be_cut_says_where_it_could_be() -> None:
+    swin = BackboneChoice.model_validate({**small("swin3d_t"), "cut": "layer4"})
+    with pytest.raises(ConfigError, match=r"cut=.layer4.: allowed are input, stage1, .*, norm"):
+        swin.stored_shape()
+    mvit = BackboneChoice.model_validate({"name": "mvit_v2_s", "cut": "stage4"})
+    with pytest.raises(ConfigError, match="no named stages; allowed is input"):
+        mvit.stored_shape()
+    assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
+    for change, said in (
+        ({"name": "windows", "cut": "input"}, "nothing to train"),
+        ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
+        ({"cut": "stage4", "layer": -1}, "give one"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            BackboneChoice.model_validate({**small("swin3d_t"), **change})
+
+
+@pytest.mark.parametrize("cut", slow_unless({"input"}, ["body", "input"]))
+def test_what_a_store_holds_of_a_cut_network_becomes_its_tokens(tmp_path: Path, cut: str) -> None:
+    store = FeatureStore.open(cut_store.write_cut_store(tmp_path / "cut", cut))
+    plain = FeatureStore.open(cut_store.write_cut_store(tmp_path / "plain", None))
+    index = torch.arange(1, 4)
+    for m, choice in cut_store.choices(cut).items():
+        assert store.shape(m) == choice.stored_shape(m)
+        assert store.specs[m].grid == choice.stored_grid
+        suffix = Suffix(choice)
+        whole = weights_behind(store.provenance[m])
+        suffix.net.load_state_dict({k: whole[k] for k in suffix.net.state_dict()})
+        with torch.inference_mode():
+            made = suffix(store.gather(m, index))
+        torch.testing.assert_close(made, plain.gather(m, index), rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_are_stored_as_they_were_decoded_for_zarr_and_h5py(tmp_path: Path) -> None:
+    root = cut_store.write_cut_store(tmp_path / "s", "input")
+    wanted = cut_store.decoded()["flow"][:, :, :2].flatten(2).numpy()
+    rows = np.asarray(zarr.open_group(root, mode="r")["flow/tokens"])[
+        : len(wanted) * wanted.shape[1]
+    ]
+    assert rows.dtype == np.uint8
+    np.testing.assert_array_equal(rows, wanted.reshape(rows.shape))
+    with h5py.File(root / "flow/tokens/c/0/0") as file:
+        (name,) = file
+        np.testing.assert_array_equal(file[name][: len(rows)], rows)
+    assert '"version": 4' in (root / "spec.json").read_text()
+    assert (
+        '"version": 2'
+        in (cut_store.write_cut_store(tmp_path / "plain", None) / "spec.json").read_text()
+    )
+
+
+def test_other_weights_than_those_before_the_cut_are_refused(tmp_path: Path) -> None:
+    store = FeatureStore.open(cut_store.write_cut_store(tmp_path / "s", "body"))
+    with pytest.raises(CheckpointError, match="weights='random:7': have the digest"):
+        weights_behind(store.provenance["rgb"], "random:7")
+
+
+def test_a_suffix_is_in_evaluation_mode_but_for_what_is_to_train() -> None:
+    suffix = Suffix(cut_store.choices("body")["rgb"]).train()
+    body = list(suffix.net.get_submodule("body").children())
+    modes = {type(m).__name__: m.training for m in body}
+    assert modes == {"Dropout": False, "Conv3d": False, "BatchNorm3d": False, "ReLU": False}
+    suffix.adapt(freeze_norm=False, stochastic=True, save_memory=False)
+    assert all(m.training for m in body)
+    suffix.adapt(freeze_norm=True, stochastic=True, save_memory=False)
+    (norm,) = suffix.norms()
+    assert not norm.training
+    assert [p.requires_grad for p in norm.parameters()] == [False, False]
+    assert not any(m.training for m in suffix.eval().modules())

@@ -1,0 +1,106 @@
+"""A tiny network in stages, and stores of the same clips before, between and behind its stages."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.models.backbones import Architecture, Backbone, BackboneChoice, FrameTransform
+from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.store import (
+    ClipRow,
+    ModalitySpec,
+    ShardWriter,
+    StoreSpec,
+    create_store,
+    finalize,
+)
+from karmma_pipeline.store.spec import Dtype
+
+VERBS, FRAMES, SIDE, IMAGE = 3, 4, 8, (8, 12)
+
+
+class Net(nn.Module):
+    """Two convolutions with batch norms, and dropout before the second."""
+
+    def __init__(self, video: bool) -> None:
+        super().__init__()
+        conv, norm = (nn.Conv3d, nn.BatchNorm3d) if video else (nn.Conv2d, nn.BatchNorm2d)
+        self.stem = nn.Sequential(conv(3, 4, 3, stride=2, padding=1), norm(4), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Dropout(0.3), conv(4, 6, 3, stride=2, padding=1), norm(6), nn.ReLU()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.stem(x))
+
+
+_STAGES = Stages({"stem": ("stem",), "body": ("body",)})
+_HALF = FrameTransform(resize=(SIDE,), crop=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def video() -> Architecture:
+    return Architecture(
+        "video", lambda weights: Net(video=True), None, _STAGES, (), FRAMES, transform=_HALF
+    )
+
+
+def image() -> Architecture:
+    return Architecture("image", lambda weights: Net(video=False), None, _STAGES, ())
+
+
+def choices(cut: str | None) -> dict[str, BackboneChoice]:
+    of_video = BackboneChoice(name="support.cut_store:video", weights="random:1", cut=cut)
+    sound = BackboneChoice(name="support.cut_store:image", weights="random:2", image=IMAGE, cut=cut)
+    return {"rgb": of_video, "flow": of_video, "audio": sound}
+
+
+def decoded(clips: int = 24) -> dict[str, torch.Tensor]:
+    """What a decoder would give: a verb shows in the brightness of pictures and of sound."""
+    generator = torch.Generator().manual_seed(3)
+    verb = (torch.arange(clips) % VERBS).view(-1, 1, 1, 1, 1)
+    shape = (clips, FRAMES, 3, SIDE, SIDE)
+    noise = torch.randint(0, 120, shape, generator=generator, dtype=torch.uint8)
+    rgb, flow = noise + (60 * verb).to(torch.uint8), noise.flip(1) + (40 * verb).to(torch.uint8)
+    flow[:, :, 2] = 128
+    sound = torch.randn(clips, *IMAGE, generator=generator) + verb[..., 0, 0]
+    return {"rgb": rgb, "flow": flow, "audio": sound.half().float()}
+
+
+def write_cut_store(root: Path, cut: str | None, dtype: Dtype = "float32") -> Path:
+    """Every fifth clip has no sound; clips are in the order of `decoded`."""
+    clips, specs, rows = decoded(), {}, {}
+    for m, choice in choices(cut).items():
+        backbone = Backbone(choice)
+        with torch.inference_mode():
+            if cut == "input":
+                x = clips[m][:, :, :2] if m == "flow" else clips[m]
+                rows[m] = (x if m == "audio" else x.flatten(2)).numpy()
+            else:
+                rows[m] = backbone(backbone.prepare(clips[m])).numpy()
+        pictures = cut == "input" and m != "audio"
+        specs[m] = ModalitySpec(
+            tokens=rows[m].shape[1],
+            width=rows[m].shape[2],
+            dtype="uint8" if pictures else dtype,
+            provenance=backbone.provenance(),
+        )
+    count = len(clips["rgb"])
+    heads = {"verb": tuple(f"v{i}" for i in range(VERBS))}
+    spec = StoreSpec(modalities=specs, heads=heads, clips_per_shard=count)
+    splits = ["val" if i % 4 == 3 else "train" for i in range(count)]
+    create_store(
+        root,
+        spec,
+        [ClipRow(f"c{i:03d}", {"verb": i % VERBS}, s, f"P{i % 2}") for i, s in enumerate(splits)],
+    )
+    with ShardWriter(root, 0) as writer:
+        for i in range(count):
+            there = {m: of[i] for m, of in rows.items() if m != "audio" or i % 5}
+            writer.append(
+                f"c{i:03d}", there, {} if "audio" in there else {"audio": Reason.NO_STREAM}, {}
+            )
+        writer.commit()
+    finalize(root)
+    return root

@@ -1,0 +1,239 @@
+"""Backbones that are cut: what lies behind the cut trains with the model of its tokens."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.cut_store import choices, decoded, write_cut_store
+from support.forks import ended
+from support.lanes import slow_unless
+from support.training import (
+    SIZE,
+    baseline_recipe,
+    fork_ranks,
+    results,
+    says,
+    stopped_and_resumed,
+    student_recipe,
+    teacher_recipe,
+)
+
+from karmma_pipeline.data.loading.loader import FeatureLoader
+from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.models.backbones import Backbone
+from karmma_pipeline.models.backbones.suffix import Suffix
+from karmma_pipeline.models.cut import CutModel, suffixes_of
+from karmma_pipeline.models.saved import load_model, read_card
+from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.training import loop
+from karmma_pipeline.training.recipe import TrainRecipe
+from karmma_pipeline.training.stages import distill, train_baseline, train_teacher
+
+FEW: dict[str, Any] = {"epochs": 7, "batch_size": 6, "optimiser": {"lr": 5e-3, "clip_norm": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    root = tmp_path_factory.mktemp("cut")
+    return {cut: write_cut_store(root / str(cut), cut) for cut in (None, "body", "input")}
+
+
+def losses_of(recipe: TrainRecipe, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    losses: list[float] = []
+    step = loop.Trainer._step
+
+    def record(self: loop.Trainer, *arguments: Any) -> float:
+        losses.append(step(self, *arguments))
+        return losses[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", record)
+        train_baseline(recipe)  # type: ignore[arg-type]
+    return losses
+
+
+@pytest.mark.parametrize("cut", slow_unless({"body"}, ["body", "input"]))
+def test_a_frozen_suffix_loses_what_cached_tokens_lose(
+    cut: str, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = losses_of(baseline_recipe(stores[None], tmp_path / "a", **FEW), monkeypatch)
+    frozen = baseline_recipe(stores[cut], tmp_path / "b", suffix={"lr": 0}, **FEW)
+    assert len(cached) == 21
+    np.testing.assert_allclose(losses_of(frozen, monkeypatch), cached, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", slow_unless({"input"}, ["body", "input"]))
+def test_a_training_suffix_loses_what_a_plain_loop_over_whole_networks_loses(
+    cut: str, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = baseline_recipe(stores[cut], tmp_path / "a", suffix={"lr": 2e-3}, **FEW)
+    ours = losses_of(recipe, monkeypatch)
+    plain = plain_losses(recipe, FeatureStore.open(stores[None]), cut)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
+    frozen = baseline_recipe(stores[cut], tmp_path / "b", suffix={"lr": 0}, **FEW)
+    assert np.abs(np.subtract(losses_of(frozen, monkeypatch), ours)[1:]).max() > 1e-3
+
+
+def plain_losses(recipe: TrainRecipe, cached: FeatureStore, cut: str) -> list[float]:
+    """Train whole networks from decoded clips, without a store but for its order and masks."""
+    train = np.flatnonzero(cached.split == "train")
+    card = read_card(recipe.out / "last")
+    torch.manual_seed(recipe.seed)
+    model: Any = card.build()
+    fusion = model.fusion
+    for column, m in enumerate(cached.modalities):
+        chosen = torch.from_numpy(train[cached.present[train, column]])
+        flat = cached.gather(m, chosen).double().flatten(0, 1)
+        std = flat.std(dim=0)
+        fusion.standardise(m, flat.mean(dim=0).float(), std.clamp(min=1e-3 * std.mean()).float())
+    nets = {m: Backbone(choice.cut_at(None)) for m, choice in choices(cut).items()}
+    trained: list[torch.Tensor] = []
+    for backbone in nets.values():
+        behind = backbone.net.get_submodule("body" if cut == "body" else "")
+        convolutions = [c for c in behind.modules() if "Conv" in type(c).__name__]
+        trained += [p.requires_grad_() for c in convolutions for p in c.parameters()]
+    named = list(fusion.named_parameters())
+    decay = recipe.optimiser.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in named if p.dim() > 1 and "token" not in n], "lr": 5e-3},
+        {"params": [p for n, p in named if p.dim() <= 1 or "token" in n], "lr": 5e-3},
+        {"params": [p for p in trained if p.dim() > 1], "lr": 2e-3},
+        {"params": [p for p in trained if p.dim() <= 1], "lr": 2e-3},
+    ]
+    for number, group in enumerate(groups):
+        group |= {"weight_decay": 0.0 if number % 2 else decay, "peak": group["lr"]}
+    optimiser = torch.optim.AdamW(groups)
+    loader = FeatureLoader(cached, train, 6, seed=recipe.seed, p=0.3, shuffle=True, threads=0)
+    clips, losses = decoded(), []
+    for step, batch in enumerate(b for e in range(recipe.epochs) for b in loader.epoch(e)):
+        wave = 0.5 * (1 + math.cos(math.pi * (step - 2) / 19))
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * ((step + 1) / 2 if step < 2 else wave)
+        tokens = {m: net(net.prepare(clips[m][batch.clip_index])) for m, net in nets.items()}
+        scores = fusion(tokens, batch.mask)["verb"]
+        loss = torch.nn.functional.cross_entropy(scores, batch.labels["verb"])
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        every = [p for group in groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(every, 0.5)
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+ALL: dict[str, Any] = {
+    "size": {**SIZE, "dropout": 0.2},
+    "ema": 0.9,
+    "epochs": 3,
+    "batch_size": 8,
+    "suffix": {"lr": 1e-3, "stochastic": True, "freeze_norm": False, "save_memory": True},
+}
+
+
+def test_a_stopped_student_whose_backbones_train_goes_on_exactly(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    """Its teacher, too, and its batch norms learn."""
+    train_teacher(teacher_recipe(stores[None], tmp_path / "teacher", epochs=1))
+    whole, parts = (
+        student_recipe(stores["body"], tmp_path / "teacher", tmp_path / n,
+                       teacher_store=str(stores[None]), **ALL)
+        for n in ("whole", "parts")
+    )  # fmt: skip
+    distill(whole)
+    stopped_and_resumed(distill, parts, (4, 6), "run the same command again")
+    assert results(tmp_path / "whole") == results(tmp_path / "parts")
+    norm = suffixes_of(load_model(tmp_path / "whole/last")[0])["rgb"].norms()[0]
+    (before,) = Suffix(choices("body")["rgb"]).norms()
+    assert int(norm.num_batches_tracked) > int(before.num_batches_tracked)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_less_memory_changes_no_gradient(stores: dict[str | None, Path], tmp_path: Path) -> None:
+    settings = {"lr": 1e-2}
+    for name, more in (("a", {}), ("b", {"save_memory": True})):
+        recipe = baseline_recipe(
+            stores["input"], tmp_path / name, suffix={**settings, **more}, **FEW
+        )
+        train_baseline(recipe)
+    assert torch.equal(*(says(tmp_path / name, stores["input"]) for name in ("a", "b")))
+
+
+def test_a_suffix_runs_for_clips_whose_modality_is_let_through_and_for_no_other(
+    stores: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train_baseline(baseline_recipe(stores["body"], tmp_path / "a", epochs=1))
+    model, card = load_model(tmp_path / "a/last")
+    assert isinstance(model, CutModel)
+    store = FeatureStore.open(stores["body"])
+    index = torch.arange(4)
+    tokens = {m: store.gather(m, index) for m in store.modalities}
+    mask = torch.tensor([[True, False, True], [True, False, False]] * 2)
+    whole = model(tokens, mask)["verb"]
+    seen: dict[str, int] = {}
+    for m, suffix in suffixes_of(model).items():
+        suffix.register_forward_pre_hook(lambda _, x, m=m: seen.update({m: len(x[0])}))
+    tokens["flow"] = torch.full_like(tokens["flow"], torch.nan)
+    torch.testing.assert_close(model(tokens, mask)["verb"], whole)
+    columns = {m: int(mask[:, column].sum()) for column, m in enumerate(model.modalities)}
+    assert seen == {m: count for m, count in columns.items() if count}
+    assert card.token_shapes["rgb"] != card.modalities["rgb"]
+
+
+def test_a_saved_model_holds_what_lies_behind_the_cut_alone(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    train_baseline(baseline_recipe(stores["body"], tmp_path / "a", epochs=1))
+    names = load_model(tmp_path / "a/last")[0].state_dict()
+    assert any(name.startswith("suffixes.rgb.net.body.") for name in names)
+    assert not any(".stem." in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_cut_student_begins_with_what_cached_tokens_have_taught(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    train_baseline(baseline_recipe(stores[None], tmp_path / "cached", epochs=3))
+    recipe = baseline_recipe(
+        stores["body"], tmp_path / "cut", epochs=1, init_from=str(tmp_path / "cached"),
+        optimiser={"lr": 1e-12},
+        suffix={"lr": 0},
+    )  # fmt: skip
+    train_baseline(recipe)
+    before, after = says(tmp_path / "cached", stores[None]), says(tmp_path / "cut", stores["body"])
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
+    assert "all weights but none" in (tmp_path / "cut/log.txt").read_text()
+
+
+def test_settings_that_mean_nothing_or_cannot_be_are_refused(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    uncut = baseline_recipe(stores[None], tmp_path / "a", suffix={"lr": 1e-3})
+    with pytest.raises(ConfigError, match="suffix: no backbone of this store is cut"):
+        train_baseline(uncut)
+    parts = baseline_recipe(stores["body"], tmp_path / "b", accumulate=2,
+                            suffix={"freeze_norm": False})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"freeze_norm=false: .* batch norms"):
+        train_baseline(parts)
+    unknown = baseline_recipe(stores["body"], tmp_path / "c", suffix={"weights": {"imu": "x.pt"}})
+    with pytest.raises(ConfigError, match=r"suffix.weights.imu: is not cut; there are rgb"):
+        train_baseline(unknown)
+    other = baseline_recipe(stores["body"], tmp_path / "d",
+                            suffix={"weights": {"rgb": "random:9"}})  # fmt: skip
+    with pytest.raises(CheckpointError, match="weights='random:9': have the digest"):
+        train_baseline(other)
+    assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_backbones_as_one(stores: dict[str | None, Path], tmp_path: Path) -> None:
+    settings = {"epochs": 3, "batch_size": 7, "suffix": {"lr": 1e-3}}
+    train_baseline(baseline_recipe(stores["body"], tmp_path / "one", **settings))
+    recipe = baseline_recipe(stores["body"], tmp_path / "two", **settings)
+    children = fork_ranks(lambda stop: train_baseline(recipe, stop), tmp_path / "log")
+    assert [ended(child) for child in children] == [0, 0]
+    one, two = (says(tmp_path / name, stores["body"]) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
