@@ -86,7 +86,7 @@ class _Tokens(nn.Module):
         features, extra = architecture.parts(self.backbone.net, x)
         for axis, average in enumerate(self.pools, start=2):
             if average is not None:
-                features = (features.movedim(axis, -1) @ average).movedim(-1, axis)
+                features = (features.transpose(axis, 4) @ average).transpose(axis, 4)
         tokens = features.flatten(2).transpose(1, 2)
         return tokens if extra is None else torch.cat([extra, tokens], dim=1)
 

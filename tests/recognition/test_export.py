@@ -21,15 +21,20 @@ from torch import Tensor, nn
 
 import karmma_pipeline as km
 from karmma_pipeline.cli import main
+from karmma_pipeline.data.sample import write_sample
 from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.modalities import subsets
 from karmma_pipeline.models.architectures import build_model
+from karmma_pipeline.models.backbones import registry
 from karmma_pipeline.models.exported import ExportedModel, OnnxFusion, open_model
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, save_model
+from karmma_pipeline.recipes import project
 from karmma_pipeline.recognition import export_checks, tracing
 from karmma_pipeline.recognition.export import export_model
 from karmma_pipeline.recognition.recognizer import Recognizer
+from karmma_pipeline.training.stages import train_baseline
 
 pytestmark = pytest.mark.extra
 onnx = pytest.importorskip("onnx")
@@ -237,6 +242,75 @@ def test_what_was_changed_is_refused(copy: Path) -> None:
     (copy / "fusion.onnx").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"fusion\.onnx: was changed or damaged"):
         km.load_model(copy)
+
+
+@pytest.fixture
+def of_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a run whose backbones are a VideoMAE and an AST of transformers and a ViT of timm."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16, "patch_size": 16}  # fmt: skip
+    side = {"height": 32, "width": 32}
+    mae = library.VideoMAEConfig(**sizes, image_size=32, num_frames=4)
+    library.VideoMAEModel(mae).save_pretrained(tmp_path / "mae")
+    crop = library.VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    crop.save_pretrained(tmp_path / "mae")
+    bands = {"max_length": 64, "num_mel_bins": 32}
+    library.ASTModel(library.ASTConfig(**sizes, **bands)).save_pretrained(tmp_path / "ast")
+    library.ASTFeatureExtractor(**bands).save_pretrained(tmp_path / "ast")
+    choices = {
+        "rgb": {"name": f"hf:{tmp_path / 'mae'}", "frames": 8, "tokens": [3, 2, 2]},
+        "flow": {"name": "timm:test_vit.r160_in1k", "weights": "random:1", "frames": 2},
+        "audio": {"name": f"hf:{tmp_path / 'ast'}", "class_tokens": "keep"},
+    }
+    recognizer = tiny_recognizer(sets={"model": choices})
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run", recognizer.model, recognizer.card)
+    return tmp_path / "run"
+
+
+def test_networks_of_transformers_and_timm_need_neither(
+    root: Path, of_libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Recognizer.load(of_libraries, "cpu")
+    wanted = [said(run, root / "video.mp4", *left_out) for left_out in ((), ("rgb",))]
+    folder = of_libraries.with_name("exported")
+    assert export_model(of_libraries, folder).difference <= 1e-4
+    for name in ("run", "mae", "ast"):
+        shutil.rmtree(of_libraries.with_name(name))
+    monkeypatch.setattr(registry, "find", lambda name: pytest.fail(f"{name} was looked for"))
+    here = Recognizer.load(folder)
+    made = ["fusion.onnx", *(f"backbones/{m}.onnx" for m in ("rgb", "flow", "audio"))]
+    assert [tracing.quantise(folder / name) for name in made] == [True] * 4
+    for left_out, windows in zip(((), ("rgb",)), wanted, strict=True):
+        for one, other in zip(said(here, root / "video.mp4", *left_out), windows, strict=True):
+            for head in ("verb", "noun"):
+                np.testing.assert_allclose(one[head], other[head], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_demos_model_is_handed_on(tmp_path: Path) -> None:
+    """Its own recipes, over fewer clips and epochs; then all that it was made of is removed."""
+    manifest = write_sample(tmp_path / "clips", clips=16, seed=5)
+    recipes: dict[str, Any] = project("tiny", manifest, tmp_path, epochs=1, batch_size=8)
+    extraction = recipes["extract"]
+    extract(extraction.model_copy(update={"sets": {"student": extraction.sets["student"]}}))
+    train_baseline(recipes["baseline"])
+    run, out = recipes["baseline"].out, tmp_path / "out"
+    found = export_model(run, out).card.measured
+    assert found["accuracy"]["clips"] > 0
+    assert max(found["accuracy"]["difference"], *found["difference"].values()) <= 1e-4
+    assert set(found["latency"]["ms"]) == set(found["costs"]) == set(found["difference"])
+    video = manifest.parent / "videos/v0000.mp4"
+    wanted = said(Recognizer.load(run, "cpu"), video)
+    for path in (run, tmp_path / "features"):
+        shutil.rmtree(path)
+    here = said(Recognizer.load(shutil.move(out, tmp_path / "elsewhere")), video)
+    for one, other in zip(here, wanted, strict=True):
+        for head in ("verb", "noun"):
+            np.testing.assert_allclose(one[head], other[head], atol=1e-4)
 
 
 def edited(copy: Path, change: Any) -> None:

@@ -301,7 +301,7 @@ def _arrange(family: Family, config: Any, net: Any, output: Any, x: Tensor) -> P
         return with_grid(y, (x.shape[0], t), (h, w))
     w = w if w > 0 else y.shape[1]
     # As if the t parts of a clip lay above one another in one picture.
-    flat, extra = with_grid(y, (len(y), 1), (t * h, w))
+    flat, extra = with_grid(y, (y.shape[0], 1), (t * h, w))
     if family.time_last:
         whole = torch.unflatten(flat.flatten(2), 2, (h, w, t)).permute(0, 1, 4, 2, 3)
     else:

@@ -290,6 +290,8 @@ class Architecture:
         if not self.fixed or self.frames >= T or self.kind != "video":
             return self._once(net, x)
         chunks = torch.unflatten(x, 2, (T // self.frames, self.frames)).transpose(1, 2)
+        if torch.onnx.is_in_onnx_export():  # which takes the batch of the above for constant
+            chunks = torch.stack(torch.split(x, self.frames, dim=2), dim=1)
         maps, extra = self._once(net, chunks.flatten(0, 1))
         whole = torch.unflatten(maps, 0, chunks.shape[:2]).transpose(1, 2).flatten(2, 3)
         if extra is not None:
