@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from karmma_pipeline.models.fusion import TokenModel
 
-if TYPE_CHECKING:  # it imports torchvision, which a model of cached tokens does without
+if TYPE_CHECKING:  # they import torchvision, which a model of cached tokens does without
+    from karmma_pipeline.models.augment import Augmentation, Views
     from karmma_pipeline.models.backbones.suffix import Suffix
 
 # Clips that pass through a suffix at once where a caller gives any number.
@@ -29,6 +30,9 @@ class CutModel(TokenModel):
         fusion: the model of tokens.
         suffixes: by modality; others' tokens go to ``fusion`` as they are.
         stored: modality to N and D of what a store holds.
+
+    Attributes:
+        augmentation: in training, of modalities whose pictures are stored; None: none.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class CutModel(TokenModel):
         self.needs_means = fusion.needs_means
         self.fusion = fusion
         self.suffixes: Mapping[str, Suffix] = nn.ModuleDict(suffixes)  # type: ignore[assignment]
+        self.augmentation: Augmentation | None = None
 
     def standardise(self, modality: str, mean: Tensor, std: Tensor) -> None:
         """Set what is subtracted from the tokens and divides them, [D'] each."""
@@ -62,19 +67,24 @@ class CutModel(TokenModel):
 
     def encode(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Return the tokens of all modalities, zeros where the mask lets nothing through."""
-        made = dict(tokens)
+        made, views = dict(tokens), None
+        if self.training and self.augmentation is not None:
+            from karmma_pipeline.models.augment import Views  # torchvision, too
+
+            views = Views.draw(len(mask), self.augmentation)
         for column, m in enumerate(self.modalities):
             if m in self.suffixes:
-                made[m] = self._tokens(self.suffixes[m], tokens[m], mask[:, column])
+                made[m] = self._tokens(self.suffixes[m], tokens[m], mask[:, column], views)
         return made
 
-    def _tokens(self, suffix: Suffix, stored: Tensor, here: Tensor) -> Tensor:
+    def _tokens(self, suffix: Suffix, stored: Tensor, here: Tensor, views: Views | None) -> Tensor:
         rows = here.nonzero().flatten().to(stored.device)
+        seen = views.rows(rows) if views is not None and suffix.takes_views(stored) else None
         if len(rows) == len(here):
-            return suffix(stored)
+            return suffix(stored, seen)
         if not len(rows):
             return torch.zeros(len(here), *suffix.choice.output_shape, device=stored.device)
-        made: Tensor = suffix(stored[rows])
+        made: Tensor = suffix(stored[rows], seen)
         return made.new_zeros(len(here), *made.shape[1:]).index_copy(0, rows, made)
 
     def answer(self, tokens: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ class Trainer:
         recipe, step, rate = self.setup.recipe, self._step_number(), self._learning_rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get(SCALE, 1.0)
-        if recipe.size.dropout or recipe.own or recipe.suffix.stochastic:
+        if recipe.draws:
             # Seeded anew in every step, so that no generator's state has to be saved to resume.
             rank = np.array([self.setup.ranks.rank], np.uint64)
             torch.manual_seed(int(draws(recipe.seed, step, rank, _DROPOUT)[0]))

@@ -43,6 +43,24 @@ class SuffixSettings(Recipe):
         False,
         description="Dropout and stochastic depth of the networks act as in their own training.",
     )
+    crop: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="cut: input: the part of stored pictures that training sees has a side from\n"
+        "this to 1, drawn for each clip, and is brought to the network's size.",
+    )
+    colour: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="cut: input: contrast of RGB changes by up to this share, brightness by up to\n"
+        "this in units of the normalised picture.",
+    )
+    flip: bool = Field(
+        False,
+        description="cut: input: half of the clips are mirrored; not where left and right matter.",
+    )
     save_memory: bool = Field(
         False,
         description="Keep only what lies between the modules of a suffix for the backward pass\n"
@@ -53,6 +71,11 @@ class SuffixSettings(Recipe):
         description="Modality to the file of its network's weights, if it has moved since the\n"
         "extraction.",
     )
+
+    @property
+    def augments(self) -> bool:
+        """Whether pictures are seen in random views."""
+        return (self.crop, self.colour, self.flip) != (1.0, 0.0, False)
 
 
 def _store(example: str) -> Any:
@@ -179,6 +202,12 @@ class TrainRecipe(Recipe):
         description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps the\n"
         "precision that it started with.",
     )
+
+    @property
+    def draws(self) -> bool:
+        """Whether a training step draws random numbers, besides masks and order."""
+        behind = self.suffix
+        return bool(self.size.dropout or self.own or behind.stochastic or behind.augments)
 
     @property
     def own(self) -> dict[str, str]:

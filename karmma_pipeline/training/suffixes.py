@@ -3,7 +3,8 @@
 import torch
 
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.cut import suffixes_of
+from karmma_pipeline.models.backbones.choice import INPUT
+from karmma_pipeline.models.cut import CutModel, suffixes_of
 from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.training.ranks import Ranks
@@ -43,7 +44,22 @@ def adapt(recipe: TrainRecipe, model: TokenModel, ranks: Ranks) -> list[str]:
         )
         if not settings.lr:
             suffix.requires_grad_(requires_grad=False)
+    if settings.augments:
+        _augment(model, settings)
     return [_said(modality, model, settings) for modality in suffixes]
+
+
+def _augment(model: TokenModel, settings: SuffixSettings) -> None:
+    from karmma_pipeline.models.augment import Augmentation  # torchvision, too
+
+    assert isinstance(model, CutModel)  # noqa: S101  (it has suffixes)
+    video = [s for s in model.suffixes.values() if s.architecture.kind == "video"]
+    if not any(suffix.cut == INPUT for suffix in video):
+        raise ConfigError(
+            "suffix.crop, colour and flip are for stored pictures, and no video network of this "
+            "store is cut at its input; leave them out."
+        )
+    model.augmentation = Augmentation(settings.crop, settings.colour, settings.flip)
 
 
 def _said(modality: str, model: TokenModel, settings: SuffixSettings) -> str:

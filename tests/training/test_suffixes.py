@@ -23,6 +23,7 @@ from support.training import (
 
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.models.augment import Augmentation, Views
 from karmma_pipeline.models.backbones import Backbone
 from karmma_pipeline.models.backbones.suffix import Suffix
 from karmma_pipeline.models.cut import CutModel, suffixes_of
@@ -149,6 +150,61 @@ def test_a_stopped_student_whose_backbones_train_goes_on_exactly(
     norm = suffixes_of(load_model(tmp_path / "whole/last")[0])["rgb"].norms()[0]
     (before,) = Suffix(choices("body")["rgb"]).norms()
     assert int(norm.num_batches_tracked) > int(before.num_batches_tracked)  # type: ignore[arg-type]
+
+
+def test_views_of_pictures_are_those_of_their_motion() -> None:
+    """Against slices: the right lower quarter, twice as large, and mirrored pictures."""
+    rgb, flow = (torch.rand(2, 3, 1, 8, 8) for _ in range(2))
+    transform = choices("input")["rgb"].transform
+    zero = (128 / 255 - 0.5) / 0.5
+    half, no = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.bool)
+    quarter = Views(half, torch.full((2, 2), 0.5), no, torch.ones(2), torch.zeros(2))
+    wanted = torch.nn.functional.interpolate(
+        rgb[:, :, 0, 4:, 4:], scale_factor=2, mode="bilinear", align_corners=False
+    )
+    seen = quarter.apply(rgb, transform, is_flow=False)[:, :, 0]
+    torch.testing.assert_close(seen[..., 1:, 1:], wanted[..., 1:, 1:])
+    moved = quarter.apply(flow, transform, is_flow=True)
+    plain = quarter.apply(flow, transform, is_flow=False)
+    torch.testing.assert_close(moved[:, :2] - zero, 2 * (plain[:, :2] - zero))
+    torch.testing.assert_close(moved[:, 2], plain[:, 2])
+
+    whole, still = torch.ones(2), torch.zeros(2, 2)
+    turn = torch.tensor([True, False])
+    mirrored = Views(whole, still, turn, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.25]))
+    seen = mirrored.apply(rgb, transform, is_flow=False)
+    torch.testing.assert_close(seen[0], rgb[0].flip(-1))
+    torch.testing.assert_close(seen[1], 2 * rgb[1] + 0.25)
+    moved = mirrored.apply(flow, transform, is_flow=True)
+    torch.testing.assert_close(moved[0, 0] - zero, zero - flow[0, 0].flip(-1))
+    torch.testing.assert_close(moved[0, 1], flow[0, 1].flip(-1))
+    torch.testing.assert_close(moved[1], flow[1])
+
+
+def test_views_are_drawn_inside_of_the_picture_and_for_training_alone(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    views = Views.draw(500, Augmentation(crop=0.5, colour=0.2, flip=True))
+    assert float(views.side.min()) >= 0.5
+    assert bool((views.place.abs() <= (1 - views.side)[:, None] + 1e-6).all())
+    assert 200 < int(views.mirrored.sum()) < 300
+    settings = {"lr": 1e-3, "crop": 0.6, "colour": 0.3, "flip": True}
+    whole, parts = (
+        baseline_recipe(stores["input"], tmp_path / n, epochs=2, batch_size=8, suffix=settings)
+        for n in ("whole", "parts")
+    )
+    train_baseline(whole)
+    stopped_and_resumed(train_baseline, parts, (4,), "run the same command again")
+    assert results(tmp_path / "whole") == results(tmp_path / "parts")
+    still = baseline_recipe(stores["input"], tmp_path / "still", epochs=2, batch_size=8,
+                            suffix={"lr": 1e-3})  # fmt: skip
+    train_baseline(still)
+    assert results(tmp_path / "still") != results(tmp_path / "whole")
+    twice = [says(tmp_path / "whole", stores["input"]) for _ in range(2)]
+    assert torch.equal(*twice)
+    body = baseline_recipe(stores["body"], tmp_path / "body", suffix={"flip": True})
+    with pytest.raises(ConfigError, match="no video network of this store is cut at its input"):
+        train_baseline(body)
 
 
 @pytest.mark.slow

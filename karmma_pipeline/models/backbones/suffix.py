@@ -3,6 +3,7 @@
 B clips in a batch, N rows of D numbers as a store holds them, N' tokens of width D'.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline.models.augment import Views
 from karmma_pipeline.models.backbones import stages
 from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
 from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
@@ -71,14 +73,25 @@ class Suffix(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, stored: Tensor) -> Tensor:
-        """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D']."""
+    def forward(self, stored: Tensor, views: Views | None = None) -> Tensor:
+        """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D'].
+
+        ``views``: of clips whose pictures are stored; see `takes_views`.
+        """
         if self.cut == INPUT:
-            return pooled(self.choice, self._parts(prepare(self.choice, self._input(stored))))
+            x = prepare(self.choice, self._input(stored))
+            if views is not None:
+                is_flow = stored.shape[2] == 2 * math.prod(self.choice.input_shape[-2:])
+                x = views.apply(x, self.choice.transform, is_flow)
+            return pooled(self.choice, self._parts(x))
         of_net = self.architecture.stages
         x = of_net.of_tokens(stored.float(), self.choice.stored_grid)
         save_memory = self.save_memory and torch.is_grad_enabled()
         return pooled(self.choice, Parts(of_net.after(self.net, self.cut, x, save_memory)))
+
+    def takes_views(self, stored: Tensor) -> bool:
+        """Tell whether pictures are stored, which may be seen in random views."""
+        return self.cut == INPUT and stored.dtype == torch.uint8
 
     def _parts(self, x: Tensor) -> Parts:
         """Run the whole network, stage by stage where it has some and memory is to be saved."""
