@@ -224,6 +224,10 @@ def _trace(
         raise CheckpointError(f"{path.stem}: needs more than the 2 GB that an ONNX file holds.")
     onnx = hub.library("onnx")
     graph = onnx.load_model_from_string(data.getvalue())
+    for node in graph.graph.node:
+        if node.op_type == "Transpose":  # the exporter leaves the -1 of `movedim` as it is
+            order = node.attribute[0].ints
+            order[:] = [axis % len(order) for axis in order]
     onnx.helper.set_model_props(graph, {"karmma": json.dumps(about, sort_keys=True)})
     files.write_bytes(path, graph.SerializeToString())
 

@@ -24,9 +24,11 @@ from karmma_pipeline.cli import main
 from karmma_pipeline.data.sample import write_sample
 from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.files import sha256
 from karmma_pipeline.modalities import subsets
 from karmma_pipeline.models.architectures import build_model
 from karmma_pipeline.models.backbones import registry
+from karmma_pipeline.models.backbones.onnx_networks import OnnxFile, OnnxSession
 from karmma_pipeline.models.exported import ExportedModel, OnnxFusion, open_model
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, save_model
@@ -172,9 +174,6 @@ def test_every_model_answers_every_subset_of_a_mixed_batch(case: str, tmp_path: 
         heads={head: tuple("abcd"[:C]) for head, C in heads.items()},
     )  # fmt: skip
     tracing.write_fusion(tmp_path, model, card)
-    from karmma_pipeline.files import sha256
-    from karmma_pipeline.models.backbones.onnx_networks import OnnxFile
-
     path = tmp_path / "fusion.onnx"
     exported = OnnxFusion(card, OnnxFile(path, sha256(path)))
     mask = torch.tensor([[m in subset for m in model.modalities]
@@ -196,6 +195,21 @@ def test_pooling_is_the_mean_of_the_places_that_a_token_covers(size: int, wanted
         column = torch.zeros(size)
         column[first:last] = 1 / (last - first)
         torch.testing.assert_close(matrix[:, token], column)
+
+
+class ChannelsLast(nn.Module):
+    """Says an axis from the end, as networks do that keep their channels there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1).contiguous().flatten(2)
+
+
+def test_axes_that_are_counted_from_the_end(tmp_path: Path) -> None:
+    path, x = tmp_path / "net.onnx", torch.randn(2, 3, 4, 5)
+    tracing._trace(path, ChannelsLast(), {"input": x}, ["tokens"], {})
+    session = OnnxSession(OnnxFile(path, sha256(path)))
+    (found,) = session({"input": x[:1].numpy()}).values()
+    np.testing.assert_array_equal(found, x[:1].permute(0, 3, 1, 2).flatten(2).numpy())
 
 
 class Moody(nn.Module):
