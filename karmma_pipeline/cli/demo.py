@@ -18,7 +18,7 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
     """Run all stages on generated clips and write a report.
 
     Takes a few minutes on a CPU. Each stage is one printed command that can be run by itself;
-    running the demo again skips what is done. Models are trained with five seeds; the report says
+    running the demo again skips what is done. Models are trained with three seeds; the report says
     what they show on clips that chose nothing.
     """
     from karmma_pipeline.demo import commands, write_recipes

@@ -20,7 +20,7 @@ class _Amount:
     seeds: tuple[int, ...]
 
 
-_FULL = _Amount(clips=700, test=300, epochs=25, seeds=(0, 1, 2, 3, 4))
+_FULL = _Amount(clips=700, test=300, epochs=15, seeds=(0, 1, 2))
 _QUICK = _Amount(clips=64, test=32, epochs=2, seeds=(0,))
 
 
