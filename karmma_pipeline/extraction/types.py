@@ -137,6 +137,7 @@ class DecodeSettings:
 
     index_folder: where lists of tars are kept; None: nowhere.
     sensors: modality to its settings.
+    sound_kept_s: seconds of a track that are kept for clips farther back; None: an hour.
     """
 
     sampling: Sampling
@@ -146,6 +147,7 @@ class DecodeSettings:
     index_folder: Path | None = None
     video_decoder: Decoder = "pyav"
     sensors: Mapping[str, Sensor] = field(default_factory=dict)
+    sound_kept_s: float | None = None
 
     @classmethod
     def of(cls, recipe: ExtractRecipe) -> DecodeSettings:

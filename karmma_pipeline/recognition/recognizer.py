@@ -40,6 +40,9 @@ from karmma_pipeline.recognition.prediction import DROPPED, Dropout, Prediction
 from karmma_pipeline.recognition.stream import Stream, StreamSettings
 from karmma_pipeline.store import ModalitySpec
 
+# Windows go forward: memory is that of so much sound, however long the file.
+_SOUND_KEPT_S = 600.0
+
 _logger = logging.getLogger(__name__)
 
 
@@ -72,7 +75,9 @@ class Recognizer:
         self.model = model.to(networks.device)
         self.modalities = model.modalities
         self.notes = check_networks(networks, card)
-        self.decode_settings = replace(DecodeSettings.of(networks.recipe), index_folder=None)
+        self.decode_settings = replace(
+            DecodeSettings.of(networks.recipe), index_folder=None, sound_kept_s=_SOUND_KEPT_S
+        )
         # Tokens are rounded as the store of the training did, so that the answers are those of
         # an evaluation. Cards of earlier versions do not say how: then nothing is rounded.
         self._specs = {

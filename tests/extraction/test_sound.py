@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from karmma_pipeline.extraction.media import audio_track, media_file
+from karmma_pipeline.extraction.media import media_file
 from karmma_pipeline.extraction.media.media_file import MediaFile
 
 RATE = 16_000
@@ -114,16 +114,13 @@ def test_sound_of_many_channels_is_their_mean(tmp_path: Path, layout: str, codec
     assert heard.std() == pytest.approx(0.5 / 2**0.5, rel=0.1 if codec == "flac" else 0.25)
 
 
-def test_little_of_a_long_track_is_kept_and_nothing_of_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_of_a_long_track_is_kept_and_nothing_of_it_changes(tmp_path: Path) -> None:
     wave = np.random.default_rng(0).normal(0, 0.1, 60 * RATE)
     path = write_blocks(tmp_path / "v.mkv", wave, np.arange(len(wave) // BLOCK) * 0.05)
     spans = [(50.0, 51.0), (3.0, 4.5), (20.0, 21.0), (19.0, 22.0), (59.5, 61.0)]
     wanted = [MediaFile(path).sound(a, b, 24_000) for a, b in spans]
     media_file._kept_tracks.cache_clear()
-    monkeypatch.setattr(audio_track, "_KEPT_S", 5)
-    file = MediaFile(path)
+    file = MediaFile(path, sound_kept_s=5)
     assert file.sound_span(24_000)[1] == pytest.approx(60, abs=0.01)
     for (a, b), sound in zip(spans, wanted, strict=True):
         np.testing.assert_array_equal(file.sound(a, b, 24_000), sound)

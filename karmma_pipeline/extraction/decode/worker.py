@@ -127,7 +127,8 @@ def decode_clips(clips: list[Clip], settings: DecodeSettings) -> list[DecodedCli
         clips: of one video, as far as possible.
         settings: what to decode.
     """
-    with OpenMedia(settings.video_decoder, settings.index_folder) as media:
+    kept_s = settings.sound_kept_s
+    with OpenMedia(settings.video_decoder, settings.index_folder, kept_s) as media:
         begun = [_begin(clip, settings, media) for clip in clips]
         several = len(begun) > 1
         frames = DecodedFrames([s for _, chosen in begun for s in chosen.values()], several)

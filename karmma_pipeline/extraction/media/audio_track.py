@@ -62,10 +62,14 @@ class SoundTrack:
         path: the file.
         info: of the stream.
         rate: Hz.
+        kept_s: seconds before the newest that are kept; None: an hour.
     """
 
-    def __init__(self, path: Path, info: StreamInfo, rate: int) -> None:
+    def __init__(
+        self, path: Path, info: StreamInfo, rate: int, kept_s: float | None = None
+    ) -> None:
         self._path, self._info, self._rate = path, info, rate
+        self._kept_s = _KEPT_S if kept_s is None else kept_s
         self._length: int | None = None
         self._begin()
 
@@ -114,7 +118,7 @@ class SoundTrack:
                 return
             self._pieces.append((self._at, piece))
             self._at += len(piece)
-            oldest = self._at - _KEPT_S * self._rate
+            oldest = self._at - round(self._kept_s * self._rate)
             needed = oldest if first is None else min(oldest, first)
             while self._pieces[0][0] + len(self._pieces[0][1]) <= needed:
                 self._pieces.popleft()

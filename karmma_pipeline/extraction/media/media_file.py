@@ -41,9 +41,10 @@ class MediaFile(MediaReader):
         decoder: Decoder = "pyav",
         *,
         left_half: bool = False,
+        sound_kept_s: float | None = None,
     ) -> None:
         self.path, self._stream, self._decoder = path, stream, decoder
-        self._left_half = left_half
+        self._left_half, self._sound_kept_s = left_half, sound_kept_s
 
     @cached_property
     def _info(self) -> MediaInfo:
@@ -139,7 +140,7 @@ class MediaFile(MediaReader):
         info, status = self._stream_info("audio"), self.path.stat()
         tracks = _kept_tracks(self.path, info, (status.st_size, status.st_mtime_ns))
         if rate not in tracks:
-            tracks[rate] = SoundTrack(self.path, info, rate)
+            tracks[rate] = SoundTrack(self.path, info, rate, self._sound_kept_s)
         return tracks[rate]
 
     def close(self) -> None:

@@ -27,10 +27,17 @@ class OpenMedia:
     Args:
         decoder: that reads the pictures of media files.
         index_folder: where lists of tars are kept for other processes; None: nowhere.
+        sound_kept_s: seconds of a track that are kept for clips farther back; None: an hour.
     """
 
-    def __init__(self, decoder: Decoder = "pyav", index_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder = "pyav",
+        index_folder: Path | None = None,
+        sound_kept_s: float | None = None,
+    ) -> None:
         self._decoder, self._index_folder = decoder, index_folder
+        self._sound_kept_s = sound_kept_s
         self._open: dict[object, MediaReader] = {}
 
     def __enter__(self) -> Self:
@@ -68,7 +75,11 @@ class OpenMedia:
         match source:
             case FileSource():
                 return MediaFile(
-                    source.path, source.stream, self._decoder, left_half=source.left_half
+                    source.path,
+                    source.stream,
+                    self._decoder,
+                    left_half=source.left_half,
+                    sound_kept_s=self._sound_kept_s,
                 )
             case FrameSource():
                 return ImageFrames(source, self._index_folder)
