@@ -26,6 +26,7 @@ FOUNDATION = {
     "modalities",
     "own_code",
     "runs",
+    "views",
 }
 MIDDLE = FOUNDATION | {"data", "models", "store"}
 STAGES = {"extraction", "training", "evaluation", "recognition"}

@@ -37,6 +37,7 @@ from karmma_pipeline.data.sources import (
     Source,
 )
 from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.views import View
 
 __all__ = [
     "SIDECAR",
@@ -90,7 +91,8 @@ UNKNOWN = -1
 class Clip:
     """A labelled span of a video; times in seconds, ``stop_s`` None is the file's end.
 
-    A modality without an entry in ``media`` is not in the data set for this clip.
+    A modality without an entry in ``media`` is not in the data set for this clip. ``view``: which
+    part of it is looked at; None: the whole clip, in the middle of its pictures.
     """
 
     clip_id: str
@@ -100,6 +102,7 @@ class Clip:
     labels: Mapping[str, int]
     split: str = ""
     group: str = ""
+    view: View | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class ModelView(TokenSource):
     def __init__(self, source: TokenSource, card: ModelCard) -> None:
         self.source, self.path, self.digest = source, source.path, source.digest
         self.clip_ids, self.split, self.group = source.clip_ids, source.split, source.group
+        self.views = source.views
         self.modalities, self.heads = canonical(card.modalities), dict(card.heads)
         self.specs = {m: source.specs.get(m) or _spec(card, m) for m in self.modalities}
         self.reasons = np.full((len(self), len(self.modalities)), Reason.NOT_IN_DATASET, np.uint8)

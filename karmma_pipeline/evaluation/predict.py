@@ -20,7 +20,12 @@ import torch
 from safetensors.numpy import save
 
 from karmma_pipeline import files
-from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
+from karmma_pipeline.data.loading.clips import (
+    average_views,
+    clips_of_split,
+    predict_masked,
+    subset_masks,
+)
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import clip_keys, sized_masks
 from karmma_pipeline.errors import ConfigError
@@ -49,6 +54,7 @@ class Predictions:
     """What one run says of the clips of a split.
 
     logits: head to float32 [S + D, N, C], raw. labels: head to int64 [N], -1 unknown.
+    clips: a row of the store for each [N], that of the middle view where it has views.
     present: bool [N, M]. clip_ids: bytes [N]. subsets: S tuples of modalities. drawn: bool
     [D, N, M], the masks of the last D. checkpoint: which model of the run, `best` or `last`.
     """
@@ -113,6 +119,8 @@ class Predictions:
 def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag) -> Predictions:
     """Run a saved model over the split, once per subset of its modalities; says how often.
 
+    Of a store with views, logits are the mean over a clip's views.
+
     Raises:
         StoreError: none of the stores is the one that the run was trained on, or a clip has tokens
             that are NaN or infinite.
@@ -121,11 +129,13 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
     folder = saved_folder(run, recipe.checkpoint)
     model, card = load_model(folder)
     store = features_for(card, run, recipe.stores)
-    clips = clips_of_split(store, recipe.split, recipe.exclude)
+    rows = clips_of_split(store, recipe.split, recipe.exclude)
+    clips, V = store.view_rows(rows), store.view_count
+    present = np.asarray(store.present[rows].reshape(len(clips), V, -1).any(axis=1))
     model = model.to(device)
     chosen = evaluated_subsets(store.modalities)
-    drawn = _draw(store, clips, chosen, recipe)
-    loader = FeatureLoader(store, clips, recipe.batch_size)
+    drawn = _draw(store.names(clips), present, chosen, recipe)
+    loader = FeatureLoader(store, rows, max(1, recipe.batch_size // V) * V)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
     _logger.info(
@@ -141,36 +151,36 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
             stop.check(NOTHING_KEPT)
             bar.update()
 
-        masks = _masks(store, clips, chosen, drawn)
-        for _, answers in predict_masked(model, loader, masks, device, check):
-            for head, rows in outputs.items():
-                rows.append(np.stack([logits[head].numpy() for _, logits in answers]))
+        masks = _masks(store, rows, chosen, np.repeat(drawn, V, axis=1))
+        answers = predict_masked(model, loader, masks, device, check)
+        for of_batch in average_views(answers, store):
+            for head, parts in outputs.items():
+                parts.append(np.stack([logits[head].numpy() for _, logits in of_batch]))
     return Predictions(
         name,
         card,
         store,
         clips,
         chosen,
-        {head: np.concatenate(rows, axis=1) for head, rows in outputs.items()},
+        {head: np.concatenate(parts, axis=1) for head, parts in outputs.items()},
         {head: np.asarray(of[clips], np.int64) for head, of in store.labels.items()},
-        store.present[clips],
-        store.clip_ids[clips],
+        present,
+        store.names(clips),
         drawn,
         folder.name,
     )
 
 
 def _draw(
-    store: TokenSource,
-    clips: npt.NDArray[np.int64],
+    clip_ids: npt.NDArray[np.bytes_],
+    present: npt.NDArray[np.bool_],
     chosen: tuple[tuple[str, ...], ...],
     recipe: EvaluateRecipe,
 ) -> npt.NDArray[np.bool_]:
     """Return the masks that are drawn for each clip, bool [D, N, M]; none where no size is open."""
-    present = store.present[clips]
     low, high = drawn_sizes(present, chosen)
     count = min(recipe.draws, MOST_PASSES - len(chosen)) if (low <= high).any() else 0
-    keys = clip_keys(store.clip_ids[clips])
+    keys = clip_keys(clip_ids)
     return sized_masks(recipe.seed, count, keys, present, low, high)
 
 
@@ -191,7 +201,7 @@ def drawn_sizes(
 
 def _masks(
     store: TokenSource,
-    clips: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
     chosen: tuple[tuple[str, ...], ...],
     drawn: npt.NDArray[np.bool_],
 ) -> Callable[[Batch], Iterator[torch.Tensor]]:
@@ -200,7 +210,8 @@ def _masks(
 
     def masks(batch: Batch) -> Iterator[torch.Tensor]:
         yield from of_subsets(batch)
-        yield from torch.from_numpy(drawn[:, np.searchsorted(clips, batch.clip_index.numpy())])
+        of_batch = torch.from_numpy(drawn[:, np.searchsorted(rows, batch.clip_index.numpy())])
+        yield from of_batch & batch.present
 
     return masks
 

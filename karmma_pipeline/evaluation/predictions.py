@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
+from karmma_pipeline.data.loading.clips import (
+    average_views,
+    clips_of_split,
+    predict_masked,
+    subset_masks,
+)
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.features import view_of
@@ -157,6 +162,8 @@ def predict_clips(
 ) -> Predictions:
     """Run a model over the clips of a split, with some modalities left out.
 
+    Of a store with views, logits are the mean over a clip's views.
+
     Raises:
         StoreError: the tokens are not of the kind that the model was trained on.
         ConfigError: ``without`` names a modality that the model does not have, or all of them.
@@ -170,22 +177,25 @@ def predict_clips(
         raise ConfigError(f"without={unknown[0]!r}: no such modality; there are {known}.")
     if not kept:
         raise ConfigError("without: leaves no modality; leave one out of it.")
-    clips = clips_of_split(store, split)
+    rows = clips_of_split(store, split)
+    clips, V = store.view_rows(rows), store.view_count
+    present = store.present[rows].reshape(len(clips), V, -1).any(axis=1)
     on = pick_device(device)
     network = model.network.to(on)
-    loader = FeatureLoader(store, clips, batch_size)
+    loader = FeatureLoader(store, rows, max(1, batch_size // V) * V)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in model.card.heads}
-    batches = predict_masked(network, loader, subset_masks(store, [kept]), on)
-    for _, [(_, logits)] in progress_bar(batches, "predict", total=len(loader), unit="batch"):
-        for head, rows in outputs.items():
-            rows.append(logits[head].numpy())
+    answers = predict_masked(network, loader, subset_masks(store, [kept]), on)
+    batches = average_views(answers, store)
+    for [(_, logits)] in progress_bar(batches, "predict", total=len(loader), unit="batch"):
+        for head, parts in outputs.items():
+            parts.append(logits[head].numpy())
     left = [m in kept for m in store.modalities]
     return Predictions(
         model=model.name,
-        clip_ids=tuple(clip_id.decode() for clip_id in store.clip_ids[clips].tolist()),
+        clip_ids=tuple(clip_id.decode() for clip_id in store.names(clips).tolist()),
         heads=dict(model.card.heads),
-        logits={head: np.concatenate(rows) for head, rows in outputs.items()},
+        logits={head: np.concatenate(parts) for head, parts in outputs.items()},
         labels={head: np.asarray(of[clips], np.int64) for head, of in store.labels.items()},
         modalities=store.modalities,
-        mask=np.asarray(store.present[clips] & np.array(left)),
+        mask=np.asarray(present & np.array(left)),
     )

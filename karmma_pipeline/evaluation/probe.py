@@ -47,7 +47,7 @@ def probe_all(
         training = run.card.training
         try:
             clips = [
-                clips_of_split(run.store, training[split], recipe.exclude)
+                run.store.view_rows(clips_of_split(run.store, training[split], recipe.exclude))
                 for split in ("train_split", "val_split")
             ]
         except (KeyError, ManifestError):

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from karmma_pipeline.data.loading.clips import averaged
 from karmma_pipeline.data.loading.masks import clip_keys, draws
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.evaluation.drop_curve import Bools, Correct
@@ -196,20 +197,26 @@ def _stale(
     mask = run.present.copy()
     mask[:, column] &= previous >= 0
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in run.logits}
-    for start in range(0, len(run.clips), recipe.batch_size):
+    V = run.store.view_count
+    views = np.arange(V) - run.store.middle_view  # where a clip's rows lie, from its middle one
+    size = max(1, recipe.batch_size // V)
+    for start in range(0, len(run.clips), size):
         check()
-        rows = slice(start, start + recipe.batch_size)
+        rows = slice(start, start + size)
         shown = dict.fromkeys(run.store.modalities, run.clips[rows])
         shown[modality] = np.where(mask[rows, column], previous[rows], run.clips[rows])
+        index = {m: (of[:, None] + views).ravel() for m, of in shown.items()}
+        here = [run.store.present[of, c] for c, of in enumerate(index.values())]
+        seen = torch.from_numpy(np.repeat(mask[rows], V, axis=0) & np.stack(here, axis=1))
         with torch.inference_mode():
             tokens = {
-                m: run.store.gather(m, torch.from_numpy(index)).to(device)
-                for m, index in shown.items()
+                m: run.store.gather(m, torch.from_numpy(of)).to(device) for m, of in index.items()
             }
-            for head, out in model(tokens, torch.from_numpy(mask[rows])).items():
-                outputs[head].append(out.float().cpu().numpy())
-    logits = {head: np.concatenate(parts) for head, parts in outputs.items()}
-    seen = mask.any(axis=1)
+            logits = {head: out.float().cpu() for head, out in model(tokens, seen).items()}
+            for head, out in averaged(seen, logits, V)[1].items():
+                outputs[head].append(out.numpy())
+    found = {head: np.concatenate(parts) for head, parts in outputs.items()}
+    said = mask.any(axis=1)
     return {
-        metric: seen & metric_correct(metric, logits, run.labels, 1) for metric in correct.metrics
+        metric: said & metric_correct(metric, found, run.labels, 1) for metric in correct.metrics
     }

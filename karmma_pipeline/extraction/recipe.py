@@ -18,6 +18,7 @@ from karmma_pipeline.modalities import KNOWN
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.front_end import Audio as Audio
 from karmma_pipeline.store.spec import Dtype
+from karmma_pipeline.views import Views
 
 _logger = logging.getLogger(__name__)
 
@@ -150,6 +151,11 @@ class ExtractRecipe(Recipe):
         examples=["features"],
     )
     sampling: Sampling = Field(Sampling(), description="Which moments of a clip are sampled.")
+    views: Views = Field(
+        Views(),
+        description="Views of a clip, each a row of the stores: evaluation averages their logits,\n"
+        "training draws one for each epoch. {clips: 4, crops: 3} is Video Swin's test.",
+    )
     flow: Flow = Field(Flow(), description="Optical flow.")
     audio: Audio = Field(
         Audio(),
@@ -323,7 +329,7 @@ class ExtractRecipe(Recipe):
 
 
 def read_clips(recipe: ExtractRecipe) -> Manifest:
-    """Read the clips of a recipe's ``manifest`` or ``dataset``.
+    """Read the clips of a recipe's ``manifest`` or ``dataset``, view by view if it has views.
 
     Raises:
         ManifestError: an annotation file is missing or faulty.
@@ -342,7 +348,20 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
                 near = difflib.get_close_matches(modality, [*there, *KNOWN], n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"they have: {', '.join(there)}"
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
-    return manifest
+    return _with_views(manifest, recipe.views)
+
+
+def _with_views(manifest: Manifest, views: Views) -> Manifest:
+    """Return each clip as often as it has views, in their order."""
+    if views.count == 1:
+        return manifest
+    clips = [
+        replace(clip, clip_id=row, view=view)
+        for clip in manifest.clips
+        for row, view in zip(views.names(clip.clip_id), views.every(), strict=True)
+    ]
+    line = f"{views.count} views of each of {len(manifest.clips):,} clips: {len(clips):,} rows"
+    return replace(manifest, clips=tuple(clips), notes=(*manifest.notes, line))
 
 
 def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.store.spec import StoredDtype
@@ -158,6 +159,8 @@ class DecodeSettings:
             for m, choice in choices.items()
         ]
         inputs = tuple(dict.fromkeys(wanted))
+        if recipe.views.crops > 1:
+            _check_crops(inputs)
         return cls(
             recipe.sampling,
             recipe.flow,
@@ -167,6 +170,23 @@ class DecodeSettings:
             recipe.video_decoder,
             recipe.sensors,
         )
+
+
+def _check_crops(inputs: Sequence[InputSpec]) -> None:
+    """Refuse crops of pictures that are squeezed into the network's input as a whole.
+
+    Raises:
+        ConfigError: there is nothing to crop.
+    """
+    pictures = [spec for spec in inputs if spec.transform is not None]
+    whole = [s for s in pictures if s.transform and s.transform.resize == s.transform.crop]
+    if whole or not pictures:
+        what = (
+            f"{whole[0].modality} is resized to {whole[0].image} as a whole"
+            if whole
+            else ("no network takes pictures")
+        )
+        raise ConfigError(f"views.crops=3: {what}, so that there is nothing to crop; leave it out.")
 
 
 @dataclass

@@ -215,7 +215,7 @@ class _WindowFrames(DecodedFrames):
         assert isinstance(video, CameraView)  # noqa: S101  (nothing else is live)
         for one in selections:
             for n in one.decoded.tolist():
-                key = (video, one.transform, n)
+                key = (video, one.transform, one.side, n)
                 self._frames[key] = video.shots[n].pictures[one.transform]
 
     def _motion(self, one: FrameSelection, flow: Flow, first: Pictures, second: Pictures) -> Motion:

@@ -14,7 +14,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason, canonical
 from karmma_pipeline.store.mapping import ClipLocations
 from karmma_pipeline.store.reader import FeatureStore
-from karmma_pipeline.store.source import MappedStore, TokenSource
+from karmma_pipeline.store.source import MappedStore, TokenSource, check_views
 from karmma_pipeline.store.spec import ClipNumbers, ModalitySpec
 
 LabelSpaces = Literal["same", "join"]
@@ -40,7 +40,9 @@ class JoinedStore(MappedStore):
     def __init__(self, stores: Sequence[FeatureStore], label_spaces: LabelSpaces = "same") -> None:
         super().__init__()
         self.stores = tuple(stores)
-        self.path = self.stores[0].path
+        self.path, self.views = self.stores[0].path, self.stores[0].views
+        for other in self.stores:
+            check_views(self.stores[0], other)
         self.modalities = canonical(m for s in self.stores for m in s.modalities)
         self.specs = {m: self._spec(m) for m in self.modalities}
         self.heads = _join_heads(self.stores, label_spaces)

@@ -16,6 +16,7 @@ from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.mapping import ClipLocations, Payload
 from karmma_pipeline.store.source import MappedStore
+from karmma_pipeline.views import are_whole
 
 
 class FeatureStore(MappedStore):
@@ -47,7 +48,12 @@ class FeatureStore(MappedStore):
         self._catalog = Catalog(self.path)
         self.spec, self.clip_ids = self._catalog.spec, self._catalog.clip_ids
         self.modalities, self.specs = self.spec.order, self.spec.modalities
-        self.heads = dict(self.spec.heads)
+        self.heads, self.views = dict(self.spec.heads), self.spec.views
+        if self.views and not are_whole(self.clip_ids, self.views):
+            raise StoreError(
+                f"{self.path}: its rows are not {self.views.count} views of each clip, in order; "
+                "the clip table is damaged."
+            )
         manifest = layout.read_manifest(self.path)
         self.digest = manifest["digest"]
         if manifest["clips"] != len(self):

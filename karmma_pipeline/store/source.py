@@ -19,6 +19,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.mapping import ClipLocations, MappedClips
 from karmma_pipeline.store.spec import ModalitySpec
+from karmma_pipeline.views import Views, clip_names
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,11 @@ class TokenSource(ABC):
     modalities: names in canonical order, the columns of present and reasons. specs: how their
     tokens look. clip_ids: bytes [clips]. present: bool [clips, M]. reasons: uint8 [clips, M].
     labels: head to int32 [clips], -1 unknown. heads: class names. split, group: names [clips].
-    digest: changes when any clip, label, token or setting changes.
+    digest: changes when any clip, label, token or setting changes. views: of each clip; each is one
+    of the ``clips`` above, a row, and those of a clip follow one another. None: one row a clip.
     """
 
+    views: Views | None = None
     path: Path
     modalities: tuple[str, ...]
     specs: Mapping[str, ModalitySpec]
@@ -72,6 +75,29 @@ class TokenSource(ABC):
 
     def __len__(self) -> int:
         return len(self.clip_ids)
+
+    def names(self, rows: npt.NDArray[np.int64] | slice = slice(None)) -> npt.NDArray[np.bytes_]:
+        """Return the ids of the clips that rows are of: `clip_ids`, without their views."""
+        return clip_names(self.clip_ids[rows], self.views)
+
+    @property
+    def view_count(self) -> int:
+        """Rows V of each clip."""
+        return 1 if self.views is None else self.views.count
+
+    @property
+    def middle_view(self) -> int:
+        """The view that stands for a clip where one must."""
+        return 0 if self.views is None else self.views.middle
+
+    def view_rows(
+        self, rows: npt.NDArray[np.int64], view: int | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Return one row of each clip: of ``rows``, which hold all views, those of one view.
+
+        Without a number it is the middle one.
+        """
+        return rows[self.middle_view if view is None else view :: self.view_count]
 
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
@@ -152,6 +178,19 @@ class TokenSource(ABC):
         """Fill one tensor [B, *shape] per part (see `parts`), as stored; -1 is an absent clip."""
 
 
+def check_views(one: TokenSource, other: TokenSource) -> None:
+    """Refuse stores whose clips have other views: rows of one id are then not the same view.
+
+    Raises:
+        StoreError: they have.
+    """
+    if one.views != other.views:
+        raise StoreError(
+            f"{one.path} and {other.path}: have other views of a clip ({one.views or 'one'} and "
+            f"{other.views or 'one'}); extract both with the same views."
+        )
+
+
 class MappedStore(TokenSource):
     """What stores have in common whose clips are gathered out of mapped shard files."""
 
@@ -218,6 +257,7 @@ class PartOfStore(TokenSource):
         self.source, self.clips, self.digest = source, clips, digest
         self._rows = torch.from_numpy(np.append(clips, -1))  # -1, an absent clip, stays -1
         self.path, self.modalities, self.specs = source.path, source.modalities, source.specs
+        self.views = source.views
         self.clip_ids, self.present = source.clip_ids[clips], source.present[clips]
         self.reasons = np.asarray(source.reasons)[clips]
         self.split, self.group = source.split[clips], source.group[clips]

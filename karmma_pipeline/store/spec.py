@@ -7,10 +7,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.modalities import canonical
+from karmma_pipeline.views import Views
 
 _STEPS = 127
 #: The largest magnitude that can be held.
@@ -171,6 +172,15 @@ class StoreSpec(Recipe):
     modalities: dict[str, ModalitySpec] = Field(min_length=1, description="By name.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each label set.")
     clips_per_shard: int = Field(256, gt=0, le=65_536, description="Clips of one shard file.")
+    views: Views | None = Field(
+        None, description="Views of each clip, which are rows one after another; None: one row."
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_stored(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what stores of earlier versions do not have, where there are no views."""
+        values: dict[str, Any] = default(self)
+        return values if self.views else {k: v for k, v in values.items() if k != "views"}
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non_finite_error
 from karmma_pipeline.data.loading.dropout import make_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.data.loading.masks import ORDER, clip_keys, draws
+from karmma_pipeline.data.loading.masks import ORDER, VIEW, clip_keys, draws
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import Reason
@@ -36,15 +36,23 @@ _OFFSET, _LINE = 2**32 + 2, 2**32 + 3
 _CLIPS, _AT_ONCE = 2048, 64
 
 
-def usable_clips(recipe: TrainRecipe, store: TokenSource, split: str) -> np.ndarray:
+def usable_clips(
+    recipe: TrainRecipe, store: TokenSource, split: str, middle: bool = False
+) -> np.ndarray:
     """Return the clips of a split that are not excluded and have at least one modality.
+
+    With views, all rows of clips that have one in every view, or in the ``middle`` one.
 
     Raises:
         ManifestError: there are none.
         ConfigError: the list of excluded clips is wrong.
     """
     clips = clips_of_split(store, split, recipe.exclude)
-    clips = clips[store.present[clips].any(axis=1)]
+    seen = store.present[clips].any(axis=1)
+    views = seen.reshape(-1, store.view_count)
+    seen = views[:, store.middle_view] if middle else views.all(axis=1)
+    seen = np.repeat(seen, store.view_count)
+    clips = clips[seen]
     if not len(clips):
         raise ManifestError(
             f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
@@ -64,7 +72,8 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
         parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
     without = len(reasons) - len(clips)
     left_out = f"; {without} with nothing to see: no network is asked about them" if without else ""
-    return f"{len(reasons)} clips; {'; '.join(parts)}{left_out}"
+    views = f" ({store.view_count} views of each)" if store.views else ""
+    return f"{len(reasons) // store.view_count} clips{views}; {'; '.join(parts)}{left_out}"
 
 
 def check_labels(
@@ -80,6 +89,7 @@ def check_labels(
             `select_by` needs.
         ConfigError: `select_by` names no metric.
     """
+    train, val = store.view_rows(train, 0), store.view_rows(val, 0)
     labels = {head: np.asarray(of) for head, of in store.labels.items()}
     if not any((of[train] >= 0).any() for of in labels.values()) and _needs_labels(recipe):
         raise ManifestError(
@@ -123,7 +133,11 @@ def _never_seen(
 
 
 def unseen_labels(store: TokenSource, clips: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Count the labels, per head and of the action, of clips that have no modality at all."""
+    """Count the labels, per head and of the action, of clips that have no modality at all.
+
+    With views, ``clips`` hold all rows, and the middle ones are looked at.
+    """
+    clips = store.view_rows(clips)
     nothing = clips[~store.present[clips].any(axis=1)]
     known = {head: np.asarray(of)[nothing] >= 0 for head, of in store.labels.items()}
     known[ACTION] = np.logical_and.reduce([*known.values()])
@@ -138,10 +152,17 @@ def make_loaders(
     device: torch.device,
     ranks: Ranks,
 ) -> tuple[FeatureLoader, FeatureLoader]:
-    """Return the loaders of training clips, shuffled and masked, and of validation clips."""
-    order = None
+    """Return the loaders of training clips, shuffled and masked, and of validation clips.
+
+    With views, ``train`` and ``val`` hold all rows of their clips: an epoch trains on a view of
+    each that is drawn for it, and is validated on the middle ones.
+    """
+    order, rows = None, None
+    if store.views is not None:
+        train, val = store.view_rows(train, 0), store.view_rows(val)
+        rows = drawn_views(recipe.seed, store, train)
     if recipe.class_balance:
-        keys = clip_keys(store.clip_ids[train])
+        keys = clip_keys(store.names(train))
         labels = {head: of[train] for head, of in store.labels.items()}
         order = balanced_order(keys, labels, recipe.class_balance, recipe.seed)
     shared: dict[str, Any] = {
@@ -157,13 +178,28 @@ def make_loaders(
             train,
             recipe.batch_size,
             seed=recipe.seed,
-            draw_masks=make_masks(recipe.modality_dropout, recipe.seed, store, train),
+            draw_masks=make_masks(recipe.modality_dropout, recipe.seed, store, train, rows),
             shuffle=True,
             order=order,
+            rows=rows,
             **shared,
         ),
         FeatureLoader(store, val, recipe.batch_size, **shared),
     )
+
+
+def drawn_views(seed: int, store: TokenSource, clips: ClipNumbers) -> Callable[[int], ClipNumbers]:
+    """Return the function that draws the views of an epoch: its number to a row for each clip.
+
+    A pure function of (seed, epoch, clip), as masks are.
+
+    Args:
+        seed: of the run.
+        store: with views.
+        clips: the row of the first view of each clip.
+    """
+    V, keys = np.uint64(store.view_count), clip_keys(store.names(clips))
+    return lambda epoch: clips + (draws(seed, epoch, keys, VIEW) % V).astype(np.int64)
 
 
 def balanced_order(

@@ -240,7 +240,8 @@ def _train(
     store = open_source(recipe.store, recipe.loader, device, stop)
     if state is not None:
         store = as_it_began(recipe.out, store)
-    train, val = (usable_clips(recipe, store, s) for s in (recipe.train_split, recipe.val_split))
+    train = usable_clips(recipe, store, recipe.train_split)
+    val = usable_clips(recipe, store, recipe.val_split, middle=True)
     notes = [*check_labels(recipe, store, train, val)]
     caches = _teacher_caches(recipe, store, train)
     notes += _check_cross_fitted(recipe, store, caches, train)
@@ -456,6 +457,7 @@ def _check_cross_fitted(
     """
     if not isinstance(recipe, DistillRecipe) or not recipe.cross_fitted:
         return
+    clips = store.view_rows(clips)
     learned = [_learned(*of, store)[clips] for of in zip(recipe.teacher, caches, strict=True)]
     taught = int((~torch.stack(learned).all(dim=0)).sum())
     if not taught:

@@ -35,6 +35,7 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO, subsets
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined
+from karmma_pipeline.store.source import check_views
 from karmma_pipeline.training import state
 from karmma_pipeline.training.ranks import Ranks
 
@@ -215,6 +216,7 @@ class TeacherLogitsCache:
                 f"{teacher}: knows the heads and classes {_sizes(self.card.heads)}, the "
                 f"student's store {student.path} has {_sizes(student.heads)}."
             )
+        check_views(student, store)
         self.places = _join(student, self.store, clips)
         self.heads = _sizes(self.card.heads)
         ids = hashlib.sha256(student.clip_ids[clips].tobytes()).hexdigest()
@@ -299,18 +301,16 @@ class TeacherLogitsCache:
         if training is None or len(modalities) <= ALL_SUBSETS_UP_TO or every:
             return [ChunkMasks.every(modalities, size) for size in sizes], self.key
         loader, epochs = training
-        packed = np.stack([np.packbits(loader.masks(epoch), axis=1) for epoch in range(epochs)])
-        drawn = np.zeros(packed.shape[:2], bool)
+        shape = epochs, len(self.clips), -(-len(modalities) // 8)
+        packed, drawn = np.zeros(shape, np.uint8), np.zeros(shape[:2], bool)
         for epoch in range(epochs):
-            drawn[epoch, loader.places(epoch)] = True
+            rows = np.searchsorted(self.clips, loader.rows(epoch))  # with views, one of each clip
+            packed[epoch, rows] = np.packbits(loader.masks(epoch), axis=1)
+            drawn[epoch, rows[loader.places(epoch)]] = True
         drawn[0, ~drawn.any(axis=0)] = True  # a clip that no epoch draws has an answer all the same
         ends = np.cumsum(sizes)[:-1]
-        chunks = [
-            ChunkMasks.of_training(masks, here, len(modalities))
-            for masks, here in zip(
-                np.split(packed, ends, axis=1), np.split(drawn, ends, axis=1), strict=True
-            )
-        ]
+        parts = zip(np.split(packed, ends, axis=1), np.split(drawn, ends, axis=1), strict=True)
+        chunks = [ChunkMasks.of_training(*part, len(modalities)) for part in parts]
         sha = hashlib.sha256()
         for chunk in chunks:
             sha.update(

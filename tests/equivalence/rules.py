@@ -95,7 +95,7 @@ def state(data: bytes) -> bytes:
 
 NEW_KEYS = (
     *("version", "select_by", "init_from", "allow_unfinished", "precision"),
-    *("position_std", "kl_clips", "cross_fitted"),
+    *("position_std", "kl_clips", "cross_fitted", "views"),
 )
 NEW_COLUMNS = (
     "best_epoch",

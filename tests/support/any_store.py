@@ -17,6 +17,7 @@ from karmma_pipeline.store import (
     finalize,
 )
 from karmma_pipeline.store.spec import Dtype
+from karmma_pipeline.views import Views
 
 IDS = tuple(f"c{i:02d}" for i in range(12))
 RGB_AUDIO = {"rgb": (4, 6), "audio": (2, 5)}
@@ -40,10 +41,13 @@ def fill_store(
     provenance: Mapping[str, object] = {},
     head: str = "verb",
     labelled: Collection[str] | None = None,
+    views: Views | None = None,
+    like: str = "",
 ) -> Path:
     """Write what lacks; clip number n has label n modulo the classes and lies at n seconds.
 
-    ``labelled``: clips that have a label; None: all.
+    ``labelled``: clips that have a label; None: all. ``views``: of each clip. ``like``: added to a
+    clip's id, whose tokens and absences it then has, as `.v3` is to those of its view 3.
     """
     spec = StoreSpec(
         modalities={
@@ -52,28 +56,33 @@ def fill_store(
         },
         heads={head: tuple(classes)},
         clips_per_shard=per_shard,
+        views=views,
     )
-    number = {clip_id: int("".join(c for c in clip_id if c.isdigit())) for clip_id in ids}
+    number = {
+        row: int("".join(c for c in clip_id if c.isdigit()))
+        for clip_id in ids
+        for row in (views.names(clip_id) if views else [clip_id])
+    }
     rows = [
         ClipRow(
             i,
-            {head: number[i] % len(classes) if labelled is None or i in labelled else -1},
-            split or ("val" if number[i] % 3 == 0 else "train"),
-            f"P{number[i] % 2}",
-            float(number[i]),
-            number[i] + 2.0,
+            {head: n % len(classes) if labelled is None or i in labelled else -1},
+            split or ("val" if n % 3 == 0 else "train"),
+            f"P{n % 2}",
+            float(n),
+            n + 2.0,
         )
-        for i in ids
+        for i, n in number.items()
     ]
     create_store(root, spec, rows)
     catalog = Catalog(root)
     for shard in sorted(set(range(catalog.shards)) - catalog.committed()):
         with ShardWriter(root, shard) as writer:
             for clip_id in writer.clip_ids[writer.next :]:
-                has = [m for m in modalities if (clip_id, m) not in absent]
+                has = [m for m in modalities if (clip_id + like, m) not in absent]
                 writer.append(
                     clip_id,
-                    {m: tokens_of(clip_id, m, modalities[m]) for m in has},
+                    {m: tokens_of(clip_id + like, m, modalities[m]) for m in has},
                     {m: Reason.NO_STREAM for m in modalities if m not in has},
                     {m: np.full((2, 2), float(number[clip_id])) for m in has},
                 )

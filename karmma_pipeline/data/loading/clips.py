@@ -24,7 +24,7 @@ _MOST_NAMED = 20
 
 
 def clips_of_split(store: TokenSource, split: str, exclude: Path | None = None) -> ClipNumbers:
-    """Return the clips of a split, but those whose ids stand in a file.
+    """Return the clips of a split, but those whose ids stand in a file; with views, their rows.
 
     Args:
         store: where clips lie.
@@ -40,7 +40,7 @@ def clips_of_split(store: TokenSource, split: str, exclude: Path | None = None) 
         known = ", ".join(sorted(set(store.split.tolist()))) or "none"
         raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
     if exclude is not None:
-        chosen &= ~np.isin(store.clip_ids, excluded_ids(store, exclude))
+        chosen &= ~np.isin(store.names(), excluded_ids(store, exclude))
         if not chosen.any():
             raise ManifestError(f"{exclude}: leaves no clip of split={split!r} of {store.path}.")
     return np.flatnonzero(chosen)
@@ -58,7 +58,7 @@ def excluded_ids(store: TokenSource, path: Path) -> npt.NDArray[np.bytes_]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"exclude={str(path)!r}: cannot be read ({error}).") from None
     ids = sorted({line.strip().encode() for line in lines if line.strip()})
-    known = set(store.clip_ids.tolist())
+    known = set(store.names().tolist())
     if unknown := [clip_id.decode() for clip_id in ids if clip_id not in known]:
         raise ConfigError(
             f"{path}: {store.path} has no clip {unknown[0]!r}; write one clip id per line."
@@ -178,6 +178,32 @@ def subset_masks(
     """
     columns = [torch.tensor([m in subset for m in store.modalities]) for subset in subsets]
     return lambda batch: (batch.present & column for column in columns)
+
+
+def average_views(
+    answers: Iterable[tuple[Batch, list[MaskLogits]]], store: TokenSource
+) -> Iterator[list[MaskLogits]]:
+    """Turn the answers for batches of rows, all views of each clip, into answers for the clips.
+
+    A clip's logits are the mean over those of its views in which a model sees anything at all, or
+    over all of them; its mask is what it sees in any view.
+    """
+    for _, of_rows in answers:
+        if store.views is None:
+            yield of_rows
+            continue
+        yield [averaged(mask, logits, store.view_count) for mask, logits in of_rows]
+
+
+def averaged(mask: Tensor, logits: dict[str, Tensor], views: int) -> MaskLogits:
+    """Turn a mask and logits of B * V rows, all views of B clips, into those of the clips."""
+    seen = mask.any(dim=1).view(-1, views)
+    seen = torch.where(seen.any(dim=1, keepdim=True), seen, True)[..., None]
+    mean = {}
+    for head, of in logits.items():
+        of_views = torch.where(seen, of.view(-1, views, of.shape[-1]), 0)
+        mean[head] = of_views.sum(dim=1) / seen.sum(dim=1)
+    return mask.view(-1, views, mask.shape[-1]).any(dim=1), mean
 
 
 def all_finite(logits: dict[str, Tensor]) -> bool:

@@ -96,7 +96,11 @@ ModalityDropout = Annotated[float | DropoutSchedule, BeforeValidator(_dropout)]
 
 
 def make_masks(
-    dropout: float | DropoutSchedule, seed: int, store: TokenSource, clips: ClipNumbers
+    dropout: float | DropoutSchedule,
+    seed: int,
+    store: TokenSource,
+    clips: ClipNumbers,
+    rows: Callable[[int], ClipNumbers] | None = None,
 ) -> Callable[[int], Bools]:
     """Return the function that draws the masks of an epoch: its number, from 0, to bool [N, M].
 
@@ -105,21 +109,26 @@ def make_masks(
         seed: of the run.
         store: where the clips lie.
         clips: int64 [N].
+        rows: of an epoch, what is read of each of the clips, see `FeatureLoader`; None: these.
 
     Raises:
         ConfigError: it names clips or modalities that the store does not have.
     """
-    present, keys = store.present[clips], clip_keys(store.clip_ids[clips])
+    keys = clip_keys(store.names(clips))
+
+    def present(epoch: int) -> Bools:
+        return store.present[clips if rows is None else rows(epoch)]
+
     schedule = DropoutSchedule(rate=dropout) if isinstance(dropout, float) else dropout
     if schedule.patterns is not None:
-        return _from_patterns(schedule.patterns, seed, store, clips)
+        return _from_patterns(schedule.patterns, seed, store, clips, present)
     rates = _rates(schedule, store.modalities)
     recordings = _Recordings(store, clips) if schedule.burst > 1 else None
 
     def masks(epoch: int) -> Bools:
         p = _at(schedule, rates, epoch)
         of = keys if recordings is None else recordings.keys(seed, epoch, keys, schedule.burst)
-        return modality_mask(seed, epoch, of, present, p)
+        return modality_mask(seed, epoch, of, present(epoch), p)
 
     return masks
 
@@ -184,20 +193,25 @@ def _starts(store: Any) -> npt.NDArray[np.float64]:
 
 
 def _from_patterns(
-    path: Path, seed: int, store: TokenSource, clips: ClipNumbers
+    path: Path,
+    seed: int,
+    store: TokenSource,
+    clips: ClipNumbers,
+    present: Callable[[int], Bools],
 ) -> Callable[[int], Bools]:
     patterns = read_patterns(path, store)
-    ids = [clip_id.decode() for clip_id in store.clip_ids[clips]]
-    present, keys = store.present[clips], clip_keys(store.clip_ids[clips])
+    names = store.names(clips)
+    ids, keys = [clip_id.decode() for clip_id in names], clip_keys(names)
 
     def masks(epoch: int) -> Bools:
-        kept = np.ones_like(present)
+        here = present(epoch)
+        kept = np.ones_like(here)
         for number in (0, epoch + 1):
             of_epoch = patterns.get(number, {})
             for row, clip_id in enumerate(ids):
                 if clip_id in of_epoch:
                     kept[row] = of_epoch[clip_id]
-        return restored(seed, epoch, keys, present, kept & present)
+        return restored(seed, epoch, keys, here, kept & here)
 
     return masks
 
@@ -222,7 +236,7 @@ def read_patterns(path: Path, store: TokenSource) -> dict[int, Mapping[str, Bool
             fields = rows.fieldnames or []
             if lacking := {"clip_id", "missing"} - set(fields):
                 raise ConfigError(f"{path}: has no column {min(lacking)!r}; it has {fields}.")
-            known = {clip_id.decode() for clip_id in store.clip_ids.tolist()}
+            known = {clip_id.decode() for clip_id in store.names().tolist()}
             read: dict[int, dict[str, Bools]] = {}
             for row in rows:
                 where = f"{path}, line {rows.line_num}"

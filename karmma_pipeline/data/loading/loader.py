@@ -77,6 +77,8 @@ class FeatureLoader:
         shuffle: a new order each epoch, else that of ``indices``.
         order: draws an epoch instead: its number to as many places in ``indices`` as there are.
         draw_masks: draws masks instead: an epoch's number to bool [indices, M].
+        rows: draws the row of the store that is read of each of ``indices``: an epoch's number to
+            int64 [indices]; None: these.
         threads: that gather ahead; 0 gathers when asked.
         ahead: batches that are gathered before they are asked for.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
@@ -96,6 +98,7 @@ class FeatureLoader:
         shuffle: bool = False,
         order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         draw_masks: Callable[[int], npt.NDArray[np.bool_]] | None = None,
+        rows: Callable[[int], npt.NDArray[np.int64]] | None = None,
         threads: int = 1,
         ahead: int = 2,
         rank: int = 0,
@@ -106,9 +109,10 @@ class FeatureLoader:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
         self.shuffle, self.order, self._draw_masks = shuffle, order, draw_masks
+        self._rows = rows
         self.threads, self.ahead = threads, max(1, ahead)
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
-        self._keys = clip_keys(store.clip_ids[self.indices])
+        self._keys = clip_keys(store.names(self.indices))
         self._device: torch.device | None = getattr(store, "device", None)
         self._begun: _Stream | None = None
         self._pool = BufferPool(
@@ -147,12 +151,12 @@ class FeatureLoader:
 
     def _begin(self, epoch: int, start_batch: int) -> "_Stream":
         self.store.check_files()
-        places, masks = self.places(epoch), self.masks(epoch)
+        places, masks, rows = self.places(epoch), self.masks(epoch), self.rows(epoch)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
             for b in range(start_batch, len(self))
         )
-        loads = (partial(self._load, part, masks) for part in parts)
+        loads = (partial(self._load, part, masks, rows) for part in parts)
         return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
 
     def places(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -163,6 +167,10 @@ class FeatureLoader:
             return np.argsort(draws(self.seed, epoch, self._keys, ORDER), kind="stable")
         return np.arange(len(self.indices))
 
+    def rows(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the rows of the store that an epoch reads of all ``indices``."""
+        return self.indices if self._rows is None else self._rows(epoch)
+
     def masks(self, epoch: int) -> npt.NDArray[np.bool_]:
         """Return the masks of all ``indices`` in an epoch, [clips, M].
 
@@ -170,11 +178,16 @@ class FeatureLoader:
         """
         if self._draw_masks is not None:
             return self._draw_masks(epoch)
-        present = self.store.present[self.indices]
+        present = self.store.present[self.rows(epoch)]
         return modality_mask(self.seed, epoch, self._keys, present, self.p)
 
-    def _load(self, places: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_]) -> Batch:
-        clips = self.indices[places]
+    def _load(
+        self,
+        places: npt.NDArray[np.int64],
+        masks: npt.NDArray[np.bool_],
+        rows: npt.NDArray[np.int64],
+    ) -> Batch:
+        clips = rows[places]
         index = torch.from_numpy(clips)
         parts, slot = self._gather(index)
         labels = {

@@ -22,6 +22,8 @@ _REPAIR = 2**32
 #: Stream of `draws` that shuffles the clips of an epoch.
 ORDER = 2**32 + 1
 _SIZE = 2**32 + 5
+#: Stream of `draws` that chooses a clip's view in an epoch.
+VIEW = 2**32 + 7
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

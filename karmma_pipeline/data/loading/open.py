@@ -55,7 +55,7 @@ class DeviceStore(TokenSource):
         self.path, self.modalities, self.specs = source.path, source.modalities, source.specs
         self.clip_ids, self.present, self.reasons = source.clip_ids, source.present, source.reasons
         self.labels, self.heads, self.digest = source.labels, source.heads, source.digest
-        self.split, self.group = source.split, source.group
+        self.split, self.group, self.views = source.split, source.group, source.views
         self._check_memory()
         self._tokens = {m: self._load(m) for m in self.modalities}
 

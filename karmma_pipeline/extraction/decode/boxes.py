@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.manifest import BoxSource, Clip, FileSource, FrameSource, Source
-from karmma_pipeline.extraction.decode.frame_selection import sample_times
+from karmma_pipeline.extraction.decode.frame_selection import picture_span, sample_times
 from karmma_pipeline.extraction.media.container import open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import Sampling
@@ -69,7 +69,7 @@ def read_boxes(
     stop = starts[-1] + 1 / FPS if clip.stop_s is None else clip.stop_s
     if clip.start_s >= starts[-1] + 1 / FPS:
         raise MediaFaultError(Reason.OUT_OF_RANGE, f"{source.path}: {source.key}: ends before")
-    times = sample_times(sampling, clip.start_s, stop, count)
+    times = sample_times(sampling, *picture_span(clip, clip.start_s, stop, sampling, count), count)
     numbers = covering(starts, times + ROUNDING_S)
     if "rgb" not in clip.media:
         raise MediaFaultError(Reason.NOT_IN_DATASET, "boxes need the shape of rgb")

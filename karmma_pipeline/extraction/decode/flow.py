@@ -18,6 +18,7 @@ from torchvision.transforms import functional as vision
 from karmma_pipeline.extraction.recipe import Flow
 from karmma_pipeline.extraction.types import Pictures
 from karmma_pipeline.models.backbones import FrameTransform
+from karmma_pipeline.views import Side
 
 _PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
@@ -41,7 +42,7 @@ def dis_flow(settings: Flow, first: Pictures, second: Pictures) -> Motion:
     return np.stack(flows)
 
 
-def resized(flow: Motion, transform: FrameTransform) -> Motion:
+def resized(flow: Motion, transform: FrameTransform, side: Side = None) -> Motion:
     """Resize and crop flow [T, 2, H, W] as frames are, its values in px of the new size."""
     before = flow.shape[-2:]
     field = vision.resize(
@@ -54,7 +55,7 @@ def resized(flow: Motion, transform: FrameTransform) -> Motion:
     # asked for.
     after = field.shape[-2:]
     ratio = [after[1] / before[1], after[0] / before[0]]
-    field = transform.cropped(field * torch.tensor(ratio)[:, None, None])
+    field = transform.cropped(field * torch.tensor(ratio)[:, None, None], side)
     return np.ascontiguousarray(field.numpy())
 
 

@@ -16,6 +16,7 @@ from karmma_pipeline.extraction.recipe import Flow, Sampling
 from karmma_pipeline.extraction.types import InputSpec, Numbers, Pictures, Times
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
+from karmma_pipeline.views import Side
 
 PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip; scaled to gap_s"
 """The rule of `partners` in words, as stores record it."""
@@ -31,6 +32,7 @@ class FrameSelection:
         second: for flow that is to be computed, the numbers of their partners.
         flow_scale: for such flow, what makes px per pair px per gap, float32 [T].
         stored: they are flow already.
+        side: where they are cropped, see `FrameTransform.apply`.
     """
 
     video: MediaReader
@@ -40,6 +42,7 @@ class FrameSelection:
     second: Numbers | None = None
     flow_scale: npt.NDArray[np.float32] | None = None
     stored: bool = False
+    side: Side = None
 
     @property
     def transform(self) -> FrameTransform:
@@ -124,6 +127,16 @@ def clamped(
     return start_s, stop
 
 
+def picture_span(
+    clip: Clip, start_s: float, stop_s: float, sampling: Sampling, count: int
+) -> tuple[float, float]:
+    """Return the part of a clip's span in which a view samples ``count`` pictures, or all of it."""
+    if clip.view is None:
+        return start_s, stop_s
+    length = count / sampling.fps if sampling.mode == "fps" else None
+    return clip.view.span(start_s, stop_s, length)
+
+
 def select_frames(
     clip: Clip, spec: InputSpec, video: MediaReader, sampling: Sampling, flow: Flow
 ) -> FrameSelection:
@@ -133,6 +146,7 @@ def select_frames(
         MediaFaultError: the clip cannot be had from this video.
     """
     start, stop = clip_span(clip, spec.modality, video, sampling.tolerance_s)
+    start, stop = picture_span(clip, start, stop, sampling, spec.frames)
     times = sample_times(sampling, start, stop, spec.frames)
     is_flow, second, scale = spec.modality == "flow", None, None
     stored = is_flow and video.stores_flow
@@ -152,7 +166,8 @@ def select_frames(
         raise MediaFaultError(
             Reason.TIMESTAMP_MISMATCH, f"{video.path}: nothing within {off:.2f} s"
         )
-    return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored)
+    side = clip.view.side if clip.view else None
+    return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored, side)
 
 
 def _farthest(times: Times, real: Times, video: MediaReader, tolerance_s: float) -> float:
@@ -188,7 +203,7 @@ class DecodedFrames:
 
     def __init__(self, selections: Iterable[FrameSelection], several: bool = False) -> None:
         self._several = several
-        self._frames: dict[tuple[MediaReader, FrameTransform, int], Pictures] = {}
+        self._frames: dict[tuple[MediaReader, FrameTransform, Side, int], Pictures] = {}
         self._faults: dict[MediaReader, MediaFaultError] = {}
         by_video: dict[MediaReader, list[FrameSelection]] = {}
         for one in selections:
@@ -207,15 +222,16 @@ class DecodedFrames:
         A full-size frame is dropped as soon as it is resized for each of them: a second of 4K
         video is 750 MB.
         """
-        wanted: dict[FrameTransform, set[int]] = {}
+        wanted: dict[tuple[FrameTransform, Side], set[int]] = {}
         for one in selections:
-            wanted.setdefault(one.transform, set()).update(one.decoded.tolist())
+            wanted.setdefault((one.transform, one.side), set()).update(one.decoded.tolist())
         union = np.array(sorted(set().union(*wanted.values())), np.int64)
         read = video.decode_for_several if self._several else video.decode
         for number, frame in read(union):
-            for transform, numbers in wanted.items():
+            for (transform, side), numbers in wanted.items():
                 if number in numbers:
-                    self._frames[video, transform, number] = transform.apply(frame[None])[0]
+                    picture = transform.apply(frame[None], side)[0]
+                    self._frames[video, transform, side, number] = picture
 
     def lack(self, selections: Iterable[FrameSelection]) -> bool:
         """Tell whether a video of these selections could not be decoded."""
@@ -248,9 +264,10 @@ class DecodedFrames:
 
     # Numbers may repeat: a clip shorter than T frame intervals shows some frames more than once.
     def _stack(self, one: FrameSelection, numbers: Numbers) -> Pictures:
-        return np.stack([self._frames[one.video, one.transform, n] for n in numbers.tolist()])
+        of = one.video, one.transform, one.side
+        return np.stack([self._frames[*of, n] for n in numbers.tolist()])
 
 
 def _stored_flow(one: FrameSelection, flow: Flow) -> Pictures:
-    motion = resized(one.video.motion(one.first), one.transform)
+    motion = resized(one.video.motion(one.first), one.transform, one.side)
     return as_pictures(flow, motion * np.float32(flow.gap_s / one.video.gap_s))

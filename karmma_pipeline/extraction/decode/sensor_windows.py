@@ -16,6 +16,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.extraction.types import Times
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.views import View
 
 Windows = npt.NDArray[np.float32]
 
@@ -24,9 +25,15 @@ _ROUNDING_S = 1e-6
 
 
 def read_windows(
-    series: SensorSeries, sensor: Sensor, start_s: float, stop_s: float | None
+    series: SensorSeries,
+    sensor: Sensor,
+    start_s: float,
+    stop_s: float | None,
+    view: View | None = None,
 ) -> tuple[Windows, Times]:
-    """Return the windows of a span of a series; without a stop, up to its end.
+    """Return the windows of a span of a series, or of a view of it; without a stop, up to its end.
+
+    A view is as long as the windows need, where that is more than its part of the span.
 
     Returns:
         float32 [N, W, C], and the centres of the windows, requested and real, float64 [2, N].
@@ -38,6 +45,9 @@ def read_windows(
     if start_s >= stop_s:
         detail = f"{series.path}: ends at {stop_s:.3f} s, the clip starts at {start_s:.3f} s"
         raise MediaFaultError(Reason.OUT_OF_RANGE, detail)
+    if view is not None:
+        length = max((stop_s - start_s) / view.windows, _samples(sensor) / sensor.rate_hz)
+        start_s, stop_s = view.span(start_s, stop_s, length)
     starts = window_starts(sensor, start_s, stop_s)
     moments = starts[:, None] + np.arange(sensor.window) / sensor.rate_hz
     # Where a short clip is filled up, the moment of its last sample repeats.
@@ -51,14 +61,20 @@ def read_windows(
     return values.reshape(sensor.shape), np.stack([centres, centres])
 
 
+def _samples(sensor: Sensor) -> int:
+    """Return how many samples all windows take together, or each if they have no hop."""
+    if sensor.hop is None:
+        return sensor.window
+    return (sensor.windows - 1) * sensor.hop + sensor.window
+
+
 def window_starts(sensor: Sensor, start_s: float, stop_s: float) -> Times:
     """Return when the windows of a span start, seconds [N].
 
     Raises:
         MediaFaultError: the span is too short, and is not to be filled up.
     """
-    count, hop = sensor.windows, sensor.hop
-    samples = sensor.window if hop is None else (count - 1) * hop + sensor.window
+    count, hop, samples = sensor.windows, sensor.hop, _samples(sensor)
     room_s = stop_s - start_s - samples / sensor.rate_hz
     if room_s < -_ROUNDING_S and sensor.short == "absent":
         needed = f"{samples} samples at {sensor.rate_hz:g} Hz are {samples / sensor.rate_hz:.3f} s"

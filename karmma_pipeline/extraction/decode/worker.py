@@ -28,6 +28,7 @@ from karmma_pipeline.extraction.decode.frame_selection import (
     FrameSelection,
     clamped,
     clip_span,
+    picture_span,
     sample_times,
     select_frames,
 )
@@ -186,8 +187,8 @@ def _begin(
                 decoded.arrays[spec], decoded.times[spec] = boxes, times
             elif isinstance(source, SensorSource):
                 sensor = settings.sensors[spec.modality]
-                series = media.series(source, sensor)
-                windows, times = read_windows(series, sensor, clip.start_s, clip.stop_s)
+                series, span = media.series(source, sensor), (clip.start_s, clip.stop_s)
+                windows, times = read_windows(series, sensor, *span, clip.view)
                 decoded.arrays[spec], decoded.times[spec] = windows, times
             elif spec.modality == "audio":
                 _audio(decoded, clip, spec, settings, media)
@@ -244,9 +245,12 @@ def _audio(
     track_start, track_stop = sound.sound_span(rate)
     start, stop = _sound_span(clip, rate, settings, media)
     if spec.per_frame:
+        start, stop = picture_span(clip, start, stop, settings.sampling, spec.frames)
         centres = sample_times(settings.sampling, start, stop, spec.frames)
         length = audio.frame_s
     else:
+        if clip.view is not None:
+            start, stop = clip.view.span(start, stop, audio.window_s)
         centres = np.array([(start + stop) / 2])
         length = min(audio.window_s or stop - start, longest_s(audio))
     first, last = centres - length / 2, centres + length / 2

@@ -43,6 +43,7 @@ from karmma_pipeline.errors import ConfigError, one_line
 from karmma_pipeline.models.backbones import layers
 from karmma_pipeline.models.backbones.layers import Parts as Parts
 from karmma_pipeline.models.backbones.stages import Stages as Stages
+from karmma_pipeline.views import Side
 
 #: torchvision's video weights were made without antialiasing (its ``_presets.py``).
 ANTIALIAS = False
@@ -75,8 +76,14 @@ class FrameTransform(Recipe):
         resize = tuple(round(side * crop / self.crop[0]) for side in self.resize)
         return self.model_copy(update={"resize": resize, "crop": (crop, crop)})
 
-    def apply(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Resize and crop uint8 frames [T, H, W, 3] to uint8 [T, 3, h, w]."""
+    def apply(self, frames: npt.NDArray[np.uint8], side: Side = None) -> npt.NDArray[np.uint8]:
+        """Resize and crop uint8 frames [T, H, W, 3] to uint8 [T, 3, h, w].
+
+        Args:
+            frames: of one size.
+            side: the end of their longer side at which they are cropped: 0 left or above, 1 right
+                or below; None: the middle.
+        """
         if self.interpolation == InterpolationMode.BILINEAR.value and not self.antialias:
             size = self._resized(*frames.shape[1:3])
             resized = np.stack([_bilinear(frame, size) for frame in frames])
@@ -87,14 +94,20 @@ class FrameTransform(Recipe):
             video = vision.resize(
                 video, list(self.resize), interpolation=mode, antialias=self.antialias
             )
-        video = self.cropped(video)
+        video = self.cropped(video, side)
         return np.ascontiguousarray(video.numpy())
 
-    def cropped(self, pictures: Tensor) -> Tensor:
-        """Take the middle of pictures [..., H, W]; smaller ones are padded."""
+    def cropped(self, pictures: Tensor, side: Side = None) -> Tensor:
+        """Take the middle of pictures [..., H, W], or an end; smaller ones are padded."""
         above, beside = (
-            side - crop for side, crop in zip(pictures.shape[-2:], self.crop, strict=True)
+            length - crop for length, crop in zip(pictures.shape[-2:], self.crop, strict=True)
         )
+        if side is not None and above >= 0 and beside >= 0:
+            if pictures.shape[-1] >= pictures.shape[-2]:
+                pictures = pictures[..., beside * side :][..., : self.crop[1]]
+            else:
+                pictures = pictures[..., above * side :, :][..., : self.crop[0], :]
+            return self.cropped(pictures)  # the shorter side, in the middle
         if self.floor and above >= 0 and beside >= 0:
             return vision.crop(pictures, above // 2, beside // 2, *self.crop)
         return vision.center_crop(pictures, list(self.crop))

@@ -53,7 +53,10 @@ def merge(
     opened = [FeatureStore.open(path) for path in stores]
     joined = JoinedStore(opened, label_spaces)
     spec = StoreSpec(
-        modalities=joined.specs, heads=joined.heads, clips_per_shard=opened[0].spec.clips_per_shard
+        modalities=joined.specs,
+        heads=joined.heads,
+        clips_per_shard=opened[0].spec.clips_per_shard,
+        views=joined.views,
     )
     rewrite(joined, out, spec, np.arange(len(joined)), {}, stop)
 
@@ -72,13 +75,15 @@ def split(
 
 
 def select(store: Path, out: Path, clip_ids: Sequence[str], stop: StopFlag | None = None) -> None:
-    """Write a store with some clips, in the given order.
+    """Write a store with some clips, in the given order, each with all its views.
 
     Raises:
         StoreError: clips are not in the store.
     """
     opened = FeatureStore.open(store)
     place = {clip_id: i for i, clip_id in enumerate(opened.clip_ids.tolist())}
+    if opened.views is not None:
+        clip_ids = [row for clip_id in clip_ids for row in opened.views.names(clip_id)]
     missing = [clip_id for clip_id in clip_ids if clip_id.encode() not in place]
     if missing:
         raise StoreError(
