@@ -143,6 +143,13 @@ def cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
         {"name": "r2plus1d_18", **VIDEO, "tokens": [1, 1, 1]},
         {"name": "swin3d_t", **VIDEO, "frames": 4},
         {"name": "efficientnet_b0", **OPENVINO, "image": [32, 48]},
+        {"name": "resnet18", **OPENVINO, "image": [32, 48], "layer": 1},
+        {
+            "name": "resnet18",
+            **OPENVINO,
+            "image": [32, 48],
+            "layer": "bn1",  # a ReLU in place comes behind it
+        },
     ],
     ids=lambda choice: choice["name"],
 )

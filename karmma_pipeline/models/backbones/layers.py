@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from karmma_pipeline.errors import ConfigError
 
@@ -14,6 +15,7 @@ _BLOCKS = (
     *("blocks", "features", "stages", "layers"),
     *("encoder.layer", "encoder.layers", "layer", "model.layer", "audio_encoder.layers"),
 )
+_TRACED = "_karmma_traced"
 _NUMBERED = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -48,14 +50,27 @@ def end_behind(net: nn.Module, layer: int | str) -> None:
         ConfigError: it has no such layer.
     """
 
-    # The exception carries the output, since several threads may run one network.
-    def reached(module: nn.Module, inputs: Any, output: Any) -> NoReturn:
-        raise Reached(output)
+    # The exception carries the output, since several threads may run one network. The tracer of
+    # torch.export cannot be left by one: it goes on, and drops what nothing is made of.
+    def reached(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_exporting():
+            raise Reached(output)
+        traced.append(tree_map_only(Tensor, Tensor.clone, output))  # what follows may write into it
 
+    traced: list[Any] = []
+    net.__dict__[_TRACED] = traced
     found = _find(net, layer)
     while type(found) is nn.Sequential and len(found):  # which may be called piece by piece
         found = found[-1]
     found.register_forward_hook(reached)
+
+
+def traced_output(net: nn.Module) -> Any:
+    """Return what the layer gave in the pass that torch.export has just traced, and forget it."""
+    traced = net.__dict__[_TRACED]
+    output = traced[0]
+    traced.clear()
+    return output
 
 
 def _find(net: nn.Module, layer: int | str) -> nn.Module:

@@ -323,10 +323,13 @@ class Architecture:
         return self.feature_map
 
     def _once(self, net: Any, x: Tensor) -> Parts:
+        arrange = self.arrange or layers.as_map
         try:
             made = self.feature_map(net, x)
+            if self.layer is not None and torch.compiler.is_exporting():
+                made = arrange(net, layers.traced_output(net), x)
         except layers.Reached as reached:
-            made = (self.arrange or layers.as_map)(net, reached.output, x)
+            made = arrange(net, reached.output, x)
         parts = made if isinstance(made, Parts) else Parts(made)
         return parts if self.class_tokens == "keep" else Parts(parts.map)
 
