@@ -80,6 +80,13 @@ class ModelCard(Recipe):
                 raise ValueError(f"{name!r}: a name is letters, digits, '-', '_' and '.'")
         return named
 
+    @field_validator("heads")
+    @classmethod
+    def _in_order(cls, heads: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        # As they are read again, since JSON is written with sorted keys: the rows of the last
+        # layer follow this order.
+        return dict(sorted(heads.items()))
+
     @property
     def classes(self) -> dict[str, int]:
         """Head to number of classes C."""

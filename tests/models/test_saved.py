@@ -17,7 +17,7 @@ def make_card(dim: int = 8) -> ModelCard:
         name="s",
         size=FusionSize(dim=dim, attention_heads=2, ffn_width=8, head_width=8),
         modalities={"rgb": (2, 3), "imu": (1, 4)},
-        heads={"verb": ("a", "b")},
+        heads={"verb": ("a", "b"), "noun": ("x", "y", "z")},
         provenance={"rgb": {"backbone": "x"}},
         store_digest="0",
     )
@@ -31,7 +31,8 @@ def test_a_saved_model_comes_back_with_all_it_is(tmp_path: Path) -> None:
     assert card.model_copy(update={"weights_sha256": ""}) == make_card()
     tokens = {"rgb": torch.randn(2, 2, 3), "imu": torch.randn(2, 1, 4)}
     mask = torch.ones(2, 2, dtype=torch.bool)
-    assert torch.equal(again(tokens, mask)["verb"], model(tokens, mask)["verb"])
+    for head, logits in model(tokens, mask).items():
+        assert torch.equal(again(tokens, mask)[head], logits)
     assert not again.training
 
 
