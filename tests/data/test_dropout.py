@@ -30,6 +30,8 @@ class Recordings:
     present = np.ones((CLIPS, 3), bool)
     clip_ids = np.array([f"c{i:03d}" for i in range(CLIPS)], "S4")
     group = np.array([f"P{i // 100}" for i in range(CLIPS)])  # two recordings each
+    views = None
+    names = TokenSource.names
 
     def seconds(self, column: str) -> np.ndarray:
         assert column == "start_s"
