@@ -124,7 +124,7 @@ def test_the_pages_method_works_word_for_word_and_goes_on_after_sigkill(
     from karmma_pipeline.cli import main
 
     monkeypatch.chdir(tmp_path)
-    text = PAGE.read_text("utf-8")
+    text = PAGE.read_text("utf-8").partition("## A model and a loss in one file")[2]
     for kind, number, name in (("python", 0, "my_method.py"), ("yaml", 0, "my_method.yaml")):
         block = re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[number]
         assert block.startswith(f"# {name}")
