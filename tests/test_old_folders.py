@@ -106,6 +106,7 @@ def test_a_whole_extraction_is_done() -> None:
     assert contents("features/tokens") == before
 
 
+@pytest.mark.slow
 def test_a_half_done_store_is_finished() -> None:
     (first,) = Path("half/tokens/commit").iterdir()
     shards = [contents(f"half/tokens/{m}/tokens/c/0") for m in ("rgb", "audio")]

@@ -122,6 +122,7 @@ def test_a_report_of_other_models_is_made_again(here: Path) -> None:
     assert stage_progress(fewer).text == "report, changed since: draws"
 
 
+@pytest.mark.slow
 def test_what_was_made_from_something_else_is_not_done(here: Path) -> None:
     """The chain's recipes as they are now, against a chain that ran to its end before."""
     chain = write_chain(array=1)

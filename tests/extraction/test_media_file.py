@@ -171,6 +171,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return long_video(path, minutes=20, rate=Fraction(60_000, 1001), click_s=1190.25)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seconds=st.lists(st.floats(0, 1199), min_size=1, max_size=3))
 @pytest.mark.parametrize("decoder", slow_unless({"pyav"}, ["decord", "pyav"]))

@@ -128,6 +128,7 @@ def test_every_fault_costs_its_clip_and_is_named(make_video: Maker, tmp_path: Pa
     assert (np.abs(times[[0, 5], 0] - times[[0, 5], 1]) < 1 / 25 + 1e-3).all()
 
 
+@pytest.mark.slow
 def test_one_decode_serves_all_sets_and_equal_networks_give_equal_tokens(
     make_video: Maker, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_one_decode_serves_all_sets_and_equal_networks_give_equal_tokens(
     assert not torch.equal(one.gather("audio", index), other.gather("audio", index))
 
 
+@pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_refused_by_name(
     make_video: Maker, tmp_path: Path
 ) -> None:
@@ -280,6 +282,7 @@ def test_signals_to_decoders_and_their_death_between_tasks_cost_nothing(
     assert not any(d.reasons for _, batch in found for d in batch)
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_a_decoder_that_hangs(
     settings: DecodeSettings, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_rank_that_waits_in_vain_says_for_whom(
             raise AssertionError("alone")
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_and_go_on_exactly_after_a_stop_and_a_killed_rank(
     tmp_path: Path,
 ) -> None:
