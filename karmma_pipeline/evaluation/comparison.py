@@ -244,9 +244,7 @@ class _Comparison:
     ) -> None:
         self.values, self._check = values, check
         R, Q, N = values.shape
-        self._names, self._group = np.unique(groups, return_inverse=True)
-        if "" in self._names or not 1 < len(self._names) < N:
-            self._names = self._names[:0]
+        self._names, self._group = statistics.groups_of(groups)
         self.grouped = len(self._names) >= statistics.LEAST_GROUPS
         sums, sizes = values.reshape(R * Q, N), np.ones(N, np.int64)
         if self.grouped:

@@ -108,6 +108,23 @@ def over_seeds(by_seed: Floats) -> tuple[float, float] | None:
     return float(by_seed.mean()) - half, float(by_seed.mean()) + half
 
 
+def groups_of(
+    groups: npt.NDArray[np.str_],
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64]]:
+    """Return the names of the groups, and the number of each clip's group [N].
+
+    There are no names where groups say nothing: a clip has none, all are in one, or each is in one
+    of its own.
+
+    Args:
+        groups: name of each clip's group [N], empty where it has none.
+    """
+    names, numbers = np.unique(groups, return_inverse=True)
+    if "" in names or not 1 < len(names) < len(groups):
+        names = names[:0]
+    return names, numbers
+
+
 def by_group(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
     """Return one value [S, G] for each group, so that their mean is the mean over clips.
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from karmma_pipeline.data.loading.clips import clips_of_split, predict_masked, subset_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.evaluation.statistics import LEAST_GROUPS, Estimate, by_group, estimate
+from karmma_pipeline.evaluation.statistics import (
+    LEAST_GROUPS,
+    Estimate,
+    by_group,
+    estimate,
+    groups_of,
+)
 from karmma_pipeline.metrics import ACTION, metric_correct
 from karmma_pipeline.modalities import evaluated_subsets
 from karmma_pipeline.models.backbones.onnx_networks import OnnxNet
@@ -144,15 +150,15 @@ class Answers:
         return [self._estimate(row) for row in gaps]
 
     def _estimate(self, row: npt.NDArray[np.float64]) -> Estimate:
-        block, names = 100 * row[None], np.unique(self.groups, return_inverse=True)
-        if len(names[0]) >= LEAST_GROUPS:
-            block = by_group(block, names[1])
+        block = 100 * row[None]
+        if self.units == "groups":
+            block = by_group(block, groups_of(self.groups)[1])
         return estimate([block])
 
     @property
     def units(self) -> str:
         """What the intervals are over."""
-        return "groups" if len(np.unique(self.groups)) >= LEAST_GROUPS else "clips"
+        return "groups" if len(groups_of(self.groups)[0]) >= LEAST_GROUPS else "clips"
 
 
 def answers_on(

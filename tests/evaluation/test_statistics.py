@@ -198,6 +198,22 @@ def test_what_makes_numbers_less_than_they_seem_is_a_warning(place: Path, tmp_pa
     assert other.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        (["b", "", "b"], []),  # a clip has none
+        (["a", "a", "a"], []),
+        (["a", "b", "c"], []),  # each clip is one
+    ],
+)
+def test_groups_that_say_nothing_are_none(groups: list[str], names: list[str]) -> None:
+    found, numbers = statistics.groups_of(np.array(groups))
+    assert found.tolist() == names
+    if names:
+        assert [names[n] for n in numbers] == groups
+
+
 def test_ten_groups_are_resampled_instead_of_clips() -> None:
     """Against the bootstrap of whole groups, and a t test where all groups have equal sizes."""
     rng = np.random.default_rng(0)
