@@ -24,7 +24,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Views:
+class RandomViews:
     """How each clip is seen; all on the CPU.
 
     Attributes:
@@ -41,7 +41,7 @@ class Views:
     brightness: Tensor
 
     @classmethod
-    def draw(cls, clips: int, how: Augmentation) -> "Views":
+    def draw(cls, clips: int, how: Augmentation) -> "RandomViews":
         """Draw views from torch's generator, the same numbers whatever is asked for."""
         side = 1 - (1 - how.crop) * torch.rand(clips)
         place = (1 - side)[:, None] * (2 * torch.rand(clips, 2) - 1)
@@ -49,10 +49,10 @@ class Views:
         contrast, brightness = how.colour * (2 * torch.rand(2, clips) - 1)
         return cls(side, place, mirrored, 1 + contrast, brightness)
 
-    def rows(self, rows: Tensor) -> "Views":
+    def rows(self, rows: Tensor) -> "RandomViews":
         """Return the views of some clips."""
         some = rows.cpu()
-        return Views(*(of[some] for of in vars(self).values()))
+        return RandomViews(*(of[some] for of in vars(self).values()))
 
     def apply(self, x: Tensor, transform: FrameTransform, is_flow: bool) -> Tensor:
         """Return prepared pictures [B, 3, T, h, w] in these views.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from karmma_pipeline.models.fusion import TokenModel
 
 if TYPE_CHECKING:  # they import torchvision, which a model of cached tokens does without
-    from karmma_pipeline.models.augment import Augmentation, Views
+    from karmma_pipeline.models.augment import Augmentation, RandomViews
     from karmma_pipeline.models.backbones.suffix import Suffix
 
 # Clips that pass through a suffix at once where a caller gives any number.
@@ -69,15 +69,17 @@ class CutModel(TokenModel):
         """Return the tokens of all modalities, zeros where the mask lets nothing through."""
         made, views = dict(tokens), None
         if self.training and self.augmentation is not None:
-            from karmma_pipeline.models.augment import Views  # torchvision, too
+            from karmma_pipeline.models.augment import RandomViews  # torchvision, too
 
-            views = Views.draw(len(mask), self.augmentation)
+            views = RandomViews.draw(len(mask), self.augmentation)
         for column, m in enumerate(self.modalities):
             if m in self.suffixes:
                 made[m] = self._tokens(self.suffixes[m], tokens[m], mask[:, column], views)
         return made
 
-    def _tokens(self, suffix: Suffix, stored: Tensor, here: Tensor, views: Views | None) -> Tensor:
+    def _tokens(
+        self, suffix: Suffix, stored: Tensor, here: Tensor, views: RandomViews | None
+    ) -> Tensor:
         rows = here.nonzero().flatten().to(stored.device)
         seen = views.rows(rows) if views is not None and suffix.takes_views(stored) else None
         if len(rows) == len(here):

@@ -20,8 +20,14 @@ from karmma_pipeline.errors import KarmmaError, StoppedError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.training import loop
 from karmma_pipeline.training.progress import HOW
-from karmma_pipeline.training.recipe import BaselineRecipe, DistillRecipe, TeacherRecipe
+from karmma_pipeline.training.recipe import (
+    BaselineRecipe,
+    DistillRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+)
 
 SIZE = {"dim": 16, "layers": 1, "attention_heads": 2, "ffn_width": 16, "head_width": 16}
 
@@ -42,6 +48,21 @@ def baseline_recipe(store: Path, out: Path, /, **changes: Any) -> BaselineRecipe
 def student_recipe(store: Path, teacher: Path, out: Path, /, **changes: Any) -> DistillRecipe:
     more = {"teacher": str(teacher), "teacher_store": str(store), **changes}
     return config.build(DistillRecipe, common(store, out, **more), "test")
+
+
+def losses_of(recipe: TrainRecipe, train: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Train, and return the loss of every step."""
+    losses: list[float] = []
+    step = loop.Trainer._step
+
+    def record(self: loop.Trainer, *arguments: Any) -> float:
+        losses.append(step(self, *arguments))
+        return losses[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", record)
+        train(recipe)
+    return losses
 
 
 def says(run: Path, root: Path) -> torch.Tensor:

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_store import write_store
-from support.training import SIZE, student_recipe, teacher_recipe
+from support.training import SIZE, losses_of, student_recipe, teacher_recipe
 
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
-from karmma_pipeline.training import loop
 from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 from karmma_pipeline.training.stages import distill, train_teacher
 
@@ -30,20 +29,6 @@ SETTINGS = {
     "label_smoothing": 0.1,
     "optimiser": {"lr": 5e-3, "clip_norm": 0.5},
 }
-
-
-def trained(recipe: TrainRecipe, train: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    losses: list[float] = []
-    step = loop.Trainer._step
-
-    def record(self: loop.Trainer, *arguments: Any) -> float:
-        losses.append(step(self, *arguments))
-        return losses[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", record)
-        train(recipe)
-    return losses
 
 
 def plain(recipe: TrainRecipe, store: FeatureStore) -> list[float]:
@@ -138,8 +123,8 @@ def test_the_first_losses_are_the_stored_ones_and_those_of_a_plain_implementatio
         root, tmp_path / "teacher", tmp_path / "student", temperature=2.0, **SETTINGS
     )
     found = {
-        "teacher": trained(teacher, train_teacher, monkeypatch),
-        "student": trained(student, distill, monkeypatch),
+        "teacher": losses_of(teacher, train_teacher, monkeypatch),
+        "student": losses_of(student, distill, monkeypatch),
     }
     stored = json.loads(STORED.read_text())
     for name, recipe in (("teacher", teacher), ("student", student)):

@@ -14,6 +14,7 @@ from support.training import (
     SIZE,
     baseline_recipe,
     fork_ranks,
+    losses_of,
     results,
     says,
     stopped_and_resumed,
@@ -23,13 +24,12 @@ from support.training import (
 
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError
-from karmma_pipeline.models.augment import Augmentation, Views
+from karmma_pipeline.models.augment import Augmentation, RandomViews
 from karmma_pipeline.models.backbones import Backbone
 from karmma_pipeline.models.backbones.suffix import Suffix
 from karmma_pipeline.models.cut import CutModel, suffixes_of
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
-from karmma_pipeline.training import loop
 from karmma_pipeline.training.recipe import TrainRecipe
 from karmma_pipeline.training.stages import distill, train_baseline, train_teacher
 
@@ -42,28 +42,18 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
     return {cut: write_cut_store(root / str(cut), cut) for cut in (None, "body", "input")}
 
 
-def losses_of(recipe: TrainRecipe, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    losses: list[float] = []
-    step = loop.Trainer._step
-
-    def record(self: loop.Trainer, *arguments: Any) -> float:
-        losses.append(step(self, *arguments))
-        return losses[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", record)
-        train_baseline(recipe)  # type: ignore[arg-type]
-    return losses
-
-
 @pytest.mark.parametrize("cut", slow_unless({"body"}, ["body", "input"]))
 def test_a_frozen_suffix_loses_what_cached_tokens_lose(
     cut: str, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = losses_of(baseline_recipe(stores[None], tmp_path / "a", **FEW), monkeypatch)
+    cached = losses_of(
+        baseline_recipe(stores[None], tmp_path / "a", **FEW), train_baseline, monkeypatch
+    )
     frozen = baseline_recipe(stores[cut], tmp_path / "b", suffix={"lr": 0}, **FEW)
     assert len(cached) == 21
-    np.testing.assert_allclose(losses_of(frozen, monkeypatch), cached, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        losses_of(frozen, train_baseline, monkeypatch), cached, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("cut", slow_unless({"input"}, ["body", "input"]))
@@ -71,11 +61,13 @@ def test_a_training_suffix_loses_what_a_plain_loop_over_whole_networks_loses(
     cut: str, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = baseline_recipe(stores[cut], tmp_path / "a", suffix={"lr": 2e-3}, **FEW)
-    ours = losses_of(recipe, monkeypatch)
+    ours = losses_of(recipe, train_baseline, monkeypatch)
     plain = plain_losses(recipe, FeatureStore.open(stores[None]), cut)
     np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
     frozen = baseline_recipe(stores[cut], tmp_path / "b", suffix={"lr": 0}, **FEW)
-    assert np.abs(np.subtract(losses_of(frozen, monkeypatch), ours)[1:]).max() > 1e-3
+    assert (
+        np.abs(np.subtract(losses_of(frozen, train_baseline, monkeypatch), ours)[1:]).max() > 1e-3
+    )
 
 
 def plain_losses(recipe: TrainRecipe, cached: FeatureStore, cut: str) -> list[float]:
@@ -158,7 +150,7 @@ def test_views_of_pictures_are_those_of_their_motion() -> None:
     transform = choices("input")["rgb"].transform
     zero = (128 / 255 - 0.5) / 0.5
     half, no = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.bool)
-    quarter = Views(half, torch.full((2, 2), 0.5), no, torch.ones(2), torch.zeros(2))
+    quarter = RandomViews(half, torch.full((2, 2), 0.5), no, torch.ones(2), torch.zeros(2))
     wanted = torch.nn.functional.interpolate(
         rgb[:, :, 0, 4:, 4:], scale_factor=2, mode="bilinear", align_corners=False
     )
@@ -171,7 +163,7 @@ def test_views_of_pictures_are_those_of_their_motion() -> None:
 
     whole, still = torch.ones(2), torch.zeros(2, 2)
     turn = torch.tensor([True, False])
-    mirrored = Views(whole, still, turn, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.25]))
+    mirrored = RandomViews(whole, still, turn, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.25]))
     seen = mirrored.apply(rgb, transform, is_flow=False)
     torch.testing.assert_close(seen[0], rgb[0].flip(-1))
     torch.testing.assert_close(seen[1], 2 * rgb[1] + 0.25)
@@ -184,7 +176,7 @@ def test_views_of_pictures_are_those_of_their_motion() -> None:
 def test_views_are_drawn_inside_of_the_picture_and_for_training_alone(
     stores: dict[str | None, Path], tmp_path: Path
 ) -> None:
-    views = Views.draw(500, Augmentation(crop=0.5, colour=0.2, flip=True))
+    views = RandomViews.draw(500, Augmentation(crop=0.5, colour=0.2, flip=True))
     assert float(views.side.min()) >= 0.5
     assert bool((views.place.abs() <= (1 - views.side)[:, None] + 1e-6).all())
     assert 200 < int(views.mirrored.sum()) < 300

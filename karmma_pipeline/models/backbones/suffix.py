@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError
-from karmma_pipeline.models.augment import Views
+from karmma_pipeline.models.augment import RandomViews
 from karmma_pipeline.models.backbones import stages
 from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
 from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
@@ -73,7 +73,7 @@ class Suffix(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, stored: Tensor, views: Views | None = None) -> Tensor:
+    def forward(self, stored: Tensor, views: RandomViews | None = None) -> Tensor:
         """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D'].
 
         ``views``: of clips whose pictures are stored; see `takes_views`.
