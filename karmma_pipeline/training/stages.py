@@ -244,7 +244,8 @@ def _train(
     val = usable_clips(recipe, store, recipe.val_split, middle=True)
     notes = [*check_labels(recipe, store, train, val)]
     caches = _teacher_caches(recipe, store, train)
-    notes += _check_cross_fitted(recipe, store, caches, train)
+    learned = _learned(recipe, store, caches)
+    notes += _check_cross_fitted(store, learned, train)
     began = None if state is None else state["sources"]
     sources = _sources(recipe, store, caches, began)
     if began is not None:
@@ -271,7 +272,7 @@ def _train(
     setup = TrainingSetup(recipe, run, store, model, card, *parts)
     objective: Objective = LabelObjective(tuple(store.heads), recipe.label_smoothing)
     if isinstance(recipe, DistillRecipe):
-        objective = _distillation(recipe, objective, caches, setup, stop)
+        objective = _distillation(recipe, objective, caches, learned, setup, stop)
     if own is not None:
         own.teachers = objective if isinstance(objective, DistillationObjective) else None
         objective = own
@@ -425,6 +426,7 @@ def _distillation(
     recipe: DistillRecipe,
     labels: Objective,
     caches: list[TeacherLogitsCache],
+    learned: list[torch.Tensor],
     setup: TrainingSetup,
     stop: StopFlag,
 ) -> DistillationObjective:
@@ -433,8 +435,7 @@ def _distillation(
     teachers: list[MaskedLogits] = [
         one.load(folder, setup.device, setup.ranks, stop, draws) for one in caches
     ]
-    if recipe.cross_fitted:
-        learned = [_learned(*of, setup.store) for of in zip(recipe.teacher, caches, strict=True)]
+    if learned:
         teachers = [Unseen(*of) for of in zip(teachers, learned, strict=True)]
     return DistillationObjective(
         labels,
@@ -448,18 +449,17 @@ def _distillation(
 
 
 def _check_cross_fitted(
-    recipe: TrainRecipe, store: TokenSource, caches: list[TeacherLogitsCache], clips: np.ndarray
+    store: TokenSource, learned: list[torch.Tensor], clips: np.ndarray
 ) -> Iterator[str]:
     """Yield how many clips are taught by a teacher that was not trained on them.
 
     Raises:
         ConfigError: none is.
     """
-    if not isinstance(recipe, DistillRecipe) or not recipe.cross_fitted:
+    if not learned:
         return
     clips = store.view_rows(clips)
-    learned = [_learned(*of, store)[clips] for of in zip(recipe.teacher, caches, strict=True)]
-    taught = int((~torch.stack(learned).all(dim=0)).sum())
+    taught = int((~torch.stack(learned)[:, clips].all(dim=0)).sum())
     if not taught:
         raise ConfigError(
             "cross_fitted=True: every teacher was trained on all clips of this training; train "
@@ -468,7 +468,15 @@ def _check_cross_fitted(
     yield f"{taught} of {len(clips)} clips are taught by a teacher that was not trained on them"
 
 
-def _learned(teacher: Path, cache: TeacherLogitsCache, student: TokenSource) -> torch.Tensor:
-    """Return which clips of the student's store a teacher was trained on, bool."""
-    ids = learned_from(teacher, cache.store, cache.card.training["train_split"])
-    return torch.from_numpy(np.isin(student.clip_ids, ids.astype(student.clip_ids.dtype)))
+def _learned(
+    recipe: TrainRecipe, student: TokenSource, caches: list[TeacherLogitsCache]
+) -> list[torch.Tensor]:
+    """Return which clips of the student's store each cross-fitted teacher was trained on, bool."""
+    if not isinstance(recipe, DistillRecipe) or not recipe.cross_fitted:
+        return []
+    of_teachers = (
+        learned_from(teacher, cache.store, cache.card.training["train_split"])
+        for teacher, cache in zip(recipe.teacher, caches, strict=True)
+    )
+    known = student.clip_ids
+    return [torch.from_numpy(np.isin(known, ids.astype(known.dtype))) for ids in of_teachers]
