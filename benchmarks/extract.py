@@ -17,7 +17,6 @@ weights: speed does not depend on them, deviations do a little (--weights DEFAUL
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -50,7 +49,7 @@ from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.report import STARTING
 from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
-from karmma_pipeline.models.device import pick_device
+from karmma_pipeline.models.device import device_name, pick_device
 
 Sets = dict[str, dict[str, dict[str, Any]]]
 CLIP_S, FILE_S, FPS = 2.0, 16.0, 30
@@ -364,13 +363,6 @@ def timed_pass(network: Network, clips: torch.Tensor) -> tuple[torch.Tensor, flo
     started = clock()
     tokens = network.tokens(clips).cpu()  # the copy waits for a GPU
     return tokens, clock() - started
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a person calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
 
 
 def print_losses(device: torch.device, arguments: argparse.Namespace) -> None:

@@ -155,8 +155,8 @@ def facts(device: Any) -> dict[str, Any]:
     import torch
     import torchvision
 
-    from extract import device_name
     from karmma_pipeline.jobs import cpu_count
+    from karmma_pipeline.models.device import device_name
 
     return {
         "device": device_name(device),

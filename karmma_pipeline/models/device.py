@@ -1,5 +1,7 @@
 """Where networks run."""
 
+import platform
+
 import torch
 
 from karmma_pipeline.errors import ConfigError
@@ -32,3 +34,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={name!r}: not available here ({reason}).") from None
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls a device, such as ``NVIDIA H100`` or ``Intel Xeon``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())

@@ -6,10 +6,9 @@ name. A failed export leaves nothing, and an earlier one as it was.
 
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from operator import itemgetter
@@ -25,6 +24,7 @@ from karmma_pipeline.evaluation.statistics import Estimate
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import evaluated_subsets, label
 from karmma_pipeline.models.backbones import hub
+from karmma_pipeline.models.device import device_name
 from karmma_pipeline.models.exported import (
     BACKBONES,
     FUSION,
@@ -303,22 +303,11 @@ def _answers_of(recognizer: Recognizer, path: Path) -> checks.Answers:
 def _latency(traced: Traced, exported: Recognizer) -> dict[str, Any]:
     took = checks.latencies(traced, exported)
     return {
-        "machine": _machine(),
+        "machine": f"onnxruntime {version('onnxruntime')}, {device_name(torch.device('cpu'))}",
         "threads": torch.get_num_threads(),
         "rounds": checks.ROUNDS,
         "ms": _by_label({s: {"p50": p50, "p99": p99} for s, (p50, p99) in took.items()}),
     }
-
-
-def _machine() -> str:
-    """Return what latencies were measured with, such as ``onnxruntime 1.32.0, AMD EPYC 7B13``."""
-    name = platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(
-            (n.partition(":")[2].strip() for n in lines if n.startswith("model name")), name
-        )
-    return f"onnxruntime {version('onnxruntime')}, {name}"
 
 
 def _costs(card: ModelCard) -> dict[str, Any]:
