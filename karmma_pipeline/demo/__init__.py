@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karmma_pipeline import config, files
+from karmma_pipeline.jobs import cpu_count
 from karmma_pipeline.recipes import COMMANDS, project, recipe_model
 
 RECIPES = ("extract", "teacher", "baseline", "baseline_delta", "student")
@@ -52,14 +53,19 @@ def write_recipes(out: Path, *, quick: bool = False) -> dict[str, Path]:
     """
     amount = _QUICK if quick else _FULL
     recipes = project("demo", out / "clips" / "manifest.csv", out, epochs=amount.epochs)
+    # The networks are so small that decoding takes the time; half of two CPUs take twice as long.
+    # More than four processes take longer to start than they save.
+    workers = [f"decode.workers={min(4, cpu_count())}"]
+    tree = recipes["extract"].model_dump(mode="json")
+    recipes["extract"] = config.build(recipe_model("extract"), tree, "extract", workers)
     paths = {name: out / "recipes" / f"{name}.yaml" for name in (*RECIPES, "sweep")}
     methods = {n: {"command": COMMANDS[n], "recipe": str(paths[n])} for n in RECIPES[1:]}
     methods["student"]["teacher"] = "teacher"
     report = {"split": "test", "title": "Digits in motion"}
-    tree = {
+    sweep = {
         "out": out, "methods": methods, "seeds": amount.seeds, "evaluate": {"set": report},
     }  # fmt: skip
-    recipes["sweep"] = config.build(recipe_model("sweep"), tree, "sweep")
+    recipes["sweep"] = config.build(recipe_model("sweep"), sweep, "sweep")
     for name, path in paths.items():
         title = f"# karmma {COMMANDS.get(name, name)} {path}\n\n"
         files.write_text(path, title + config.template(type(recipes[name]), recipes[name]))
