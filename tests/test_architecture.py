@@ -206,9 +206,11 @@ def code_lines(path: Path) -> set[int]:
 def test_heavy_libraries_are_loaded_where_they_are_needed() -> None:
     show_help = "from karmma_pipeline.cli import main\nmain(['--help'], standalone_mode=False)"
     name_a_type = "import karmma_pipeline.extraction.types"
+    start_a_decoder = "import karmma_pipeline.extraction.decode.pool"
     faults = {
         "help": loads(show_help, {"torch", "numpy", "pydantic", "yaml", "zarr", "h5py"}),
         "types": loads(name_a_type, {"av", "decord", "librosa", "torch"}),
+        "decode": loads(start_a_decoder, {"decord", "torch", "torchvision", "zarr"}),
     }
     refuse({what: error for what, error in faults.items() if error})
 

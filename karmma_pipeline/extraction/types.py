@@ -99,7 +99,7 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
         ConfigError: an image network for rgb or flow, or one without its image size.
     """
     if choice.architecture.kind == "boxes":
-        from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
+        from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS
 
         return InputSpec(
             modality, choice.frame_count, None, (BOX_SLOTS, BOX_NUMBERS), per_frame=True

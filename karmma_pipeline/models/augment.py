@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from karmma_pipeline.models.backbones.registry import FrameTransform
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform
 
 
 @dataclass(frozen=True)

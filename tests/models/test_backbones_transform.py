@@ -1,10 +1,13 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode, functional
 
-from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
+from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice, FrameTransform
 
 VIDEO = sorted(name for name, a in ARCHITECTURES.items() if a.kind == "video")
 
@@ -29,6 +32,33 @@ def test_preprocessing_equals_torchvisions_but_for_ties(
         levels = torch.tensor(transform.std)[:, None, None, None] * 255 * (ours - theirs)
         assert levels.abs().max() < 1.01
         assert (levels.abs() > 0.01).float().mean() < 0.005
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    resize=st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple),
+    crop=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    interpolation=st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic"]),
+    antialias=st.booleans(),
+    dtype=st.sampled_from([np.uint8, np.float32]),
+)
+def test_resize_and_crop_equal_torchvisions(
+    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: str,
+    antialias: bool, dtype: type[np.uint8] | type[np.float32],
+) -> None:  # fmt: skip
+    pictures: Any = np.random.default_rng(0).integers(0, 256, (2, 3, *shape)).astype(dtype)
+    transform = FrameTransform(
+        resize=resize, crop=crop, mean=(0,), std=(1,), interpolation=interpolation,
+        antialias=antialias,
+    )  # fmt: skip
+    theirs = functional.resize(
+        torch.from_numpy(pictures), list(resize), InterpolationMode(interpolation),
+        antialias=antialias,
+    )  # fmt: skip
+    ours = transform.resized(pictures)
+    assert np.array_equal(ours, theirs.numpy())
+    assert np.array_equal(transform.cropped(ours), functional.center_crop(theirs, list(crop)))
 
 
 @pytest.mark.parametrize(

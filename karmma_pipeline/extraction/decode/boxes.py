@@ -27,7 +27,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import Sampling
 from karmma_pipeline.extraction.types import ROUNDING_S, Times, covering
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones.registry import BOX_NUMBERS, BOX_SLOTS
+from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS
 
 FPS = 12.0
 HEIGHT = 240.0

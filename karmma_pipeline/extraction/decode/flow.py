@@ -11,13 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as vision
 
 from karmma_pipeline.extraction.recipe import Flow
 from karmma_pipeline.extraction.types import Pictures
-from karmma_pipeline.models.backbones import FrameTransform
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform
 from karmma_pipeline.views import Side
 
 _PRESETS = {
@@ -45,18 +42,12 @@ def dis_flow(settings: Flow, first: Pictures, second: Pictures) -> Motion:
 def resized(flow: Motion, transform: FrameTransform, side: Side = None) -> Motion:
     """Resize and crop flow [T, 2, H, W] as frames are, its values in px of the new size."""
     before = flow.shape[-2:]
-    field = vision.resize(
-        torch.from_numpy(flow),
-        list(transform.resize),
-        interpolation=InterpolationMode(transform.interpolation),
-        antialias=False,
-    )
+    field = transform.model_copy(update={"antialias": False}).resized(flow)
     # The resized side may be rounded: motion is scaled by what it has become, not by what was
     # asked for.
     after = field.shape[-2:]
-    ratio = [after[1] / before[1], after[0] / before[0]]
-    field = transform.cropped(field * torch.tensor(ratio)[:, None, None], side)
-    return np.ascontiguousarray(field.numpy())
+    ratio = np.array([after[1] / before[1], after[0] / before[0]], np.float32)
+    return np.ascontiguousarray(transform.cropped(field * ratio[:, None, None], side))
 
 
 def as_pictures(settings: Flow, flow: Motion) -> Pictures:

@@ -15,7 +15,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaRea
 from karmma_pipeline.extraction.recipe import Flow, Sampling
 from karmma_pipeline.extraction.types import InputSpec, Numbers, Pictures, Times
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones import FrameTransform
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform
 from karmma_pipeline.views import Side
 
 PAIRS = "frame at t and the other frame nearest to gap_s later, inside the clip; scaled to gap_s"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Self
 import cv2
 import numpy as np
 import psutil
-import torch
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from karmma_pipeline import jobs
@@ -463,7 +464,10 @@ def _place(clip: Clip, wanted: Iterable[str]) -> Path | None:
 def _start_worker(settings: DecodeSettings) -> None:
     jobs.become_worker()
     # Each process has a CPU to itself; threads of their own would only get into each other's way.
-    torch.set_num_threads(1)
+    # torch is imported where a resize needs it, or was, if a network of one's own is named.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     cv2.setNumThreads(1)
     if any(wanted.modality == "audio" for wanted in settings.inputs):
         # librosa loads for seconds when it is first used: not on the first clip's time

@@ -5,20 +5,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.backbone import Backbone as Backbone
     from karmma_pipeline.models.backbones.choice import BackboneChoice as BackboneChoice
+    from karmma_pipeline.models.backbones.frame_transform import FrameTransform as FrameTransform
     from karmma_pipeline.models.backbones.layers import frame_by_frame as frame_by_frame
     from karmma_pipeline.models.backbones.registry import ARCHITECTURES as ARCHITECTURES
     from karmma_pipeline.models.backbones.registry import ENTRY_POINTS as ENTRY_POINTS
     from karmma_pipeline.models.backbones.registry import Architecture as Architecture
-    from karmma_pipeline.models.backbones.registry import FrameTransform as FrameTransform
     from karmma_pipeline.models.backbones.state_dicts import fetch as fetch
 else:
     # A recipe names a network by `BackboneChoice`; that must not import torch.
     _MODULES = {
         "Backbone": "backbone",
         "BackboneChoice": "choice",
-        **dict.fromkeys(
-            ("ARCHITECTURES", "ENTRY_POINTS", "Architecture", "FrameTransform"), "registry"
-        ),
+        **dict.fromkeys(("ARCHITECTURES", "ENTRY_POINTS", "Architecture"), "registry"),
+        "FrameTransform": "frame_transform",
         "fetch": "state_dicts",
         "frame_by_frame": "layers",
     }

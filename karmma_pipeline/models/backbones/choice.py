@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, field_serializer, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones.front_end import Audio
+from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, Audio
 
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, Kind
@@ -227,7 +227,7 @@ class BackboneChoice(Recipe):
 
     def _own_transform(self) -> FrameTransform:
         from karmma_pipeline.models.backbones import state_dicts
-        from karmma_pipeline.models.backbones.registry import of_weights
+        from karmma_pipeline.models.backbones.frame_transform import of_weights
 
         architecture = self.architecture
         name = self.weights if self.source == "published" else "DEFAULT"
@@ -250,11 +250,9 @@ class BackboneChoice(Recipe):
         Raises:
             ConfigError: the network cannot take what the recipe asks for.
         """
-        from karmma_pipeline.models.backbones import registry
-
         self._check_input(self.architecture)
         if self.architecture.kind == "boxes":
-            return (registry.BOX_SLOTS * registry.BOX_NUMBERS, self.frame_count)
+            return (BOX_SLOTS * BOX_NUMBERS, self.frame_count)
         if self.architecture.kind == "series":
             if self.series is None:
                 raise ConfigError(

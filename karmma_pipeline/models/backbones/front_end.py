@@ -1,10 +1,19 @@
-"""Spectrograms as settings: whose formulas, and their numbers; torch is not imported."""
+"""Front ends as settings: whose spectrogram, and its numbers; the layout of object boxes.
+
+Torch is not imported.
+"""
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from karmma_pipeline.config import Recipe
+
+#: Boxes of a frame.
+BOX_SLOTS = 14
+
+#: Numbers of a slot.
+BOX_NUMBERS = 7
 
 _SAMPLES: dict[str, Any] = {
     "sample_rate": 16_000, "n_fft": 1, "win_length": 1, "hop_length": 1, "mels": 1,

@@ -3,11 +3,6 @@
 A cut network gives its last feature map [B, D, t, h, w]; parameter names stay torchvision's,
 so that published weights load as they are.
 
-Pre-processing of video equals torchvision's ``transforms()``, in two halves: resize and crop act
-on uint8 where frames are decoded, the rest where the network runs. Bilinear resizing is OpenCV's,
-four times as fast on one thread; where torchvision lands on the middle between two grey levels,
-to a rounding error of float32, the two may choose differently.
-
 Object boxes need no network, one token per sampled frame: its slots side by side, each with
 (x centre, y centre, width, height, is a hand, is an object, is there), all in 0..1; the fusion
 model's linear embedding learns from it. The layout follows Something-Else's own loader and
@@ -16,150 +11,28 @@ Radevski et al. (14 boxes per frame at most).
 Windows of a sensor need none either: ``windows`` lays the samples of each side by side, a token per
 window. Networks of one's own turn windows [B, W, C] into tokens.
 
-T frames, H and W the file's height and width, h and w the network's, B clips in a batch.
+T frames, h and w the network's height and width, B clips in a batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-import cv2
-import numpy as np
-import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import video
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as vision
 
 from karmma_pipeline import own_code
-from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, one_line
 from karmma_pipeline.models.backbones import layers
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform as FrameTransform
+from karmma_pipeline.models.backbones.frame_transform import of_weights as of_weights
 from karmma_pipeline.models.backbones.layers import Parts as Parts
 from karmma_pipeline.models.backbones.stages import Stages as Stages
-from karmma_pipeline.views import Side
-
-#: torchvision's video weights were made without antialiasing (its ``_presets.py``).
-ANTIALIAS = False
-
-
-class FrameTransform(Recipe):
-    """Resize, centre crop, scale to [0, 1], normalise; frozen, picklable, JSON-plain."""
-
-    resize: tuple[int, ...] = Field(description="Short side, or (height, width), in px.")
-    crop: tuple[int, int] = Field(description="Centre crop (height, width) in px.")
-    mean: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
-    std: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
-    interpolation: str = Field(InterpolationMode.BILINEAR.value, description="Of the resize.")
-    floor: bool = Field(
-        False,
-        description="Where picture and crop differ by an odd number of px, begin half a px before\n"
-        "the middle, as transformers does; else where rounding to even leads.",
-    )
-    antialias: bool = Field(
-        ANTIALIAS, description="Whether the resize smooths first, as PIL, timm and transformers do."
-    )
-
-    def scaled(self, crop: int) -> "FrameTransform":
-        """Return the same view of the picture at another crop size (square, px).
-
-        The resize keeps its ratio to the crop: 256 before a crop of 224 becomes 73 before 64.
-        """
-        if (crop, crop) == self.crop:
-            return self
-        resize = tuple(round(side * crop / self.crop[0]) for side in self.resize)
-        return self.model_copy(update={"resize": resize, "crop": (crop, crop)})
-
-    def apply(self, frames: npt.NDArray[np.uint8], side: Side = None) -> npt.NDArray[np.uint8]:
-        """Resize and crop uint8 frames [T, H, W, 3] to uint8 [T, 3, h, w].
-
-        Args:
-            frames: of one size.
-            side: the end of their longer side at which they are cropped: 0 left or above, 1 right
-                or below; None: the middle.
-        """
-        if self.interpolation == InterpolationMode.BILINEAR.value and not self.antialias:
-            size = self._resized(*frames.shape[1:3])
-            resized = np.stack([_bilinear(frame, size) for frame in frames])
-            video = torch.from_numpy(resized).permute(0, 3, 1, 2)
-        else:
-            video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-            mode = InterpolationMode(self.interpolation)
-            video = vision.resize(
-                video, list(self.resize), interpolation=mode, antialias=self.antialias
-            )
-        video = self.cropped(video, side)
-        return np.ascontiguousarray(video.numpy())
-
-    def cropped(self, pictures: Tensor, side: Side = None) -> Tensor:
-        """Take the middle of pictures [..., H, W], or an end; smaller ones are padded."""
-        above, beside = (
-            length - crop for length, crop in zip(pictures.shape[-2:], self.crop, strict=True)
-        )
-        if side is not None and above >= 0 and beside >= 0:
-            if pictures.shape[-1] >= pictures.shape[-2]:
-                pictures = pictures[..., beside * side :][..., : self.crop[1]]
-            else:
-                pictures = pictures[..., above * side :, :][..., : self.crop[0], :]
-            return self.cropped(pictures)  # the shorter side, in the middle
-        if self.floor and above >= 0 and beside >= 0:
-            return vision.crop(pictures, above // 2, beside // 2, *self.crop)
-        return vision.center_crop(pictures, list(self.crop))
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) in px after the resize, rounded as torchvision does."""
-        if len(self.resize) == 2:
-            return self.resize[0], self.resize[1]
-        short = self.resize[0]
-        long = int(short * max(height, width) / min(height, width))
-        return (long, short) if width <= height else (short, long)
-
-    def normalise(self, video: Tensor) -> Tensor:
-        """Turn uint8 [B, T, 3, h, w] into the network's float32 [B, 3, T, h, w]."""
-        B, T = video.shape[:2]
-        pictures = vision.convert_image_dtype(video.flatten(0, 1), torch.float)
-        pictures = vision.normalize(pictures, list(self.mean), list(self.std))
-        return torch.unflatten(pictures, 0, (B, T)).transpose(1, 2)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a store records of it."""
-        facts = self.model_dump(mode="json")
-        if not self.floor:  # earlier stores have no such key
-            del facts["floor"]
-        return facts
-
-
-def _bilinear(frame: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Resize a frame [H, W, 3] to a size (height, width).
-
-    OpenCV interpolates uint16 in float32, as torchvision does, but uint8 in fixed point.
-    """
-    return cv2.resize(frame.astype(np.uint16), size[::-1]).astype(np.uint8)
-
-
-def of_weights(transforms: Any) -> FrameTransform:
-    """Read the transform of a torchvision video weight (``weights.transforms()``)."""
-    crop: Sequence[int] = transforms.crop_size
-    return FrameTransform(
-        resize=tuple(transforms.resize_size),
-        crop=(crop[0], crop[-1]),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation.value,
-    )
-
-
-#: Boxes of a frame.
-BOX_SLOTS = 14
-
-#: Numbers of a slot.
-BOX_NUMBERS = 7
 
 #: Sampled frames T where a recipe gives none.
 BOX_FRAMES = 16
