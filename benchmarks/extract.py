@@ -160,7 +160,7 @@ def write_manifest(folder: Path, arguments: argparse.Namespace) -> Path:
 
 def write_rows(path: Path, rows: Sequence[str]) -> Path:
     """Write a manifest: file, start and stop of each clip."""
-    lines = [f"c{i},{row},x,train" for i, row in enumerate(rows)]
+    lines = [f"c{i},{row},v{i % 3},train" for i, row in enumerate(rows)]
     path.write_text("\n".join(["clip_id,video,start,stop,verb,split", *lines]) + "\n")
     return path
 

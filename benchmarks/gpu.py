@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,12 +39,18 @@ and on the host, in a clone of the repository:
 
     pip install --no-index --no-deps wheels/*/*.whl
     export PYTHONPATH=$PWD
+
+The part `onnx` also takes onnx and, for the host's CUDA, onnxruntime-gpu. They are large and apart
+from the others: where they are missing the part is skipped, and the table says so.
 """
 
-#: Functions of `gpu_parts`, in the order of their worth: what is not reached in time is missed the
-#: least. Named here, so that this process imports no torch, which would take a part of the GPU.
-PARTS = ("tokens", "losses", "resume", "extract_features", "decode", "train", "distill")
-PARTS += ("predict", "compiled")
+#: Functions and their modules, in the order of their worth: what is not reached in time is missed
+#: the least. Named here, so that this process imports no torch, which would take a part of the GPU.
+PARTS = dict.fromkeys(("tokens", "losses", "resume"), "gpu_parts")
+PARTS |= {"agreement": "gpu_answers"}
+PARTS |= dict.fromkeys(("extract_features", "decode", "train", "distill"), "gpu_parts")
+PARTS |= {"predict": "gpu_answers", "suffixes": "gpu_parts"}
+PARTS |= {"live": "gpu_answers", "compiled": "gpu_parts", "onnx": "gpu_answers"}
 
 PART_S, TOTAL_S = 150, 8 * 60
 """Seconds of a part, and of all parts together."""
@@ -141,7 +148,7 @@ def work(arguments: argparse.Namespace) -> None:
         with TemporaryDirectory(prefix="karmma-gpu-") as folder:
             try:
                 bench = gpu_parts.Bench(device, arguments.rehearse, Path(folder))
-                for row in getattr(gpu_parts, name)(bench):
+                for row in getattr(import_module(PARTS[name]), name)(bench):
                     append(rows, {"part": name, **row})
             except Exception as error:  # whatever a driver may raise
                 traceback.print_exc()
@@ -201,13 +208,16 @@ def write_table(arguments: argparse.Namespace, rows: Path) -> None:
     entries = read(rows)
     where = next((entry["facts"] for entry in entries if "facts" in entry), {})
     measured = [entry for entry in entries if "what" in entry]
+    skipped = {entry["part"]: entry["skipped"] for entry in entries if "skipped" in entry}
     ends = [entry for entry in entries if "ended" in entry]
-    tree = {"where": where, "rehearsal": arguments.rehearse, "rows": measured, "parts": ends}
+    tree = {"where": where, "rehearsal": arguments.rehearse, "rows": measured}
+    tree |= {"skipped": skipped, "parts": ends}
     (arguments.out / "gpu.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     head = "A rehearsal on a CPU; the figures mean nothing.\n\n" if arguments.rehearse else ""
     lines = [head + ", ".join(f"{k} {v}" for k, v in where.items()), ""]
     lines += ["| part | what | measured | goal | more |", "|---|---|---:|---|---|"]
     lines += [line_of(entry) for entry in measured]
+    lines += [f"| {part} | skipped | | | {why} |" for part, why in skipped.items()]
     lines += [
         f"| {e['part']} | failed | | | {e['why']} |".replace("\n", " ")
         for e in ends

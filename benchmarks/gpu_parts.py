@@ -4,6 +4,7 @@ All of them take the device's name from a `Bench` and nothing else from it that 
 that a rehearsal on a CPU runs the same lines with smaller sizes.
 """
 
+import json
 import subprocess
 import threading
 import time
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
@@ -25,25 +25,22 @@ import extract as extraction
 import train as training
 from karmma_pipeline import config, jobs
 from karmma_pipeline.data.loading.loader import Batch
-from karmma_pipeline.data.manifest import Manifest, read_manifest
+from karmma_pipeline.data.manifest import read_manifest
 from karmma_pipeline.errors import StoppedError
 from karmma_pipeline.evaluation.paper import BACKBONES, HEADS, SIZES
 from karmma_pipeline.extraction.decode.pool import open_pool
-from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import collate, plan_batches
+from karmma_pipeline.extraction.inference.batching import plan_batches
 from karmma_pipeline.extraction.inference.defaults import configure, example
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.pipeline import extract
-from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings, input_spec
+from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import Reason, label, subsets
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.exported import open_model
 from karmma_pipeline.models.fusion import FusionModel
-from karmma_pipeline.models.saved import ModelCard
-from karmma_pipeline.recognition.backbones import SET
-from karmma_pipeline.recognition.recognizer import Dropout, Recognizer
+from karmma_pipeline.runs import METRICS
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training.objective import (
     DistillationObjective,
@@ -56,6 +53,9 @@ from karmma_pipeline.training.stages import train_baseline
 
 EPIC_CLIPS, EPIC_EPOCHS = 67_217, 50
 """Training clips of EPIC-KITCHENS-100, and the epochs that a goal is stated for."""
+
+SMALL = {"dim": 48, "layers": 1, "attention_heads": 3, "ffn_width": 48, "head_width": 96}
+"""Size of fusion models in a rehearsal."""
 
 Row = dict[str, Any]
 
@@ -99,6 +99,11 @@ def peak(bench: Bench) -> Row:
     if bench.device.type == "cuda":
         return row("peak memory of the device", torch.cuda.max_memory_allocated() / 2**30, "GiB")
     return row("peak memory of the process", psutil.Process().memory_info().rss / 2**30, "GiB")
+
+
+def skipped(why: str) -> Row:
+    """Return a row that says why the rest of a part was not measured."""
+    return {"skipped": why}
 
 
 # Correctness ------------------------------------------------------------------------------------
@@ -247,9 +252,9 @@ class Busy:
         return sum(some) / max(1, len(some))
 
 
-def _clips(bench: Bench) -> Path:
-    """Write videos and a list of their clips, of which there are more than videos hold."""
-    videos, clips = bench.pick(16, 1), bench.pick(192, 6)
+def write_clips(bench: Bench, videos: int = 16, clips: int = 192) -> Path:
+    """Write videos and a list of their clips, of which there may be more than videos hold."""
+    videos, clips = bench.pick(videos, 1), bench.pick(clips, 6)
     seconds = bench.pick(extraction.FILE_S, 4.0)
     size = bench.pick((854, 480), (160, 96))
     of_video = int(seconds / extraction.CLIP_S)
@@ -265,10 +270,10 @@ def _clips(bench: Bench) -> Path:
 
 def decode(bench: Bench) -> Iterator[Row]:
     """Decode alone, as fast as the CPUs can."""
-    manifest = _clips(bench)
+    manifest = write_clips(bench)
     choice = config.build(BackboneChoice, _video(bench, "swin3d_t"), "benchmark")
     tree = {"one": {"rgb": choice.model_dump(mode="json")}}
-    recipe = extraction.make_recipe(manifest, bench.folder / "out", tree, "cpu")
+    recipe = make_recipe(bench, manifest, tree, "cpu")
     clips = read_manifest(manifest).clips
     count, plans = jobs.cpu_count(), plan_batches(0, clips, ["one"], 8, range(len(clips)))
     settings = DecodeSettings.of(recipe)
@@ -282,6 +287,27 @@ def decode(bench: Bench) -> Iterator[Row]:
     yield row(f"decoding alone, {count} processes: 32 of 60 frames", rate, "clips/s")
 
 
+def make_recipe(
+    bench: Bench, manifest: Path, sets: extraction.Sets, device: str, **more: Any
+) -> ExtractRecipe:
+    """Return a recipe that needs no optional package, nor many processes in a rehearsal."""
+    more |= {
+        "flow": {"source": "dis"},
+        "audio": {"front_end": "vggish"},  # librosa's own would need numba and SciPy
+        "decode": bench.pick({}, {"workers": 1}),
+    }
+    return extraction.make_recipe(manifest, bench.folder / "out", sets, device, **more)
+
+
+def student_sets(bench: Bench) -> dict[str, Any]:
+    """Return the choices of the paper's student."""
+    if not bench.rehearse:
+        return {m: choice.model_dump(mode="json") for m, choice in BACKBONES["student"].items()}
+    small = {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32}
+    sound = {"name": "resnet18", "weights": "random:0", "image": [64, 96]}
+    return {"rgb": small, "flow": small, "audio": sound}
+
+
 def _video(bench: Bench, name: str) -> dict[str, Any]:
     small = {"frames": 8, "size": 64}
     real = {"frames": 32, "tokens": [12, 5, 5]}
@@ -290,7 +316,7 @@ def _video(bench: Bench, name: str) -> dict[str, Any]:
 
 def extract_features(bench: Bench) -> Iterator[Row]:
     """Run the whole extraction, and the forward passes alone."""
-    manifest = _clips(bench)
+    manifest = write_clips(bench)
     for name in ("swin3d_t", "swin3d_b") if not bench.rehearse else ("s3d",):
         for precision in bench.precisions:
             yield from _extraction(bench, manifest, name, precision)
@@ -298,9 +324,8 @@ def extract_features(bench: Bench) -> Iterator[Row]:
 
 
 def _extraction(bench: Bench, manifest: Path, name: str, precision: str) -> Iterator[Row]:
-    out = bench.folder / f"{name}-{precision}"
-    tree = {"one": {"rgb": _video(bench, name)}}
-    recipe = extraction.make_recipe(manifest, out, tree, str(bench.device), precision=precision)
+    tree = {f"{name}-{precision}": {"rgb": _video(bench, name)}}
+    recipe = make_recipe(bench, manifest, tree, str(bench.device), precision=precision)
     busy = Busy(bench.device)
     with busy.watched():
         report = extract(recipe)
@@ -365,15 +390,14 @@ class OnDevice:
 
 def _case(bench: Bench, kind: str, tokens_of: int, width: int) -> training.Case:
     size = SIZES[kind].model_dump() | {"absent": "learned"}
-    small = {"dim": 48, "layers": 1, "attention_heads": 3, "ffn_width": 48, "head_width": 96}
     return training.Case(
         f"paper {kind}, 3 x {tokens_of} x {width}",
-        bench.pick(size, small),
+        bench.pick(size, SMALL),
         bench.pick(tokens_of, 4),
         bench.pick(width, 32),
         bench.pick(64, 8),
         bench.pick(200, 4),
-        bench.pick(SIZES["teacher"].model_dump(), small),
+        bench.pick(SIZES["teacher"].model_dump(), SMALL),
     )
 
 
@@ -485,11 +509,54 @@ def distill(bench: Bench) -> Iterator[Row]:
     yield row(f"{case.name}: distillation over the labels alone", over, "", "about 1")
 
 
+#: Before the last stage of each network.
+_LAST_STAGE = {"swin3d_t": "stage4", "efficientnet_b0": "stage7"}
+_LAST_STAGE |= {"s3d": "stage5", "resnet18": "layer4"}  # of a rehearsal
+
+
+def suffixes(bench: Bench) -> Iterator[Row]:
+    """Train the student with its networks: all of them, and their last stages, as users do."""
+    manifest = write_clips(bench, videos=12, clips=96)
+    chosen = student_sets(bench)
+    sets = {
+        "end_to_end": {m: {**of, "cut": "input"} for m, of in chosen.items()},
+        "last_stage": {m: {**of, "cut": _LAST_STAGE[of["name"]]} for m, of in chosen.items()},
+    }
+    recipe = make_recipe(bench, manifest, sets, str(bench.device))
+    extract(recipe)
+    for name in sets:
+        for save_memory in bench.pick((False, True), (False,)):
+            yield from _with_suffixes(bench, recipe.out / name, save_memory)
+
+
+def _with_suffixes(bench: Bench, store: Path, save_memory: bool) -> Iterator[Row]:
+    tree = {
+        "store": str(store),
+        "out": str(bench.folder / f"{store.name}-{save_memory}"),
+        "size": bench.pick(SIZES["student"].model_dump(), SMALL),
+        "batch_size": bench.pick(16, 3),
+        "epochs": bench.pick(4, 2),
+        "device": str(bench.device),
+        "val_split": "train",
+        "suffix": {"save_memory": save_memory},
+    }
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    report = train_baseline(config.build(BaselineRecipe, tree, "benchmark"))
+    lines = (report.run / METRICS).read_text(encoding="utf-8").splitlines()
+    fastest = max((json.loads(line) for line in lines[1:]), key=lambda of: of["clips_per_s"])
+    what = f"{store.name}{', save_memory' if save_memory else ''}, batches of {tree['batch_size']}"
+    step_ms = 1e3 * tree["batch_size"] / fastest["clips_per_s"]
+    yield row(f"{what}: a step", step_ms, "ms", clips_per_s=fastest["clips_per_s"])
+    yield row(f"{what}: waiting for data", 100 * fastest["waiting_for_data"], "%")
+    yield {**peak(bench), "of": what}
+
+
 def compiled(bench: Bench) -> Iterator[Row]:
     """Compare networks that `torch.compile` has compiled with those as they are."""
-    tree = _video(bench, bench.pick("swin3d_t", "s3d"))
-    choice = config.build(BackboneChoice, tree, "benchmark")
-    clips = example(input_spec("rgb", choice), bench.pick(8, 1))
+    choices, modality = student_sets(bench), bench.pick("rgb", "audio")  # small ones compile soon
+    choice = config.build(BackboneChoice, choices[modality], "benchmark")
+    clips = example(input_spec(modality, choice), bench.pick(8, 1))
     precision = bench.precisions[-1]
     seconds = {}
     for compile_ in (False, True):
@@ -498,78 +565,14 @@ def compiled(bench: Bench) -> Iterator[Row]:
         network.use(way)
         network.tokens(clips)
         bench.wait()
-        seconds[compile_] = min(_timed(bench, lambda n=network: n.tokens(clips)) for _ in range(5))
+        seconds[compile_] = min(timed(bench, lambda n=network: n.tokens(clips)) for _ in range(5))
     gain = seconds[True] / seconds[False]
     yield row(f"{choice.name}, {precision}: time compiled over as it is", gain, "")
 
 
-def _timed(bench: Bench, work: Callable[[], object]) -> float:
+def timed(bench: Bench, work: Callable[[], object]) -> float:
+    """Return the seconds that the device, too, needs for something."""
     started = time.perf_counter()
     work()
     bench.wait()
     return time.perf_counter() - started
-
-
-# Answers ----------------------------------------------------------------------------------------
-
-
-def predict(bench: Bench) -> Iterator[Row]:
-    """Time the paper's student from a decoded window to its logits, for every subset."""
-    manifest = _clips(bench)
-    sets = {m: choice.model_dump(mode="json") for m, choice in BACKBONES["student"].items()}
-    if bench.rehearse:
-        small = {"name": "s3d", "weights": "random:0", "frames": 8, "size": 32}
-        sound = {"name": "resnet18", "weights": "random:0", "image": [64, 96]}
-        sets = {"rgb": small, "flow": small, "audio": sound}
-    recipe = extraction.make_recipe(
-        manifest,
-        bench.folder / "out",
-        {SET: sets},
-        str(bench.device),
-        precision=bench.precisions[-1],
-        batch_size=1,
-        flow={"source": "dis"},
-        audio={"front_end": "vggish"},  # librosa's own would need numba and SciPy
-    )
-    networks = Networks(recipe)
-    configure(networks, {}, lambda _: None)
-    recognizer = Recognizer(*_student(networks), networks)
-    (clip,) = read_manifest(manifest).clips[:1]
-    (decoded,) = decode_clips([clip], DecodeSettings.of(recipe))
-    every = tuple(networks.jobs(SET))
-    for subset in subsets(every):
-        lacking = {networks.jobs(SET)[m].spec for m in every if m not in subset}
-        some = replace(
-            decoded,
-            arrays={spec: a for spec, a in decoded.arrays.items() if spec not in lacking},
-            reasons={**decoded.reasons, **dict.fromkeys(lacking, Reason.NO_STREAM)},
-        )
-        batch = collate(
-            BatchPlan(0, [clip], (SET,), last=True), [some], bench.device.type == "cuda"
-        )
-
-        def answer(batch: Any = batch) -> None:
-            list(recognizer._answers(networks.compute(batch), Dropout()))
-
-        answer()
-        times = [1e3 * _timed(bench, answer) for _ in range(bench.pick(100, 3))]
-        p99 = quantiles(times, n=100)[-1]
-        name = f"student, {label(subset)}: from a decoded window to logits, median"
-        yield row(name, median(times), "ms", "under 20", p99=p99)
-    yield peak(bench)
-
-
-def _student(networks: Networks) -> tuple[FusionModel, ModelCard]:
-    """Return a student of the paper's size with weights of chance, and its card."""
-    specs = networks.store_spec(SET, Manifest((), {})).modalities
-    card = ModelCard(
-        kind="student",
-        name="student",
-        size=SIZES["student"],
-        modalities={m: (spec.tokens, spec.width) for m, spec in specs.items()},
-        heads={h: tuple(f"{h}{n}" for n in range(count)) for h, count in HEADS.items()},
-        provenance={m: spec.model_dump(mode="json")["provenance"] for m, spec in specs.items()},
-        dtypes=dict.fromkeys(specs, "float16"),
-        store_digest="",
-    )
-    return card.build().eval(), card

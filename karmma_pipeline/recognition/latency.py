@@ -16,7 +16,7 @@ from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.recognition.stream import Stream
 
 # Answers of a subset that are timed: at least and at most so many, else what fits into the time.
-_LEAST, _MOST, _SECONDS = 12, 200, 10.0
+_LEAST, MOST, _SECONDS = 12, 200, 10.0
 
 # A hop is rounded up to whole hundredths of a second. It is played for so many windows, or fewer,
 # and where it is not held it is raised, so often.
@@ -63,9 +63,16 @@ class Played:
 
 
 def latencies(
-    recognizer: Recognizer, window_s: float, hop_s: float, stop: StopFlag
+    recognizer: Recognizer, window_s: float, hop_s: float, stop: StopFlag, most: int = MOST
 ) -> Iterator[Latency]:
     """Yield how long an answer takes with every subset of the modalities, on made-up signals.
+
+    Args:
+        recognizer: whose answers are timed.
+        window_s: length of a window.
+        hop_s: from one window to the next.
+        stop: looked at between answers.
+        most: answers of a subset; fewer, but no less than twelve, where they take longer than 10 s.
 
     Raises:
         ConfigError: a modality does not fit into the window.
@@ -75,15 +82,15 @@ def latencies(
         stream = recognizer.stream(window_s, hop_s)
         for modality in recognizer.modalities:
             stream.switch(modality, modality in subset)
-        seconds = _timed(stream, subset, stop)
+        seconds = _timed(stream, subset, stop, most)
         p50, p99 = np.quantile(seconds, (0.5, 0.99)).tolist()
         yield Latency(subset, len(seconds), p50, p99)
 
 
-def _timed(stream: Stream, subset: tuple[str, ...], stop: StopFlag) -> list[float]:
+def _timed(stream: Stream, subset: tuple[str, ...], stop: StopFlag, most: int) -> list[float]:
     """Return the seconds that answers took, without the first."""
     noise, settings, seconds = stream.noise(), stream.settings, list[float]()
-    for number in range(_MOST + 1):
+    for number in range(most + 1):
         stop.check(_ASKED)
         now_s = settings.window_s + settings.tolerance_s + number * settings.hop_s
         for sensor, at_s, values in noise.until(now_s):

@@ -105,7 +105,8 @@ def test_a_window_that_a_sensor_does_not_fit_into_is_not_measured() -> None:
 def test_measuring_times_every_subset_and_plays_hops_until_one_is_missed(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "_MOST", 2)
+    monkeypatch.setattr(latency, "_LEAST", 2)
+    monkeypatch.setattr(latency, "_SECONDS", 0.0)
     outcomes = iter([3, 0, 0, 1])
 
     def play(stream: Any, stop: Any) -> latency.Played:

@@ -9,6 +9,7 @@ import itertools
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,12 +102,12 @@ class World:
             if sensor in {"rgb", "imu"}:
                 kept = self.frames if sensor == "rgb" else self.samples
                 kept[stamp] = values
-                for old in [at_s for at_s in kept if at_s < stamp - HISTORY_S]:
-                    del kept[old]
+                while (oldest := next(iter(kept))) < stamp - HISTORY_S:  # about in order of time
+                    del kept[oldest]
             else:
                 self.chunks[key] = values
-                while min(self.chunks) * CHUNK / HZ < stamp - HISTORY_S:
-                    del self.chunks[min(self.chunks)]
+                while (first := next(iter(self.chunks))) * CHUNK / HZ < stamp - HISTORY_S:
+                    del self.chunks[first]
 
     def signals(self) -> Signals:
         """Return what has been delivered as if it were a file."""
@@ -121,7 +122,13 @@ class World:
         return Signals(times, pictures, sound, HZ, first * CHUNK / HZ, {"imu": imu})
 
 
-def run(events: int, compare: int, seed: int, recognizer: Recognizer | None = None) -> Outcome:
+def run(
+    events: int,
+    compare: int,
+    seed: int,
+    recognizer: Recognizer | None = None,
+    say: Callable[[Outcome], None] = lambda so_far: None,
+) -> Outcome:
     """Let so many failures and returns happen, a step per hop, and check every answer."""
     recognizer = recognizer or tiny_recognizer(sensors={"imu": IMU})
     rng, outcome = np.random.default_rng(seed), Outcome()
@@ -150,6 +157,7 @@ def run(events: int, compare: int, seed: int, recognizer: Recognizer | None = No
             outcome.farthest = max(outcome.farthest, difference(recognizer, world, prediction))
         if outcome.steps % 5_000 == 0:
             outcome.megabytes.append(resource_mb())
+            say(outcome)
         outcome.steps += 1
     assert stream.skipped == 0
     outcome.ignored = stream.ignored
@@ -192,8 +200,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()
-    print(run(arguments.events, arguments.compare, arguments.seed))
-    print(f"{time.perf_counter() - started:.0f} s")
+    print(run(arguments.events, arguments.compare, arguments.seed, say=progress))
+    print(f"{time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of CPU")
+
+
+def progress(so_far: Outcome) -> None:
+    """Say what there is, for a run that is stopped before its end."""
+    print(
+        f"{so_far.events} events, {so_far.steps} steps, {so_far.compared} compared, farthest "
+        f"{so_far.farthest:.3g}, {so_far.megabytes[-1]:.0f} MB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
