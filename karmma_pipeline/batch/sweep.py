@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from karmma_pipeline.batch import checks
 from karmma_pipeline.batch.chain import ChainStage, folders, paths, with_waits
 from karmma_pipeline.batch.progress import StageProgress, stage_progress
 from karmma_pipeline.batch.recipe import Method, Stage, Sweep
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, TooManyFailuresError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
@@ -194,7 +194,9 @@ def check(sweep: LoadedSweep, progresses: dict[str, StageProgress]) -> None:
 
     Raises:
         ConfigError: all faults in one message.
+        TooManyFailuresError: the extraction lost more clips than its recipe allows.
     """
+    _check_extraction(progresses.values())
     free = [
         replace(progresses[stage.name], changed=())
         if isinstance(stage.recipe, TrainRecipe)
@@ -202,6 +204,13 @@ def check(sweep: LoadedSweep, progresses: dict[str, StageProgress]) -> None:
         for stage in sweep.stages
     ]
     checks.check(sweep.stages, free, sweep.settings.folder)
+
+
+def _check_extraction(progresses: Iterable[StageProgress]) -> None:
+    """Refuse to learn from stores that lack more than their recipe allows."""
+    for progress in progresses:
+        if progress.fault:
+            raise TooManyFailuresError(progress.fault)
 
 
 def run_one(sweep: LoadedSweep, name: str, stop: StopFlag) -> str:
@@ -214,10 +223,11 @@ def run_one(sweep: LoadedSweep, name: str, stop: StopFlag) -> str:
         KarmmaError: what it waits for is not done, or it fails.
     """
     stage = sweep.stage(name)
-    lacking = [other for other in stage.waits if not stage_progress(sweep.stage(other)).done]
-    if lacking:
+    before = {other: stage_progress(sweep.stage(other)) for other in stage.waits}
+    if lacking := [other for other, found in before.items() if not found.done]:
         raise KarmmaError(f"{name}: needs what is not done yet: {', '.join(lacking)}.")
     progress = stage_progress(stage)
+    _check_extraction([*before.values(), progress])
     if progress.done:
         return f"{name}: done ({progress.text})"
     if progress.changed and isinstance(stage.recipe, TrainRecipe):

@@ -40,6 +40,7 @@ def run_locally(sweep: LoadedSweep, jobs: int | None, site: Site, stop: StopFlag
 
     Raises:
         StoppedError: a stop was asked for; the runs have saved.
+        TooManyFailuresError: see `sweep.check`.
         KarmmaError: runs failed; they are named, each with its log.
     """
     progresses = progress_of(sweep)
@@ -113,7 +114,7 @@ def _rows(sweep: LoadedSweep, progresses: dict[str, StageProgress]) -> Iterator[
 
 
 def _state(progress: StageProgress) -> str:
-    return "done" if progress.done else progress.text
+    return progress.fault or ("done" if progress.done else progress.text)
 
 
 def _end_of_log(sweep: LoadedSweep, name: str) -> str:

@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from batch.conftest import FakeSlurm
 from click.testing import CliRunner, Result
+from support.forks import in_fork
+from support.here_pool import HerePool
+from support.nth_call import kill_at_call
 from support.patience import PATIENCE_S, wait_for
 from support.tiny_store import write_store
 from support.training import SIZE, results
@@ -20,14 +24,16 @@ from karmma_pipeline import config
 from karmma_pipeline.batch import local, sweep_launch
 from karmma_pipeline.batch.local import LocalCommand
 from karmma_pipeline.batch.recipe import Resources, Site
-from karmma_pipeline.batch.sweep import load_sweep, run_one
+from karmma_pipeline.batch.sweep import LoadedSweep, load_sweep, run_one
 from karmma_pipeline.cli import main
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, TooManyFailuresError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.report import classes, figures
+from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.training.recipe import DistillRecipe
+from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -207,18 +213,51 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     assert "needs what is not done yet: teacher,lr=1e+30/seed0" in alone.output
 
 
+RIVALS = {
+    "teacher": "train/teacher.yaml",
+    "late_fusion": "train/late_fusion.yaml",
+    "zero_imputation": "train/zero_imputation.yaml",
+    "mean_imputation": "train/mean_imputation.yaml",
+    "baseline": "train/baseline.yaml",
+    "baseline_delta": "train/baseline_delta.yaml",
+    "student": "train/student.yaml",
+}
+
+
+def shipped(name: str) -> tuple[LoadedSweep, list[Any], Any]:
+    """A shipped sweep, the recipes of its runs, and that of its report."""
+    path = Path("batch", name)
+    assert path.read_text().startswith(f"# karmma sweep {path}")
+    sweep = load_sweep(path)
+    recipes: list[Any] = [stage.recipe for stage in sweep.stages]
+    return sweep, [r for r in recipes if isinstance(r, TrainRecipe)], recipes[-1]
+
+
 def test_the_shipped_sweep_chooses_on_one_subject_and_reports_the_test_subjects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    sweep = load_sweep(Path("batch/utd_mhad.yaml"))
-    trained: list[Any] = [stage.recipe for stage in sweep.stages[:-1]]
+    sweep, trained, report = shipped("utd_mhad.yaml")
     assert {recipe.val_split for recipe in trained} == {"val"}
     assert {recipe.select_by for recipe in trained} == {"action_top1"}
-    report: Any = sweep.stages[-1].recipe
     assert (report.split, len(report.runs)) == ("test", 5 * len(sweep.points))
     extract = config.load(ExtractRecipe, Path("extract/utd_mhad.yaml"))
     assert report.stores == [extract.out / name for name in extract.sets]
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("utd_mhad", 5), ("epic_kitchens_100", 3)])
+def test_a_shipped_sweep_of_all_methods_chooses_nothing_on_what_it_reports(
+    monkeypatch: pytest.MonkeyPatch, name: str, seeds: int
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep, trained, report = shipped(f"{name}_rivals.yaml")
+    assert {key: str(m.recipe) for key, m in sweep.settings.methods.items()} == RIVALS
+    assert (report.split, {recipe.select_by for recipe in trained}) == ("val", {"epoch"})
+    assert len(trained) == len(report.runs) == seeds * len(RIVALS)
+    # Students and rivals differ in their method, not in their size or how long they learn.
+    small = [recipe for recipe in trained if recipe.out.parent.name != "teacher"]
+    assert len({(r.size.dim, r.size.layers, r.epochs, r.optimiser.lr) for r in small}) == 1
+    assert all(recipe.standardise for recipe in trained) == (name == "utd_mhad")
 
 
 def test_nothing_begins_where_a_store_is_missing(here: Path) -> None:
@@ -226,6 +265,62 @@ def test_nothing_begins_where_a_store_is_missing(here: Path) -> None:
     assert result.exit_code == 2
     assert "features/teacher is not there" in result.output
     assert not Path("sw").exists()
+
+
+def write_recording(clips: int = 24, lost: int = 0) -> None:
+    """Write an extraction of one IMU into the current folder, and a sweep that begins with it."""
+    seconds = np.arange(50 * clips) / 50
+    table = np.column_stack([seconds, np.sin(seconds), np.cos(seconds)])
+    np.savetxt("imu.csv", table, "%.4f", ",", header="t,a,b", comments="")
+    rows = [
+        f"c{i},{i},{i + 1},{'xy'[i % 2]},{'train' if i % 3 else 'val'},"
+        f"{'gone' if i < lost else 'imu'}.csv"
+        for i in range(clips)
+    ]
+    Path("m.csv").write_text("\n".join(["clip_id,start,stop,verb,split,imu", *rows]) + "\n")
+    imu = {"channels": ["a", "b"], "time": "t", "rate_hz": 50, "windows": 4, "window": 5}
+    tree: dict[str, Any] = {"manifest": "m.csv", "out": "features", "sensors": {"imu": imu}}
+    tree |= {"sets": {"imu": {"imu": {"name": "windows"}}}, "store": {"clips_per_shard": 4}}
+    Path("extract.yaml").write_text(yaml.safe_dump(tree))
+    path = write_sweep(seeds=[0], teacher=None, student=None)
+    sweep = {**yaml.safe_load(path.read_text()), "extract": "extract.yaml"}
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    Path("baseline.yaml").write_text(yaml.safe_dump({**TRAINED, "store": "features/imu"}))
+
+
+@pytest.mark.slow
+def test_a_sweep_extracts_first_and_goes_on_where_that_was_killed(
+    here: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "DecodePool", HerePool)
+    write_recording()
+
+    def killed() -> None:
+        kill_at_call(Path("features"), 10, "write */journal")  # the tenth clip, of the third shard
+        launch(Path("sweep.yaml"))
+
+    assert in_fork(killed) == -signal.SIGKILL
+    status = run("sweep", "sweep.yaml", "--status").output
+    assert re.search(r"^extract +2 of 6 shards$", status, re.MULTILINE), status
+    assert launch(Path("sweep.yaml")) == ["extract", "baseline/seed0", "report"]
+    assert launch(Path("sweep.yaml")) == []
+    tokens = FeatureStore.open("features/imu").tokens("imu", "c7").reshape(4, 5, 2)
+    moments = 7 + (np.arange(4) * 0.9 / 3)[:, None] + np.arange(5) / 50
+    np.testing.assert_allclose(tokens[..., 0], np.sin(moments), atol=2e-2)
+
+
+def test_nothing_is_trained_on_a_store_that_lost_too_much(
+    here: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "DecodePool", HerePool)
+    write_recording(lost=8)
+    with pytest.raises(KarmmaError, match=r"1 failed: extract .*begun: baseline/seed0, report"):
+        launch(Path("sweep.yaml"))
+    with pytest.raises(TooManyFailuresError, match="8 of 24 clips lost a modality"):
+        launch(Path("sweep.yaml"))
+    assert "8 of 24 clips lost" in run("sweep", "sweep.yaml", "--run", "baseline/seed0").output
+    assert "8 of 24 clips lost" in run("sweep", "sweep.yaml", "--status").output
+    assert not Path("sw/baseline").exists()
 
 
 def test_slurm_is_handed_an_array_for_each_rank_of_dependence(
