@@ -7,7 +7,6 @@ is also the comment that ``karmma init`` writes beside it.
 import copy
 import difflib
 import logging
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import ConfigError, one_line
+from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.yaml_text import Dumper
+from karmma_pipeline.yaml_text import parse_yaml as parse_yaml
 
 
 class Recipe(BaseModel):
@@ -45,16 +46,26 @@ class Recipe(BaseModel):
         if not isinstance(given, dict):
             return given
         version = (info.context or {}).get("version", VERSION)
-        for (
-            key,
-            value,
-        ) in given.items():  # a folder may be called 2024, which YAML takes for a number
-            if type(value) is int and _may_be_path(cls, key):
-                given = {**given, key: str(value)}
+        paths = {key: _as_path(key, of) for key, of in given.items() if _may_be_path(cls, key)}
+        given = given | paths
         return newer_keys(cls, version) | {k: v for k, v in given.items() if k not in cls.OLD_KEYS}
 
 
-def _may_be_path(model: type[BaseModel], key: str) -> bool:
+def _as_path(key: str, value: Any) -> Any:
+    """Return the value of a key that is a path, or a list of some, as pathlib should read it."""
+    if isinstance(value, list):
+        return [_as_path(key, one) for one in value]
+    if type(value) is int:  # a folder may be called 2024, which YAML takes for a number
+        return str(value)
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError(f"{key}={value!r} is no path; the working folder is '.'")
+        if value.startswith("~/"):  # else a folder called ~ is made, which nobody dares delete
+            return str(Path(value).expanduser())
+    return value
+
+
+def _may_be_path(model: type[BaseModel], key: Any) -> bool:
     field = model.model_fields.get(key)
     return field is not None and Path in (field.annotation, *typing.get_args(field.annotation))
 
@@ -86,57 +97,6 @@ def newer_keys(model: type[Recipe], version: int) -> dict[str, Any]:
 
 R = typing.TypeVar("R", bound=Recipe)
 _logger = logging.getLogger(__name__)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-4`` is a number and ``no``, ``1:30`` and dates are text."""
-
-
-# YAML 1.1 guesses too much: `no` would be False, 1:30 a number of seconds, 2024-01-01 a date, and
-# 1e-4, for want of a dot, text. Only null and merge keep its rules; the others follow below.
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
-    for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
-        "-+.0123456789",
-    ),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML or `_Loader` would take for something else, such as 0E0."""
-
-
-# A text is quoted if either reading of YAML, its own or ours, would take it for something else.
-_Dumper.yaml_implicit_resolvers = {
-    key: [
-        *yaml.SafeDumper.yaml_implicit_resolvers.get(key, []),
-        *_Loader.yaml_implicit_resolvers.get(key, []),
-    ]
-    for key in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-}
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML safely.
-
-    Raises:
-        ConfigError: the text is no YAML, or asks for a Python object by a tag.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        reason = one_line(error)
-        raise ConfigError(f"{where}: not valid YAML: {reason}.") from None
 
 
 def load(model: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
@@ -180,8 +140,13 @@ def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[
     try:
         return model.model_validate(tree, context={"version": version})
     except ValidationError as error:
-        faults = "; ".join(_sentence(model, fault) for fault in error.errors())
-        raise ConfigError(f"{where}: {faults}.") from None
+        faults: dict[str, list[str]] = {}
+        for fault in error.errors():
+            at, reason = _sentence(model, fault)
+            faults.setdefault(at, []).append(reason)
+        # Of a union each member has a reason of its own.
+        told = "; ".join(f"{at}: {', or '.join(reasons)}" for at, reasons in faults.items())
+        raise ConfigError(f"{where}: {told}.") from None
 
 
 def _take_version(model: type[Recipe], tree: dict[str, Any], where: str, without: int) -> int:
@@ -259,20 +224,22 @@ def resolve(
     return build(model, tree, where)
 
 
-def _sentence(model: type[Recipe], fault: Any) -> str:
+def _sentence(model: type[Recipe], fault: Any) -> tuple[str, str]:
+    """Return what is at fault, a key with its value if it has one, and why."""
     location = ".".join(str(part) for part in _keys(model, fault["loc"])) or "recipe"
     if fault["type"] == "extra_forbidden":
         keys = _keys_at(model, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
         known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
-        return f"{location}: unknown key, {known}"
+        return location, f"unknown key, {known}"
     if fault["type"] == "missing":
-        return f"{location}: required key is missing"
+        return location, "required key is missing"
     # Pydantic's own sentence, made to follow "key=value: ".
     message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message.replace(" for <class 'pathlib.Path'>", "")
     if isinstance(fault["input"], dict):
-        return f"{location}: {message}"
-    return f"{location}={fault['input']!r}: {message[0].lower()}{message[1:]}"
+        return location, message
+    return f"{location}={fault['input']!r}", f"{message[0].lower()}{message[1:]}"
 
 
 def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
@@ -282,31 +249,34 @@ def _keys_at(model: type[Recipe], location: Sequence[int | str]) -> list[str]:
         if (tagged := _tagged(here, part)) is not None:
             here = tagged
             continue
-        here = _unwrap(here)
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            field = here.model_fields.get(str(part))
-            here = field.annotation if field else None
-        else:
-            # An index of a list or a key of a mapping: what lies there is the last type argument.
-            arguments = typing.get_args(here)
-            here = arguments[-1] if arguments else None
+        here = _below(_unwrap(here), part)
     here = _unwrap(here)
     if isinstance(here, type) and issubclass(here, BaseModel):
         return list(here.model_fields)
     return []
 
 
+def _below(here: Any, part: int | str) -> Any:
+    """Return the type of what lies at a key, or an index, of a type; None if that is not known."""
+    if isinstance(here, type) and issubclass(here, BaseModel):
+        field = here.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = [of for of in typing.get_args(here) if of is not Ellipsis]
+    return arguments[-1] if arguments else None
+
+
 def _keys(model: type[Recipe], location: Sequence[int | str]) -> Iterator[int | str]:
-    """Yield the parts of a location that stand in the file: not the kind of a union's member."""
+    """Yield the parts of a location that stand in the file: not which member of a union it is."""
     here: Any = model
     for part in location:
         if (tagged := _tagged(here, part)) is not None:
             here = tagged
             continue
-        yield part
         here = _unwrap(here)
-        field = here.model_fields.get(str(part)) if hasattr(here, "model_fields") else None
-        here = field.annotation if field else None
+        if part == "[key]" or (here in (int, float, str, bool, Path)):
+            continue
+        yield part
+        here = _below(here, part)
 
 
 def _tagged(annotation: Any, tag: int | str) -> type[BaseModel] | None:
@@ -336,7 +306,7 @@ def _unwrap(annotation: Any) -> Any:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; loading it gives the same recipe."""
     tree = recipe.model_dump(mode="json")
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def saved(model: type[R], path: Path) -> R | None:

@@ -27,6 +27,7 @@ FOUNDATION = {
     "own_code",
     "runs",
     "views",
+    "yaml_text",
 }
 MIDDLE = FOUNDATION | {"data", "models", "store"}
 STAGES = {"extraction", "training", "evaluation", "recognition"}

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError
@@ -24,6 +24,7 @@ class Example(config.Recipe):
     optimiser: Optimiser = Field(Optimiser(), description="How weights move.")
     sets: dict[str, Optimiser] = Field({}, description="By name.")
     part: Optimiser | None = Field(None, description="May be absent.")
+    size: PositiveInt | Literal["auto"] = Field("auto", description="How many.")
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Example:
@@ -62,12 +63,28 @@ def test_overrides_reach_nested_keys_and_make_missing_ones(tmp_path: Path) -> No
         ("- a", "a recipe is a mapping"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("store: a\nstore: b", "the key 'store' stands there twice at line 2, column 1"),
+        ("store: a\npart: {lr: 1, lr: 2}", "the key 'lr' stands there twice at line 2"),
+        ("store: a\npart:\n\tlr: 1", r"cannot start any token at line 3, column 1"),
+        ("a: " + "[" * 5000, "not valid YAML: nested too deeply"),
+        ("store: a\nsize: 0", r"yaml: size=0: input should be greater than 0, or input should be"),
+        ("store: ''", r"store='' is no path; the working folder is '\.'"),
+        ('store: "a\\0b"', r"store='a\\x00b' is no path"),
     ],
 )
 def test_a_wrong_recipe_names_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path, text)
     assert str(tmp_path / "r.yaml") in str(caught.value)
+
+
+def test_keys_that_are_merged_may_be_set_again(tmp_path: Path) -> None:
+    text = "store: a\noptimiser: &one {lr: 1, kind: sgd}\npart: {<<: *one, lr: 2}\n"
+    assert load(tmp_path, text).part == Optimiser(lr=2, kind="sgd")
+
+
+def test_a_path_may_begin_at_the_users_folder(tmp_path: Path) -> None:
+    assert load(tmp_path, "store: ~/a").store == Path.home() / "a"
 
 
 @pytest.mark.parametrize("override", ["lr", "=1", "a..b=1", "store.x=1"])

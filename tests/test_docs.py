@@ -55,9 +55,9 @@ def test_links_lead_somewhere_and_commands_parse(page: Path) -> None:
 def test_recipes_on_the_pages_have_keys_and_values_that_are_allowed(page: Path) -> None:
     for block in blocks(page.read_text("utf-8"), "yaml"):
         lines = block.splitlines()
-        alternatives = (
-            len({line.partition(":")[0] for line in lines}) < len(lines) == block.count(": {")
-        )  # `key: {...}` once more and once more
+        keys = {line.partition(": {")[0] for line in lines}
+        # `key: {...}` once more and once more
+        alternatives = len(keys) < len(lines) and all(": {" in line for line in lines)
         for text in lines if alternatives else [block]:
             tree = config.parse_yaml(text, page.name)
             if set(tree) <= {"rgb", "flow", "audio"}:

@@ -26,7 +26,15 @@ _SHOWN = 10
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
 _WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
-_WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "an Excel workbook"}
+# What other kinds of files begin with.
+_OTHERS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"\x1f\x8b": "compressed with gzip",
+    b"SQLite format": "a database",
+}
 
 
 def parse_number(text: str) -> float:
@@ -97,7 +105,8 @@ class Row:
             return parse_time(text)
         except ValueError:
             raise ValueError(
-                f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff up to 59:59.99"
+                f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff up to 59:59.99, "
+                "with a decimal point"
             ) from None
 
     def whole(self, column: str) -> int | None:
@@ -138,8 +147,13 @@ def read_table(path: Path, required: Iterable[str], what: str = "manifest") -> l
     columns = next(lines, (1, []))[1]
     missing = [c for c in required if c not in columns]
     if missing:
-        near = (difflib.get_close_matches(c, columns, n=1) for c in missing)
-        hint = "".join(f"; call {n[0]!r} {c}" for c, n in zip(missing, near, strict=True) if n)
+        plain = {c.casefold(): c for c in columns}
+        near = (difflib.get_close_matches(c.casefold(), plain, n=1) for c in missing)
+        hint = "".join(
+            f"; call {plain[n[0]]!r} {c}" for c, n in zip(missing, near, strict=True) if n
+        )
+        if len(columns) == 1:
+            hint = ", separated by commas, semicolons or tabs"
         raise ManifestError(
             f"{path}: no column {' and '.join(missing)}; the first line must name "
             f"the columns, it reads {','.join(columns)[:300]!r}{hint}."
@@ -170,22 +184,29 @@ def _rows(path: Path, columns: list[str], lines: Iterable[tuple[int, list[str]]]
 def _text(path: Path, what: str) -> str:
     try:
         data = path.read_bytes()
+        kind = next((name for mark, name in _OTHERS.items() if data.startswith(mark)), "")
+        # Of UTF-16 without its mark, and of some databases, every byte is UTF-8.
+        if kind or b"\0" in data[:4096]:
+            raise ManifestError(
+                f"{path}: line 1: not a UTF-8 CSV file ({kind or 'it holds zero bytes'}); "
+                "save it as CSV UTF-8."
+            )
         return data.decode("utf-8-sig")
     except OSError as error:
         raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
-        kind = next((name for mark, name in _WIDE.items() if data.startswith(mark)), "")
         line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
         cell = data.count(b",", start, error.start) + 1
         raise ManifestError(
-            f"{path}: line {line}: not a UTF-8 CSV file ({kind or f'cell {cell} is not UTF-8'}); "
+            f"{path}: line {line}: not a UTF-8 CSV file (cell {cell} is not UTF-8); "
             "save it as CSV UTF-8."
         ) from None
 
 
 def _lines(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the stripped cells of every line that is not empty."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    table = io.StringIO(text, newline="")
+    reader = csv.reader(table, delimiter=separator, strict=True, skipinitialspace=True)
     columns: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -209,7 +230,7 @@ def _lines(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[st
 
 def _whole_cells(line: str, separator: str) -> int:
     """Return how many cells of a line are well-formed before the first that is not."""
-    cell = re.compile(f'(?:"(?:[^"]|"")*"|(?!")[^{separator}]*){separator}')
+    cell = re.compile(f' *(?:"(?:[^"]|"")*"|(?!")[^{separator}]*){separator}')
     count, at = 0, 0
     while found := cell.match(line, at):
         count, at = count + 1, found.end()

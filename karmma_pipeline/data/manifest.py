@@ -210,17 +210,24 @@ _MEANT = {
     "fps": {"framerate", "framespersecond"},
     "flow": {"opticalflow", "flowpath", "flowfolder"},
     "audio": {"sound", "wav", "audiopath", "audiofile"},
-    "start": {"begin", "from", "onset", "tstart"}
-    | {f"{a}{b}" for a in ("start", "begin") for b in ("s", "sec", "secs", "seconds", "time")}
-    | {"startsecond", "starttimestamp", "timestart", "starts", "startframe"},
-    "stop": {"end", "to", "until", "offset", "tend", "tstop", "finish"}
-    | {f"{a}{b}" for a in ("end", "stop") for b in ("s", "sec", "secs", "seconds", "time")}
-    | {"endsecond", "endtimestamp", "stoptimestamp", "timeend", "ends", "stopframe", "endframe"},
     "split": {"subset", "partition", "fold", "set"},
     "group": {"participant", "participantid", "subject", "subjectid", "person", "personid"},
 }
+# Names of times, written so, with words and units that people put beside them: clips whose start or
+# end goes by unnoticed run through their whole files.
+_BEFORE = "(?:t|time|timestamp|frame|clip|segment|action|narration)*"
+_UNITS = (
+    "(?:s|secs?|seconds?|time|timestamp|m|ms|msecs?|milli(?:second)?s|us|ns|frames?|number|index)*"
+)
+_TIMES = {
+    "start": re.compile(f"{_BEFORE}(?:start|begin|beginning|onset){_UNITS}|from|t0"),
+    "stop": re.compile(f"{_BEFORE}(?:stop|end|ending|offset|finish){_UNITS}|to|until|t1"),
+}
+_LENGTH = re.compile(f"{_BEFORE}(?:duration|dur|length|len){_UNITS}")
+_NO_SECONDS = re.compile("ms|milli|us$|ns$|frame|number|index")
 _NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")
 _DECIMAL = re.compile(r"-?\d{1,15}(\.\d{0,15})?", re.ASCII)
+_OR_ELSE = "delete it, or, if it is a label, name all labels in the recipe: {}."
 _NAMING = "dataset: {{kind: csv, path: {}, heads: [{}]}}"
 
 # Of so few clips each may well have a class of its own.
@@ -282,11 +289,18 @@ def _head_columns(
     for column in free if heads is None else set(free) - {*heads}:
         reserved = _meant(column, columns)
         if reserved and (heads is None or reserved in TIMES):
+            other = reserved in TIMES and _NO_SECONDS.search(_plain(column))
             raise ManifestError(
                 f"{path}: column {column!r} is not known; did you mean {reserved}"
-                f"{' (seconds)' if reserved in TIMES else ''}? Call it that, "
-                "delete it, or, if it is a label, name all labels in the recipe: "
-                f"{_NAMING.format(path, column)}."
+                f"{' (seconds)' if reserved in TIMES else ''}? "
+                f"{'Write seconds into it and call' if other else 'Call'} it that, "
+                f"{_OR_ELSE.format(_NAMING.format(path, column))}"
+            )
+        if "start" in columns and "stop" not in columns and _LENGTH.fullmatch(_plain(column)):
+            raise ManifestError(
+                f"{path}: column {column!r}, but no column stop: every clip would run to the end "
+                "of its file. Write a column stop, start plus length in seconds, and "
+                f"{_OR_ELSE.format(_NAMING.format(path, column))}"
             )
     chosen = list(heads) if heads is not None else free
     for head in chosen:
@@ -311,16 +325,21 @@ def _check_head(path: Path, head: str, heads: Sequence[str]) -> None:
 
 def _meant(column: str, columns: Sequence[str]) -> str | None:
     """Return the reserved column that is not there and that a column looks like."""
-    plain = re.sub(r"[\W_]+", "", column.casefold())
+    plain = _plain(column)
     for name in RESERVED:
         if name in columns:
             continue
         alike = name.replace("_", "")
         turned = plain[:1] == alike[0] and sorted(plain) == sorted(alike)
         close = difflib.SequenceMatcher(None, plain, alike).ratio() >= 0.85
-        if plain == alike or plain in _MEANT.get(name, ()) or turned or close:
+        time = name in _TIMES and _TIMES[name].fullmatch(plain)
+        if plain == alike or plain in _MEANT.get(name, ()) or turned or close or time:
             return name
     return None
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\W_]+", "", column.casefold())
 
 
 def _check_sizes(path: Path, labels: Mapping[str, "_Labels"]) -> None:
@@ -360,7 +379,15 @@ class _Labels:
         unknown = [cell for cell in cells if cell not in ids]
         kinds = ", ".join(sorted({cell or "empty" for cell in unknown}))
         note = f"{len(unknown):,} of {len(cells):,} clips have no class ({kinds})"
-        return cls(tuple(order), ids, len(cells) - len(unknown), note if unknown else "")
+        notes = [note] if unknown else []
+        alike: dict[str, list[str]] = {}
+        for name in order:
+            plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+            alike.setdefault(plain, []).append(name)
+        same = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+        if same:
+            notes.append(f"classes of their own, though they look alike: {'; '.join(same[:5])}")
+        return cls(tuple(order), ids, len(cells) - len(unknown), "; ".join(notes))
 
 
 def _clip(

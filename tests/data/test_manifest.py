@@ -148,6 +148,10 @@ def heads_of(tmp_path: Path, column: str, cells: list[str], **options: Any) -> M
         ("clip_id,video,start,stop,subset", "subset", "split"),
         ("clip_id,video,start,stop,participant_id", "participant_id", "group"),
         ("clip_id,video,video stream,stop,verb", "video stream", "video_stream"),
+        ("clip_id,video,start_ms,stop_ms,verb", "start_ms", "start"),
+        ("clip_id,video,start,endMsec,verb", "endMsec", "stop"),
+        ("clip_id,video,start,action_end_timestamp_ns,verb", "action_end_timestamp_ns", "stop"),
+        ("clip_id,video,t0,stop,verb", "t0", "start"),
     ],
 )
 def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
@@ -156,6 +160,19 @@ def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
     message = rf"m\.csv: column '{found}' is not known; did you mean {meant}[ ?]"
     with pytest.raises(ManifestError, match=message):
         read(tmp_path, f"{columns}\na,v.mp4,0,1,x\n")
+
+
+def test_times_in_other_units_are_to_be_written_in_seconds(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"'start_frame' .*Write seconds into it and call it"):
+        read(tmp_path, "clip_id,video,start_frame,stop,verb\na,v.mp4,0,1,x\n")
+
+
+def test_how_long_a_clip_is_does_not_pass_for_a_label(tmp_path: Path) -> None:
+    text = "clip_id,video,start,duration_s,verb\na,v.mp4,1,2,x\n"
+    with pytest.raises(ManifestError, match=r"'duration_s', but no column stop.*start plus length"):
+        read(tmp_path, text)
+    (clip,) = read(tmp_path, text.replace("verb", "stop").replace("x", "3"))
+    assert clip.stop_s == 3
 
 
 @pytest.mark.parametrize("head", ["state", "step", "scene", "tool", "action", "phase", "object"])
@@ -210,6 +227,8 @@ def test_the_index_of_a_table_is_no_head_and_is_said(tmp_path: Path, name: str) 
         (["007", "10", "9", "9"], ("007", "9", "10"), [0, 2, 1, 1], None),
         (["0.5", "1.0", "0.25", "1.0"], ("0.25", "0.5", "1"), [1, 2, 0, 2], None),
         (["none", "open", "none", "open"], ("none", "open"), [0, 1, 0, 1], None),
+        (["put\xa0in", "put in"], ("put in", "put\xa0in"), [1, 0], "classes of their own, though"),
+        (["é", "e\u0301", "a"], ("a", "e\u0301", "é"), [2, 1, 0], "classes of their own, though"),
     ],
 )
 def test_labels_are_read_as_people_mean_them(
@@ -243,6 +262,7 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
         plain.replace(",", "\t").replace("\n", "\r\n"),
         plain.replace("\n", "\r"),
         f"\ufeff{plain}   \n",
+        plain.replace(",", ", ").replace("v.mp4", '"v.mp4"'),
     ):
         (tmp_path / "m.csv").write_bytes(text.encode())
         assert read_manifest(tmp_path / "m.csv").clips == wanted, text
@@ -278,3 +298,13 @@ def test_a_cell_of_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_bytes(head.decode().encode("utf-16"))
     with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(UTF-16\)"):
         read_manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_bytes(head.decode().encode("utf-16-le"))
+    with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(it holds zero bytes\)"):
+        read_manifest(tmp_path / "m.csv")
+
+
+def test_a_table_with_other_separators_is_told_them(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"'clip_id\|video', separated by commas, semicolons"):
+        read(tmp_path, "clip_id|video\na|v.mp4\n")
+    with pytest.raises(ManifestError, match=r"call 'Clip_ID' clip_id"):
+        read(tmp_path, "Clip_ID,Video\na,v.mp4\n")
