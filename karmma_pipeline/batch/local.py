@@ -35,6 +35,7 @@ class LocalCommand:
         log: file that takes what it says.
         retries: how often it is tried again when it was killed.
         after: names of the commands that must have ended well before it begins.
+        gpus: that it sees, as ``CUDA_VISIBLE_DEVICES`` names them; None: those of its place.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LocalCommand:
     log: Path
     retries: int
     after: frozenset[str] = frozenset()
+    gpus: tuple[str, ...] | None = None
     process: "subprocess.Popen[bytes] | None" = None
     slot: Slot = field(default=Slot(()))
     started: float = 0.0
@@ -145,8 +147,9 @@ def _start(command: LocalCommand, slot: Slot, resources: Resources, site: Site) 
         "OMP_NUM_THREADS": str(threads(resources, 1)),
         **site.env,
     }
-    if slot.devices is not None:
-        values["CUDA_VISIBLE_DEVICES"] = ",".join(slot.devices)
+    gpus = slot.devices if command.gpus is None else command.gpus
+    if gpus is not None:
+        values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     everything = os.sched_getaffinity(0)
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("ab") as log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,10 @@ from karmma_pipeline.cli.options import (
     recipe_argument,
     set_option,
 )
+from karmma_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from karmma_pipeline.extraction.recipe import ExtractRecipe
 
 
 class _Extract(click.Command):
@@ -52,6 +57,11 @@ class _Extract(click.Command):
 )
 @click.option("--part", metavar="I/N", help="Do part I of N only; Slurm arrays set it themselves.")
 @click.option(
+    "--devices",
+    metavar="A,B",
+    help="Do a part on each of these devices, such as cuda:0,cuda:1; all: on every GPU here.",
+)
+@click.option(
     "--max-failures",
     metavar="SHARE",
     help="End with code 3 if more clips than that lose a modality to an error; the recipe's\n"
@@ -63,12 +73,20 @@ def extract(
     check: bool,
     retry: str | None,
     part: str | None,
+    devices: str | None,
     max_failures: str | None,
 ) -> None:
     """Turn the clips of a manifest into feature stores."""
     if max_failures is not None:
         overrides = (*overrides, f"max_failures={max_failures}")
     resolved = load_recipe("extract", recipe, overrides, check)
+    if devices is not None:
+        if part or retry is not None:
+            raise ConfigError(
+                "--devices: does all parts of an extraction; leave out --part, --retry."
+            )
+        _extract_on(devices, recipe, resolved, overrides)
+        return
     click.echo("reading the list of clips and building the networks ...", err=True)
     from karmma_pipeline.extraction.again import Retry
     from karmma_pipeline.extraction.pipeline import extract as run
@@ -85,6 +103,21 @@ def extract(
         finish(report.summary(), *_absences(report.stores), then=then)
     else:
         finish(report.summary())
+
+
+def _extract_on(
+    devices: str, recipe: Path, resolved: ExtractRecipe, overrides: tuple[str, ...]
+) -> None:
+    """Extract with a process on each of some devices."""
+    from karmma_pipeline.batch.devices import extract_on
+    from karmma_pipeline.jobs import StopFlag
+
+    words = ["extract", str(recipe), *(word for one in overrides for word in ("--set", one))]
+    with StopFlag() as stop:
+        extract_on(devices, resolved, words, stop, lambda line: click.echo(line, err=True))
+    stores = {name: resolved.out / name for name in resolved.sets}
+    said = [f"{name}: {path}" for name, path in stores.items()]
+    finish(*said, *_absences(stores), then=next_command(recipe, "teacher", "train-teacher"))
 
 
 def _absences(stores: dict[str, Path]) -> Iterator[str]:
