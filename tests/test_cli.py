@@ -206,6 +206,15 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "Error: the output cannot be written (No space left on device).\n"
 
 
+def test_a_file_that_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"store: {store}\nout: {tmp_path / ('x' * 300)}\n")
+    result = run("train-teacher", recipe)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].endswith("xxx: File name too long.")
+
+
 def test_an_interrupt_during_imports_is_one_line_and_code_75(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("")
     interrupt = (

@@ -56,7 +56,9 @@ class Commands(click.Group):
         except KeyboardInterrupt:  # while nobody looked at a `StopFlag`, such as during imports
             raise Stopped("stopped by SIGINT; run the same command again to go on.") from None
         except OSError as error:
-            # What commands write to files comes as a KarmmaError; this is standard output.
+            if error.filename is not None and error.strerror:
+                raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
+            # What commands write to files names its file; this is standard output.
             if error.errno != errno.ENOSPC:
                 raise
             raise click.ClickException(

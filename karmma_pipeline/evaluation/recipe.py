@@ -115,7 +115,9 @@ class EvaluateRecipe(Recipe):
         "modalities the curve is estimated from that many random subsets per clip, at most 60\n"
         "passes together with the fixed subsets; 0: no curve.",
     )
-    seed: int = Field(0, description="Seed of the draws; every run sees the same masks.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Seed of the draws; every run sees the same masks."
+    )
     costs: bool = Field(True, description="Count FLOPs and parameters, backbones included.")
     memory: bool = Field(
         False, description="Measure peak memory too, in one subprocess per subset (slow)."

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, one_line
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -29,9 +29,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             )
         return torch.device("cuda", local_rank)
     try:
-        torch.empty(1, device=name)
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error, 150)
         raise ConfigError(f"device={name!r}: not available here ({reason}).") from None
     return torch.device(name)
 

@@ -127,7 +127,12 @@ class JoinedStore(MappedStore):
             before, theirs = joined[clips], values(store)
             same = (before == theirs) | ((before != before) & (theirs != theirs))  # NaN is itself
             known = theirs != unknown
-            self._refuse(store, clips, known & (before != unknown) & ~same, f"another {what}")
+            self._refuse(
+                store,
+                clips,
+                known & (before != unknown) & ~same,
+                f"another {what} than in the stores joined before",
+            )
             joined[clips] = np.where(known, theirs, before)
         return joined
 
@@ -140,7 +145,7 @@ class JoinedStore(MappedStore):
                 mine = self.modalities.index(m)
                 here = store.present[:, column]
                 twice = here & (owner[m][clips] >= 0)
-                self._refuse(store, clips, twice, f"{m} that another store has too")
+                self._refuse(store, clips, twice, f"{m} that a store joined before has too")
                 owner[m][clips[here]] = number
                 lacking = owner[m][clips] < 0
                 reasons[clips[here], mine] = Reason.PRESENT
@@ -153,8 +158,8 @@ class JoinedStore(MappedStore):
         if wrong.any():
             ids = ", ".join(i.decode() for i in self.clip_ids[clips[wrong]][:3])
             raise StoreError(
-                f"{store.path}: {int(wrong.sum())} clips have {what} than in the stores joined "
-                f"before, such as {ids}; clips of one id must be the same clip."
+                f"{store.path}: {int(wrong.sum())} clips have {what}, such as "
+                f"{ids}; clips of one id must be the same clip."
             )
 
     def _check_is_current(self) -> None:

@@ -11,13 +11,19 @@ from karmma_pipeline.data.loading.dropout import ModalityDropout
 from karmma_pipeline.data.loading.settings import LoaderSettings
 from karmma_pipeline.models.size import MODELS, FusionSize
 
+#: One store, or several that are read as one.
+Store = Path | Annotated[tuple[Path, ...], Field(min_length=1)]
+#: What PyTorch takes.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Optimiser(Recipe):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
     lr: float = Field(1e-4, gt=0, description="Peak learning rate (ours).")
     weight_decay: float = Field(0.05, ge=0, description="Weight decay of weight matrices (ours).")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas.")
     warmup: float = Field(
         0.1, ge=0, lt=1, description="Fraction of all steps with linear warm-up (ours)."
     )
@@ -99,7 +105,7 @@ class TrainRecipe(Recipe):
     FREE = frozenset({"store", "out", "name", "exclude", "init_from", "save_every_s", "device"})
     SETTLED = frozenset({"precision"})
 
-    store: Path | tuple[Path, ...] = _store("features/student")
+    store: Store = _store("features/student")
     loader: LoaderSettings = Field(LoaderSettings(), description="Loading of tokens.")
     out: Path = _out("runs/student")
     name: str = Field("", description="Name in legends; empty: the run folder's name.")
@@ -195,7 +201,7 @@ class TrainRecipe(Recipe):
         ge=0,
         description="Seconds between training states saved within an epoch; 0: every step.",
     )
-    seed: int = Field(0, description="Seed of initial weights, order of clips, masks and dropout.")
+    seed: Seed = Field(0, description="Seed of initial weights, order of clips, masks and dropout.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -236,7 +242,7 @@ class TrainRecipe(Recipe):
 class TeacherRecipe(TrainRecipe):
     """`karmma train-teacher`: cross-entropy under modality dropout."""
 
-    store: Path | tuple[Path, ...] = _store("features/teacher")
+    store: Store = _store("features/teacher")
     out: Path = _out("runs/teacher")
     size: FusionSize = Field(
         FusionSize(dim=768, layers=2, attention_heads=12, ffn_width=768, head_width=1536),
@@ -262,9 +268,7 @@ def _as_tuple(value: Any) -> Any:
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 #: One store, or a list of them; each may be a list of stores that are read as one.
-Stores = Annotated[
-    tuple[Path | tuple[Path, ...], ...], BeforeValidator(_as_tuple), Field(min_length=1)
-]
+Stores = Annotated[tuple[Store, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class DistillRecipe(TrainRecipe):

@@ -242,7 +242,7 @@ def _train(
         store = as_it_began(recipe.out, store)
     train = usable_clips(recipe, store, recipe.train_split)
     val = usable_clips(recipe, store, recipe.val_split, middle=True)
-    notes = [*check_labels(recipe, store, train, val)]
+    notes = [*check_labels(recipe, store, train, val), *_trained_on(recipe, train, val)]
     caches = _teacher_caches(recipe, store, train)
     learned = _learned(recipe, store, caches)
     notes += _check_cross_fitted(store, learned, train)
@@ -277,6 +277,16 @@ def _train(
         own.teachers = objective if isinstance(objective, DistillationObjective) else None
         objective = own
     return Trainer(setup, state).fit(objective, stop)
+
+
+def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iterator[str]:
+    """Say how many clips are trained on and choose the best epoch, too."""
+    both = len(np.intersect1d(train, val))
+    if both:
+        yield (
+            f"val_split={recipe.val_split!r}: {both} of its {len(val)} clips are trained on: its "
+            "accuracy says nothing about other clips"
+        )
 
 
 def _try_out(

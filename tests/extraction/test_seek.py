@@ -28,10 +28,10 @@ OPEN = {"x264-params": "open-gop=1:keyint=30:bframes=3"}
 REFRESH = {"x264-params": "intra-refresh=1:keyint=30"}
 
 
-def encode(path: Path, codec: str, count: int = 150, /, **options: str) -> Path:
-    """Write pictures that show their numbers, 25 a second."""
+def encode(path: Path, codec: str, count: int = 150, fps: int = FPS, /, **options: str) -> Path:
+    """Write pictures that show their numbers, 25 a second if not said otherwise."""
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=FPS)
+        stream: Any = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
         if "bf" in options:  # an option of all codecs
             stream.codec_context.max_b_frames = int(options.pop("bf"))
@@ -86,6 +86,15 @@ def test_every_picture_alone_is_the_one_of_a_scan(tmp_path: Path, kind: str) -> 
         np.testing.assert_allclose(steps, 1 / FPS, atol=2e-3)
     numbers = np.random.default_rng(0).permutation(150)[:40]
     for number in [0, 149, *numbers.tolist()]:
+        ((_, picture),) = file.decode(np.array([number]))
+        assert read_counter(picture) == number
+
+
+def test_pictures_of_one_time_stamp_keep_their_order(tmp_path: Path) -> None:
+    """Matroska counts milliseconds: two pictures of 2,000 a second share one."""
+    file = MediaFile(encode(tmp_path / "v.mkv", "libx264", 60, 2000, bf="3", g="20"))
+    assert (np.diff(file.frame_starts) == 0).any()
+    for number in (0, 7, 18, 21, 22, 38, 39, 59):
         ((_, picture),) = file.decode(np.array([number]))
         assert read_counter(picture) == number
 

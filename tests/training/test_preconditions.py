@@ -10,15 +10,18 @@ import torch
 from support.tiny_store import write_store
 from support.training import StopAt, results, student_recipe, teacher_recipe
 
+from karmma_pipeline.config import resolve
 from karmma_pipeline.errors import (
     CheckpointError,
     ConfigError,
     ManifestError,
     StoppedError,
 )
+from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import begin_from, load_model, read_card
 from karmma_pipeline.store import FeatureStore
 from karmma_pipeline.training.progress import TrainingProgress
+from karmma_pipeline.training.recipe import TeacherRecipe
 from karmma_pipeline.training.stages import distill, train_teacher
 
 
@@ -31,6 +34,29 @@ def test_a_training_without_any_label_is_refused_before_it_begins(tmp_path: Path
     with pytest.raises(ManifestError, match="no clip of train_split='train' has a label"):
         train_teacher(teacher_recipe(bare, tmp_path / "r", epochs=1))
     assert not (tmp_path / "r").exists()
+
+
+def test_clips_that_are_trained_on_and_choose_the_epoch_are_counted(
+    store: Path, tmp_path: Path
+) -> None:
+    train_teacher(teacher_recipe(store, tmp_path / "r", epochs=1, val_split="train"))
+    assert "clips are trained on: its accuracy says nothing" in (tmp_path / "r/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 2**64), ("seed", -(2**63) - 1), ("store", ()), ("optimiser", {"betas": (0.9, 1)})],
+)
+def test_what_pytorch_cannot_take_is_refused_by_the_recipe(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^recipe: {key}"):
+        resolve(TeacherRecipe, {"store": "s", "out": "o", key: value}, {})
+
+
+def test_a_device_that_computes_nothing_is_not_available() -> None:
+    for name in ("meta", "gpu", "mps"):
+        with pytest.raises(ConfigError, match=f"^device='{name}': not available here") as caught:
+            pick_device(name)
+        assert len(str(caught.value)) < 250
 
 
 def test_a_metric_that_is_undefined_is_none_and_never_chooses(tmp_path: Path) -> None:

@@ -265,7 +265,10 @@ class _Order:
         """Return the order by time stamps, None where some lack or cannot be right."""
         packets = self.packets
         own = [pts for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
-        if None in own or (not packets.timed and len(set(own)) < len(own)):
+        # Of pictures of one time stamp, as clocks too coarse for the rate give, only the order
+        # of decoding is known.
+        unsure = not packets.timed or self.reordered
+        if None in own or (unsure and len(set(own)) < len(own)):
             return None
         return np.array([-inf if pts is None else pts for pts in packets.pts], np.float64)
 

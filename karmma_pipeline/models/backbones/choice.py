@@ -454,6 +454,9 @@ def parse_seed(weights: str) -> int | None:
     if not weights.startswith("random:"):
         return None
     try:
-        return int(weights.removeprefix("random:"))
+        seed = int(weights.removeprefix("random:"))
     except ValueError:
-        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.") from None
+        seed = 2**64
+    if not -(2**63) <= seed < 2**64:  # what PyTorch takes
+        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.")
+    return seed
