@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.evaluation.drop_curve import Correct
-from karmma_pipeline.evaluation.predict import Predictions
+from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.results import Bin, Calibration
 from karmma_pipeline.metrics import ACTION, softmax
 from karmma_pipeline.modalities import NOTHING
@@ -21,7 +21,7 @@ BINS = 15
 _SHOWN = 5
 
 
-def confusion(run: Predictions) -> dict[str, tuple[tuple[int, int, int], ...]]:
+def confusion(run: SubsetLogits) -> dict[str, tuple[tuple[int, int, int], ...]]:
     """Return class, answer and clips for each pair that occurs; see `RunResult.confusion`."""
     found = {}
     seen = run.present.any(axis=1)
@@ -65,7 +65,7 @@ def _binned(confidence: Floats, right: npt.NDArray[np.bool_]) -> Calibration:
     return Calibration(ece=error, bins=bins)
 
 
-def best_answers(runs: Iterable[Predictions]) -> str:
+def best_answers(runs: Iterable[SubsetLogits]) -> str:
     """Return a table of what all runs answer: of each clip and head the five likeliest classes."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -79,7 +79,7 @@ def best_answers(runs: Iterable[Predictions]) -> str:
     return buffer.getvalue()
 
 
-def _rows(run: Predictions, head: str, seen: list[str]) -> Iterable[list[str]]:
+def _rows(run: SubsetLogits, head: str, seen: list[str]) -> Iterable[list[str]]:
     names, shares = run.card.heads[head], softmax(run.logits[head][0])
     order = np.argsort(-shares, axis=1, kind="stable")[:, :_SHOWN]
     of_order = np.take_along_axis(shares, order, axis=1)

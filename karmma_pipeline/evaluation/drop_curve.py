@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
-from karmma_pipeline.evaluation.predict import Predictions, drawn_sizes
+from karmma_pipeline.evaluation.predict import SubsetLogits, drawn_sizes
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import (
     DropCurve,
@@ -50,7 +50,7 @@ class Correct:
         check: called before each of many steps, may raise.
     """
 
-    def __init__(self, run: Predictions, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, run: SubsetLogits, check: Callable[[], None] = lambda: None) -> None:
         self.run, self._check = run, check
         heads = list(run.logits)
         self.metrics = metric_names(heads)
@@ -189,7 +189,7 @@ def _sampled(
     )
 
 
-def _estimate(run: Predictions, table: Floats, rows: Bools, rate: float) -> DropPoint:
+def _estimate(run: SubsetLogits, table: Floats, rows: Bools, rate: float) -> DropPoint:
     """Return the estimated point of a curve.
 
     Its interval is over clips and draws, that of ``sampled`` what the draws alone leave open.
@@ -215,7 +215,7 @@ def _estimate(run: Predictions, table: Floats, rows: Bools, rate: float) -> Drop
     )
 
 
-def _weights(run: Predictions, rows: Bools, rate: float) -> Floats:
+def _weights(run: SubsetLogits, rows: Bools, rate: float) -> Floats:
     """Return what each pass of each clip counts for at a drop rate, [S + D, N]."""
     present, drawn = run.present[rows], run.drawn[:, rows]
     clips, count = np.arange(len(present)), present.sum(axis=1)

@@ -17,7 +17,7 @@ from karmma_pipeline.evaluation.comparison import (
 )
 from karmma_pipeline.evaluation.complete_view import best_answers
 from karmma_pipeline.evaluation.drop_curve import Correct
-from karmma_pipeline.evaluation.predict import NOTHING_KEPT, Predictions, align, predict
+from karmma_pipeline.evaluation.predict import NOTHING_KEPT, SubsetLogits, align, predict
 from karmma_pipeline.evaluation.predictions import html_table
 from karmma_pipeline.evaluation.probe import probe_all
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, with_stores
@@ -97,7 +97,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
 
 
 def _score(
-    predictions: list[Predictions],
+    predictions: list[SubsetLogits],
     by_name: dict[str, list[int]],
     recipe: EvaluateRecipe,
     device: torch.device,
@@ -135,7 +135,7 @@ def _score(
     )
 
 
-def _write_predictions(predictions: list[Predictions], recipe: EvaluateRecipe) -> None:
+def _write_predictions(predictions: list[SubsetLogits], recipe: EvaluateRecipe) -> None:
     """Write what every number of the report can be computed from again, and what people read."""
     files.write_text(recipe.out / _ANSWERS, best_answers(predictions))
     for number, run in enumerate(predictions):

@@ -50,7 +50,7 @@ NOTHING_KEPT = "nothing of this evaluation is kept"
 
 
 @dataclass(frozen=True)
-class Predictions:
+class SubsetLogits:
     """What one run says of the clips of a split.
 
     logits: head to float32 [S + D, N, C], raw. labels: head to int64 [N], -1 unknown.
@@ -116,7 +116,9 @@ class Predictions:
         files.write_bytes(path, save(tensors, metadata={"karmma": about}))
 
 
-def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag) -> Predictions:
+def predict(
+    run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
+) -> SubsetLogits:
     """Run a saved model over the split, once per subset of its modalities; says how often.
 
     Of a store with views, logits are the mean over a clip's views.
@@ -156,7 +158,7 @@ def predict(run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopF
         for of_batch in average_views(answers, store):
             for head, parts in outputs.items():
                 parts.append(np.stack([logits[head].numpy() for _, logits in of_batch]))
-    return Predictions(
+    return SubsetLogits(
         name,
         card,
         store,
@@ -216,7 +218,7 @@ def _masks(
     return masks
 
 
-def align(runs: list[Predictions]) -> list[Predictions]:
+def align(runs: list[SubsetLogits]) -> list[SubsetLogits]:
     """Return the runs with their clips in the order of the first.
 
     Raises:
@@ -237,7 +239,7 @@ def align(runs: list[Predictions]) -> list[Predictions]:
     return [first, *(_in_order(run, first.clip_ids) for run in runs[1:])]
 
 
-def _in_order(run: Predictions, clip_ids: npt.NDArray[np.bytes_]) -> Predictions:
+def _in_order(run: SubsetLogits, clip_ids: npt.NDArray[np.bytes_]) -> SubsetLogits:
     if np.array_equal(run.clip_ids, clip_ids):
         return run
     rows = np.empty(len(clip_ids), np.int64)

@@ -15,7 +15,7 @@ import torch
 
 from karmma_pipeline.data.loading.clips import clips_of_split
 from karmma_pipeline.errors import ManifestError
-from karmma_pipeline.evaluation.predict import Predictions
+from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Probe
 from karmma_pipeline.evaluation.score import score
@@ -32,7 +32,7 @@ _CHUNK = 256
 
 
 def probe_all(
-    runs: Sequence[Predictions], recipe: EvaluateRecipe, check: Callable[[], None]
+    runs: Sequence[SubsetLogits], recipe: EvaluateRecipe, check: Callable[[], None]
 ) -> tuple[list[Probe], list[str]]:
     """Return the probes of each store that a run stands on, and a line for each left out.
 
@@ -77,7 +77,7 @@ class _Data:
     """Standardised tokens of some modalities: of training, choosing and reported clips."""
 
     def __init__(
-        self, run: Predictions, subset: tuple[str, ...], clips: list[npt.NDArray[np.int64]]
+        self, run: SubsetLogits, subset: tuple[str, ...], clips: list[npt.NDArray[np.int64]]
     ) -> None:
         self.run, self.subset = run, subset
         store = run.store

@@ -19,7 +19,7 @@ from karmma_pipeline.evaluation.complete_view import calibration, confusion
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.evaluation.drop_curve import Correct, drop_curves
 from karmma_pipeline.evaluation.paper import SIZES
-from karmma_pipeline.evaluation.predict import Predictions
+from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles, data_name
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
@@ -29,7 +29,7 @@ _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
 _NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
 
 
-def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
+def clip_facts(run: SubsetLogits, recipe: EvaluateRecipe) -> results.Data:
     """Return what the report says of the clips, which are the same for every run."""
     heads = {head: tuple(names) for head, names in run.card.heads.items()}
     counts = {
@@ -54,7 +54,7 @@ def clip_facts(run: Predictions, recipe: EvaluateRecipe) -> results.Data:
 
 
 def _notes(
-    run: Predictions, recipe: EvaluateRecipe, counts: dict[str, npt.NDArray[np.int64]]
+    run: SubsetLogits, recipe: EvaluateRecipe, counts: dict[str, npt.NDArray[np.int64]]
 ) -> Iterator[str]:
     if not any(c.any() for c in counts.values()):
         yield _NO_LABELS
@@ -74,13 +74,13 @@ def _notes(
         yield f"The clips that {recipe.exclude} lists are left out."
 
 
-def _count_reasons(run: Predictions, modality: int) -> dict[str, int]:
+def _count_reasons(run: SubsetLogits, modality: int) -> dict[str, int]:
     codes = Counter(np.asarray(run.store.reasons)[run.clips, modality].tolist())
     return {Reason(c).label: n for c, n in sorted(codes.items()) if c != Reason.PRESENT}
 
 
 def _majority_class(
-    run: Predictions, counts: dict[str, npt.NDArray[np.int64]]
+    run: SubsetLogits, counts: dict[str, npt.NDArray[np.int64]]
 ) -> dict[str, float | None]:
     """Return the accuracy of naming the most frequent class, or combination of classes."""
     accuracy = {h: 100 * float(c.max() / c.sum()) if c.any() else None for h, c in counts.items()}
@@ -124,7 +124,7 @@ def run_result(
     )
 
 
-def chosen_on(run: Predictions) -> str | None:
+def chosen_on(run: SubsetLogits) -> str | None:
     """Return the split on which a run's epoch was chosen; None if none chose it, or unknown."""
     training = run.card.training
     if run.checkpoint == "last" or training.get("select_by") == "epoch":
@@ -132,7 +132,7 @@ def chosen_on(run: Predictions) -> str | None:
     return training.get("val_split")
 
 
-def split_warnings(runs: Sequence[Predictions], split: str) -> Iterator[str]:
+def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
     """Yield how the clips that are reported are those that shaped the models, if they are."""
     for what, of_run in (
         ("their best epoch was chosen on", chosen_on),
@@ -200,7 +200,7 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[result
             )
 
 
-def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
+def find_groups(run: SubsetLogits, lists: GroupFiles) -> dict[str, Bools]:
     """Return ``unseen_HEAD`` and ``tail_HEAD`` masks [N], as EPIC-KITCHENS-100 defines them.
 
     A tail action has a tail class in any head (the official evaluator's OR). Where the recipe
@@ -222,7 +222,7 @@ def find_groups(run: Predictions, lists: GroupFiles) -> dict[str, Bools]:
 
 
 def _tail_ids(
-    run: Predictions, lists: GroupFiles, published: dict[str, Any]
+    run: SubsetLogits, lists: GroupFiles, published: dict[str, Any]
 ) -> dict[str, list[int]]:
     if not lists.tail:
         return {head: ids for head, ids in published.get("tail", {}).items() if head in run.labels}

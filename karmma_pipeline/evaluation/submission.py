@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.evaluation.predict import Predictions
+from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.recipe import EpicSubmission
 
 CLASSES = {"verb": 97, "noun": 300}
@@ -32,7 +32,7 @@ Rows = npt.NDArray[np.float32]
 def write_submission(
     folder: Path,
     name: str,
-    run: Predictions,
+    run: SubsetLogits,
     levels: EpicSubmission,
     groups: Mapping[str, npt.NDArray[np.bool_]],
 ) -> None:
