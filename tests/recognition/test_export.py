@@ -398,6 +398,18 @@ def test_bad_input_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: Any)
     assert not out.exists()
 
 
+def test_flow_by_a_network_is_refused_before_any_network_is_built(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(root / "run", tmp_path / "run"))
+    card = json.loads((run / "model.json").read_text())
+    card["provenance"]["flow"]["flow"] |= {"source": "raft_small", "raft_sha256": "0"}
+    (run / "model.json").write_text(json.dumps(card))
+    monkeypatch.setattr(Recognizer, "of", lambda *_: pytest.fail("networks were built"))
+    said = command("export", run, "--out", tmp_path / "out")
+    assert "its flow is computed by raft_small, a network that is not exported" in said
+
+
 def test_an_earlier_export_is_replaced(root: Path, copy: Path) -> None:
     before = (copy / "export.json").read_bytes()
     (copy / "fusion.onnx").write_bytes(b"")
