@@ -12,9 +12,15 @@ from karmma_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.choice import Engine
+    from karmma_pipeline.recognition.live import Answered
     from karmma_pipeline.recognition.output import Row
     from karmma_pipeline.recognition.recognizer import Recognizer
     from karmma_pipeline.recognition.stream import Stream
+
+_TOO_LATE = (
+    "answers come up to {:.3g} s late, more than a window of {:g} s: skipped windows do not help, "
+    "since one answer takes that long; name a smaller model, a faster device or a longer --window"
+)
 
 
 @click.command()
@@ -105,12 +111,17 @@ def live(
         if not fast:
             play = playing.at_its_rate
             stream.warm_up()
-        for prediction in play(stream, events, failures, show, stop):
-            row = row_of(prediction, top, {})
+        late_s = 0.0
+        for answered in play(stream, events, failures, show, stop):
+            row = row_of(answered.prediction, top, {})
             click.echo(row.sentence())
+            late_s = max(late_s, answered.late_s)
             if page is not None:
-                page.show(_plain(row, stream, prediction.mask))
-    click.echo(f"{stream.skipped} windows were skipped")
+                page.show(_plain(row, stream, answered))
+    said = f"{stream.skipped} windows were skipped"
+    click.echo(said if fast else f"{said}; the latest answer came {late_s:.2f} s after its window")
+    if late_s > window_s and not fast:
+        click.echo(_TOO_LATE.format(late_s, window_s))
 
 
 def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
@@ -129,19 +140,21 @@ def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
             held += [] if played.skipped else [played.hop_s]
     said = f"the smallest hop held is {min(held):.3g} s" if held else "no hop was held"
     click.echo(f"{said}, with windows of {window_s:g} s")
+    if slowest_s > window_s:
+        click.echo(_TOO_LATE.format(slowest_s, window_s))
 
 
-def _plain(row: Row, stream: Stream, mask: Any) -> dict[str, Any]:
+def _plain(row: Row, stream: Stream, answered: Answered) -> dict[str, Any]:
     """Return what the page shows of a window, JSON-plain."""
     from karmma_pipeline.recognition.output import plain_top
 
     return {
         "start_s": row.start_s,
         "stop_s": row.stop_s,
-        "mask": dict(mask),
+        "mask": dict(answered.prediction.mask),
         "reasons": dict(row.reasons),
         "top": plain_top(row),
         "said": row.best(next(iter(row.top), "")),
-        "lag_s": stream.lag_s,
+        "lag_s": answered.late_s,
         "skipped": stream.skipped,
     }

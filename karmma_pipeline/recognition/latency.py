@@ -47,18 +47,18 @@ class Latency:
 
 @dataclass(frozen=True)
 class Played:
-    """What came of sensors that were answered in real time; ``lag_s`` is the largest."""
+    """What came of sensors that were answered in real time; ``late_s`` is the largest."""
 
     hop_s: float
     answered: int
     skipped: int
-    lag_s: float
+    late_s: float
 
     def sentence(self) -> str:
         """Return it as a line."""
         return (
             f"hop {self.hop_s:.3g} s in real time: {self.answered} windows answered, "
-            f"{self.skipped} skipped, the latest answer {self.lag_s:.2f} s after its window"
+            f"{self.skipped} skipped, the latest answer {self.late_s:.2f} s after its window"
         )
 
 
@@ -138,13 +138,11 @@ def _rounded_up(hop_s: float) -> float:
 
 
 def _play(stream: Stream, stop: StopFlag) -> Played:
-    settings, began = stream.settings, list[float]()
+    settings, noise = stream.settings, stream.noise()
     windows = min(max(_LEAST_PLAYED, round(_PLAYED_S / settings.hop_s)), _MOST_PLAYED)
     end_s = settings.window_s + settings.tolerance_s + (windows - 0.5) * settings.hop_s
-    noise = stream.noise()
 
     def events() -> Iterator[Event]:
-        began.append(time.monotonic())
         for there_s in (n * _TICK_S for n in count(1)):
             for sensor, at_s, values in noise.until(there_s):
                 yield there_s, sensor, at_s, values
@@ -152,9 +150,6 @@ def _play(stream: Stream, stop: StopFlag) -> Played:
                 return
 
     stream.warm_up()
-    answered, lag_s = 0, 0.0
-    for prediction in at_its_rate(stream, events(), Failures(0, 0), lambda picture: None, stop):
-        answered += 1
-        ended_s = prediction.clip.stop_s or 0.0
-        lag_s = max(lag_s, time.monotonic() - began[0] - ended_s)
-    return Played(settings.hop_s, answered, stream.skipped, lag_s)
+    answers = at_its_rate(stream, events(), Failures(0, 0), lambda picture: None, stop)
+    late = [answer.late_s for answer in answers]
+    return Played(settings.hop_s, len(late), stream.skipped, max(late, default=0.0))

@@ -4,6 +4,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,17 @@ class Failures:
         return self._dead.get(sensor, False)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A prediction, and how many seconds after the end of its window it was there."""
+
+    prediction: Prediction
+    late_s: float
+
+
 def simulated(
     stream: Stream, events: Iterator[Event], failures: Failures, show: OnPicture, stop: StopFlag
-) -> Iterator[Prediction]:
+) -> Iterator[Answered]:
     """Yield the answers that a machine would give which is never late."""
     hop_s = stream.settings.hop_s
     now_s = stream.settings.window_s + stream.settings.tolerance_s
@@ -145,16 +154,16 @@ def simulated(
         stop.check("what was recognised has been printed")
         while there_s > now_s:
             if (prediction := stream.step(now_s)) is not None:
-                yield prediction
+                yield Answered(prediction, stream.lag_s)
             now_s += hop_s
         _pass_on(stream, failures, show, (there_s, sensor, at_s, values))
     if (prediction := stream.step(now_s)) is not None:
-        yield prediction
+        yield Answered(prediction, stream.lag_s)
 
 
 def at_its_rate(
     stream: Stream, events: Iterator[Event], failures: Failures, show: OnPicture, stop: StopFlag
-) -> Iterator[Prediction]:
+) -> Iterator[Answered]:
     """Yield answers while a source plays in a thread of its own, as sensors do."""
     started, over = time.monotonic(), threading.Event()
     faults: list[BaseException] = []
@@ -184,7 +193,8 @@ def at_its_rate(
             now_s = time.monotonic() - started
             prediction = stream.step(now_s) if now_s >= first_s else None
             if prediction is not None:
-                yield prediction
+                took_s = time.monotonic() - started - now_s
+                yield Answered(prediction, stream.lag_s + took_s)
             elif last:
                 break
             else:

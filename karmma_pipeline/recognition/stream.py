@@ -121,7 +121,9 @@ class Stream:
         settings: how it looks at its sensors.
         modalities: that the model takes.
         skipped: windows that passed while nobody asked for them.
-        lag_s: how long before the last answered step its window ended.
+        lag_s: how long before the last answered step its window ended: at most a hop and the
+            tolerance where `step` is called whenever the last answer is there, however long that
+            took. The answer's own time is not in it.
     """
 
     def __init__(

@@ -61,7 +61,8 @@ def test_what_plays_at_its_rate_is_answered_to_its_end() -> None:
     shown: list[Any] = []
     answers = [*at_its_rate(stream, iter(frames), Failures(0, 0), shown.append, StopFlag())]
     assert len(shown) == 25
-    starts = [answer.clip.start_s for answer in answers]
+    starts = [answer.prediction.clip.start_s for answer in answers]
+    assert all(answer.late_s > 0 for answer in answers)
     assert starts == sorted(set(starts))
     assert len(answers) + stream.skipped >= 2  # however slow the machine is
 
@@ -122,6 +123,16 @@ def test_measuring_times_every_subset_and_plays_hops_until_one_is_missed(
     assert hops[1] > hops[0]
     assert hops[2:] == pytest.approx([hops[1] / 2, hops[1] / 4], rel=0.01)
     assert said[11].startswith(f"the smallest hop held is {hops[2]:g} s")
+    assert len(said) == 12
+
+
+def test_an_answer_that_takes_longer_than_its_window_is_said_to(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = latency.Latency(("rgb",), 12, 2.3, 2.5)
+    monkeypatch.setattr(latency, "latencies", lambda *_: iter([slow]))
+    monkeypatch.setattr(latency, "play_hops", lambda *_: iter([latency.Played(2.5, 10, 0, 2.6)]))
+    assert "2.5 s late, more than a window of 2 s" in live(root, "--measure", "--window", 2)[-1]
 
 
 def test_what_is_played_to_measure_is_answered_or_counted(
@@ -132,7 +143,7 @@ def test_what_is_played_to_measure_is_answered_or_counted(
     played = latency._play(tiny_recognizer().stream(window_s=0.3, hop_s=0.1), StopFlag())
     assert played.answered >= 1
     assert played.answered + played.skipped >= 3
-    assert played.lag_s > 0
+    assert played.late_s > 0
 
 
 def ask(address: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:

@@ -124,6 +124,25 @@ def test_a_slow_machine_skips_windows_and_counts_them(recognizer: Recognizer) ->
     assert stream.lag_s == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("takes_s", [0.1, 0.7, 1.3, 5.0])
+def test_a_window_waits_for_no_longer_than_a_hop_however_long_answers_take(
+    recognizer: Recognizer, takes_s: float
+) -> None:
+    hop_s, tolerance_s, poll_s = 0.5, 0.1, 0.01
+    stream = recognizer.stream(2.0, hop_s, tolerance_s=tolerance_s)
+    now_s, places = 2.0 + tolerance_s, list[int]()
+    while len(places) < 20:
+        prediction = stream.step(now_s)
+        if prediction is None:
+            now_s += poll_s
+            continue
+        places.append(round((prediction.clip.start_s or 0.0) / hop_s))
+        assert tolerance_s - 1e-6 <= stream.lag_s < tolerance_s + hop_s + poll_s
+        now_s += takes_s
+    assert stream.skipped == places[-1] + 1 - len(places)
+    assert (stream.skipped == 0) == (takes_s < hop_s)
+
+
 def test_absent_modalities_cost_no_pass_and_pairs_are_measured_once(
     recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
