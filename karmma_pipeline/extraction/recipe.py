@@ -348,10 +348,10 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
                 near = difflib.get_close_matches(modality, [*there, *KNOWN], n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"they have: {', '.join(there)}"
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
-    return _with_views(manifest, recipe.views)
+    return with_views(manifest, recipe.views)
 
 
-def _with_views(manifest: Manifest, views: Views) -> Manifest:
+def with_views(manifest: Manifest, views: Views) -> Manifest:
     """Return each clip as often as it has views, in their order."""
     if views.count == 1:
         return manifest

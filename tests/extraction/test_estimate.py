@@ -93,6 +93,27 @@ def test_duplicates_and_overlaps_between_splits_are_found(tmp_path: Path) -> Non
     assert plan["overlaps_between_splits"] == [["a", "c"], ["e", "g"]]  # e reaches over f to g
 
 
+def test_views_count_in_disk_and_time_and_not_among_the_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "a,v.mp4,0,2,x,train\nb,w.mp4,0,2,x,val\n"
+    views = {"clips": 2, "crops": 3}
+    monkeypatch.setattr(cost, "extract", lambda recipe, manifest: ExtractReport({}, marks=[(1, 0)]))
+    monkeypatch.setattr(cost, "perf_counter", iter((0.0, 3600.0) * 2).__next__)
+    for name in "vw":
+        (tmp_path / f"{name}.mp4").touch()
+    plain, viewed = (
+        estimate(recipe_of(tmp_path, rows, device="cpu", **more), probe=False)
+        for more in ({}, {"views": views})
+    )
+    assert viewed["found"] == ["6 views of each of 2 clips: 12 rows"]
+    for key in ("clips", "hours", "splits", "present", "same_video_and_span"):
+        assert viewed[key] == plain[key], key
+    assert (plain["time"]["hours"], viewed["time"]["hours"]) == (2, 12)
+    tokens = [plan["disk"]["token_bytes"]["one"]["rgb"] for plan in (plain, viewed)]
+    assert tokens[1] > 5 * tokens[0]
+
+
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """A plan of many fates, and the folder of the extraction that then ran."""

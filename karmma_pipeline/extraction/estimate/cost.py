@@ -23,6 +23,7 @@ from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.store import ModalitySpec
 from karmma_pipeline.store.format import layout
+from karmma_pipeline.views import Views
 
 # Clips that follow one another in the list, as extraction meets them.
 _RUN = 8
@@ -93,6 +94,7 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, present: Presence) 
     size = small if recipe.batch_size == "auto" else recipe.batch_size
     with tempfile.TemporaryDirectory(prefix="karmma-plan-") as name:
         changes = {"out": Path(name) / "out", "batch_size": size, "max_failures": 1.0}
+        changes |= {"views": Views()}  # of a clip's views perhaps not all are among the few
         started, some = perf_counter(), Manifest(few, manifest.heads)
         marks = extract(recipe.model_copy(update=changes), manifest=some).marks
         total_s = perf_counter() - started

@@ -15,8 +15,9 @@ from karmma_pipeline.data.manifest import describe_heads
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.survey import CUT, STARTS_LATE, STOPS_LATE, survey
-from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
+from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, with_views
 from karmma_pipeline.extraction.report import per_second
+from karmma_pipeline.views import Views
 
 Plan = dict[str, Any]
 
@@ -43,8 +44,10 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
     Raises:
         KarmmaError: the annotations or the recipe are faulty.
     """
-    manifest = read_clips(recipe)
-    facts, present, wanted = survey(recipe, manifest, probe=probe)
+    clips = read_clips(recipe.model_copy(update={"views": Views()}))
+    facts, *seen = survey(recipe, clips, probe=probe)
+    manifest, views = with_views(clips, recipe.views), recipe.views.count
+    present, wanted = ({m: of.repeat(views) for m, of in some.items()} for some in seen)
     lost, disk = facts["clips_lost_to_faults"], cost.disk(recipe, manifest, present)
     whole = cost.disk(recipe, manifest, wanted)["total_bytes_about"]
     time: Plan = {"device": "", "measured_on_clips": 0, "seconds_per_clip": None}
@@ -56,7 +59,7 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         except KarmmaError as error:
             time["problem"] = str(error)
     clip_s = time["seconds_per_clip"]
-    hours = None if clip_s is None else clip_s * (len(manifest.clips) - lost) / 3600
+    hours = None if clip_s is None else clip_s * views * (len(clips.clips) - lost) / 3600
     return {
         "found": list(manifest.notes),
         "left_out": list(manifest.left_out),
@@ -66,7 +69,7 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         "cuts": cost.cuts(recipe),
         "time": {**time, "hours": hours},
         "array_tasks": None if hours is None else tasks(hours, disk["shards"], TASK_HOURS),
-        "too_many_lost": not recipe.allows(lost, len(manifest.clips)),
+        "too_many_lost": not recipe.allows(lost * views, len(manifest.clips)),
     }
 
 

@@ -51,7 +51,7 @@ def survey(
 
     Args:
         recipe: which modalities, windows and sampling.
-        manifest: the clips.
+        manifest: the clips, each once however many views it has.
         probe: open the files; else only look whether they are there.
 
     Returns:
@@ -209,7 +209,8 @@ def _windows(
             grid = source.fps / source.stride if isinstance(source, FrameSource) else None
             rate = grid or checks[source_key(source)].fps
             if seconds or rate:
-                short.append(stop - start < (seconds or frames / (rate or 1)) - 1e-9)
+                length = (stop - start) / (1 if seconds else recipe.views.clips)
+                short.append(length < (seconds or frames / (rate or 1)) - 1e-9)
         if short and frames > 1:
             counts = {"clips": sum(short), "of": len(short)}
             yield {"modality": modality, "frames": frames, "seconds": seconds, **counts}
