@@ -9,7 +9,7 @@ import torch
 from support.media_files import write_video
 from support.training import SIZE
 
-from karmma_pipeline import config
+from karmma_pipeline import config, predict
 from karmma_pipeline.data.loading.clips import predict_masked
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import read_manifest
@@ -25,6 +25,7 @@ from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.store import FeatureStore, verify
 from karmma_pipeline.training.recipe import BaselineRecipe
 from karmma_pipeline.training.stages import train_baseline
+from karmma_pipeline.views import Views
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +84,35 @@ def test_a_store_of_cut_backbones_holds_activations_and_pictures(root: Path) -> 
     assert sizes["layer4"] == store.specs["rgb"].clip_bytes == 2 * 16 * 256
     assert sizes["tokens"] == 2 * 4 * 512
     assert "cut.rgb: a clip takes 6.14kB (input)" in text(plan, recipe(root), root / "m.yaml")
+
+
+def test_views_of_cut_backbones_train_and_are_averaged(root: Path) -> None:
+    """`views` and `cut` in one recipe: rows are activations and pictures of each view."""
+    choices = recipe(root).sets["plain"]
+    sets = {
+        "cut": {"rgb": choices["rgb"].cut_at("input"), "audio": choices["audio"].cut_at("layer4")}
+    }
+    changes = {"out": root / "viewed", "views": Views(clips=2, crops=3), "sets": sets}
+    assert extract(recipe(root).model_copy(update=changes)).complete
+    store = FeatureStore.open(root / "viewed/cut")
+    assert (len(store), store.shape("rgb")) == (4 * 6, (2, 3 * 32 * 32))
+    pictures = store.gather("rgb", torch.arange(6, 12))
+    assert pictures.dtype == torch.uint8
+    assert len(torch.unique(pictures.flatten(1), dim=0)) == 6
+    tree = {"store": str(store.path), "out": str(root / "viewed_run"), "epochs": 1, "size": SIZE,
+            "val_split": "train", "suffix": {"lr": 1e-3, "crop": 0.7, "flip": True}}  # fmt: skip
+    train_baseline(config.build(BaselineRecipe, tree, "test"))
+    said = predict(root / "viewed_run", store)
+    assert said.clip_ids == ("c0", "c1", "c2", "c3")
+    model, _ = load_model(root / "viewed_run/best")
+    batch = {m: store.gather(m, torch.arange(24)) for m in store.modalities}
+    with torch.inference_mode():
+        each = model(batch, torch.ones(24, 2, dtype=torch.bool))["verb"]
+    wanted = each.view(4, 6, -1).mean(dim=1).numpy()
+    np.testing.assert_allclose(said.logits["verb"], wanted, atol=1e-4)
+    clips = read_manifest(root / "m.csv").clips
+    (one,) = Recognizer.load(root / "viewed_run", "cpu").predict(clips[:1], workers=0)
+    assert all(one.mask.values())
 
 
 def test_a_recogniser_says_of_raw_video_what_the_stored_rows_say(root: Path) -> None:
