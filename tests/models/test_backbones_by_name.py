@@ -41,6 +41,10 @@ PICTURES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
     "Dinov2": ("Dinov2Model", PICTURE | DINO2, "BitImageProcessor", CROP | {"resample": 3}, 1),
     "DINOv3ViT": ("DINOv3ViTModel", PICTURE | SIZES | {"num_register_tokens": 4},
                   "DINOv3ViTImageProcessor", SQUARE, 5),
+    "Dinov2WithRegisters": ("Dinov2WithRegistersModel",
+                            PICTURE | DINO2 | {"num_register_tokens": 4}, "BitImageProcessor",
+                            CROP | {"resample": 3}, 5),
+    "ViT": ("ViTModel", PICTURE | SIZES, "ViTImageProcessor", SQUARE, 1),
     "SiglipVision": ("SiglipVisionModel", PICTURE | SIZES, "SiglipImageProcessor", SQUARE, 0),
     "CLIPVision": ("CLIPVisionModel", PICTURE | SIZES, "CLIPImageProcessor", CROP, 1),
     "Timesformer": ("TimesformerModel", PICTURE | SIZES | {"num_frames": 4},
@@ -172,6 +176,55 @@ def test_pictures_and_tokens_are_those_of_transformers(
     assert backbone.provenance()["transformers"] == transformers.__version__
 
 
+def test_the_tokens_of_videoprism_are_those_of_transformers(
+    tmp_path: Path, transformers: Any
+) -> None:
+    """Its blocks of space and of time are no one list, so that its last layer alone is taken."""
+    if not hasattr(transformers, "VideoPrismVisionModel"):
+        pytest.skip("this transformers has no VideoPrism")
+    settings = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"} | {
+        "num_spatial_layers": 2, "num_temporal_layers": 1, "image_size": 32, "num_frames": 4,
+        "tubelet_size": [1, 16, 16],
+    }  # fmt: skip
+    processor = transformers.LlavaOnevisionVideoProcessor(**SQUARE)
+    net = saved(transformers, tmp_path, "VideoPrismVisionModel", settings, processor)
+    choice = BackboneChoice(name=f"hf:{tmp_path}")
+    backbone, clip = Backbone(choice), frames()
+    assert (choice.frame_count, choice.raw_grid) == (4, (4, 2, 2))
+    x = backbone.prepare(torch.from_numpy(choice.transform.apply(clip))[None])
+    pictures = torch.from_numpy(clip).permute(0, 3, 1, 2)
+    given = processor(pictures, return_tensors="pt")["pixel_values_videos"]
+    off = (x.transpose(1, 2) - given).abs() * min(choice.transform.std)
+    assert off.mean() <= 1 / 255
+    assert off.max() <= 8 / 255
+    with torch.inference_mode():
+        same(backbone(x)[0], net(x.transpose(1, 2)).last_hidden_state[0])
+    with pytest.raises(ConfigError, match="its blocks are not in a list"):
+        _ = choice.model_copy(update={"layer": 0}).raw_grid
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_of_a_repository_with_two_towers_the_one_for_pictures_counts(
+    family: str, tmp_path: Path, transformers: Any
+) -> None:
+    """As openai/clip-vit-base-patch16 and google/siglip2-base-patch16-224 have them."""
+    text = SIZES | {"vocab_size": 50, "max_position_embeddings": 8}
+    config = getattr(transformers, f"{family}Config")(
+        vision_config=PICTURE | SIZES, text_config=text
+    )
+    torch.manual_seed(0)
+    whole = getattr(transformers, f"{family}Model")(config).eval()
+    whole.save_pretrained(tmp_path)
+    getattr(transformers, f"{family}ImageProcessor")(
+        **(CROP if family == "CLIP" else SQUARE)
+    ).save_pretrained(tmp_path)
+    choice = BackboneChoice(name=f"hf:{tmp_path}", frames=2)
+    x = torch.randn(1, *choice.input_shape)
+    with torch.inference_mode():
+        theirs = whole.vision_model(x[0].transpose(0, 1)).last_hidden_state
+        same(Backbone(choice)(x)[0], theirs[:, family == "CLIP" :].flatten(0, 1))
+
+
 @pytest.mark.parametrize("family", SOUNDS)
 def test_sound_and_tokens_are_those_of_transformers(
     family: str, tmp_path: Path, transformers: Any
@@ -240,6 +293,18 @@ def test_frames_and_tokens_are_those_of_timm(tmp_path: Path, timm: Any) -> None:
         same(Backbone(named)(x)[0], within.flatten(0, 1))
     same(kept[:3], theirs[:, 0])
     assert choice.output_shape == (3 * 10 * 10, 64)
+
+
+def test_the_tokens_of_the_perception_encoder_are_those_of_timm(tmp_path: Path, timm: Any) -> None:
+    name = "vit_pe_core_tiny_patch16_384"
+    torch.manual_seed(0)
+    net = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    choice = BackboneChoice(name=f"timm:{name}", weights=str(tmp_path / "w.pt"), frames=1)
+    x = torch.randn(1, *choice.input_shape)
+    with torch.inference_mode():
+        same(Backbone(choice)(x)[0], net.forward_features(x[:, :, 0])[0, net.num_prefix_tokens :])
+    assert choice.raw_grid == (1, 24, 24)
 
 
 def test_a_typo_in_a_timm_name_gets_the_nearest_names(timm: Any) -> None:

@@ -151,6 +151,11 @@ FAMILIES = {
         "AutoVideoProcessor",
         lambda config: config.frames_per_clip,
     ),
+    "videoprism_vision_model": _clip(
+        "VideoPrismVisionModel",
+        inputs=lambda x: {"pixel_values_videos": x.transpose(1, 2)},
+        processor="AutoVideoProcessor",
+    ),
     "timesformer": _clip("TimesformerModel", time_last=True),
     "vivit": _clip("VivitModel"),
     "vit": _image("ViTModel"),
