@@ -15,12 +15,14 @@ from torchvision.models.video import swin_transformer
 from karmma_pipeline import config
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
+from karmma_pipeline.extraction.types import DecodeSettings
 from karmma_pipeline.models.backbones import (
     Backbone,
     BackboneChoice,
     registry,
 )
 from karmma_pipeline.models.backbones.describe import top_classes
+from karmma_pipeline.models.backbones.suffix import Suffix
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 MODULES = {
@@ -28,6 +30,7 @@ MODULES = {
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 }
 RECIPES = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+OWN, LAYERS, KEY_MAP, SENSOR = RECIPES
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def pages_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_pages_own_network_runs_as_its_recipe_says(pages_modules: Path) -> None:
-    tree = RECIPES[0]["sets"]["mine"]["rgb"]
+    tree = OWN["sets"]["mine"]["rgb"]
     drawn = Backbone(config.build(BackboneChoice, {**tree, "weights": "random:0"}, "page"))
     path = pages_modules / "tubes.pt"
     torch.save({"model": {**drawn.net.state_dict(), "head.weight": torch.zeros(400, 128)}}, path)
@@ -55,11 +58,51 @@ def test_the_pages_own_network_runs_as_its_recipe_says(pages_modules: Path) -> N
     assert torch.equal(tokens, drawn(drawn.prepare(frames)))
 
 
+@pytest.mark.parametrize("module", ["my_nets", "convnext", "shuffle"])
+def test_the_pages_adapters_have_at_most_ten_lines(module: str) -> None:
+    code = MODULES[module]
+    adapter = code[code.index("def tubes") :] if module == "my_nets" else code  # behind its network
+    assert len([line for line in adapter.splitlines() if line.strip("# ")]) <= 10
+
+
+@pytest.mark.slow
+def test_the_pages_networks_give_layers_and_are_cut_as_their_recipe_says(
+    pages_modules: Path,
+) -> None:
+    tree = yaml.safe_load(yaml.safe_dump(LAYERS).replace("tubes.safetensors", "random:0"))
+    tree["sets"]["trained"]["audio"]["weights"] = "random:0"
+    recipe = config.build(ExtractRecipe, {"manifest": "m.csv", "out": "o", **tree}, "page")
+    assert recipe.views.count == 6
+    DecodeSettings.of(recipe)  # there is something to crop
+    first, trained = recipe.sets["first"]["rgb"], recipe.sets["trained"]
+    x = torch.randn(1, *first.input_shape)
+    backbone = Backbone(first)
+    project: Any = backbone.net.project
+    wanted = project.forward(x).flatten(2).transpose(1, 2)  # whose call would end behind it
+    torch.testing.assert_close(backbone(x), wanted)
+    assert trained["rgb"].stored_shape("rgb") == (8, 3 * 112 * 112)
+    sound = trained["audio"]
+    assert sound.own_audio is not None
+    assert (sound.own_audio.front_end, sound.input_shape) == ("ast", (3, 64, 256))
+    with torch.inference_mode():
+        heard = torch.randn(2, *sound.input_shape)
+        whole = Backbone(sound.cut_at(None))
+        net: Any = whole.net
+        maps = net.conv5(net.stage4(net.stage3(net.stage2(net.maxpool(net.conv1(heard))))))
+        assert torch.equal(whole(heard), maps.flatten(2).transpose(1, 2))
+        suffix = Suffix(sound)
+        weights = net.state_dict()
+        suffix.net.load_state_dict({k: weights[k] for k in suffix.net.state_dict()})
+        assert torch.equal(suffix(Backbone(sound)(heard)), whole(heard))
+    assert (
+        0 < sum(p.numel() for p in suffix.parameters()) < sum(p.numel() for p in net.parameters())
+    )
+
+
 def test_the_pages_image_network_is_found_in_the_working_folder_and_takes_any_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "convnext.py").write_text(MODULES["convnext"])
-    assert len([line for line in MODULES["convnext"].splitlines() if line.strip("# ")]) <= 10
     monkeypatch.chdir(tmp_path)
     registry.find.cache_clear()
     for frames in (1, 3):
@@ -74,7 +117,7 @@ def test_the_pages_image_network_is_found_in_the_working_folder_and_takes_any_fr
 
 @pytest.mark.usefixtures("pages_modules")
 def test_the_pages_network_for_a_sensor_turns_windows_into_tokens() -> None:
-    tree = {"manifest": "m.csv", "out": "o", **RECIPES[2]}
+    tree = {"manifest": "m.csv", "out": "o", **SENSOR}
     tree["sets"]["mine"]["imu"]["weights"] = "random:0"
     choice = config.build(ExtractRecipe, tree, "page").sets["mine"]["imu"]
     assert (choice.input_shape, choice.output_shape) == ((4, 50, 6), (40, 128))
@@ -122,7 +165,7 @@ def test_checkpoints_of_other_code_bases_load_through_a_key_map(
     tree = {**SHAPES, "weights": str(tmp_path / "k400.pth")}
     with pytest.raises(CheckpointError, match="is it another network"):
         Backbone(config.build(BackboneChoice, tree, "r"))
-    tree["key_map"] = RECIPES[1]["rgb"]["key_map"]
+    tree["key_map"] = KEY_MAP["rgb"]["key_map"]
     choice = config.build(BackboneChoice, tree, "r")
     backbone = Backbone(choice)
     mine = backbone.net.state_dict()

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.registry import ARCHITECTURES as ARCHITECTURES
     from karmma_pipeline.models.backbones.registry import ENTRY_POINTS as ENTRY_POINTS
     from karmma_pipeline.models.backbones.registry import Architecture as Architecture
+    from karmma_pipeline.models.backbones.registry import Stages as Stages
     from karmma_pipeline.models.backbones.state_dicts import fetch as fetch
 else:
     # A recipe names a network by `BackboneChoice`; that must not import torch.
     _MODULES = {
         "Backbone": "backbone",
         "BackboneChoice": "choice",
-        **dict.fromkeys(("ARCHITECTURES", "ENTRY_POINTS", "Architecture"), "registry"),
+        **dict.fromkeys(("ARCHITECTURES", "ENTRY_POINTS", "Architecture", "Stages"), "registry"),
         "FrameTransform": "frame_transform",
         "fetch": "state_dicts",
         "frame_by_frame": "layers",
