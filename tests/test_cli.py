@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,48 @@ def test_backbones_are_listed_and_described() -> None:
     assert "tokens: 300" in shown.output
     assert "gflops: 175.527" in shown.output
     assert "width: 18" in run("backbones", "show", "windows", "--set", "series=[16,6,3]").output
+
+
+def completed(monkeypatch: pytest.MonkeyPatch, *words: str, of: str = "bash") -> list[str]:
+    """Return what a shell is given for the last of these words."""
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["karmma", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    done = CliRunner().invoke(main, prog_name="karmma", env={"_KARMMA_COMPLETE": f"{of}_complete"})
+    return done.output.split()
+
+
+def test_names_of_networks_complete_in_the_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bash hands over `timm:NAME` and `key=NAME` in pieces, and replaces the last of them."""
+    for owner, name in (("timm", "vit_mine.tag"), ("facebook", "fetched")):
+        (tmp_path / f"hub/models--{owner}--{name}").mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    show = ("backbones", "show")
+    assert completed(monkeypatch, *show, "s3") == ["plain,s3d"]
+    assert completed(monkeypatch, *show, "timm", ":", "vit_m") == ["plain,vit_mine.tag"]
+    assert "plain,facebook/fetched" in completed(monkeypatch, *show, "hf", ":")
+    assert completed(monkeypatch, "backbones", "fetch", "r2p") == ["plain,r2plus1d_18"]
+    key = ("extract", "r.yaml", "--set", "sets.a.rgb.name", "=")
+    assert completed(monkeypatch, *key, "r2p") == ["plain,r2plus1d_18"]
+    assert completed(monkeypatch, *key, "hf", ":", "facebook/f") == ["plain,facebook/fetched"]
+    assert completed(monkeypatch, "extract", "r.yaml", "--set", "out", "=", "r2p") == []
+    assert completed(monkeypatch, *show, "timm:vit_m", of="zsh")[1] == "timm:vit_mine.tag"
+
+
+def test_a_completion_imports_neither_torch_nor_numpy() -> None:
+    words = {"COMP_WORDS": "karmma backbones show s", "COMP_CWORD": "3"}
+    program = "from karmma_pipeline.cli import main; main(prog_name='karmma')"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program],
+        env={**os.environ, **words, "_KARMMA_COMPLETE": "bash_complete"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "plain,s3d" in done.stdout
+    for heavy in ("torch", "timm", "numpy", "pydantic"):
+        assert f" {heavy}" not in done.stderr
 
 
 def test_the_program_answers_help_without_loading_networks() -> None:

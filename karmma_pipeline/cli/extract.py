@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from karmma_pipeline.cli.completion import backbone_names
 from karmma_pipeline.cli.options import (
     Commands,
     check_option,
@@ -150,7 +151,7 @@ def backbones_list() -> None:
 
 
 @backbones.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=backbone_names)
 @click.option(
     "--clip",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -187,7 +188,7 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 
 
 @backbones.command("fetch")
-@click.argument("name")
+@click.argument("name", shell_complete=backbone_names)
 @click.argument("weights", default="DEFAULT")
 @click.option(
     "--to",

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from karmma_pipeline.cli.completion import settings
 from karmma_pipeline.errors import (
     ConfigError,
     ExitCode,
@@ -72,6 +73,7 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="A.B=VALUE",
+    shell_complete=settings,
     help="Override one key of the recipe; may be given several times.",
 )
 check_option = click.option(

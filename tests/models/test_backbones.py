@@ -132,7 +132,10 @@ def test_the_record_of_a_backbone_is_plain_and_tells_choices_apart() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "swin3d_x"}, "name='swin3d_x': unknown backbone; known: swin3d_t, "),
+        (
+            {"name": "swin3d_x"},
+            r"unknown backbone \(did you mean swin3d_\w, .*\?\); known: swin3d_t, ",
+        ),
         ({"weights": "random:x"}, "whole number"),
         ({"image": None}, "needs image"),
         ({"image": [0, 32]}, "greater than 0"),
@@ -156,6 +159,7 @@ def test_a_wrong_choice_is_found_when_the_recipe_is_read(
         ({"weights": "IMAGENET9"}, "neither a file nor a published weight"),
         ({"weights": "gone.pt"}, "gone.pt: no such weights file"),
         ({"name": "no.such:net"}, "cannot be imported .* PYTHONPATH"),
+        ({"name": "tim:vit_small_patch16_dinov3.lvd1689m"}, r"\(did you mean timm:vit_small_pat"),
         ({"name": "json:loads"}, "is of Python's own library"),
         ({"name": "yaml:safe_load"}, "its factory failed"),
         ({"name": "yaml:__name__"}, "gave a str"),

@@ -25,9 +25,11 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
-def fetch(hub: Hub, home: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+def fetch(
+    hub: Hub, home: Path, name: str = "hf:o/tiny", **changes: str
+) -> subprocess.CompletedProcess[str]:
     environment = hub.environment(home, **changes)
-    command = [sys.executable, "-m", "karmma_pipeline.cli", "backbones", "fetch", "hf:o/tiny"]
+    command = [sys.executable, "-m", "karmma_pipeline.cli", "backbones", "fetch", name]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -51,3 +53,11 @@ def test_offline_nothing_is_asked_for(hub: Hub, tmp_path: Path) -> None:
     assert made.returncode == 1
     assert "o/tiny: the download failed" in made.stderr
     assert not hub.ranges
+
+
+def test_a_repository_that_the_hub_lacks_gets_the_nearest_names(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    made = fetch(hub, tmp_path / "home", "hf:facebook/dinov2-bas")
+    assert made.returncode == 1
+    assert "no such repository" in made.stderr
+    assert "(did you mean hf:facebook/dinov2-base" in made.stderr

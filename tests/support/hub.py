@@ -66,6 +66,9 @@ class _Answers(BaseHTTPRequestHandler):
             whole = {"id": "o/tiny", "sha": SHA, "siblings": listed}
             self.send(json.dumps(facts if "/tree/" in path else whole).encode(), {}, body=body)
             return
+        if path.startswith("/api/models/"):
+            self.send(b"", {"X-Error-Code": "RepoNotFound"}, body=body, code=404)
+            return
         name = path.partition(f"/resolve/{SHA}/")[2] or path.rpartition("/")[2]
         content = self.server.files.get(name)
         if content is None:

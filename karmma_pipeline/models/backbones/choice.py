@@ -16,23 +16,15 @@ from pydantic import Field, PositiveInt, field_serializer, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.models.backbones import names
 from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, Audio
 
 if TYPE_CHECKING:
-    from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform, Kind
+    from karmma_pipeline.models.backbones.names import Kind
+    from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
 
 Engine = Literal["torch", "openvino"]
 WeightSource = Literal["none", "random", "file", "published", "library"]
-
-# The shipped networks that take frames and sizes as they come; what else there is, the registry
-# says.
-_SHIPPED: dict[str, Kind] = {
-    **dict.fromkeys(("swin3d_t", "swin3d_s", "swin3d_b", "s3d"), "video"),
-    **dict.fromkeys(("r2plus1d_18", "r3d_18", "mc3_18"), "video"),
-    **dict.fromkeys(("efficientnet_b0", "resnet18", "mobilenet_v3_large"), "image"),
-    "boxes": "boxes",
-    "windows": "series",
-}
 
 #: The cut before everything: what is stored is the prepared input itself.
 INPUT = "input"
@@ -126,8 +118,8 @@ class BackboneChoice(Recipe):
             raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
         for pattern, replacement in self.key_map:
             _check_pair(pattern, replacement)
-        if self.name in _SHIPPED:
-            self._check_kind(_SHIPPED[self.name])
+        if self.name in names.FREE:
+            self._check_kind(names.FREE[self.name])
         elif ":" not in self.name:
             self._check_input(self.architecture)
         return self

@@ -12,26 +12,8 @@ from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.models.backbones import hub, state_dicts
 from karmma_pipeline.models.backbones.backbone import read_weights
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.registry import ARCHITECTURES, ENTRY_POINTS, Architecture
-
-#: Networks of timm and transformers: what they take, and the licence of their weights. Only some of
-#: what those libraries have; the licence that counts is the one that comes with the files.
-PUBLISHED = {
-    "timm:vit_small_patch16_dinov3.lvd1689m": ("video", "DINOv3 License"),
-    "timm:vit_base_patch16_siglip_224.v2_webli": ("video", "Apache-2.0"),
-    "timm:vit_pe_core_base_patch16_224.fb": ("video", "Apache-2.0"),
-    "hf:MCG-NJU/videomae-base": ("video", "CC BY-NC 4.0 (non-commercial)"),
-    "hf:facebook/vjepa2-vitl-fpc64-256": ("video", "MIT"),
-    "hf:facebook/timesformer-base-finetuned-k400": ("video", "CC BY-NC 4.0 (non-commercial)"),
-    "hf:google/vivit-b-16x2-kinetics400": ("video", "MIT"),
-    "hf:facebook/dinov2-base": ("video", "Apache-2.0"),
-    "hf:facebook/dinov3-vits16-pretrain-lvd1689m": ("video", "DINOv3 License"),
-    "hf:google/siglip2-base-patch16-224": ("video", "Apache-2.0"),
-    "hf:openai/clip-vit-base-patch16": ("video", "MIT"),
-    "hf:MIT/ast-finetuned-audioset-10-10-0.4593": ("image", "BSD-3-Clause"),
-    "hf:laion/clap-htsat-unfused": ("image", "Apache-2.0"),
-    "hf:openai/whisper-base": ("image", "Apache-2.0"),
-}
+from karmma_pipeline.models.backbones.names import ENTRY_POINTS, PUBLISHED
+from karmma_pipeline.models.backbones.registry import ARCHITECTURES, Architecture
 
 
 def list_backbones() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import yaml
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
+from karmma_pipeline.models.backbones import names
 
 #: Licence of weights that state none.
 NOT_STATED = "not stated"
@@ -98,6 +99,11 @@ def fetch(repository: str, name: str, folder: Path | None = None) -> Path:
         )
     except Exception as error:  # of the hub, of HTTP, of the disk
         reason = one_line(error, 300)
+        if isinstance(error, hub.errors.RepositoryNotFoundError):
+            raise CheckpointError(
+                f"{name}: the hub shows no such repository{names.near(name)}; one that "
+                "asks for consent needs it first, and HF_TOKEN."
+            ) from None
         raise CheckpointError(
             f"{repository}: the download failed ({type(error).__name__}: {reason}); run `karmma "
             f"backbones fetch {name}` again, it goes on where it ended."

@@ -28,10 +28,12 @@ from torchvision.models import video
 
 from karmma_pipeline import own_code
 from karmma_pipeline.errors import ConfigError, one_line
-from karmma_pipeline.models.backbones import layers
+from karmma_pipeline.models.backbones import layers, names
 from karmma_pipeline.models.backbones.frame_transform import FrameTransform as FrameTransform
 from karmma_pipeline.models.backbones.frame_transform import of_weights as of_weights
 from karmma_pipeline.models.backbones.layers import Parts as Parts
+from karmma_pipeline.models.backbones.names import ENTRY_POINTS as ENTRY_POINTS
+from karmma_pipeline.models.backbones.names import Kind as Kind
 from karmma_pipeline.models.backbones.stages import Stages as Stages
 
 #: Sampled frames T where a recipe gives none.
@@ -56,10 +58,6 @@ def _flat(net: Any, x: Tensor) -> Tensor:
 #: Prefix of a name to the module that knows the networks of that library.
 LIBRARIES = {"timm": "timm_networks", "hf": "hf_networks"}
 
-#: Entry-point group in which other packages name their factories.
-ENTRY_POINTS = "karmma.backbones"
-
-Kind = Literal["video", "image", "boxes", "series"]
 FeatureMap = Callable[[Any, Tensor], Tensor | Parts]
 
 
@@ -294,7 +292,7 @@ def find(name: str) -> Architecture:
         return _own(name, partial(own_code.load, name, "name"))
     known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
     raise ConfigError(
-        f"name={name!r}: unknown backbone; known: {', '.join(known)}, "
+        f"name={name!r}: unknown backbone{names.near(name)}; known: {', '.join(known)}, "
         "timm:NAME, hf:ID, or your own as package.module:factory."
     )
 
@@ -306,8 +304,8 @@ def _own(name: str, load: Callable[[], Any]) -> Architecture:
         raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"name={name!r}: cannot be imported ({error}); is its package installed in this "
-            "environment, or its file in the working folder or in PYTHONPATH?"
+            f"name={name!r}: cannot be imported ({error}){names.near(name)}; is its package "
+            "installed in this environment, or its file in the working folder or in PYTHONPATH?"
         ) from error
     if callable(made):
         try:
