@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def main() -> None:
             "| decoding | bound | start-up |"
         )
         print("|---|---:|---:|---:|---:|---:|---|---:|")
-        for case, sets in cases(arguments).items():
+        for case, sets in cases(arguments, folder).items():
             for row in compare(folder, manifest, case, sets, arguments):
                 print(row, flush=True)
         print_losses(device, arguments)
@@ -125,7 +126,34 @@ def singles(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
 
 
-def cases(arguments: argparse.Namespace) -> dict[str, Sets]:
+def named(folder: Path, arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return networks of the libraries that are installed, in real sizes, with random weights."""
+    quick, rows = arguments.quick, {}
+    if find_spec("timm"):
+        vit = {"name": "timm:vit_small_patch16_224", "frames": 2 if quick else 8}
+        rows["timm:vit_small_patch16_224"] = {"rgb": vit}
+    if find_spec("transformers"):
+        import transformers
+
+        layers = {"num_hidden_layers": 2} if quick else {}
+        small = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, **layers}
+        of_library = {
+            "VideoMAE-S": ("rgb", transformers.VideoMAEConfig(**small), "VideoMAEImageProcessor"),
+            "AST": ("audio", transformers.ASTConfig(**layers), "ASTFeatureExtractor"),
+        }
+        for case, (modality, config_of, processor) in of_library.items():
+            config_of.save_pretrained(folder / case)
+            getattr(transformers, processor)().save_pretrained(folder / case)
+            rows[case] = {modality: {"name": f"hf:{folder / case}"}}
+    return {
+        case: {
+            modality: {"weights": arguments.weights, **choice} for modality, choice in row.items()
+        }
+        for case, row in rows.items()
+    }
+
+
+def cases(arguments: argparse.Namespace, folder: Path) -> dict[str, Sets]:
     """Return the backbone sets that are extracted."""
     found: dict[str, Sets] = {
         name: {"one": {"rgb": choice}} for name, choice in singles(arguments).items()
@@ -141,6 +169,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, Sets]:
         "teacher": {"rgb": everything["swin3d_t"]},
         "student": {"rgb": s3d},
     }
+    found |= {case: {"one": choices} for case, choices in named(folder, arguments).items()}
     wanted = arguments.case
     return {k: v for k, v in found.items() if not wanted or any(k.startswith(w) for w in wanted)}
 
