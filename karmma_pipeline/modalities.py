@@ -78,8 +78,8 @@ _HINTS = {
     f"decode.memory_gb; {_THEN} with --retry out_of_memory.",
     Reason.CRASHED: f"The decoder died on this file; re-encode it, {_THEN}.",
     Reason.TOO_SHORT: f"The clip holds no frame or sample; correct its start and stop, {_THEN}.",
-    Reason.OUT_OF_RANGE: "The clip lies outside its file; correct its start and stop, or complete "
-    f"the file, {_THEN}.",
+    Reason.OUT_OF_RANGE: "The clip lies outside its file, or outside its sound; correct its start "
+    f"and stop, or complete the file, {_THEN}.",
     Reason.BAD_VALUE: "The backbone gave NaN, infinity, or more than store.dtype holds; try "
     f"precision float32 or store.dtype bfloat16 {_NEW}.",
     Reason.NOT_IN_DATASET: "The list names no file for this modality.",

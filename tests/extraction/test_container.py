@@ -14,6 +14,8 @@ from support.media_files import over_report, read_counter, turn, write_video
 
 from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.media.container import read_info
+from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason
@@ -138,3 +140,23 @@ def test_random_clips_get_their_own_pictures_and_sound(
         assert stop_s < 0.5 + BLUR_S
     elif kind.click_s is not None:
         check_sound(kind, array_of(found.arrays, "audio"), start_s, stop_s)
+
+
+@pytest.mark.parametrize(
+    ("begin", "what"),
+    [
+        (b"", "an empty file"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture: .*column frames"),
+        (b"PK\x03\x04\x14", "an archive: unpack it"),
+        (b"\n<!DOCTYPE html><html>404", "a web page: download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ".*git lfs pull"),
+        (bytes(4096), "zero bytes: its download"),
+    ],
+)
+def test_what_is_no_media_file_is_called_by_its_name(
+    tmp_path: Path, begin: bytes, what: str
+) -> None:
+    (tmp_path / "v.mp4").write_bytes(begin)
+    with pytest.raises(MediaFaultError, match=rf"v\.mp4: {what}") as caught:
+        read_info(tmp_path / "v.mp4")
+    assert caught.value.reason is Reason.DECODE_ERROR

@@ -71,13 +71,14 @@ class SoundTrack:
         self._path, self._info, self._rate = path, info, rate
         self._kept_s = _KEPT_S if kept_s is None else kept_s
         self._length: int | None = None
+        self._fault: MediaFaultError | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._damaged: list[Span] = []
         self._stream = _decoded(self._path, self._info, self._rate, self._damaged)
         self._pieces: deque[tuple[int, Sound]] = deque()  # with the number of their first sample
-        self._at = 0
+        self._at, self._fault = 0, None
 
     @property
     def length_s(self) -> float:
@@ -113,7 +114,14 @@ class SoundTrack:
     def _read_to(self, last: int | None, first: int | None = None) -> None:
         """Decode up to a sample, or to the end; forget what is older than is kept."""
         while last is None or self._at < last:
-            piece = next(self._stream, None)
+            # What ends the track ends it for every clip, whichever asks first.
+            if self._fault is not None:
+                raise self._fault
+            try:
+                piece = next(self._stream, None)
+            except MediaFaultError as fault:
+                self._fault = fault
+                raise
             if piece is None:
                 return
             self._pieces.append((self._at, piece))
@@ -143,7 +151,9 @@ def _decoded(path: Path, info: StreamInfo, rate: int, damaged: list[Span]) -> It
         if waiting.length >= _CHUNK_S * native and stream is not None:
             yield stream.resample_chunk(waiting.taken())
     if stream is None:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no sound in its track")
+        # A recorder that is muted may open a track and write nothing into it.
+        reason = Reason.DECODE_ERROR if damaged or info.claimed else Reason.NO_STREAM
+        raise MediaFaultError(reason, f"{path}: no sound in its track")
     yield stream.resample_chunk(waiting.taken(), last=True)
 
 
@@ -210,6 +220,7 @@ class _Timeline:
                 raise MediaFaultError(
                     Reason.DECODE_ERROR, f"{self._path}: sound in an unknown codec"
                 )
+            _set_order(stream.codec_context)
             for packet in until_end(container.demux(stream)):
                 try:
                     yield from packet.decode()
@@ -217,6 +228,17 @@ class _Timeline:
                     at = float((packet.pts or 0) * packet.time_base) - self._zero_s
                     length_s = float((packet.duration or 0) * packet.time_base)
                     self._damaged.append((at, at + length_s))
+
+
+def _set_order(codec: Any) -> None:
+    """Let channels that lie in an order of their own pass for the usual one: they are averaged.
+
+    PyAV copies the map of such an order (7.1 in MOV and CAF) as a pointer, and each frame frees
+    it once more. The object that is read here frees the codec's own, which nothing reads again.
+    """
+    own = codec.layout
+    if "(" in own.name:
+        codec.layout = f"{own.nb_channels}c"
 
 
 def _mono(frame: Any) -> Sound:

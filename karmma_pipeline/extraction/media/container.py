@@ -29,6 +29,16 @@ _PLAYLIST = re.compile(
     rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|<\?xml|<MPD|<smil|\[playlist\]|v=0\s)", re.IGNORECASE
 )
 
+# How files begin that often lie where a video should.
+_NO_MEDIA = {
+    re.compile(rb"$"): "an empty file: download it again",
+    re.compile(rb"\xff\xd8\xff|\x89PNG"): "a picture: pictures go into a folder, column frames",
+    re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive: unpack it",
+    re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page: download it again",
+    re.compile(rb"version https://git-lfs"): "a Git LFS pointer: git lfs pull fetches the file",
+    re.compile(rb"\0{64}"): "zero bytes: its download or copy was cut off",
+}
+
 
 @dataclass(frozen=True)
 class StreamInfo:
@@ -41,6 +51,7 @@ class StreamInfo:
         rate: of sound, Hz.
         default: it is the one that a player would take.
         tick_s: unit of its time stamps, seconds.
+        claimed: the file says that it holds something: a length, or a number of packets.
     """
 
     index: int
@@ -49,6 +60,7 @@ class StreamInfo:
     rate: int | None
     default: bool
     tick_s: float = 1.0
+    claimed: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,18 @@ def open_container(path: Path) -> "av.container.InputContainer":
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {error}") from None
+        what = _what_else(path) or str(error)
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {what}") from None
+
+
+def _what_else(path: Path) -> str:
+    """Return what a file is that is no media file, and what to do; empty if that is not known."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except OSError:
+        return ""
+    return next((what for mark, what in _NO_MEDIA.items() if mark.match(begin)), "")
 
 
 def read_info(path: Path, stream: int | None = None) -> MediaInfo:
@@ -132,7 +155,9 @@ def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
     known = stream.type == "audio" and stream.codec_context is not None
     rate = stream.sample_rate if known else None
     tick_s = float(stream.time_base or 1)
-    return StreamInfo(stream.index, _first_s(stream), delay_s, rate, stream is default, tick_s)
+    claimed = bool(stream.frames or stream.duration)
+    place = (stream.index, _first_s(stream), delay_s, rate, stream is default)
+    return StreamInfo(*place, tick_s, claimed)
 
 
 def _end_s(stream: Any, zero_s: float, whole: int | None) -> float | None:
