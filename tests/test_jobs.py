@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import forks
-from support.patience import PATIENCE_S
+from support.patience import PATIENCE_S, wait_for
+from support.starting import Started, blocked, ignored
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
 from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
 from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, without
-from karmma_pipeline.jobs.signals import STOP_SIGNALS
+from karmma_pipeline.jobs.processes import WorkerPool
+from karmma_pipeline.jobs.signals import STOP_SIGNALS, become_worker
 
 COSTS = st.lists(st.floats(0, 1e6), max_size=40)
 
@@ -279,3 +281,33 @@ def test_workers_end_with_a_main_process_that_is_killed() -> None:
         process.kill()
         _, alive = psutil.wait_procs([worker], timeout=PATIENCE_S)
         assert not alive
+
+
+@pytest.mark.slow
+def test_a_pool_that_ends_while_a_process_starts_leaves_it_no_lock_to_look_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = WorkerPool(1, become_worker, [Started(tmp_path / "started")])
+    pool.schedule(blocked)
+    wait_for((tmp_path / "started").exists)
+    manager = pool._pool_manager.worker_manager
+    (process,) = manager.workers.values()
+    close, alive = manager.close_channels, list[bool]()
+    monkeypatch.setattr(
+        manager, "close_channels", lambda: (alive.append(process.is_alive()), close())
+    )
+    pool.stop()
+    pool.join()
+    assert alive == [False]
+    # Ctrl-C reaches all processes of a terminal: one that is starting would say so at length.
+    assert (tmp_path / "started").read_text().split() == [str(int(n)) for n in sorted(STOP_SIGNALS)]
+
+
+@pytest.mark.slow
+def test_a_process_of_a_pool_ignores_what_only_the_main_one_hears_of() -> None:
+    with WorkerPool(1, become_worker) as pool:
+        assert pool.schedule(blocked).result() == []
+        heard = {signal.SIGXCPU}  # the kernel's limit of CPU time still ends it
+        assert set(STOP_SIGNALS) - heard <= set(pool.schedule(ignored).result())
+        assert signal.SIGXCPU not in pool.schedule(ignored).result()
+    assert blocked() == []

@@ -92,6 +92,7 @@ def become_worker() -> None:
     for number in STOP_SIGNALS:
         ends = number == signal.SIGXCPU
         signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see `processes`
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=[parent.sentinel], daemon=True).start()

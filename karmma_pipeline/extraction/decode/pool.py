@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, tee
-from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 import cv2
 import numpy as np
 import psutil
-from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessFuture
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip, SensorSource
@@ -41,6 +40,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError, first_li
 from karmma_pipeline.extraction.recipe import Decode
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.jobs.processes import WorkerPool
 from karmma_pipeline.modalities import Reason
 
 # Memory that the job must have for each decode process.
@@ -60,8 +60,6 @@ _START_S = 60.0
 
 # Clips of a video that one task decodes at most: a fault costs all of them a second try.
 _MAX_CLIPS_PER_TASK = 16
-
-CONSTS.term_timeout = 0.0  # our processes ignore SIGTERM: SIGKILL at once
 
 _GIGABYTE = 1e9
 _logger = logging.getLogger(__name__)
@@ -162,15 +160,9 @@ class DecodePool:
         self._open: set[_Future] = set()
         self._watch = _Watch(memory_gb, stall_s)
 
-    def _start(self) -> ProcessPool:
-        return ProcessPool(
-            max_workers=self._workers,
-            max_tasks=_TASKS_PER_PROCESS,
-            initializer=_start_worker,
-            initargs=[self.settings],
-            # A fork of a process with threads (torch, tqdm, the memory watch) may hang on a lock
-            # that was held at that moment, and CUDA does not survive one.
-            context=get_context("spawn"),
+    def _start(self) -> WorkerPool:
+        return WorkerPool(
+            self._workers, _start_worker, [self.settings], max_tasks=_TASKS_PER_PROCESS
         )
 
     def __enter__(self) -> Self:

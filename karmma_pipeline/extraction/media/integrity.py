@@ -9,11 +9,10 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.datasets.listing import Listing
@@ -21,6 +20,7 @@ from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.jobs.processes import WorkerPool
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 
@@ -92,8 +92,7 @@ def check_sources(
         bar = stack.enter_context(progress_bar(total=len(there), desc="probe", unit="file"))
         if there:  # no process is started for what is not there
             workers = min(_MAX_PROCESSES, jobs.cpu_count(), len(there))
-            pool = ProcessPool(workers, 0, jobs.become_worker, context=get_context("spawn"))
-            stack.enter_context(pool)
+            pool = stack.enter_context(WorkerPool(workers, jobs.become_worker))
             found = pool.map(check, there.values(), timeout=_TIMEOUT_S).result()
         for key in there:
             try:

@@ -1,0 +1,65 @@
+"""Pools of worker processes that may be ended at any moment, also while one of them starts.
+
+A spawned process is Python's own before it is ours: until it has unpickled what it is to do, it
+dies of a signal, or of a semaphore that is gone, with a traceback on the terminal, which looks like
+a fault of a run that went well.
+"""
+
+import signal
+from collections.abc import Callable, Iterable
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+from pebble import CONSTS, ProcessPool
+
+from karmma_pipeline.jobs.signals import STOP_SIGNALS
+
+CONSTS.term_timeout = 0.0  # our processes ignore SIGTERM: SIGKILL at once
+
+
+class _Process(SpawnProcess):
+    """Starts with the stop signals blocked, until `become_worker` ignores them."""
+
+    def start(self) -> None:
+        """Start it; a signal that comes meanwhile reaches this process a moment later."""
+        # A mask is inherited by what is spawned; a handler is not.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    # A fork of a process with threads (torch, tqdm, the memory watch) may hang on a lock that was
+    # held at that moment, and CUDA does not survive one.
+    Process = _Process
+
+
+class WorkerPool(ProcessPool):
+    """pebble's pool of spawned processes.
+
+    Args:
+        workers: how many processes.
+        initializer: called in each, first of all; it must call `become_worker`.
+        initargs: its arguments.
+        max_tasks: a process is replaced after so many tasks; 0: never.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        initializer: Callable[..., object],
+        initargs: Iterable[Any] = (),
+        max_tasks: int = 0,
+    ) -> None:
+        super().__init__(workers, max_tasks, initializer, initargs, _Context())
+
+    def _stop_pool(self) -> None:
+        # pebble unlinks its semaphores and then ends its processes. One that is just starting
+        # would look for them in between: so processes come first, when the thread that starts
+        # them has ended.
+        if self._pool_manager_loop is not None:
+            self._pool_manager_loop.join()
+        self._pool_manager.worker_manager.force_stop_workers()  # type: ignore[no-untyped-call]
+        super()._stop_pool()  # type: ignore[no-untyped-call]
