@@ -26,7 +26,7 @@ def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> 
     assert results["data"]["split"] == "test"
     assert results["data"]["clips"] == 32
     page = (tmp_path / "report/index.html").read_text()
-    assert "random weights" not in page
+    assert "not pretrained" not in page
     assert "<svg" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|url\(\s*["']?http""", page)
     with (tmp_path / "report/tables/drop_curve.csv").open() as file:

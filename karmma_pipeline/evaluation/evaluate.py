@@ -53,7 +53,7 @@ class EvaluateReport:
     def summary(self) -> str:
         """Return the closing lines of the command."""
         table = tables.to_markdown(tables.drop_table(self.results, "all"))
-        note = "frozen backbones of random weights\n" if self.results.weights else ""
+        note = "backbones without pretraining (random weights)\n" if self.results.weights else ""
         note += "".join(f"{line}\n" for line in (*self.results.data.notes, *self.results.warnings))
         note += "".join(f"{line}\n" for line in islice(sentences(self.results), _SAID))
         return f"{self.results.main} top-1 (%)\n{table}{note}report: {self.folder / 'index.html'}"

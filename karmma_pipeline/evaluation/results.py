@@ -153,7 +153,9 @@ class RunResult(Recipe):
     name: str = Field(description="Name in legends and tables.")
     kind: Kind = Field(description="How it was trained.")
     seed: int | None = Field(None, description="Seed of its training, if recorded.")
-    weights: dict[str, str] = Field(description="Weights of each modality's frozen backbone.")
+    weights: dict[str, str] = Field(
+        description="Weights of each modality's backbone; of one that is trained too, the first."
+    )
     size: dict[str, str | int | float] = Field(description="Size of the fusion block.")
     paper_size: bool = Field(False, description="Whether its costs compare with the paper's.")
     trained_on: str | None = Field(None, description="Split it was trained on, if recorded.")
@@ -389,7 +391,7 @@ class Results(Recipe):
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of the random weights that any run stands on; empty if all were trained."""
+        """Names of the random weights that any run began with; empty if all were pretrained."""
         return tuple(
             sorted({w for r in self.runs for w in r.weights.values() if w.startswith("random:")})
         )

@@ -177,10 +177,10 @@ def test_names_cannot_become_code_and_random_weights_are_called_random(
     page = (place / "report/index.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert "frozen backbones have random weights" in page
+    assert "backbones are not pretrained" in page
     assert found.weights == ("random:3",)
     drawn = (place / "report/figures/subsets.svg").read_text()
-    assert "RANDOM weights" in drawn  # matplotlib says in a comment what it draws as outlines
+    assert "NOT PRETRAINED" in drawn  # matplotlib says in a comment what it draws as outlines
     assert "<script" not in drawn
     row = (place / "report/tables/subsets.md").read_text().splitlines()[-1]
     assert "\\|" in row

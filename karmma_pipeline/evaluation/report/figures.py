@@ -78,7 +78,7 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
 
 def caption(results: Results) -> str:
     """Return what every figure must say of the features it stands on."""
-    random = "; frozen backbones of RANDOM weights" if results.weights else ""
+    random = "; backbones NOT PRETRAINED" if results.weights else ""
     split = f", {results.data.split}" if results.data.split else ""
     return f"{plain(results.data.name)}{split}, N = {results.data.clips}{random}"
 
