@@ -27,14 +27,14 @@ from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
     # Click keeps the line breaks of a paragraph that a backspace opens.
     epilog="""\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
-clips failed, 75 stopped by a signal (run the same command again to go on).""",
+clips failed, 75 stopped by a signal (run the same command again to resume).""",
 )
 @click.version_option(__version__, prog_name="karmma")
 def main() -> None:
     """Action recognition under missing modalities: extract, train, evaluate.
 
-    Clips become tokens once (extract), tokens become models many times (train-teacher,
-    distill), models become tables and pictures (evaluate). Start with `karmma demo`.
+    Extract tokens from clips once (extract), train on them many times (train-teacher, distill),
+    report accuracy with missing modalities (evaluate). Start with `karmma demo`.
     """
     if sys.platform != "linux":
         raise click.ClickException(f"karmma runs on Linux, not on {sys.platform}.")

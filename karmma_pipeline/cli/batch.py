@@ -32,7 +32,7 @@ site_option = click.option(
     help="local: run the chain on this machine, parts of an array side by side.",
 )
 def submit(chain: Path, site: Path | None, dry_run: bool, launcher: str) -> None:
-    """Send a chain of stages to Slurm, or run it locally.
+    """Submit a chain of stages to Slurm, or run it locally.
 
     Running it again skips finished stages.
     """
@@ -53,9 +53,9 @@ def submit(chain: Path, site: Path | None, dry_run: bool, launcher: str) -> None
 @click.command()
 @chain_argument
 def status(chain: Path) -> None:
-    """Show how far each stage of a chain is.
+    """Show the progress of each stage of a chain.
 
-    Jobs in the queue are shown beside what lies on disk.
+    Looks at the outputs on disk and at the Slurm queue.
     """
     from karmma_pipeline.batch import launch
 
@@ -68,13 +68,13 @@ def status(chain: Path) -> None:
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Runs at once; default: as many as there are CPUs and GPUs for.",
+    help="Runs at once; default: as many as CPUs and GPUs allow.",
 )
-@click.option("--status", "shown", is_flag=True, help="Show how far each method is.")
-@click.option("--slurm", is_flag=True, help="Send the runs to Slurm, as job arrays.")
+@click.option("--status", "shown", is_flag=True, help="Show the progress of each method.")
+@click.option("--slurm", is_flag=True, help="Submit the runs to Slurm as job arrays.")
 @site_option
 @click.option("--dry-run", is_flag=True, help="Print the batch scripts and submit nothing.")
-@click.option("--run", "name", metavar="NAME", help="Do one run, METHOD/seedS, or the report.")
+@click.option("--run", "name", metavar="NAME", help="Only this run, METHOD/seedS, or `report`.")
 def sweep(
     sweep: Path,
     overrides: tuple[str, ...],
@@ -87,7 +87,7 @@ def sweep(
 ) -> None:
     """Train methods with many settings and seeds.
 
-    One report compares them all. Running it again does what is missing.
+    One report compares them all. Running it again trains only what is missing.
     """
     from karmma_pipeline.batch import sweep_launch
     from karmma_pipeline.batch.sweep import load_sweep, run_one

@@ -11,15 +11,15 @@ import click
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
-@click.option("--quick", is_flag=True, help="A few clips and epochs: every step, no accuracy.")
+@click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the data.")
 @click.pass_context
 def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
     """Run all stages on generated clips and write a report.
 
     Takes a few minutes on a CPU. Each stage is one printed command that can be run by itself;
-    running the demo again skips what is done. Models are trained with three seeds; the report says
-    what they show on clips that chose nothing.
+    running the demo again skips finished stages. Models are trained with three seeds and reported
+    on a held-out test split.
     """
     from karmma_pipeline.demo import commands, write_recipes
 
@@ -37,13 +37,11 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--clips", default=1000, show_default=True, help="Clips to train and validate on.")
-@click.option(
-    "--test", default=0, show_default=True, help="More clips, as split test, in other handwriting."
-)
-@click.option("--seed", default=0, show_default=True, help="Equal seeds give equal files.")
+@click.option("--clips", default=1000, show_default=True, help="Clips of train and val.")
+@click.option("--test", default=0, show_default=True, help="Clips of test, by unseen writers.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same files.")
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
-    """Write labelled videos with sound to try everything on.
+    """Generate labelled videos with sound.
 
     The clips are "digits in motion": written digits that move across the picture.
     """

@@ -25,8 +25,8 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "--gallery",
     type=click.IntRange(1, 50),
     metavar="N",
-    help="Also show N clips that the last run gets right, N wrong and N that a second modality "
-    "rescues, as videos.",
+    help="Add videos to the report: N clips that the last run gets right, N wrong, and N that only "
+    "a second modality makes right.",
 )
 @set_option
 @check_option
@@ -39,10 +39,11 @@ def evaluate(
     overrides: tuple[str, ...],
     check: bool,
 ) -> None:
-    """Report accuracy and cost of saved models.
+    """Report accuracy and cost of trained models.
 
-    Accuracy is measured on every subset of modalities and while modalities drop out. RUNS are run
-    folders; each is evaluated on the store that it was trained on, unless --store names others.
+    Accuracy is measured on every subset of modalities and over rates of random modality drops. RUNS
+    are run folders; each is evaluated on the store that it was trained on, unless --store names
+    others.
     """
     given = {"runs": [str(r) for r in runs], "stores": [str(s) for s in stores]}
     # JSON is YAML in which no character of a path means anything else.
@@ -65,7 +66,7 @@ def evaluate(
 
 @click.command()
 def costs() -> None:
-    """Compare computed GFLOPs with the paper's fourteen bars."""
+    """Compare the models' GFLOPs with the paper's."""
     from karmma_pipeline.evaluation.paper import paper_costs, paper_table
 
     click.echo(paper_table(paper_costs()))

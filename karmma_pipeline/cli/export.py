@@ -10,15 +10,15 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True,
-              help="Folder that is made; an earlier export in it is replaced.")  # fmt: skip
+              help="Output folder; an earlier export in it is replaced.")  # fmt: skip
 @click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
-              help="Features of the training, for the accuracies of the card; repeatable.\n"
-              "Default: those that the run names, if they are there.")  # fmt: skip
-@click.option("--int8", is_flag=True, help="Products in int8: smaller, faster, less exact.")
+              help="Feature store for the accuracies on the card; repeatable.\n"
+              "Default: those of the run, if present.")  # fmt: skip
+@click.option("--int8", is_flag=True, help="Quantise to int8: smaller, faster, less accurate.")
 @click.option("--clips", type=click.Path(path_type=Path),
-              help="Labelled CSV on which --int8 is compared, backbones included.")  # fmt: skip
+              help="Labelled manifest to evaluate --int8 on, end to end.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
-              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+              help="New path of a backbone's weights; repeatable.")  # fmt: skip
 def export(
     run: Path,
     out: Path,
@@ -27,12 +27,12 @@ def export(
     clips: Path | None,
     weights: tuple[str, ...],
 ) -> None:
-    """Write a trained model as ONNX files that stand alone.
+    """Export a trained model to ONNX.
 
-    A file per backbone, one for the fusion, export.json and a card (README.md). `karmma predict`
-    and `karmma live` take the folder on any machine, without the run, its features or PyTorch
-    weights. Every subset of modalities is held against PyTorch first: a model whose logits stray
-    by more than 1e-4 is not written.
+    One file per backbone, one for the fusion model, export.json and a model card (README.md).
+    `karmma predict` and `karmma live` load the folder on any machine, without the run, its store or
+    PyTorch weights. Logits on every subset of modalities are compared with PyTorch's first: a model
+    that differs by more than 1e-4 is not written.
     """
     from karmma_pipeline.cli.options import finish
     from karmma_pipeline.recognition.backbones import parse_weights

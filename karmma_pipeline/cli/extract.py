@@ -53,20 +53,22 @@ class _Extract(click.Command):
 @click.option(
     "--retry",
     metavar="[REASON...]",
-    help="Try clips again that lack a modality for these reasons (as in failures.csv; none: for\n"
-    "any that may pass), or `changed`: whose files are others now, though they have tokens.",
+    help="Retry clips that lack a modality for these reasons (as in failures.csv; none given: all\n"
+    "transient ones), or `changed`: extract again what has tokens of files that changed since.",
 )
-@click.option("--part", metavar="I/N", help="Do part I of N only; Slurm arrays set it themselves.")
+@click.option(
+    "--part", metavar="I/N", help="Extract only part I of N; default: the Slurm array task's."
+)
 @click.option(
     "--devices",
     metavar="A,B",
-    help="Do a part on each of these devices, such as cuda:0,cuda:1; all: on every GPU here.",
+    help="Extract a part on each of these devices, such as cuda:0,cuda:1; all: every GPU.",
 )
 @click.option(
     "--max-failures",
     metavar="SHARE",
-    help="End with code 3 if more clips than that lose a modality to an error; the recipe's\n"
-    "max_failures.",
+    help="Exit with code 3 if a larger share of the clips loses a modality to an error;\n"
+    "overrides max_failures.",
 )
 def extract(
     recipe: Path,
@@ -77,7 +79,7 @@ def extract(
     devices: str | None,
     max_failures: str | None,
 ) -> None:
-    """Turn the clips of a manifest into feature stores."""
+    """Extract feature stores from the clips of a manifest."""
     if max_failures is not None:
         overrides = (*overrides, f"max_failures={max_failures}")
     resolved = load_recipe("extract", recipe, overrides, check)
@@ -88,7 +90,7 @@ def extract(
             )
         _extract_on(devices, recipe, resolved, overrides)
         return
-    click.echo("reading the list of clips and building the networks ...", err=True)
+    click.echo("reading the manifest and loading the backbones ...", err=True)
     from karmma_pipeline.extraction.again import Retry
     from karmma_pipeline.extraction.pipeline import extract as run
     from karmma_pipeline.jobs import Part, StopFlag
@@ -137,12 +139,12 @@ def _absences(stores: dict[str, Path]) -> Iterator[str]:
 
 @click.group(cls=Commands)
 def backbones() -> None:
-    """List, describe and download the frozen networks."""
+    """List, describe and download backbones."""
 
 
 @backbones.command("list")
 def backbones_list() -> None:
-    """Print the shipped networks and their published weights."""
+    """List built-in backbones and their published weights."""
     from karmma_pipeline.models.backbones.describe import list_backbones
 
     for row in list_backbones():
@@ -155,16 +157,16 @@ def backbones_list() -> None:
 @click.option(
     "--clip",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Run this video through the network and show what comes out.",
+    help="Run the backbone on this video and describe its tokens.",
 )
 @set_option
 def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> None:
-    """Print input, tokens and cost of a network.
+    """Print input, tokens and cost of a backbone.
 
-    --set changes it, such as --set frames=32 --set size=224.
+    --set changes its settings, such as --set frames=32 --set size=224.
 
-    With --clip its weights are needed (--set weights=...): the tokens of that clip are
-    described, and the five likeliest classes named where the weights have a head.
+    --clip needs weights (--set weights=...); where they include a classification head, the top-5
+    classes are printed too.
     """
     import yaml
 
@@ -196,10 +198,10 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
     help="Folder; default: the cache of torch or of the hub.",
 )
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
-    """Download published weights, for nodes without network.
+    """Download published weights, for nodes without internet.
 
     timm:NAME and hf:OWNER/NAME come from the Hugging Face hub (or HF_ENDPOINT) into its cache
-    (HF_HOME), safetensors only; cut off, they go on where they ended.
+    (HF_HOME), safetensors only; interrupted downloads resume.
     """
     from karmma_pipeline.models.backbones import fetch
 
@@ -209,11 +211,11 @@ def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
 @click.command()
 @recipe_argument
 @set_option
-@click.option("--json", "target", type=click.Path(path_type=Path), help="Write it as JSON too.")
 @click.option(
-    "--no-probe", is_flag=True, help="Do not open the files, only see whether they exist."
+    "--json", "target", type=click.Path(path_type=Path), help="Also write the plan as JSON."
 )
-@click.option("--no-calibrate", is_flag=True, help="Do not measure the time on a few clips.")
+@click.option("--no-probe", is_flag=True, help="Check that files exist, without opening them.")
+@click.option("--no-calibrate", is_flag=True, help="Do not time a few clips.")
 def plan(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -223,11 +225,11 @@ def plan(
 ) -> None:
     """Check the inputs and estimate time and disk.
 
-    Looks at files, clips and splits, and writes nothing. Ends with code 3 if more clips will fail
+    Checks files, clips and splits, and writes nothing. Exits with code 3 if more clips will fail
     than the recipe allows.
     """
     resolved = load_recipe("extract", recipe, overrides, writes=False)
-    click.echo("reading the list of clips and looking at the files ...", err=True)
+    click.echo("reading the manifest and checking the files ...", err=True)
     from karmma_pipeline import files
     from karmma_pipeline.errors import TooManyFailuresError
     from karmma_pipeline.extraction.estimate.report import estimate, text

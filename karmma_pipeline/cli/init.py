@@ -11,16 +11,16 @@ from karmma_pipeline.cli.options import Commands
 from karmma_pipeline.errors import ConfigError
 
 STAGES = {
-    "extract": ("karmma extract RECIPE", "clips into feature stores"),
-    "train-teacher": ("karmma train-teacher RECIPE", "the multimodal teacher"),
-    "train-baseline": ("karmma train-baseline RECIPE", "the student without a teacher"),
-    "distill": ("karmma distill RECIPE", "the student and its teacher"),
-    "evaluate": ("karmma evaluate --recipe RECIPE", "the report"),
-    "chain": ("karmma submit CHAIN", "all stages as batch jobs"),
-    "sweep": ("karmma sweep SWEEP", "methods, settings and seeds"),
-    "site": ("karmma submit CHAIN --site SITE", "settings of a cluster"),
+    "extract": ("karmma extract RECIPE", "a recipe for feature extraction"),
+    "train-teacher": ("karmma train-teacher RECIPE", "a recipe for the multimodal teacher"),
+    "train-baseline": ("karmma train-baseline RECIPE", "a recipe for a student without a teacher"),
+    "distill": ("karmma distill RECIPE", "a recipe for distillation"),
+    "evaluate": ("karmma evaluate --recipe RECIPE", "a recipe for the report"),
+    "chain": ("karmma submit CHAIN", "a chain of all stages as batch jobs"),
+    "sweep": ("karmma sweep SWEEP", "a sweep over methods, settings and seeds"),
+    "site": ("karmma submit CHAIN --site SITE", "the settings of a cluster"),
 }
-"""Stages to how their recipe is used, and what it is of."""
+"""Stages to how their recipe is used, and what it is."""
 
 NEXT = "karmma plan extract.yaml"
 
@@ -29,8 +29,8 @@ NEXT = "karmma plan extract.yaml"
 def init() -> None:
     """Write commented recipes to start from.
 
-    `karmma init project` writes all that one needs for videos of one's own; the others write one
-    recipe each, with every key and its default.
+    `karmma init project` writes all recipes for a data set of your own; the others write one recipe
+    each, with every key and its default.
     """
 
 
@@ -52,8 +52,8 @@ def init() -> None:
 def init_project(folder: Path, manifest: Path, size: Any) -> None:
     """Write the recipes of a whole project.
 
-    Extraction, teacher, baselines, student, evaluation and a chain of them all: their folders fit
-    each other, and they are used inside FOLDER.
+    Recipes for extraction, teacher, baselines, student, evaluation and a chain of them all, with
+    matching paths; run them inside FOLDER.
     """
     from karmma_pipeline.recipes import COMMANDS, project
 
@@ -75,7 +75,7 @@ def init_project(folder: Path, manifest: Path, size: Any) -> None:
 
 
 def _stage(name: str, use: str, what: str) -> click.Command:
-    @click.command(name, help=f"Write the recipe of {what}.")
+    @click.command(name, help=f"Write {what}.")
     @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: print.")
     def command(out: Path | None) -> None:
         from karmma_pipeline import config

@@ -25,29 +25,32 @@ _TOO_LATE = (
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="A video, played at its own rate.")
-@click.option("--camera", type=int, help="Number of a camera; without sound.")
-@click.option("--window", "window_s", type=float, default=2.0, show_default=True, help="Seconds.")
+@click.option("--source", type=click.Path(path_type=Path), help="Video to play in real time.")
+@click.option("--camera", type=int, help="Camera index; no sound.")
+@click.option("--window", "window_s", type=float, default=2.0, show_default=True,
+              help="Length of a window, seconds.")  # fmt: skip
 @click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
               help="Seconds between windows.")  # fmt: skip
 @click.option("--deadline", "deadline_s", type=float, default=0.5, show_default=True,
-              help="Seconds after which a silent sensor is absent.")  # fmt: skip
-@click.option("--without", multiple=True, metavar="MODALITY", help="Switch it off; repeatable.")
+              help="Seconds without data after which a sensor is absent.")  # fmt: skip
+@click.option(
+    "--without", multiple=True, metavar="MODALITY", help="Modality to switch off; repeatable."
+)
 @click.option("--chaos", type=float, default=0.0,
-              help="Probability per second that a sensor dies or comes back.")  # fmt: skip
-@click.option("--seed", type=int, default=0, help="Of --chaos.")
-@click.option("--fast", is_flag=True, help="Play --source as fast as it can be answered.")
+              help="Probability per second that a sensor fails or recovers.")  # fmt: skip
+@click.option("--seed", type=int, default=0, help="Seed of --chaos.")
+@click.option("--fast", is_flag=True, help="Play --source as fast as inference allows.")
 @click.option("--measure", is_flag=True,
-              help="Time answers to made-up signals, per subset of modalities.")  # fmt: skip
-@click.option("--browser", is_flag=True, help="Show it on a page of this machine.")
+              help="Measure latency on synthetic input, per subset of modalities.")  # fmt: skip
+@click.option("--browser", is_flag=True, help="Show it in the browser, on localhost only.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0,
-              help="Of the page; default: a free one.")  # fmt: skip
-@click.option("--top", type=click.IntRange(1, 100), default=3, help="Classes that are shown.")
+              help="Port for --browser; default: a free one.")  # fmt: skip
+@click.option("--top", type=click.IntRange(1, 100), default=3, help="Top classes to show.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--engine", type=click.Choice(["torch", "openvino"]),
-              help="What computes the backbones; default: as in training.")  # fmt: skip
+              help="Inference engine of the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
-              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+              help="New path of a backbone's weights; repeatable.")  # fmt: skip
 def live(
     run: Path,
     source: Path | None,
@@ -67,11 +70,10 @@ def live(
     engine: Engine | None,
     weights: tuple[str, ...],
 ) -> None:
-    """Recognise actions live, whatever sensors fail.
+    """Recognise actions in a live stream while sensors fail.
 
-    A video plays, or a camera runs; each window is answered with what is there. --browser
-    shows the picture, the answers and a switch per modality on a page served to this machine
-    alone.
+    Plays a video or reads a camera; each window is classified from the modalities that are present.
+    --browser shows the video, the predictions and a switch per modality.
     """
     if measure and (source is not None or camera is not None):
         raise ConfigError("--measure: takes made-up signals; leave out --source and --camera.")

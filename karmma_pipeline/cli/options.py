@@ -55,7 +55,7 @@ class Commands(click.Group):
         except KarmmaError as error:
             raise Problem(error) from error
         except KeyboardInterrupt:  # while nobody looked at a `StopFlag`, such as during imports
-            raise Stopped("stopped by SIGINT; run the same command again to go on.") from None
+            raise Stopped("stopped by SIGINT; run the same command again to resume.") from None
         except OSError as error:
             if error.filename is not None and error.strerror:
                 raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
@@ -74,11 +74,9 @@ set_option = click.option(
     multiple=True,
     metavar="A.B=VALUE",
     shell_complete=settings,
-    help="Override one key of the recipe; may be given several times.",
+    help="Override a key of the recipe; repeatable.",
 )
-check_option = click.option(
-    "--check", is_flag=True, help="Print the resolved recipe and stop before any work."
-)
+check_option = click.option("--check", is_flag=True, help="Print the resolved recipe and exit.")
 
 
 def load_recipe(

@@ -24,26 +24,28 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--start", "start_s", type=float, default=0.0, help="Seconds; of videos.")
-@click.option("--stop", "stop_s", type=float, help="Seconds; default: the file's end.")
-@click.option("--window", "window_s", type=float, help="Seconds of a sliding window.")
+@click.option("--start", "start_s", type=float, default=0.0, help="Start in a video, seconds.")
+@click.option("--stop", "stop_s", type=float, help="End in a video, seconds; default: its end.")
+@click.option("--window", "window_s", type=float, help="Length of a sliding window, seconds.")
 @click.option("--hop", "hop_s", type=float, help="Seconds between windows; default: --window.")
-@click.option("--without", multiple=True, metavar="MODALITY", help="Leave it out; repeatable.")
-@click.option("--drop", type=float, default=0.0, help="Probability that a modality is left out.")
-@click.option("--seed", type=int, default=0, help="Of --drop.")
-@click.option("--top", type=click.IntRange(1, 100), default=5, help="Classes that are kept.")
+@click.option(
+    "--without", multiple=True, metavar="MODALITY", help="Modality to leave out; repeatable."
+)
+@click.option("--drop", type=float, default=0.0, help="Probability of dropping each modality.")
+@click.option("--seed", type=int, default=0, help="Seed of --drop.")
+@click.option("--top", type=click.IntRange(1, 100), default=5, help="Top classes to write.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
-              show_default=True, help="Folder of the answers.")  # fmt: skip
-@click.option("--video", is_flag=True, help="Also write the videos with the answers drawn in.")
+              show_default=True, help="Output folder.")  # fmt: skip
+@click.option("--video", is_flag=True, help="Also write videos with predictions overlaid.")
 @click.option("--topic", "topics", multiple=True, metavar="MODALITY=/TOPIC",
-              help="Topic of a bag that is read as a modality; repeatable.")  # fmt: skip
+              help="ROS topic to read as a modality; repeatable.")  # fmt: skip
 @click.option("--clock", type=click.Choice(["header", "log"]), default="header",
-              help="Clock of a bag: its messages' headers, or their recording.")  # fmt: skip
+              help="Timestamps of a bag: of message headers or of logging.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--engine", type=click.Choice(["torch", "openvino"]),
-              help="What computes the backbones; default: as in training.")  # fmt: skip
+              help="Inference engine of the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
-              help="Backbone weights that have moved; repeatable.")  # fmt: skip
+              help="New path of a backbone's weights; repeatable.")  # fmt: skip
 def predict(
     run: Path,
     inputs: tuple[Path, ...],
@@ -65,10 +67,9 @@ def predict(
 ) -> None:
     """Recognise actions in videos with a trained model.
 
-    INPUTS are videos, CSVs as `karmma extract` reads them, with or without labels, or robots'
-    recordings (MCAP bags of ROS 2, see --topic). The answers are those of an evaluation: the
-    same decoding, backbones and fusion. Writes predictions.csv, predictions.jsonl and
-    timeline.html.
+    INPUTS are videos, manifests as of `karmma extract`, with or without labels, or ROS 2 bags in
+    MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
+    and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.backbones import parse_weights, sensors_of

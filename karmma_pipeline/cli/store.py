@@ -18,13 +18,13 @@ _out = click.argument("out", type=click.Path(path_type=Path))
 
 @click.group(cls=Commands)
 def store() -> None:
-    """Inspect, verify and derive feature stores."""
+    """Inspect, verify, merge, split and convert feature stores."""
 
 
 @store.command("info")
 @click.argument("path", type=click.Path(path_type=Path))
 def store_info(path: Path) -> None:
-    """Print what a store holds and where it came from."""
+    """Print the contents and provenance of a store."""
     import yaml
 
     from karmma_pipeline.store import info
@@ -35,10 +35,10 @@ def store_info(path: Path) -> None:
 @store.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--repair", is_flag=True, help="Remove damaged shards so that the next extract rebuilds them."
+    "--repair", is_flag=True, help="Remove damaged shards; the next extract rebuilds them."
 )
 def store_verify(path: Path, repair: bool) -> None:
-    """Check every byte of a store against its checksums."""
+    """Verify every byte of a store against its checksums."""
     from karmma_pipeline.errors import StoreError
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store import repair as take_away
@@ -66,12 +66,14 @@ def store_verify(path: Path, repair: bool) -> None:
 
 @store.command("finalize")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--parts", default=1, help="Number of tasks of the array, to name what is missing.")
+@click.option(
+    "--parts", default=1, help="Number of array tasks, to name those with missing shards."
+)
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
-    """Join the shards of all parts of an array.
+    """Complete a store that was extracted in parts.
 
-    Extraction's last part does this itself. Refuses while a shard is missing, and prints the
-    command that makes it.
+    The last part to finish does this by itself. Fails while shards are missing, and prints the
+    command that extracts them.
     """
     from karmma_pipeline.extraction.parts import finish, recipe_of
     from karmma_pipeline.store import finalize
@@ -89,9 +91,9 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 @_store
 @click.argument("folder", type=click.Path(path_type=Path))
 def store_stage(store: Path, folder: Path) -> None:
-    """Copy a store to a node's own disk, verified.
+    """Copy a store to a local disk and verify the copy.
 
-    Every byte is checked, of a copy that is there already too.
+    A copy that is there already is verified too.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store import stage
@@ -107,10 +109,10 @@ def store_stage(store: Path, folder: Path) -> None:
     "--label-spaces",
     type=click.Choice(["same", "join"]),
     default="same",
-    help="join: match class lists that differ by name.",
+    help="join: merge different class lists by class name.",
 )
 def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) -> None:
-    """Write one store with the clips and modalities of several."""
+    """Merge the clips and modalities of several stores."""
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.rewrite import merge
 
@@ -122,10 +124,14 @@ def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) 
 @store.command("split")
 @_store
 @_out
-@click.option("--by", type=click.Choice(["split", "group"]), help="One store each, inside OUT.")
-@click.option("--ids", type=click.File(), help="File with one clip id per line: one store, OUT.")
+@click.option(
+    "--by", type=click.Choice(["split", "group"]), help="One store per split or group, inside OUT."
+)
+@click.option(
+    "--ids", type=click.File(), help="File with one clip id per line; OUT has these clips."
+)
 def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
-    """Write some of a store's clips into stores of their own."""
+    """Split a store by split, group or a list of clips."""
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.rewrite import select, split
 
@@ -149,13 +155,12 @@ def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     "--pool",
     multiple=True,
     metavar="MODALITY=GRID",
-    help="New token grid, such as rgb=12,1,1: means over blocks of the old one.",
+    help="Average-pool to a smaller token grid, such as rgb=12,1,1.",
 )
 def store_convert(store: Path, out: Path, dtype: Any, pool: tuple[str, ...]) -> None:
-    """Write a store in another type or with fewer tokens.
+    """Convert a store to another dtype or pool its tokens.
 
-    Or unpack an archive that an older program compressed. To compress a
-    store, use `tar --zstd`.
+    Also unpacks archives that an earlier version compressed. To compress a store, use `tar --zstd`.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.rewrite import convert
@@ -185,10 +190,10 @@ def _grid(text: str) -> tuple[str, list[int]]:
     type=click.Choice(["npy", "pt", "actionformer", "tim"]),
     default="npy",
     show_default=True,
-    help="Files per clip, or as another trainer reads them.",
+    help="Plain files, or the layout that this trainer reads.",
 )
 def store_export(store: Path, out: Path, layout: Any) -> None:
-    """Write tokens as one file per clip, for other programs."""
+    """Export tokens as one file per clip, for other trainers."""
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.export import export
 
@@ -203,12 +208,12 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
     "--csv",
     "clips",
     type=click.Path(path_type=Path),
-    help="List of the clips: clip_id, split, labels; default: FOLDER/clips.csv.",
+    help="Manifest: clip_id, split, labels; default: FOLDER/clips.csv.",
 )
 @click.option(
     "--source",
     required=True,
-    help="Network, weights and preprocessing that made the features; models keep to it.",
+    help="Backbone, weights and preprocessing of the features; recorded as their provenance.",
 )
 @click.option(
     "--dtype",
@@ -217,10 +222,10 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
     show_default=True,
 )
 def store_import(folder: Path, out: Path, clips: Path | None, source: str, dtype: Any) -> None:
-    """Write a store of .npy or .npz features.
+    """Import .npy or .npz features into a store.
 
-    FOLDER has a folder per modality with a file per clip, CLIP_ID.npy, that holds its tokens
-    [N, D], as `karmma store export` writes them.
+    FOLDER has a folder per modality with a file per clip, CLIP_ID.npy, of its tokens [N, D]: the
+    layout that `karmma store export` writes.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.imports import import_features
@@ -252,11 +257,11 @@ def store_diff(store: Path, other: Path) -> None:
 
 @store.command("gc")
 @_store
-@click.option("--delete", is_flag=True, help="Remove it; without this it is only listed.")
+@click.option("--delete", is_flag=True, help="Delete them; default: only list them.")
 def store_gc(store: Path, delete: bool) -> None:
-    """List or remove what stopped runs left in a store.
+    """List or delete leftovers of interrupted runs.
 
-    Files that are not the store's own are listed too.
+    Files that do not belong to the store are listed too.
     """
     from karmma_pipeline.store.integrity import collect, garbage
 

@@ -26,7 +26,7 @@ _stage_option = click.option(
     "--stage",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Copy the store to the node's own disk first, verified: the recipe's loader.stage.",
+    help="Copy the store to a local disk first and verify it; overrides loader.stage.",
 )
 
 
@@ -69,9 +69,9 @@ def train_baseline(
 @_stage_option
 @check_option
 def distill(recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool) -> None:
-    """Train the student to follow the teacher.
+    """Distill the teacher into a student.
 
-    Both see the same missing modalities.
+    Both see the same modalities of each clip, after the same modality dropout.
     """
     resolved = load_recipe("distill", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages

@@ -36,6 +36,7 @@ from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+SubsetsOfADraw = tuple[npt.NDArray[np.uint8], Bools]
 TOP = (1, 5)
 _Z = 1.959964
 
@@ -52,6 +53,8 @@ class Correct:
 
     def __init__(self, run: SubsetLogits, check: Callable[[], None] = lambda: None) -> None:
         self.run, self._check = run, check
+        # All heads and protocols see the same draws, and those of a clip depend on it alone.
+        self._sampled: dict[float, list[SubsetsOfADraw]] = {}
         heads = list(run.logits)
         self.metrics = metric_names(heads)
         modalities = run.store.modalities
@@ -79,6 +82,17 @@ class Correct:
             logits = {h: v[number] for h, v in run.logits.items()}
             rows.append(metric_correct(metric, logits, run.labels, k))
         return np.stack(rows) & self.seen[: len(rows)]
+
+    def sampled_subsets(self, rate: float, recipe: EvaluateRecipe) -> Iterator[SubsetsOfADraw]:
+        """Yield for each draw which subset each clip has at a drop rate, and whether it has any."""
+        if rate not in self._sampled:
+            run, keys = self.run, clip_keys(self.run.clip_ids)
+            self._sampled[rate] = []
+            for draw in range(recipe.draws):
+                mask = modality_mask(recipe.seed, draw, keys, run.present, rate)
+                drawn = self.subset_number(mask).astype(np.uint8), mask.any(axis=1)
+                self._sampled[rate].append(drawn)
+        yield from self._sampled[rate]
 
     @property
     def has_curve(self) -> bool:
@@ -130,7 +144,7 @@ def _point(
         expected=_percent(expected),
         low=_percent(expected - spread),
         high=_percent(expected + spread),
-        sampled=_sampled(correct, table, present, rows, rate, recipe) if recipe.draws else None,
+        sampled=_sampled(correct, table, rows, rate, recipe) if recipe.draws else None,
     )
 
 
@@ -170,19 +184,11 @@ def _chances(correct: Correct, present: Bools, rate: float) -> Floats:
 
 
 def _sampled(
-    correct: Correct,
-    table: Floats,
-    present: Bools,
-    rows: Bools,
-    rate: float,
-    recipe: EvaluateRecipe,
+    correct: Correct, table: Floats, rows: Bools, rate: float, recipe: EvaluateRecipe
 ) -> Sampled:
-    keys = clip_keys(correct.run.clip_ids[rows])
-    values = []
-    for draw in range(recipe.draws):
-        mask = modality_mask(recipe.seed, draw, keys, present, rate)
-        right = table[correct.subset_number(mask), np.arange(len(mask))] * mask.any(axis=1)
-        values.append(float(right.mean()))
+    clips, values = np.arange(table.shape[1]), []
+    for number, seen in correct.sampled_subsets(rate, recipe):
+        values.append(float((table[number[rows], clips] * seen[rows]).mean()))
     low, high = np.quantile(values, [0.025, 0.975])
     return Sampled(
         mean=_percent(float(np.mean(values))), low=_percent(float(low)), high=_percent(float(high))

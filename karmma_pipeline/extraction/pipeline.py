@@ -213,7 +213,7 @@ def _again(
     again = clips_again(manifest.clips, read_notes(recipe.out), catalogs, retry)
     if again:
         named = ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
-        _logger.info("%d clips are made again: %s", len(again), named)
+        _logger.info("extracting %d clips again: %s", len(again), named)
     return again
 
 

@@ -54,7 +54,7 @@ class StopFlag:
         # than set the flag: a lock that it took could be held by the code that it interrupted.
         # os.write takes none.
         if self._signal == signal.SIGINT == number:
-            _say("stopped at once; run the same command again to go on from what was saved.")
+            _say("stopped at once; run the same command again to resume from what was saved.")
             os._exit(ExitCode.STOPPED)
         if number == signal.SIGINT:
             _say("stopping after this batch; press Ctrl-C again to stop now")
@@ -73,7 +73,7 @@ class StopFlag:
         """Raise StoppedError if a stop was asked for; ``saved`` says what is safe."""
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            raise StoppedError(f"stopped by {name}: {saved}; run the same command again to go on.")
+            raise StoppedError(f"stopped by {name}: {saved}; run the same command again to resume.")
 
 
 def _say(line: str) -> None:

@@ -265,7 +265,7 @@ def _check_code(folder: Path, card: ModelCard) -> None:
         if (then := card.code.get(name)) != now:
             _logger.warning(
                 "%s: the source of %s has changed since it was trained (%s then, %s now); its "
-                "answers may be others.",
+                "predictions may differ.",
                 *(folder, name, (then or "unknown")[:12], now[:12]),
             )
 

@@ -306,7 +306,9 @@ class _MediaWriter:
                 self._file.mux(stream.encode(None))
         self._file.close()
         if self.left_out:
-            _logger.warning("%d pictures were left out: their times do not rise", self.left_out)
+            _logger.warning(
+                "%d images were skipped: their timestamps do not increase", self.left_out
+            )
 
 
 _MEDIA = {*_PICTURES, "audio"}

@@ -179,5 +179,5 @@ def _others_may_end(rank: int) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:160]
         raise KarmmaError(
             f"rank {rank}: another rank has ended ({reason}); see its message. What is saved is "
-            "kept: run the same command again to go on."
+            "kept: run the same command again to resume."
         ) from None

@@ -170,7 +170,7 @@ def test_a_half_downloaded_set_that_is_completed_is_the_same_as_a_whole_one(
     karmma()  # nothing has changed: nothing is done
     assert inodes() == before
     complete()
-    assert "6 clips are made again: c2, c3, c4, c5, c8, ..." in karmma()
+    assert "extracting 6 clips again: c2, c3, c4, c5, c8, ..." in karmma()
     assert contents() == whole
     assert all(verify(Path("out", name)) == [] for name in STORES)
     assert not any(inodes()[path] == inode for path, inode in before.items())

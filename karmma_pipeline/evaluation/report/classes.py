@@ -116,7 +116,7 @@ def _reliability(results: Results) -> Figure:
             axes.plot(confidence, accuracy, color=colour(number), marker="o", ms=4, label=name)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("probability of the answer (%)")
+    axes.set_xlabel("confidence (%)")
     axes.set_ylabel(f"{plain(results.main)} top-1 (%)")
     axes.legend(fontsize=8.5)
     title_of(figure, axes, "Calibration", results)

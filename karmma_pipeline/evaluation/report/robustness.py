@@ -48,7 +48,7 @@ def draw(results: Results) -> dict[str, Figure]:
                 axes.plot(shares, means, color=colour, marker="o", markersize=3.5,
                           label=figures.plain(method.name))  # fmt: skip
             axes.set_title(figures.plain(f"{test.what}: {_TESTS[test.kind]}"), fontsize=10)
-            axes.set_xlabel("clips hit (%)")
+            axes.set_xlabel("clips affected (%)")
             axes.set_ylim(bottom=0)
         grid[0][0].set_ylabel(f"{figures.plain(results.main)} top-1 (%)")
         handles, labels = grid[0][0].get_legend_handles_labels()
