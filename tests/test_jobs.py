@@ -293,10 +293,13 @@ def test_a_pool_that_ends_while_a_process_starts_leaves_it_no_lock_to_look_for(
     manager = pool._pool_manager.worker_manager
     (process,) = manager.workers.values()
     close, alive = manager.close_channels, list[bool]()
-    monkeypatch.setattr(
-        manager, "close_channels", lambda: (alive.append(process.is_alive()), close())
-    )
-    pool.stop()
+
+    def closing() -> None:
+        alive.append(process.is_alive())
+        close()  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(manager, "close_channels", closing)
+    pool.stop()  # type: ignore[no-untyped-call]
     pool.join()
     assert alive == [False]
     # Ctrl-C reaches all processes of a terminal: one that is starting would say so at length.

@@ -90,8 +90,8 @@ class Correct:
             self._sampled[rate] = []
             for draw in range(recipe.draws):
                 mask = modality_mask(recipe.seed, draw, keys, run.present, rate)
-                drawn = self.subset_number(mask).astype(np.uint8), mask.any(axis=1)
-                self._sampled[rate].append(drawn)
+                seen: Bools = np.asarray(mask.any(axis=1))
+                self._sampled[rate].append((self.subset_number(mask).astype(np.uint8), seen))
         yield from self._sampled[rate]
 
     @property
