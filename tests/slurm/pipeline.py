@@ -5,7 +5,8 @@
 Starts a Slurm of three nodes on this machine, sends all stages from extraction (an array of 8) to
 the report off as one chain, and then kills the launching process, a decoder, tasks, a node and
 ranks, requeues a task, and warns others, one by its time limit. Some clips raise, crash or hang.
-A second chain is submitted inside a task of an array that asked for memory per CPU.
+A second chain is submitted inside a task of an array that asked for memory per CPU. A sweep over
+two methods and two seeds loses a run and is submitted again.
 In the end store and weights must equal, byte for byte, those of the same recipes run here in
 peace. Exits with 0 and says why where Slurm cannot run.
 
@@ -36,6 +37,7 @@ from slurm.scene import (
     karmma,
     prepare,
     prepare_inside,
+    prepare_sweep,
     release,
     start_reference,
 )
@@ -102,6 +104,7 @@ def run_road(cluster: Cluster, folder: Path, *, quick: bool) -> None:
     compare(reference, disturbed)
     check_exit_codes(disturbed)
     submit_from_inside(prepare_inside(folder))
+    sweep_over_seeds(disturbed)
     if not quick:
         lose_a_shard(disturbed)
         compare(reference, disturbed)
@@ -325,6 +328,47 @@ def submit_from_inside(folder: Path) -> None:
     said = (folder / "outer.2.log").read_text()
     expect(done == TRAINING["epochs"], f"{done} epochs; {folder}/jobs/logs; {said}")
     say("submitted from inside an array's task with memory per CPU: all shards, all epochs")
+
+
+def sweep_over_seeds(folder: Path) -> None:
+    """Send a sweep off, cancel one of its runs, and send it off again: just that one is made."""
+    prepare_sweep(folder)
+    shell("scontrol", "update", "PartitionName=debug", "State=DOWN")  # until a run is cancelled
+    send_sweep(folder)
+    tasks = {stage: len(jobs(stage)) for stage in ("runs1", "runs2", "report")}
+    expect(tasks == {"runs1": 2, "runs2": 2, "report": 1}, f"in the queue: {tasks}")
+    shell("scancel", f"{jobs('runs2')[0]['array']}_2")
+    shell("scontrol", "update", "PartitionName=debug", "State=UP")
+    wait_for("the end of a sweep that lost a run", lambda: not queue())
+    status = karmma("sweep", "sweep.yaml", "--status", cwd=folder).stdout
+    expect("student  1 of 2 runs done; seed1: epoch 0 of 2" in status, status)
+    expect(not (folder / "sweep/report/index.html").is_file(), "a report without one of its runs")
+    before = weights(folder / "sweep/teacher/seed1")
+    again = send_sweep(folder)
+    expect(again.count("submitted") == 2 and "runs1" not in again, again)
+    wait_for("the lost run and the report", lambda: not queue())
+    expect("everything is done" in send_sweep(folder), "the sweep is not done again")
+    results = json.loads((folder / "sweep/report/results.json").read_text())
+    seeds = [method["seeds"] for method in results["methods"]]
+    expect(seeds == [[0, 1], [0, 1]], f"the report has seeds {seeds}")
+    expect(weights(folder / "sweep/teacher/seed1") == before, "a run that was done changed")
+    for name in ("teacher/seed1", "student/seed1"):
+        here = karmma("sweep", "sweep.yaml", "--set", "out=here", "--run", name, cwd=folder)
+        expect(here.returncode == 0, here.stderr)
+        ours, theirs = (weights(folder / out / name) for out in ("sweep", "here"))
+        expect(ours == theirs, f"{name} has other weights than without Slurm")
+    say("a sweep of 2 methods and 2 seeds: a cancelled run made again, one report, same weights")
+
+
+def send_sweep(folder: Path) -> str:
+    done = karmma("sweep", "sweep.yaml", "--slurm", "--site", "site.yaml", cwd=folder)
+    expect(done.returncode == 0, done.stderr)
+    print(done.stdout.rstrip(), flush=True)
+    return done.stdout
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {name: (run / name / "model.safetensors").read_bytes() for name in ("best", "last")}
 
 
 def lose_a_shard(folder: Path) -> None:

@@ -151,6 +151,32 @@ while [ -e {shlex.quote(str(_place("outer")))} ]; do sleep 0.2; done
     return place
 
 
+def prepare_sweep(folder: Path) -> None:
+    """Write a sweep of two methods and two seeds over the stores that a folder has."""
+    few = {"epochs": 2, "save_every_s": 0}
+    tree = {
+        "name": "seeds",
+        "out": "sweep",
+        "seeds": [0, 1],
+        "methods": {
+            "teacher": {
+                "command": "train-teacher",
+                "recipe": "recipes/teacher.yaml",
+                "set": few,
+            },
+            "student": {
+                "command": "distill",
+                "recipe": "recipes/student.yaml",
+                "set": few,
+                "teacher": "teacher",
+            },
+        },
+        "evaluate": {"set": {"draws": 0, "costs": False}},
+        "resources": {**RESOURCES, "cpus": 1, "memory_gb": 2},
+    }
+    _write_yaml(folder / "sweep.yaml", tree)
+
+
 def _poison(manifest: Path) -> None:
     with manifest.open(newline="") as file:
         rows = list(csv.DictReader(file))
