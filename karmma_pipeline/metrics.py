@@ -89,7 +89,7 @@ def _action_chunk(
         ranked = np.argsort(-total, axis=1, kind="stable")[:, :k]
         total = np.take_along_axis(total, ranked, axis=1)
         right = np.take_along_axis(right, ranked, axis=1)
-    return right.any(axis=1)
+    return np.asarray(right.any(axis=1))
 
 
 def _log_sum_exp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
