@@ -36,7 +36,8 @@ class Spans:
                 raise ConfigError(f"--{name} {value}: seconds above 0 are allowed.")
         if self.hop_s is not None and self.window_s is None:
             raise ConfigError("--hop: needs --window, the length of what is moved by it.")
-        if self.start_s < 0 or (self.stop_s is not None and self.stop_s <= self.start_s):
+        late = self.stop_s is None or self.start_s < self.stop_s < math.inf  # no NaN either
+        if not (late and 0 <= self.start_s < math.inf):
             raise ConfigError(
                 f"--start {self.start_s} --stop {self.stop_s}: the stop must lie after the start, "
                 "which must not be negative."

@@ -41,6 +41,7 @@ def create_store(
     """
     # All parts of an array job come here at once and write equal bytes, each file by a rename; the
     # description is written last and says that the rest is there.
+    layout.check_outside(root, here=False)
     description = _describe(spec, clips, grown_from)
     table, path = _table(root, spec, clips), root / layout.SPEC
     if path.is_file():

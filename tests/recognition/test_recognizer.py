@@ -126,6 +126,12 @@ def test_live_windows_of_a_files_signals_are_those_of_the_file(
             np.testing.assert_allclose(said, window.logits[head], atol=1e-5)
 
 
+@pytest.mark.parametrize("span", [(np.nan, None), (np.inf, None), (0.0, np.nan), (0.0, np.inf)])
+def test_a_span_has_finite_ends(span: tuple[float, float | None]) -> None:
+    with pytest.raises(ConfigError, match=r"^--start"):
+        Spans(*span)
+
+
 def starts(video: Path, *spans: Any) -> list[float]:
     return [clip.start_s for clip in wanted_clips([video], Spans(*spans)).clips]
 

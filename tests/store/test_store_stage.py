@@ -19,6 +19,8 @@ from karmma_pipeline.errors import KarmmaError, StoppedError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.store import FeatureStore, stage
 from karmma_pipeline.store.format.layout import shard_file
+from karmma_pipeline.store.tools.export import export
+from karmma_pipeline.store.tools.rewrite import convert
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,21 @@ def test_a_copy_is_the_same_and_is_used_again(store: Path, tmp_path: Path) -> No
     assert shard_file(place, "rgb", 0).stat().st_ino == before.st_ino
     source = open_source(store, LoaderSettings(stage=tmp_path / "ssd"), torch.device("cpu"))
     assert source.path == place
+
+
+def test_nothing_else_is_written_into_a_store(store: Path) -> None:
+    before = tree(store)
+    for place in (store, store / "x", store / "rgb" / ".." / "y"):
+        for write in (
+            stage,
+            lambda s, to: export(s, to, "npy"),
+            lambda s, to: convert(s, to / "z"),
+        ):
+            with pytest.raises(
+                StoreError, match=r"the feature store .* lies there; choose a folder"
+            ):
+                write(store, place)
+    assert tree(store) == before
 
 
 def test_a_copy_that_was_cut_or_killed_is_mended(store: Path, tmp_path: Path) -> None:

@@ -315,3 +315,21 @@ def zarr_array(
         "codecs": codecs,
         "attributes": attributes,
     }
+
+
+def check_outside(path: Path, here: bool = True) -> None:
+    """Refuse to write into a store what is none of its files.
+
+    Args:
+        path: folder that is to be written.
+        here: it must be no store itself either.
+
+    Raises:
+        StoreError: it is, or lies in, a store.
+    """
+    whole = path.resolve()
+    for folder in [whole, *whole.parents] if here else whole.parents:
+        if (folder / SPEC).is_file() and (folder / ROOT).is_file():
+            raise StoreError(
+                f"{path}: the feature store {folder} lies there; choose a folder outside."
+            )

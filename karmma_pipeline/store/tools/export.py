@@ -18,6 +18,7 @@ import numpy.typing as npt
 from karmma_pipeline import files
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
+from karmma_pipeline.store.format.layout import check_outside
 from karmma_pipeline.store.former import Encoded
 from karmma_pipeline.store.reader import FeatureStore
 from karmma_pipeline.store.spec import ModalitySpec
@@ -41,6 +42,7 @@ def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None =
         StoppedError: a stop was asked for; run again to go on.
     """
     stop, opened = stop or StopFlag(), FeatureStore.open(store)
+    check_outside(out)
     out.mkdir(parents=True, exist_ok=True)
     for m in opened.modalities:
         files.check_name(m)

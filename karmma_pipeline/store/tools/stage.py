@@ -52,6 +52,7 @@ def stage(
     stop = stop or StopFlag()
     opened = FeatureStore.open(store)
     place = folder / f"karmma-{opened.digest[:16]}"
+    layout.check_outside(folder)
     with files.disk_errors(folder / "x"):
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(place)
