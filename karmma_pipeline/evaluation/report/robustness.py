@@ -49,8 +49,10 @@ def draw(results: Results) -> dict[str, Figure]:
                           label=figures.plain(method.name))  # fmt: skip
             axes.set_title(figures.plain(f"{test.what}: {_TESTS[test.kind]}"), fontsize=10)
             axes.set_xlabel("clips affected (%)")
+            axes.set_xlim(-3, 103)
             axes.set_ylim(bottom=0)
-        grid[0][0].set_ylabel(f"{figures.plain(results.main)} top-1 (%)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"{figures.plain(results.main)} top-1 (%)")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
     return {"robustness": figure}
