@@ -207,6 +207,18 @@ def test_parts_that_begin_together_on_different_machines_agree(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_rule_chooses_for_gpus_is_said_to_be_unmeasured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    networks, notes = Networks(make_recipe(tmp_path)), list[str]()
+    configure(networks, {}, notes.append)
+    assert "not measured" not in " ".join(notes)
+    way = ComputeConfig(chosen="by the rule for cuda")
+    monkeypatch.setattr("karmma_pipeline.extraction.inference.defaults.by_rule", lambda *_: way)
+    configure(networks, {}, notes.append)
+    assert notes[-1].endswith("; the rule's choices for GPUs were not measured")
+
+
 def test_what_the_recipe_states_is_not_left_to_the_rule(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

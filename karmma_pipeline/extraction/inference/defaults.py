@@ -23,6 +23,9 @@ from karmma_pipeline.store import Catalog
 _KEYS = ("precision", "memory_format", "batch_size")
 _MAX_BATCH = {"cpu": 16, "cuda": 128}
 
+#: What a store records of who chose, by the kind of the device.
+BY_RULE = "by the rule for {}"
+
 # Memory of a pass that a batch may fill. On a CPU larger ones leave its caches and gain nothing; on
 # a GPU it fits beside the weights into cards of 16 GB.
 _BATCH_BYTES = {"cpu": 120e6, "cuda": 8e9}
@@ -51,7 +54,9 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
             network.openvino.convert()
         network.use(chosen)
         if backbone.choice.source != "none":
-            note(f"{backbone.choice.name}: {network.config}")
+            unmeasured = network.config.chosen == BY_RULE.format("cuda")
+            says = "; the rule's choices for GPUs were not measured" if unmeasured else ""
+            note(f"{backbone.choice.name}: {network.config}{says}")
 
 
 def by_rule(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> ComputeConfig:
@@ -64,7 +69,7 @@ def by_rule(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> Compute
     chosen: dict[str, Any] = {"memory_format": memory_format(network.backbone), **stated}
     if "batch_size" not in chosen:
         chosen["batch_size"] = _batch_size(network, spec, recipe)
-    return ComputeConfig(**chosen, chosen=f"by the rule for {network.device.type}")
+    return ComputeConfig(**chosen, chosen=BY_RULE.format(network.device.type))
 
 
 def memory_format(net: nn.Module) -> MemoryFormat:
