@@ -24,6 +24,7 @@ from karmma_pipeline.evaluation.statistics import Estimate
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import evaluated_subsets, label
 from karmma_pipeline.models.backbones import hub
+from karmma_pipeline.models.cut import CutModel, model_of_tokens, suffixes_of
 from karmma_pipeline.models.device import device_name
 from karmma_pipeline.models.exported import (
     BACKBONES,
@@ -33,6 +34,7 @@ from karmma_pipeline.models.exported import (
     ExportedModel,
     open_model,
 )
+from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard, TrainedModel
 from karmma_pipeline.recognition import export_checks as checks
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
@@ -113,7 +115,7 @@ def export_model(
         card, difference = _write(folder, recognizer, store)
         verdict = ""
         if int8:
-            card, verdict = _write_int8(folder, card, store, clips)
+            card, verdict = _write_int8(folder, recognizer, card, store, clips)
         files.write_text(folder / README, readme(card))
     return ExportReport(out, card, difference, verdict)
 
@@ -134,11 +136,6 @@ def _check_output(out: Path) -> None:
 def _check_model(model: TrainedModel) -> None:
     if isinstance(model, ExportedModel):
         raise ConfigError(f"{model.path}: is an exported model already; name a run.")
-    if model.card.cut:
-        raise ConfigError(
-            f"{model.path}: parts of its backbones ({', '.join(model.card.cut)}) were trained; "
-            "such models are not exported yet. karmma predict and karmma live take the run."
-        )
     flow = model.card.provenance.get("flow", {}).get("flow", {})
     if flow.get("source", "dis") != "dis":
         raise ConfigError(
@@ -175,13 +172,14 @@ def _write(
     Raises:
         CheckpointError: it strays from PyTorch.
     """
-    traced = write_backbones(folder, recognizer)
-    write_fusion(folder, recognizer.model, recognizer.card)
+    traced, fusion = write_backbones(folder, recognizer), model_of_tokens(recognizer.model)
+    model = _of_whole_networks(recognizer.card, traced)
+    write_fusion(folder, fusion, model)
     card = _with_digests(
-        folder, ExportCard(model=recognizer.card, opset=OPSET, backbones=traced.backbones, files={})
+        folder, ExportCard(model=model, opset=OPSET, backbones=traced.backbones, files={})
     )
     exported = Recognizer.of(open_model(folder))
-    found = checks.differences(recognizer.model, traced, exported)
+    found = checks.differences(fusion, traced, exported)
     measured: dict[str, Any] = {"difference": _by_label(found)}
     farthest = max(found.values())
     if store is not None:
@@ -200,13 +198,43 @@ def _write(
     return card, farthest
 
 
+def _of_whole_networks(card: ModelCard, traced: Traced) -> ModelCard:
+    """Return the card of a model whose backbones are no longer cut."""
+    provenance, dtypes = dict(card.provenance), dict(card.dtypes)
+    for m, digest in traced.trained.items():
+        facts = {key: of for key, of in provenance[m].items() if key != "cut"}
+        here = {"weights_sha256": digest, "trained_from": card.provenance[m]["cut"]["before"]}
+        provenance[m] = facts | here
+        dtypes.pop(m, None)  # which was that of the activations
+    changes = {"modalities": card.token_shapes, "provenance": provenance, "dtypes": dtypes}
+    return card.model_copy(update=changes) if traced.trained else card
+
+
+def _on_rows(exported: Recognizer, recognizer: Recognizer) -> TokenModel:
+    """Return an exported fusion as it answers on a store: behind the suffixes, if there are some.
+
+    Args:
+        exported: whose fusion it is.
+        recognizer: the run.
+    """
+    suffixes = suffixes_of(recognizer.model)
+    if not suffixes:
+        return exported.model
+    return CutModel(exported.model, suffixes, recognizer.card.modalities)
+
+
 def _write_int8(
-    folder: Path, card: ExportCard, store: TokenSource | None, clips: Path | None
+    folder: Path,
+    recognizer: Recognizer,
+    card: ExportCard,
+    store: TokenSource | None,
+    clips: Path | None,
 ) -> tuple[ExportCard, str]:
     """Put a float32 model into int8 and compare the two."""
     before, subsets = Recognizer.of(open_model(folder)), evaluated_subsets(card.model.modalities)
     split = card.model.training.get("val_split", "")
-    on_tokens = store and checks.answers_on(before.model, store, split, subsets)
+    fused = _on_rows(before, recognizer)
+    on_tokens = store and checks.answers_on(fused, store, split, subsets)
     on_clips = clips and _answers_of(before, clips)
     names = tuple(name for name in sorted(card.files) if quantise(folder / name))
     card = _with_digests(folder, card.model_copy(update={"int8": names}))
@@ -214,7 +242,7 @@ def _write_int8(
     report: dict[str, Any] = {"files": list(names)}
     gaps = []
     if store is not None and on_tokens:
-        answers = checks.answers_on(after.model, store, split, subsets)
+        answers = checks.answers_on(_on_rows(after, recognizer), store, split, subsets)
         assert answers is not None  # noqa: S101  (the same clips)
         of_fusion = answers.minus(on_tokens)
         report["fusion"] = _by_label(dict(zip(subsets, map(_plain, of_fusion), strict=True)))
@@ -271,7 +299,8 @@ def _accuracy(
     """Return top-1 per subset on the validation split, and the largest difference to PyTorch."""
     subsets = evaluated_subsets(recognizer.modalities)
     split = recognizer.card.training.get("val_split", "")
-    answers = checks.answers_on(exported.model, store, split, subsets)
+    fused = _on_rows(exported, recognizer)
+    answers = checks.answers_on(fused, store, split, subsets)
     wanted = checks.answers_on(recognizer.model, store, split, subsets)
     if answers is None or wanted is None:
         return None, 0.0

@@ -101,7 +101,10 @@ def _backbones(card: ExportCard) -> Iterator[Sequence[str]]:
         facts = card.model.provenance[m]
         one = card.backbones.get(m)
         name = str(facts.get("backbone", "imported features"))
-        yield m, name, str(facts.get("weights", "")), _licence(facts), one.file if one else "none"
+        weights = str(facts.get("weights", ""))
+        if stage := facts.get("trained_from"):
+            weights += f", trained on from {stage}"
+        yield m, name, weights, _licence(facts), one.file if one else "none"
 
 
 def _licence(facts: Mapping[str, Any]) -> str:

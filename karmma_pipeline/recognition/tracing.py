@@ -30,6 +30,8 @@ from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice, hub
 from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS
 from karmma_pipeline.models.backbones.onnx_networks import INPUT, TOKENS
+from karmma_pipeline.models.backbones.state_dicts import digest
+from karmma_pipeline.models.cut import suffixes_of
 from karmma_pipeline.models.exported import (
     BACKBONES,
     FUSION,
@@ -60,11 +62,13 @@ class Traced:
         backbones: modality to its file and what it is fed.
         inputs: modality to clips of noise as a decoder gives them, [B, ...].
         tokens: modality to what PyTorch makes of them, [B, N, D].
+        trained: modality whose backbone was cut to the digest of its weights, trained ones too.
     """
 
     backbones: dict[str, ExportedBackbone]
     inputs: dict[str, Tensor]
     tokens: dict[str, Tensor]
+    trained: dict[str, str]
 
 
 class _Tokens(nn.Module):
@@ -112,20 +116,27 @@ class _Fusion(nn.Module):
 def write_backbones(folder: Path, recognizer: Recognizer) -> Traced:
     """Write the backbones of a model, each once, into ``folder/backbones``.
 
+    One that is cut is written as a whole, with what was trained of it, and rounds nothing where its
+    store did.
+
     Raises:
         ConfigError: ONNX cannot express one.
         CheckpointError: one is too large.
     """
     networks, card = recognizer.networks, recognizer.card
-    traced, firsts = Traced({}, {}, {}), dict[str, str]()
-    choices = networks.recipe.sets[SET]
+    traced, firsts = Traced({}, {}, {}, {}), dict[str, str]()
+    choices, suffixes = networks.recipe.sets[SET], suffixes_of(recognizer.model)
     for modality in canonical(choices):
-        choice = choices[modality]
+        choice, suffix = choices[modality].cut_at(None), suffixes.get(modality)
         if choice.name in WITHOUT_WEIGHTS or choice.source == "none":
             continue
         spec = networks.jobs(SET)[modality].spec
-        first = firsts.setdefault(network_key(choice), modality)
+        key = network_key(choice) if suffix is None else modality  # which was trained by itself
+        first = firsts.setdefault(key, modality)
         backbone = Backbone(choice)
+        if suffix is not None:  # its state lacks what lies before the cut
+            backbone.net.load_state_dict({**backbone.net.state_dict(), **suffix.net.state_dict()})
+            traced.trained[modality] = digest(backbone.net.state_dict())
         clips = example(spec, _CLIPS)
         with torch.no_grad():
             x = backbone.prepare(clips)

@@ -13,14 +13,17 @@ from karmma_pipeline import config, predict
 from karmma_pipeline.data.loading.clips import predict_masked
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import read_manifest
-from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.extraction.estimate.report import estimate, text
+from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.saved import load_model
+from karmma_pipeline.models.cut import suffixes_of
+from karmma_pipeline.models.saved import load_model, save_model
 from karmma_pipeline.recognition.export import export_model
+from karmma_pipeline.recognition.live import Failures, simulated, video_events
+from karmma_pipeline.recognition.prediction import Dropout
 from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.store import FeatureStore, verify
 from karmma_pipeline.training.recipe import BaselineRecipe
@@ -129,10 +132,56 @@ def test_a_recogniser_says_of_raw_video_what_the_stored_rows_say(root: Path) -> 
         np.testing.assert_allclose(one.logits["verb"], cached["verb"][row].numpy(), atol=1e-4)
 
 
-def test_an_export_refuses_trained_backbones_in_a_sentence(root: Path, tmp_path: Path) -> None:
+def test_a_stream_says_of_a_window_what_predict_says_of_it(root: Path) -> None:
+    recognizer, video = Recognizer.load(root / "cut", "cpu"), root / "v1.mp4"
+    offline = {one.clip.start_s: one for one in recognizer.video(video, window_s=1, workers=0)}
+    stream = recognizer.stream(window_s=1, hop_s=1, deadline_s=0.5)
+    with OpenMedia() as media:
+        rate = recognizer.decode_settings.audio.sample_rate
+        events = video_events(media, video, rate)
+        live = [*simulated(stream, events, Failures(0, 0), lambda picture: None, StopFlag())]
+    assert len(live) >= 1
+    for one in live:
+        there = offline[one.clip.start_s]
+        assert one.mask == there.mask == dict.fromkeys(("rgb", "flow", "audio"), True)
+        # Of several windows at once the last bits are others, which float16 makes larger.
+        np.testing.assert_allclose(one.logits["verb"], there.logits["verb"], atol=1e-3)
+
+
+@pytest.mark.extra
+def test_an_export_holds_whole_networks_with_what_was_trained(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    with pytest.raises(ConfigError, match=r"\(rgb, flow, audio\) were trained; .* predict and"):
-        export_model(root / "cut", tmp_path / "out")
+    model, card = load_model(root / "cut/best")
+    with torch.no_grad():  # far from the weights that the prefixes name
+        for suffix in suffixes_of(model).values():
+            for parameter in suffix.parameters():
+                parameter.mul_(1.1)
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run", model, card)
+    store = root / "features/cut"
+    made = export_model(tmp_path / "run", tmp_path / "out", stores=[store])
+    assert made.difference <= 1e-4
+    assert len(made.card.measured["difference"]) == 7
+    assert made.card.measured["accuracy"]["clips"] == 4
+    facts = made.card.model.provenance
+    assert {m: of["trained_from"] for m, of in facts.items()} == {
+        "rgb": "layer4",
+        "flow": "input",
+        "audio": "layer3",
+    }
+    assert {one.file for one in made.card.backbones.values()} == {
+        f"backbones/{m}.onnx" for m in facts
+    }
+    assert made.card.model.modalities["rgb"] == (4, 512)
+    run, here = Recognizer.load(tmp_path / "run", "cpu"), Recognizer.load(tmp_path / "out")
+    clips = read_manifest(root / "m.csv").clips
+    for left_out in ((), ("rgb",), ("flow", "audio")):
+        dropout = Dropout(left_out)
+        pairs = zip(*(r.predict(clips, dropout, workers=0) for r in (here, run)), strict=True)
+        for one, there in pairs:
+            assert one.mask == there.mask
+            # The run rounds activations to float16, as its store does.
+            np.testing.assert_allclose(one.logits["verb"], there.logits["verb"], atol=2e-3)
 
 
 def test_costs_are_those_of_the_whole_networks(root: Path) -> None:
