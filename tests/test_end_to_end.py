@@ -13,7 +13,8 @@ from karmma_pipeline.cli import main
 
 @pytest.mark.slow
 def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> None:
-    first = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick"], catch_exceptions=False)
+    words = ["demo", str(tmp_path), "--quick", "--end-to-end"]
+    first = CliRunner().invoke(main, words, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert [run["name"] for run in results["runs"]] == [
@@ -21,6 +22,7 @@ def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> 
         "Baseline",
         "Baseline w/ δ",
         "Student (distilled)",
+        "Student, end to end (distilled)",
     ]
     assert len(results["runs"][0]["subsets"]) == 2 * 7
     assert results["data"]["split"] == "test"
@@ -43,7 +45,7 @@ def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> 
         return {p: p.stat().st_mtime_ns for p in kept if p.suffix in {".mp4", ".safetensors"}}
 
     before = files()
-    second = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick"], catch_exceptions=False)
+    second = CliRunner().invoke(main, words, catch_exceptions=False)
     assert second.exit_code == 0
-    assert "5 of 5 are done" in second.output
+    assert "6 of 6 are done" in second.output
     assert files() == before

@@ -9,7 +9,7 @@ import pytest
 from karmma_pipeline import config
 from karmma_pipeline.batch.sweep import load_sweep
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.demo import RECIPES, write_recipes
+from karmma_pipeline.demo import END_TO_END, RECIPES, write_recipes
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation import paper
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
@@ -70,14 +70,15 @@ def test_a_wrong_data_set_is_told_where_it_stands(dataset: object, message: str)
     assert "epic_kitchens_100." not in str(caught.value)  # the file has dataset.root
 
 
-def test_the_demos_recipes_parse(tmp_path: Path) -> None:
-    paths = write_recipes(tmp_path, quick=True)
-    assert list(paths) == [*RECIPES, "sweep"]
+@pytest.mark.parametrize("more", [(), (END_TO_END,)])
+def test_the_demos_recipes_parse(more: tuple[str, ...], tmp_path: Path) -> None:
+    paths = write_recipes(tmp_path, quick=True, end_to_end=bool(more))
+    assert list(paths) == [*RECIPES, *more, "sweep"]
     sweep = load_sweep(paths.pop("sweep"))
     report = sweep.stage("report").recipe
     assert isinstance(report, EvaluateRecipe)
     for name, path in paths.items():
-        recipe = config.load(TRAIN.get(name, ExtractRecipe), path)
+        recipe = config.load((TRAIN | {END_TO_END: DistillRecipe}).get(name, ExtractRecipe), path)
         if isinstance(recipe, TrainRecipe):  # what chooses an epoch is not what is reported
             assert (recipe.val_split, report.split) == ("val", "test")
             assert f"{name}/seed0" in {stage.name for stage in sweep.stages}

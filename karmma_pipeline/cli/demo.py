@@ -13,8 +13,9 @@ import click
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
 @click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the data.")
+@click.option("--end-to-end", is_flag=True, help="Also train a student with its small networks.")
 @click.pass_context
-def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
+def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool) -> None:
     """Run all stages on generated clips and write a report.
 
     Takes a few minutes on a CPU. Each stage is one printed command that can be run by itself;
@@ -27,7 +28,7 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int) -> None:
     assert isinstance(root, click.Group)  # noqa: S101  (main is one)
     started = time.monotonic()
     click.echo("Each stage is a command that you can run by itself:\n")
-    write_recipes(out, quick=quick)
+    write_recipes(out, quick=quick, end_to_end=end_to_end)
     for arguments in commands(out, quick=quick, seed=seed):
         click.secho(f"$ karmma {shlex.join(arguments)}", bold=True)
         root.main(arguments, prog_name="karmma", standalone_mode=False)

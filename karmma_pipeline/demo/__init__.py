@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from karmma_pipeline import config, files
 from karmma_pipeline.jobs import cpu_count
@@ -11,6 +12,9 @@ from karmma_pipeline.recipes import COMMANDS, project, recipe_model
 
 RECIPES = ("extract", "teacher", "baseline", "baseline_delta", "student")
 """The recipes that the sweep trains with, after that of the extraction, in legend order."""
+
+END_TO_END = "student_end_to_end"
+"""One more, if it is asked for: the student whose networks train, too."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,9 @@ class _Amount:
     epochs: int
     seeds: tuple[int, ...]
 
+
+# Peak of the networks' learning rate, a third of the fusion block's: they know the task already.
+_SUFFIX_LR = 3e-4
 
 _FULL = _Amount(clips=700, test=300, epochs=15, seeds=(0, 1, 2))
 _QUICK = _Amount(clips=64, test=32, epochs=2, seeds=(0,))
@@ -45,11 +52,11 @@ def commands(out: Path, *, quick: bool = False, seed: int = 0) -> list[list[str]
     ]
 
 
-def write_recipes(out: Path, *, quick: bool = False) -> dict[str, Path]:
+def write_recipes(out: Path, *, quick: bool = False, end_to_end: bool = False) -> dict[str, Path]:
     """Write the recipes of `commands` to ``out/recipes``; return their paths by name.
 
     ``sweep`` trains each of `RECIPES` with several seeds, epochs chosen on the split val, and
-    reports on the split test.
+    reports on the split test. ``end_to_end``: and `END_TO_END`.
     """
     amount = _QUICK if quick else _FULL
     recipes = project("demo", out / "clips" / "manifest.csv", out, epochs=amount.epochs)
@@ -57,16 +64,34 @@ def write_recipes(out: Path, *, quick: bool = False) -> dict[str, Path]:
     # More than four processes take longer to start than they save.
     workers = [f"decode.workers={min(4, cpu_count())}"]
     tree = recipes["extract"].model_dump(mode="json")
+    names, kinds = list(RECIPES), dict(COMMANDS)
+    if end_to_end:
+        student = recipes["student"].model_dump(mode="json") | _end_to_end(out, tree["sets"])
+        recipes[END_TO_END] = config.build(recipe_model("distill"), student, END_TO_END)
+        names, kinds[END_TO_END] = [*names, END_TO_END], COMMANDS["student"]
     recipes["extract"] = config.build(recipe_model("extract"), tree, "extract", workers)
-    paths = {name: out / "recipes" / f"{name}.yaml" for name in (*RECIPES, "sweep")}
-    methods = {n: {"command": COMMANDS[n], "recipe": str(paths[n])} for n in RECIPES[1:]}
-    methods["student"]["teacher"] = "teacher"
+    paths = {name: out / "recipes" / f"{name}.yaml" for name in (*names, "sweep")}
+    methods = {n: {"command": kinds[n], "recipe": str(paths[n])} for n in names[1:]}
+    for name, method in methods.items():
+        if kinds[name] == COMMANDS["student"]:
+            method["teacher"] = "teacher"
     report = {"split": "test", "title": "Digits in motion"}
     sweep = {
         "out": out, "methods": methods, "seeds": amount.seeds, "evaluate": {"set": report},
     }  # fmt: skip
     recipes["sweep"] = config.build(recipe_model("sweep"), sweep, "sweep")
     for name, path in paths.items():
-        title = f"# karmma {COMMANDS.get(name, name)} {path}\n\n"
+        title = f"# karmma {kinds.get(name, name)} {path}\n\n"
         files.write_text(path, title + config.template(type(recipes[name]), recipes[name]))
     return paths
+
+
+def _end_to_end(out: Path, sets: dict[str, Any]) -> dict[str, Any]:
+    """Add the set of the student's networks before their inputs; return what its training has."""
+    sets["end_to_end"] = {m: {**choice, "cut": "input"} for m, choice in sets["student"].items()}
+    return {
+        "store": str(out / "features" / "end_to_end"),
+        "out": str(out / "runs" / END_TO_END),
+        "name": "Student, end to end (distilled)",
+        "suffix": {"lr": _SUFFIX_LR},
+    }

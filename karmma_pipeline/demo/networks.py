@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import Architecture, FrameTransform
+from karmma_pipeline.models.backbones.watched import Blocks
 
 #: All weights, float16, each name after that of its network and a dot.
 WEIGHTS = Path(__file__).with_name("networks.safetensors")
@@ -46,10 +47,15 @@ class ConvNet(nn.Module):
         self.space = _stage(last, last)
         self.time = _stage(last, last, kernel=(3, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the feature map; what lies at the picture's border is seen like the rest."""
-        x = self.space(self.down(self.stem(x)))
-        return x + self.time(x)
+    def in_space(self, x: Tensor) -> Tensor:
+        """Return the map of each frame; what lies at the picture's border is seen like the rest."""
+        of_space: Tensor = self.space(self.down(self.stem(x if x.dim() == 5 else x.unsqueeze(2))))
+        return of_space
+
+    def in_time(self, of_space: Tensor) -> Tensor:
+        """Return the feature map of the frames together."""
+        of_time: Tensor = of_space + self.time(of_space)
+        return of_time
 
 
 def _stage(
@@ -71,8 +77,12 @@ def _pretrained(name: str, build: Callable[[], ConvNet]) -> ConvNet:
     return net
 
 
-def _over_frames(net: ConvNet, x: Tensor) -> Tensor:
-    return net(x if x.dim() == 5 else x.unsqueeze(2))
+_BLOCKS = Blocks(
+    ConvNet.in_space,
+    lambda net, of_space, x: net.in_time(of_space),
+    behind=("time",),
+    names=("down", "space"),
+)
 
 
 def _network(name: str, widths: tuple[int, int, int], view: FrameTransform | None) -> Architecture:
@@ -80,7 +90,7 @@ def _network(name: str, widths: tuple[int, int, int], view: FrameTransform | Non
         kind="image" if view is None else "video",
         build=lambda weights=None: ConvNet(widths),
         weights=None,
-        feature_map=_over_frames,
+        feature_map=_BLOCKS,
         heads=(),
         frames=4,
         transform=view,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from support.cut_store import assert_same_bits
 
 from karmma_pipeline.data.sample import scene
 from karmma_pipeline.data.sample.dataset import SampleVideo, plan
@@ -101,3 +102,11 @@ def test_the_networks_for_sound_know_the_digits_by_their_tones() -> None:
         seen, asked = tokens[:100].view(10, 10, -1).mean(dim=0), tokens[100:]
         answers = torch.cdist(asked, seen).argmin(dim=1).numpy()
         assert (answers == nouns[100:]).mean() > 0.6
+
+
+@pytest.mark.parametrize("name", ["student_rgb", "student_audio"])
+def test_the_students_networks_can_be_cut(name: str) -> None:
+    whole = choices()[name]
+    assert whole.cuts == ("input", "down", "space")
+    suffix = assert_same_bits(whole, Backbone(whole).net, whole.cuts[1:])
+    assert {name.partition(".")[0] for name in suffix.net.state_dict()} == {"space", "time"}

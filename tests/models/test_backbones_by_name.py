@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cut_store import assert_same_bits
 from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError, ConfigError
@@ -305,6 +306,52 @@ def test_the_tokens_of_the_perception_encoder_are_those_of_timm(tmp_path: Path, 
     with torch.inference_mode():
         same(Backbone(choice)(x)[0], net.forward_features(x[:, :, 0])[0, net.num_prefix_tokens :])
     assert choice.raw_grid == (1, 24, 24)
+
+
+@pytest.mark.parametrize("family", [*PICTURES, *SOUNDS])
+def test_blocks_of_transformers_behind_a_cut_give_the_bits_of_all(
+    family: str, tmp_path: Path, transformers: Any
+) -> None:
+    name, settings, processor, of_processor = (PICTURES.get(family) or SOUNDS[family])[:4]
+    saved(transformers, tmp_path, name, settings, getattr(transformers, processor)(**of_processor))
+    tree = (
+        {"name": f"hf:{tmp_path}", "frames": 8}
+        if family in PICTURES
+        else {
+            "name": f"hf:{tmp_path}",
+            **({"audio": {"hops": 4000}} if settings.get("conv_dim") else {}),
+        }
+    )
+    whole = BackboneChoice.model_validate(tree | {"class_tokens": "keep"})
+    if family in {"DINOv3ViT", "ClapAudio", "WavLM"}:  # whose blocks are given more than tokens
+        assert whole.cuts == ("input",)
+        with pytest.raises(ConfigError, match="no named stages; allowed is input"):
+            whole.cut_at("layer.0").stored_shape()
+        return
+    assert len([cut for cut in whole.cuts if cut.rpartition(".")[2].isdecimal()]) == 2
+    net = Backbone(whole).net
+    suffix = assert_same_bits(whole, net, whole.cuts[1:])
+    count = sum(p.numel() for p in suffix.parameters())
+    last = net.get_submodule(whole.cuts[-1])
+    assert count == sum(p.numel() for p in last.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("test_vit", [*(f"blocks.{n}" for n in range(6)), "norm"]),
+        ("test_convnext", [f"stages.{n}" for n in range(4)]),
+        ("test_resnet", [f"layer{n}" for n in range(1, 5)]),
+        ("test_efficientnet", [*(f"blocks.{n}" for n in range(6)), "conv_head", "bn2"]),
+    ],
+)
+def test_blocks_of_timm_behind_a_cut_give_the_bits_of_all(
+    name: str, stages: list[str], timm: Any
+) -> None:
+    tree = {"name": f"timm:{name}", "weights": "random:1", "frames": 2, "size": 64}
+    whole = BackboneChoice.model_validate(tree)
+    assert list(whole.cuts) == ["input", *stages]
+    assert_same_bits(whole, Backbone(whole).net, (stages[0], stages[-2]))
 
 
 def test_a_typo_in_a_timm_name_gets_the_nearest_names(timm: Any) -> None:

@@ -32,21 +32,23 @@ def test_prefix_and_suffix_of_every_cut_give_the_bits_of_the_whole_network(name:
     torch.manual_seed(0)
     architecture = ARCHITECTURES[name]
     net = architecture.headless().eval()
-    x = torch.randn(2, *whole.input_shape)
-    with torch.inference_mode():
-        wanted = architecture.features(net, x).flatten(2).transpose(1, 2)
-        for cut in whole.cuts[1:]:
-            choice = whole.cut_at(cut)
-            stored = architecture.stages.as_tokens(architecture.stages.before(net, cut, x))
-            assert tuple(stored.shape[1:]) == choice.stored_shape()
-            suffix = Suffix(choice)
-            weights = net.state_dict()
-            suffix.net.load_state_dict({k: weights[k] for k in suffix.net.state_dict()})
-            assert torch.equal(suffix(stored), wanted), cut
+    suffix = cut_store.assert_same_bits(whole, net, whole.cuts[1:])
     # Behind the last cut lies no more than the last stage.
-    last = architecture.stages.modules[whole.cuts[-1]]
+    stages = architecture.feature_map
+    assert isinstance(stages, Stages)
+    last = stages.modules[whole.cuts[-1]]
     count = sum(p.numel() for path in last for p in net.get_submodule(path).parameters())
     assert sum(p.numel() for p in suffix.parameters()) == count
+
+
+@pytest.mark.slow
+def test_a_network_of_blocks_is_cut_between_them() -> None:
+    whole = BackboneChoice.model_validate({"name": "mvit_v2_s", "weights": "random:0"})
+    assert whole.cuts == ("input", *(f"blocks.{n}" for n in range(16)))
+    net = ARCHITECTURES["mvit_v2_s"].headless().eval()
+    suffix = cut_store.assert_same_bits(whole, net, ("blocks.2", "blocks.15"))
+    kept = {k: p for k, p in net.named_parameters() if k.startswith(("blocks.15.", "norm."))}
+    assert {k for k, _ in suffix.net.named_parameters()} == {*kept}
 
 
 def test_torchvisions_own_modules_are_the_stages_in_its_own_order() -> None:
@@ -63,8 +65,11 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     with pytest.raises(ConfigError, match=r"cut=.layer4.: allowed are input, stage1, .*, norm"):
         swin.stored_shape()
     mvit = BackboneChoice.model_validate({"name": "mvit_v2_s", "cut": "stage4"})
-    with pytest.raises(ConfigError, match="no named stages; allowed is input"):
+    with pytest.raises(ConfigError, match=r"cut=.stage4.: allowed are input, blocks\.0, .*\.15\."):
         mvit.stored_shape()
+    own = BackboneChoice.model_validate({"name": "support.live:video_net", "cut": "body"})
+    with pytest.raises(ConfigError, match="no named stages; allowed is input"):
+        own.stored_shape()
     assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
     for change, said in (
         ({"name": "windows", "cut": "input"}, "nothing to train"),

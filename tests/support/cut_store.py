@@ -1,5 +1,7 @@
 """A tiny network in stages, and stores of the same clips before, between and behind its stages."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +9,9 @@ from torch import nn
 
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Architecture, Backbone, BackboneChoice, FrameTransform
+from karmma_pipeline.models.backbones.backbone import pooled
 from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.suffix import Suffix
 from karmma_pipeline.store import (
     ClipRow,
     ModalitySpec,
@@ -54,6 +58,24 @@ def choices(cut: str | None) -> dict[str, BackboneChoice]:
     of_video = BackboneChoice(name="support.cut_store:video", weights="random:1", cut=cut)
     sound = BackboneChoice(name="support.cut_store:image", weights="random:2", image=IMAGE, cut=cut)
     return {"rgb": of_video, "flow": of_video, "audio": sound}
+
+
+def assert_same_bits(whole: BackboneChoice, net: nn.Module, cuts: Sequence[str]) -> Suffix:
+    """Check that prefix and suffix give the bits of a network at each cut; return the last one."""
+    x = torch.randn(2, *whole.input_shape)
+    architecture, weights = whole.architecture, net.state_dict()
+    with torch.inference_mode():
+        wanted = pooled(whole, architecture.parts(net, x))
+        for cut in cuts:
+            choice, prefix = whole.cut_at(cut), copy.deepcopy(net)
+            stages = choice.stages
+            stages.end_before(prefix, cut)
+            stored = stages.as_tokens(stages.before(prefix, cut, x))
+            assert tuple(stored.shape[1:]) == choice.stored_shape()
+            suffix = Suffix(choice)
+            suffix.net.load_state_dict({k: weights[k] for k in suffix.net.state_dict()})
+            assert torch.equal(suffix(stored), wanted), cut
+    return suffix
 
 
 def decoded(clips: int = 24) -> dict[str, torch.Tensor]:

@@ -28,6 +28,8 @@ class Backbone(nn.Module):
         self.architecture = choice.architecture
         _ = choice.output_shape, choice.stored_shape()  # refuse what does not fit before weights
         self.net, self.loaded = _load(choice)
+        if choice.cut not in {None, INPUT}:
+            choice.stages.end_before(self.net, str(choice.cut))
         self.eval()
         self.requires_grad_(requires_grad=False)
 
@@ -47,7 +49,7 @@ class Backbone(nn.Module):
         """
         cut = self.choice.cut
         if cut is not None and cut != INPUT:
-            stages = self.architecture.stages
+            stages = self.choice.stages
             return stages.as_tokens(stages.before(self.net, cut, x))
         return pooled(self.choice, self.architecture.parts(self.net, x))
 

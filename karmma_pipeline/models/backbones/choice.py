@@ -22,6 +22,8 @@ from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, A
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.names import Kind
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
+    from karmma_pipeline.models.backbones.stages import Stages
+    from karmma_pipeline.models.backbones.watched import Chain
 
 Engine = Literal["torch", "openvino"]
 WeightSource = Literal["none", "random", "file", "published", "library"]
@@ -339,12 +341,20 @@ class BackboneChoice(Recipe):
     @property
     def cuts(self) -> tuple[str, ...]:
         """Where the network could be cut, from its input on."""
-        from karmma_pipeline.models.backbones.stages import Stages
+        from karmma_pipeline.models.backbones import registry
 
-        named = self.architecture.feature_map
-        if self.architecture.fixed or not isinstance(named, Stages):
-            return (INPUT,)
-        return INPUT, *[*named.modules][1:]
+        return INPUT, *registry.cuts(self.architecture, self.input_shape)
+
+    @property
+    def stages(self) -> Stages | Chain:
+        """The stages between which the network can be cut.
+
+        Raises:
+            ConfigError: it is not made of such.
+        """
+        from karmma_pipeline.models.backbones import registry
+
+        return registry.stages(self.architecture, self.input_shape)
 
     def cut_at(self, cut: str | None) -> Self:
         """Return the choice with another cut, or without one."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.backbones import hub
 from karmma_pipeline.models.backbones.layers import Parts, with_grid
-from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
+from karmma_pipeline.models.backbones.registry import Architecture, Blocks, FrameTransform
 from karmma_pipeline.models.backbones.state_dicts import ENOUGH
 from karmma_pipeline.models.backbones.timm_networks import FRAMES
 
@@ -217,7 +217,7 @@ def architecture(where: str) -> Architecture:
         kind="video" if audio is None else "image",
         build=partial(_build, family, config),
         weights=None,
-        feature_map=lambda net, x: arrange(net, net(**family.inputs(x)), x),
+        feature_map=Blocks(lambda net, x: net(**family.inputs(x)), arrange),
         heads=(),
         frames=family.frames(config) if family.frames else FRAMES if audio is None else 1,
         fixed=family.frames is not None,

@@ -1,7 +1,7 @@
 """Tokens of any layer: a network ends behind it, and what would follow is not computed."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def _find(net: nn.Module, layer: int | str) -> nn.Module:
             f"layer={layer!r}: {type(net).__name__} has no module of this name; "
             f"it has {', '.join(near)}."
         )
-    blocks = _blocks(net)
+    blocks = [net.get_submodule(path) for path in block_paths(net)]
     if not -len(blocks) <= layer < len(blocks):
         count = f"it has {len(blocks)}" if blocks else "its blocks are not in a list"
         raise ConfigError(
@@ -93,13 +93,13 @@ def _find(net: nn.Module, layer: int | str) -> nn.Module:
     return blocks[layer]
 
 
-def _blocks(net: nn.Module) -> Sequence[nn.Module]:
+def block_paths(net: nn.Module) -> list[str]:
+    """Return the paths of a network's blocks in their order; none if they are not in a list."""
     names = dict(net.named_modules())
-    found = (names[name] for name in _BLOCKS if name in names)
-    for one in found:
-        if isinstance(one, nn.ModuleList | nn.Sequential):
-            return list(one)
-    return [names[name] for name in _NUMBERED if name in names]
+    for name in _BLOCKS:
+        if isinstance(one := names.get(name), nn.ModuleList | nn.Sequential):
+            return [f"{name}.{child}" for child, _ in one.named_children()]
+    return [name for name in _NUMBERED if name in names]
 
 
 def as_map(net: nn.Module, output: Any, x: Tensor) -> Tensor:

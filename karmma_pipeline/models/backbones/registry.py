@@ -35,6 +35,8 @@ from karmma_pipeline.models.backbones.layers import Parts as Parts
 from karmma_pipeline.models.backbones.names import ENTRY_POINTS as ENTRY_POINTS
 from karmma_pipeline.models.backbones.names import Kind as Kind
 from karmma_pipeline.models.backbones.stages import Stages as Stages
+from karmma_pipeline.models.backbones.watched import Blocks as Blocks
+from karmma_pipeline.models.backbones.watched import Chain, in_passes, of_passes
 
 #: Sampled frames T where a recipe gives none.
 BOX_FRAMES = 16
@@ -61,15 +63,22 @@ LIBRARIES = {"timm": "timm_networks", "hf": "hf_networks"}
 FeatureMap = Callable[[Any, Tensor], Tensor | Parts]
 
 
-def _mvit(net: video.MViT, x: Tensor) -> Tensor:
+_TokensOfGrid = tuple[Tensor, tuple[int, int, int]]
+
+
+def _mvit(net: video.MViT, x: Tensor) -> _TokensOfGrid:
     x = net.pos_encoding(net.conv_proj(x).flatten(2).transpose(1, 2))
     thw = (net.pos_encoding.temporal_size, *net.pos_encoding.spatial_size)
     for block in net.blocks:
         x, thw = block(x, thw)
-    return _mvit_map(net, (net.norm(x), thw), x)
+    return x, thw
 
 
-def _mvit_map(net: video.MViT, output: tuple[Tensor, tuple[int, int, int]], x: Tensor) -> Tensor:
+def _mvit_normed(net: video.MViT, output: _TokensOfGrid, x: Tensor) -> Tensor:
+    return _mvit_map(net, (net.norm(output[0]), output[1]), x)
+
+
+def _mvit_map(net: video.MViT, output: _TokensOfGrid, x: Tensor) -> Tensor:
     tokens, thw = output
     return torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, thw)  # without the class token
 
@@ -126,7 +135,8 @@ class Architecture:
         build: called as ``build(weights=None)``; must also work on torch's meta device.
         weights: torchvision's enum of published weights, or None.
         feature_map: (network, input) to the last feature map [B, D, t, h, w]; t is 1 for images.
-            `Stages` can be cut between any two of them, see `BackboneChoice.cut`.
+            `Stages` can be cut between any two of them, see `BackboneChoice.cut`; `Blocks`
+            between those that take nothing but what the one before gives.
             Of kind "series": to the tokens of a window, [B, D] or [B, t, D].
         heads: attributes of the network that are replaced by the identity.
         frames: T where a recipe gives none.
@@ -170,28 +180,20 @@ class Architecture:
         """Return the feature map and, if they are kept, the tokens beside it; see `features`."""
         if self.kind == "series":
             return Parts(self._series(net, x))
-        T = x.shape[2] if x.dim() == 5 else 1
-        if not self.fixed or self.frames >= T or self.kind != "video":
+        T, frames = x.shape[2] if x.dim() == 5 else 1, self.pass_frames
+        if frames is None or frames >= T:
             return self._once(net, x)
-        chunks = torch.unflatten(x, 2, (T // self.frames, self.frames)).transpose(1, 2)
-        if torch.onnx.is_in_onnx_export():  # which takes the batch of the above for constant
-            chunks = torch.stack(torch.split(x, self.frames, dim=2), dim=1)
-        maps, extra = self._once(net, chunks.flatten(0, 1))
-        whole = torch.unflatten(maps, 0, chunks.shape[:2]).transpose(1, 2).flatten(2, 3)
-        if extra is not None:
-            extra = torch.unflatten(extra, 0, chunks.shape[:2]).flatten(1, 2)
-        return Parts(whole, extra)
+        return of_passes(self._once(net, in_passes(x, frames)), T // frames)
 
     @property
-    def stages(self) -> Stages:
-        """The stages between which the network can be cut.
+    def pass_frames(self) -> int | None:
+        """Frames of one pass, if the network takes no others."""
+        return self.frames if self.fixed and self.kind == "video" else None
 
-        Raises:
-            ConfigError: it is not made of such.
-        """
-        if not isinstance(self.feature_map, Stages) or self.fixed:
-            raise ConfigError("cut: this network has no named stages; allowed is input.")
-        return self.feature_map
+    def kept(self, made: Tensor | Parts) -> Parts:
+        """Return what counts of a network's output, see ``class_tokens``."""
+        parts = made if isinstance(made, Parts) else Parts(made)
+        return parts if self.class_tokens == "keep" else Parts(parts.map)
 
     def _once(self, net: Any, x: Tensor) -> Parts:
         arrange = self.arrange or layers.as_map
@@ -201,8 +203,7 @@ class Architecture:
                 made = arrange(net, layers.traced_output(net), x)
         except layers.Reached as reached:
             made = arrange(net, reached.output, x)
-        parts = made if isinstance(made, Parts) else Parts(made)
-        return parts if self.class_tokens == "keep" else Parts(parts.map)
+        return self.kept(made)
 
     def _series(self, net: Any, x: Tensor) -> Tensor:
         made = self.feature_map(net, x.flatten(0, 1))
@@ -237,7 +238,7 @@ _conv3d = partial(Architecture, "video", feature_map=_RESNET3D, heads=("fc",), f
 _mvits = partial(
     Architecture,
     "video",
-    feature_map=_mvit,
+    feature_map=Blocks(_mvit, _mvit_normed, behind=("norm",)),
     heads=("head",),
     frames=16,
     fixed=True,
@@ -360,7 +361,38 @@ def activation_shape(
         ConfigError: the network has no such stage, or cannot take this input.
     """
     map_shape(architecture, shape)  # which says what is wrong with an input
+    between = stages(architecture, shape)
     with torch.device("meta"), torch.inference_mode():
         net = architecture.headless().eval()
-        x = architecture.stages.before(net, cut, torch.empty(1, *shape))
-    return architecture.stages.grid(x), architecture.stages.as_tokens(x).shape[2]
+        between.end_before(net, cut)
+        x = between.before(net, cut, torch.empty(1, *shape))
+    return between.grid(x), between.as_tokens(x).shape[2]
+
+
+@cache
+def stages(architecture: Architecture, shape: tuple[int, ...]) -> Stages | Chain:
+    """Return the stages between which a network can be cut, for an input of that shape.
+
+    Raises:
+        ConfigError: it is not made of such, or cannot take this input.
+    """
+    named = architecture.feature_map
+    if isinstance(named, Blocks):
+        map_shape(architecture, shape)  # which says what is wrong with an input
+        with torch.device("meta"):
+            net = architecture.headless().eval()
+        if (chain := named.watch(net, shape, architecture.pass_frames)).modules:
+            return chain
+    if not isinstance(named, Stages) or architecture.fixed:
+        raise ConfigError("cut: this network has no named stages; allowed is input.")
+    return named
+
+
+def cuts(architecture: Architecture, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the stages before which a network can be cut."""
+    try:
+        found = stages(architecture, shape)
+    except ConfigError:
+        return ()
+    names = tuple(found.modules)
+    return names[1:] if isinstance(found, Stages) else names  # what goes in first is the input

@@ -66,6 +66,15 @@ class Stages:
         at = names.index(cut)
         return [*chain(*paths[:at])], [*chain(*paths[at:])]
 
+    def end_before(self, net: nn.Module, cut: str) -> None:
+        """Get a network ready for `before`: nothing is to do."""
+
+    def drop_before(self, net: nn.Module, cut: str) -> None:
+        """Put the identity before a cut, so that a network no longer holds the weights there."""
+        for path in self.split(cut)[0]:
+            parent, _, name = path.rpartition(".")
+            net.get_submodule(parent)._modules[name] = nn.Identity()
+
     def as_tokens(self, x: Tensor) -> Tensor:
         """Turn an activation into tokens [B, N, D]."""
         return (x if self.channels_last else x.movedim(1, -1)).flatten(1, -2)
@@ -88,10 +97,3 @@ def _run(modules: Iterable[nn.Module], x: Tensor, save_memory: bool = False) -> 
     for module in modules:
         x = checkpoint(module, x, use_reentrant=False) if save_memory else module(x)
     return x
-
-
-def drop(net: nn.Module, paths: Iterable[str]) -> None:
-    """Put the identity in the place of modules, so that a network no longer holds their weights."""
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        net.get_submodule(parent)._modules[name] = nn.Identity()

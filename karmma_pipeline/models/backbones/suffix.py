@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.models.augment import RandomViews
-from karmma_pipeline.models.backbones import stages
 from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
 from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
 from karmma_pipeline.models.backbones.layers import Parts
+from karmma_pipeline.models.backbones.stages import Stages
 
 #: The third channel of a picture of flow, which says nothing and is not stored.
 _NO_FLOW = 128
@@ -41,7 +41,7 @@ class Suffix(nn.Module):
         self.choice, self.architecture, self.cut = choice, choice.architecture, choice.cut
         self.net = self.architecture.headless()
         if self.cut != INPUT:
-            stages.drop(self.net, self.architecture.stages.split(self.cut)[0])
+            choice.stages.drop_before(self.net, self.cut)
         self.save_memory = False
         self._moves: tuple[bool, bool] = (False, False)
         self.train(mode=False)
@@ -84,10 +84,11 @@ class Suffix(nn.Module):
                 is_flow = stored.shape[2] == 2 * math.prod(self.choice.input_shape[-2:])
                 x = views.apply(x, self.choice.transform, is_flow)
             return pooled(self.choice, self._parts(x))
-        of_net = self.architecture.stages
+        of_net = self.choice.stages
         x = of_net.of_tokens(stored.float(), self.choice.stored_grid)
         save_memory = self.save_memory and torch.is_grad_enabled()
-        return pooled(self.choice, Parts(of_net.after(self.net, self.cut, x, save_memory)))
+        made = of_net.after(self.net, self.cut, x, save_memory)
+        return pooled(self.choice, self.architecture.kept(made))
 
     def takes_views(self, stored: Tensor) -> bool:
         """Tell whether pictures are stored, which may be seen in random views."""
@@ -96,7 +97,7 @@ class Suffix(nn.Module):
     def _parts(self, x: Tensor) -> Parts:
         """Run the whole network, stage by stage where it has some and memory is to be saved."""
         named = self.architecture.feature_map
-        if not (self.save_memory and torch.is_grad_enabled() and isinstance(named, stages.Stages)):
+        if not (self.save_memory and torch.is_grad_enabled() and isinstance(named, Stages)):
             return self.architecture.parts(self.net, x)
         return Parts(named.after(self.net, next(iter(named.modules)), x, save_memory=True))
 

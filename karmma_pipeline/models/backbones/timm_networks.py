@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones import hub
 from karmma_pipeline.models.backbones.layers import Parts, maps, with_grid
-from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
+from karmma_pipeline.models.backbones.registry import Architecture, Blocks, FrameTransform
 
 #: Frames where a recipe gives none; any number will do.
 FRAMES = 8
@@ -43,7 +43,7 @@ def architecture(name: str) -> Architecture:
         kind="video",
         build=partial(_build, name),
         weights=None,
-        feature_map=_feature_map,
+        feature_map=Blocks(_features, _arrange),
         heads=(),
         frames=FRAMES,
         transform=_view(timm, name, settings),
@@ -115,8 +115,8 @@ def _view(timm: ModuleType, name: str, settings: dict[str, Any]) -> FrameTransfo
     )
 
 
-def _feature_map(net: Any, x: Tensor) -> Parts:
-    return _arrange(net, net.forward_features(x.transpose(1, 2).flatten(0, 1)), x)
+def _features(net: Any, x: Tensor) -> Any:
+    return net.forward_features(x.transpose(1, 2).flatten(0, 1))
 
 
 def _arrange(net: Any, output: Any, x: Tensor) -> Parts:
