@@ -1,6 +1,6 @@
 """How much the trainer adds to a bare loop: one command that prints a Markdown table of ratios.
 
-    python benchmarks/train.py [--quick] [--device cuda] [--threads N]
+    python benchmarks/train.py [--quick | --cut] [--device cuda] [--threads N]
 
 Every line compares ways of training the same model on the same batches, taken in turns in one
 process, so that a busy machine slows all; ratios are of the best turn of each. On a CPU the
@@ -16,20 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from karmma_pipeline import config
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
+from karmma_pipeline.extraction.types import stored_as
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.models.fusion import FusionModel, FusionSize
+from karmma_pipeline.models.backbones import Backbone, BackboneChoice
+from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.runs import RunFolder
 from karmma_pipeline.store import (
@@ -47,6 +50,7 @@ from karmma_pipeline.training.optimization import Gradient
 from karmma_pipeline.training.progress import EpochTimer, progress_bar
 from karmma_pipeline.training.ranks import Ranks, joined
 from karmma_pipeline.training.recipe import TrainRecipe
+from karmma_pipeline.training.suffixes import adapt
 from karmma_pipeline.training.teacher_logits import TeacherLogitsCache
 
 MODALITIES = ("rgb", "flow", "audio")
@@ -77,30 +81,61 @@ PAPER = (
 )
 
 
-def write_store(root: Path, case: Case, clips: int) -> FeatureStore:
-    """Write a store of noise in fp16; a fifth of the modalities is absent."""
+#: Networks that are cut, at sizes that a CPU trains; see `cut_specs`.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "rgb": {"name": "r2plus1d_18", "frames": 8, "size": 64},
+    "flow": {"name": "r2plus1d_18", "frames": 8, "size": 64},
+    "audio": {"name": "resnet18", "image": [64, 128]},
+}
+LAST_STAGE, WHOLE = "layer4", "input"
+CUT_BATCH, CUT_STEPS = 8, 6
+
+
+def token_specs(case: Case) -> dict[str, ModalitySpec]:
+    """Return tokens in fp16."""
+    return {
+        m: ModalitySpec(tokens=case.tokens, width=case.width, provenance={"backbone": "noise"})
+        for m in MODALITIES
+    }
+
+
+def cut_specs(cut: str) -> dict[str, ModalitySpec]:
+    """Return what a store holds of `NETWORKS` at a cut."""
+    specs = {}
+    for m, tree in NETWORKS.items():
+        choice = BackboneChoice.model_validate({**tree, "weights": "random:0", "cut": cut})
+        facts = Backbone(choice).provenance()
+        specs[m] = ModalitySpec(**stored_as(m, choice, "float16"), provenance=facts)
+    return specs
+
+
+def write_store(root: Path, specs: Mapping[str, ModalitySpec], clips: int) -> FeatureStore:
+    """Write a store of noise; a fifth of the modalities is absent."""
     spec = StoreSpec(
-        modalities={
-            m: ModalitySpec(tokens=case.tokens, width=case.width, provenance={"backbone": "noise"})
-            for m in MODALITIES
-        },
+        modalities=dict(specs),
         heads={h: tuple(f"{h}{i}" for i in range(n)) for h, n in HEADS.items()},
         clips_per_shard=256,
     )
     rng = np.random.default_rng(0)
     labels = [{h: int(rng.integers(n)) for h, n in HEADS.items()} for _ in range(clips)]
     create_store(root, spec, [ClipRow(f"c{i}", of, "train", "") for i, of in enumerate(labels)])
-    shape = (case.tokens, case.width)
     for shard in range(-(-clips // 256)):
         with ShardWriter(root, shard) as writer:
             for clip_id in writer.clip_ids:
                 here = [m for m in MODALITIES if m == "rgb" or rng.random() > 0.3]
-                tokens = {m: rng.standard_normal(shape, np.float32) for m in here}
+                tokens = {m: _noise(rng, specs[m]) for m in here}
                 absent = {m: _reason() for m in MODALITIES if m not in here}
                 writer.append(clip_id, tokens, absent, {})
             writer.commit()
     finalize(root)
     return FeatureStore.open(root)
+
+
+def _noise(rng: np.random.Generator, spec: ModalitySpec) -> npt.NDArray[Any]:
+    shape = (spec.tokens, spec.width)
+    if spec.dtype == "uint8":
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape, np.float32)
 
 
 def _reason() -> Any:
@@ -112,7 +147,7 @@ def _reason() -> Any:
 def make_trainer(
     case: Case, store: FeatureStore, folder: Path, device: torch.device, ranks: Ranks
 ) -> Trainer:
-    """Set up the trainer as the stages do."""
+    """Set up the trainer as the stages do; what lies behind a cut has fresh weights."""
     recipe = config.build(
         TrainRecipe,
         {
@@ -136,8 +171,9 @@ def make_trainer(
     )
     card = make_card(case.size, store)
     run = RunFolder(folder / "run", recipe, writes=ranks.main)
-    setup = TrainingSetup(recipe, run, store, card.build(), card, train, train, device, ranks, {})
-    return Trainer(setup)
+    model = card.build()
+    adapt(recipe, model, ranks)
+    return Trainer(TrainingSetup(recipe, run, store, model, card, train, train, device, ranks, {}))
 
 
 def make_card(size: dict[str, int], store: FeatureStore) -> ModelCard:
@@ -176,10 +212,11 @@ def begin(trainer: Trainer, objective: Objective) -> None:
     trainer.gradient = Gradient(trainer.model, len(objective.terms))
 
 
-def bare(model: FusionModel, batches: list[Batch], device: torch.device) -> Turn:
+def bare(model: TokenModel, batches: list[Batch], device: torch.device) -> Turn:
     """Take the same number of steps by hand, on tensors that are already there."""
-    model = model.to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model = model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
     ready = [
         (
             {m: t.to(device) for m, t in b.tokens.items()},
@@ -196,7 +233,7 @@ def bare(model: FusionModel, batches: list[Batch], device: torch.device) -> Turn
             terms = [F.cross_entropy(logits[h].float(), labels[h]) for h in logits]
             optimiser.zero_grad()
             torch.stack(terms).mean().backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(trained, 5.0)
             optimiser.step()
         _wait(device)
 
@@ -255,7 +292,7 @@ def ratio(over: Best, under: Best) -> str:
 
 def overhead(case: Case, folder: Path, device: torch.device, rounds: int) -> list[str]:
     """Compare our loop, with and without teachers, with the bare one."""
-    store = write_store(folder / "store", case, case.batch * case.steps)
+    store = write_store(folder / "store", token_specs(case), case.batch * case.steps)
     clips = np.arange(len(store))
     labels = LabelObjective(tuple(HEADS), 0.0)
     teacher = make_card(case.teacher, store)
@@ -286,6 +323,24 @@ def overhead(case: Case, folder: Path, device: torch.device, rounds: int) -> lis
     ]
 
 
+def cut_overhead(cut: str, folder: Path, device: torch.device, rounds: int) -> list[str]:
+    """Compare our loop with the bare one where a part of the networks trains."""
+    store = write_store(folder / "store", cut_specs(cut), CUT_BATCH * CUT_STEPS)
+    case = replace(SMALL_CASE, batch=CUT_BATCH)
+    trainer = make_trainer(case, store, folder, device, Ranks())
+    other = make_card(case.size, store).build()
+    adapt(trainer.setup.recipe, other, Ranks())
+    timer, batches = EpochTimer(), list(trainer.setup.train.epoch(0))
+    turns = {
+        "ours": ours(trainer, LabelObjective(tuple(HEADS), 0.0), timer),
+        "bare": bare(other, batches, device),
+    }
+    best = compare(turns, rounds)
+    waited = timer.waited / (rounds + 1) / best["ours"].wall
+    step = f"{1e3 * best['ours'].wall / CUT_STEPS:.0f}"
+    return [cut, f"{CUT_BATCH}", step, ratio(best["ours"], best["bare"]), f"{waited:.1%}"]
+
+
 def rank_worker(folder: Path, device_name: str, rounds: int) -> None:
     """Be one of several ranks; the first prints the seconds of a step."""
     torch.set_num_threads(1)
@@ -303,7 +358,8 @@ def rank_worker(folder: Path, device_name: str, rounds: int) -> None:
 
 def scaling(folder: Path, device: str, rounds: int) -> str:
     """Compare one and two ranks at the same batch, one thread each, in turns."""
-    write_store(folder / "store", SMALL_CASE, SMALL_CASE.batch * SMALL_CASE.steps)
+    clips = SMALL_CASE.batch * SMALL_CASE.steps
+    write_store(folder / "store", token_specs(SMALL_CASE), clips)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(2):
         for ranks, found in seconds.items():
@@ -326,6 +382,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small model only")
+    parser.add_argument("--cut", action="store_true", help="only networks that are cut")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
@@ -340,10 +397,21 @@ def main() -> None:
     print("Ratios of wall time, in brackets of CPU time.\n")
     head = ["case", "batch", "step ms", "step / bare", "data wait", "table / alone", "live / alone"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for case in (SMALL_CASE,) if options.quick else (SMALL_CASE, *PAPER):
+    cases = () if options.cut else (SMALL_CASE,) if options.quick else (SMALL_CASE, *PAPER)
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             cells = overhead(case, Path(folder), device, options.rounds)
         print(f"| {' | '.join(cells)} |", flush=True)
+    names = ", ".join(tree["name"] for tree in NETWORKS.values())
+    print(f"\nNetworks that are cut ({names}):\n")
+    head = ["cut", "batch", "step ms", "step / bare", "data wait"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for cut in (LAST_STAGE, WHOLE):
+        with tempfile.TemporaryDirectory() as folder:
+            cells = cut_overhead(cut, Path(folder), device, options.rounds)
+        print(f"| {' | '.join(cells)} |", flush=True)
+    if options.cut:
+        return
     with tempfile.TemporaryDirectory() as folder:
         print(f"\n{scaling(Path(folder), options.device, options.rounds)}")
 

@@ -139,7 +139,8 @@ def test_a_stream_says_of_a_window_what_predict_says_of_it(root: Path) -> None:
     with OpenMedia() as media:
         rate = recognizer.decode_settings.audio.sample_rate
         events = video_events(media, video, rate)
-        live = [*simulated(stream, events, Failures(0, 0), lambda picture: None, StopFlag())]
+        answered = simulated(stream, events, Failures(0, 0), lambda picture: None, StopFlag())
+        live = [one.prediction for one in answered]
     assert len(live) >= 1
     for one in live:
         there = offline[one.clip.start_s]

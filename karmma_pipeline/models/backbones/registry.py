@@ -362,9 +362,10 @@ def activation_shape(
     """
     map_shape(architecture, shape)  # which says what is wrong with an input
     between = stages(architecture, shape)
+    if isinstance(between, Chain):
+        return between.activation(cut)
     with torch.device("meta"), torch.inference_mode():
         net = architecture.headless().eval()
-        between.end_before(net, cut)
         x = between.before(net, cut, torch.empty(1, *shape))
     return between.grid(x), between.as_tokens(x).shape[2]
 

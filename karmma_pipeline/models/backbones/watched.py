@@ -97,6 +97,16 @@ class Chain:
     parts: int
     channels_last: bool
 
+    def activation(self, cut: str) -> tuple[tuple[int, ...], int]:
+        """Return the grid and the channels of what goes into a stage, as the watched pass had it.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        self.split(cut)
+        x = self.modules[cut].given.unsqueeze(0)
+        return self.grid(x), self.as_tokens(x).shape[2]
+
     def end_before(self, net: nn.Module, cut: str) -> None:
         """Let passes through a network end before a stage, for `before`."""
         self.split(cut)
