@@ -83,8 +83,8 @@ PAPER = (
 
 #: Networks that are cut, at sizes that a CPU trains; see `cut_specs`.
 NETWORKS: dict[str, dict[str, Any]] = {
-    "rgb": {"name": "r2plus1d_18", "frames": 8, "size": 64},
-    "flow": {"name": "r2plus1d_18", "frames": 8, "size": 64},
+    "rgb": {"name": "r2plus1d_18", "frames": 4, "size": 48},
+    "flow": {"name": "r2plus1d_18", "frames": 4, "size": 48},
     "audio": {"name": "resnet18", "image": [64, 128]},
 }
 LAST_STAGE, WHOLE = "layer4", "input"
