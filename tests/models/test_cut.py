@@ -67,7 +67,9 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     mvit = BackboneChoice.model_validate({"name": "mvit_v2_s", "cut": "stage4"})
     with pytest.raises(ConfigError, match=r"cut=.stage4.: allowed are input, blocks\.0, .*\.15\."):
         mvit.stored_shape()
-    own = BackboneChoice.model_validate({"name": "support.live:video_net", "cut": "body"})
+    own = BackboneChoice.model_validate(
+        {"name": "support.live:video_net", "weights": "random:1", "cut": "body"}
+    )
     with pytest.raises(ConfigError, match="no named stages; allowed is input"):
         own.stored_shape()
     assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
