@@ -79,7 +79,7 @@ def predict(
     from karmma_pipeline.recognition.recognizer import Recognizer
 
     started = time.perf_counter()
-    spans = Spans(start_s, stop_s, window_s, hop_s)
+    spans, dropout = Spans(start_s, stop_s, window_s, hop_s), Dropout(without, drop, seed)
     others = any(path.suffix.lower() in {".csv", ".mcap"} for path in inputs)
     sensors = sensors_of(run) if others else {}
     bags = _unpacked(inputs, topics, sensors, out, clock)
@@ -88,7 +88,7 @@ def predict(
     for note in recognizer.notes:
         click.echo(f"note: {note}", err=True)
     with StopFlag() as stop:
-        rows = _answers(recognizer, wanted, Dropout(without, drop, seed), out, top, stop)
+        rows = _answers(recognizer, wanted, dropout, out, top, stop)
         write_timeline(out / "timeline.html", rows, recognizer.card.name)
         if video:
             _overlays(rows, out, stop)

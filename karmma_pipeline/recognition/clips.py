@@ -15,6 +15,9 @@ from karmma_pipeline.extraction.media.open import OpenMedia
 # A window may reach this far past the end of its file: times are rounded in many containers.
 _SLACK_S = 0.05
 
+#: Of a window and of a hop: no sensor brings anything new sooner.
+SHORTEST_S = 0.01
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -32,8 +35,8 @@ class Spans:
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window_s), ("hop", self.hop_s)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"--{name} {value}: seconds above 0 are allowed.")
+            if value is not None and not SHORTEST_S <= value < math.inf:
+                raise ConfigError(f"--{name} {value}: seconds from {SHORTEST_S} on are allowed.")
         if self.hop_s is not None and self.window_s is None:
             raise ConfigError("--hop: needs --window, the length of what is moved by it.")
         late = self.stop_s is None or self.start_s < self.stop_s < math.inf  # no NaN either

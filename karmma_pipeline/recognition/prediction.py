@@ -58,3 +58,9 @@ class Dropout:
     without: tuple[str, ...] = ()
     rate: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:  # no NaN either
+            raise ConfigError(f"--drop {self.rate}: a probability lies in 0..1.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: whole numbers from 0 on are allowed.")

@@ -291,6 +291,8 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
         (["{run}", "{run}"], 2, "is a folder; name videos"),
         (["{run}", "{card}"], 1, "model.json"),
         (["{run}", "{video}", "--hop", "1"], 2, "needs --window"),
+        (["{run}", "{video}", "--window", "0.001"], 2, "from 0.01 on"),
+        (["nowhere", "{video}", "--drop", "2"], 2, "lies in 0..1"),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
         (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for it"),
