@@ -22,6 +22,8 @@ from karmma_pipeline.evaluation.predict import predict
 from karmma_pipeline.evaluation.score import score
 from karmma_pipeline.metrics import wilson_interval
 
+pytestmark = pytest.mark.usefixtures("one_kind_of_figures")
+
 BOTH = {"rgb": (4, 6), "audio": (2, 5)}
 NEW = tuple(f"d{i:02d}" for i in range(8))
 

@@ -17,6 +17,8 @@ from karmma_pipeline.evaluation.robustness import before
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.store import FeatureStore
 
+pytestmark = pytest.mark.usefixtures("one_kind_of_figures")
+
 QUICK: dict[str, Any] = {"costs": False, "draws": 0, "drop_rates": [0.0], "title": "t"}
 SHARES = [0.0, 0.25, 0.5, 1.0]
 

@@ -17,6 +17,8 @@ from karmma_pipeline.evaluation import statistics
 from karmma_pipeline.evaluation.evaluate import evaluate
 from karmma_pipeline.evaluation.results import Difference, Results
 
+pytestmark = pytest.mark.usefixtures("one_kind_of_figures")
+
 FAST = {"costs": False, "draws": 0}
 SEEDS = {"late": (0, 1, 2), "student": (2, 0, 1), "other": (7,)}
 

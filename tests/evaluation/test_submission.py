@@ -21,6 +21,8 @@ from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.store import FeatureStore
 
+pytestmark = pytest.mark.usefixtures("one_kind_of_figures")
+
 OFFICIAL = {
     "verb": tuple(f"verb {i}" for i in range(97)),
     "noun": tuple(f"noun {i}" for i in range(300)),

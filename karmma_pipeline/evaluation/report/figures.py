@@ -9,6 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -60,19 +62,23 @@ _METADATA: dict[str, dict[str, None]] = {
     "svg": {"Date": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-KINDS = tuple(_METADATA)
+_CANVASES = {"png": FigureCanvasAgg, "svg": FigureCanvasSVG, "pdf": FigureCanvasPdf}
+KINDS = tuple(_CANVASES)
+_DPI = 150
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """Render a figure as one of `KINDS`; equal figures are equal bytes."""
     buffer = io.BytesIO()
-    metadata = _METADATA[kind]
     with style():
         if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             # Once for all kinds: laying out takes as long as drawing.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
-        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+        figure.set_dpi(_DPI)
+        # Not savefig: it draws everything once more beforehand, for a layout that is there.
+        canvas: Any = _CANVASES[kind](figure)
+        getattr(canvas, f"print_{kind}")(buffer, metadata=_METADATA[kind])
     return buffer.getvalue()
 
 
