@@ -176,6 +176,7 @@ def test_a_half_downloaded_set_that_is_completed_is_the_same_as_a_whole_one(
     assert not any(inodes()[path] == inode for path, inode in before.items())
 
 
+@pytest.mark.slow
 def test_what_is_made_again_survives_kills(folder: Path, whole: dict[str, bytes]) -> None:
     complete = half_download(folder)
     karmma()
@@ -194,6 +195,7 @@ def test_what_is_made_again_survives_kills(folder: Path, whole: dict[str, bytes]
     assert contents() == whole
 
 
+@pytest.mark.slow
 def test_parts_make_their_own_shards_again_in_any_order(
     folder: Path, whole: dict[str, bytes]
 ) -> None:

@@ -69,7 +69,10 @@ def clips(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("choice", [S3D, RESNET], ids=["video", "image"])
+@pytest.mark.parametrize(
+    "choice",
+    [pytest.param(S3D, marks=pytest.mark.slow, id="video"), pytest.param(RESNET, id="image")],
+)
 def test_every_configuration_gives_the_tokens_of_plain_float32(choice: dict[str, Any]) -> None:
     modality = "rgb" if choice is S3D else "audio"
     batch = example(input_spec(modality, BackboneChoice(**choice)), 3)

@@ -186,6 +186,7 @@ def test_twenty_minutes_in_it_is_still_the_right_frame(
     file.close()
 
 
+@pytest.mark.slow
 def test_twenty_minutes_in_the_sound_is_still_in_its_place(long: Path) -> None:
     window = np.abs(MediaFile(long).sound(1189.9, 1190.6, LONG_RATE))
     assert 1189.9 + float(np.argmax(window)) / LONG_RATE == pytest.approx(1190.25, abs=0.05)

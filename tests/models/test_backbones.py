@@ -97,6 +97,7 @@ def test_tokens_are_averages_of_the_feature_map() -> None:
     assert halves.shape[1:] == pooled.choice.output_shape
 
 
+@pytest.mark.slow
 def test_the_shape_foretold_is_the_shape_that_comes() -> None:
     choice = BackboneChoice(name="s3d", weights="random:0", frames=8, size=64, tokens=(1, 1, 2))
     backbone = Backbone(choice)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.lanes import slow_unless
 from torch import Tensor, nn
 from torchvision.models.video import swin_transformer
 
@@ -152,7 +151,8 @@ def whole() -> nn.Module:
     return swin_transformer.swin3d_t(weights=None).eval()
 
 
-@pytest.mark.parametrize("norm", slow_unless({"norm"}, ["norm", "norm3"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["norm", "norm3"])
 def test_checkpoints_of_other_code_bases_load_through_a_key_map(
     tmp_path: Path, whole: nn.Module, norm: str
 ) -> None:

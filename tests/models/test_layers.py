@@ -13,7 +13,7 @@ from karmma_pipeline.models.backbones.describe import describe
 @pytest.mark.parametrize(
     ("name", "layer", "module", "size"),
     [pytest.param("swin3d_t", 2, "features.2", {"frames": 2, "size": 32}, marks=pytest.mark.slow),
-     ("r3d_18", -2, "layer3", {"frames": 2, "size": 32}),
+     pytest.param("r3d_18", -2, "layer3", {"frames": 2, "size": 32}, marks=pytest.mark.slow),
      ("resnet18", "layer2.0", "layer2.0", {"image": (32, 64)})],
 )  # fmt: skip
 def test_a_layers_tokens_are_what_its_module_gives_and_the_rest_costs_nothing(

@@ -111,6 +111,7 @@ def test_a_list_may_grow_again_and_before_the_first_part_is_done(tmp_path: Path)
     assert verify(root) == []
 
 
+@pytest.mark.slow
 def test_a_list_that_grows_survives_a_kill_at_every_call(root: Path, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     list_clips(undisturbed, OLD)
