@@ -100,8 +100,9 @@ def open_container(path: Path) -> "av.container.InputContainer":
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        what = _what_else(path) or str(error)
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {what}") from None
+        what = _what_else(path)
+        detail = f"{what} ({error})" if what else str(error)
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {detail}") from None
 
 
 def _what_else(path: Path) -> str:
