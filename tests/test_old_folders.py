@@ -83,7 +83,13 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Other processors round otherwise."""
     assert one.keys() == other.keys()
     for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=1e-2, atol=1e-3, err_msg=name)
+        left, right = (_without_key_bias(name, array[name]) for array in (one, other))
+        np.testing.assert_allclose(left, right, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def _without_key_bias(name: str, array: Any) -> Any:
+    """A softmax does not see the keys' bias: its gradient is rounding, which AdamW makes a step."""
+    return np.split(array, 3)[::2] if name.endswith("qkv.bias") else array
 
 
 def test_a_whole_store_is_read_and_verified() -> None:
