@@ -83,7 +83,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Other processors round otherwise."""
     assert one.keys() == other.keys()
     for name in one:
-        left, right = (_without_key_bias(name, array[name]) for array in (one, other))
+        left, right = (_without_key_bias(name, arrays[name]) for arrays in (one, other))
         np.testing.assert_allclose(left, right, rtol=1e-2, atol=1e-3, err_msg=name)
 
 
