@@ -29,13 +29,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def recipe_reference() -> str:
-    """Return every key of every recipe, as `karmma init` writes them, made from the models."""
+    """Return every key of every recipe, as `karmma init` prints them, generated from the models."""
     from karmma_pipeline import config
     from karmma_pipeline.cli.init import STAGES
     from karmma_pipeline.recipes import recipe_model
 
-    text = "# Every key\n\nAs `karmma init STAGE` writes it: meaning and default of each key.\n"
+    text = "# Recipe reference\n\nEvery key with its meaning and default, as `karmma init STAGE` prints it.\n"
     for stage, (use, what) in STAGES.items():
-        text += f"\n## {stage}\n\nRecipe of {what}, for `{use}`.\n\n"
+        text += f"\n## {stage}\n\nFor `{use}`: {what}.\n\n"
         text += f"```yaml\n{config.template(recipe_model(stage))}```\n"
     return text

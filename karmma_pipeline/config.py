@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     OLD_KEYS: typing.ClassVar[dict[str, str]] = {}
-    """Keys of older versions that no longer mean anything, and what to do instead."""
+    """Removed keys of older versions, and what to do instead."""
 
     FREE: typing.ClassVar[frozenset[str]] = frozenset()
     """Keys that change no number of the result (paths, names, saving): they may differ when work
@@ -59,7 +59,7 @@ def _as_path(key: str, value: Any) -> Any:
         return str(value)
     if isinstance(value, str):
         if not value or "\0" in value:
-            raise ValueError(f"{key}={value!r} is no path; the working folder is '.'")
+            raise ValueError(f"{key}={value!r} is not a path; write '.' for the working folder")
         if value.startswith("~/"):  # else a folder called ~ is made, which nobody dares delete
             return str(Path(value).expanduser())
     return value
@@ -156,8 +156,8 @@ def _take_version(model: type[Recipe], tree: dict[str, Any], where: str, without
     version = tree.pop("version", without)
     if not isinstance(version, int) or version > VERSION:
         raise ConfigError(
-            f"{where}: version={version!r}: recipes up to version {VERSION} can be read; a newer "
-            "karmma-pipeline saved this one."
+            f"{where}: version={version!r}: this version reads recipes up to version {VERSION}; "
+            "update karmma-pipeline."
         )
     return version
 
@@ -190,7 +190,7 @@ def _put(tree: dict[str, Any], keys: Sequence[str], value: Any, where: str) -> N
         if child is None:
             child = tree[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{where}: {key}={child!r} has no keys below it.")
+            raise ConfigError(f"{where}: {key}={child!r} has no sub-keys.")
         tree = child
     tree[keys[-1]] = value
 
@@ -341,7 +341,7 @@ def changed_defaults(recipe: Recipe) -> Iterator[str]:
     for key, before in newer_keys(type(recipe), 0).items():
         now = getattr(recipe, key)
         if key not in recipe.model_fields_set and now != before:
-            yield f"{key}={now!r} by default; it was {before!r} in earlier versions"
+            yield f"{key}: the default is now {now!r}; it was {before!r} in earlier versions"
 
 
 def identity(value: Any) -> Any:
@@ -386,7 +386,7 @@ def changed_keys(path: Path, recipe: Recipe) -> list[str]:
 def saved_differences(path: Path, recipe: Recipe) -> list[str]:
     """Return where the recipe that `save` left in a file differs from this one, if it matters."""
     found = _saved_differences(path, recipe)
-    return [f"{path} is no recipe"] if found is None else [*map(str, found)]
+    return [f"{path} is not a recipe"] if found is None else [*map(str, found)]
 
 
 def _saved_differences(path: Path, recipe: Recipe) -> list[Difference] | None:

@@ -33,7 +33,7 @@ def check_name(name: str) -> str:
         ValueError: it is not; the message says what is allowed.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError("allowed are 1 to 120 of A-Z a-z 0-9 . _ - and no leading - or .")
+        raise ValueError("use 1 to 120 characters of A-Z a-z 0-9 . _ - without a leading - or .")
     return name
 
 
@@ -138,8 +138,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if number in _BROKEN:
             raise KarmmaError(
-                f"{path}: the file system failed ({os.strerror(number)}); what was saved before is "
-                "kept. Run the same command again once the disk is well."
+                f"{path}: file system error ({os.strerror(number)}); everything saved before is "
+                "kept. Fix the disk and run the same command again to resume."
             ) from error
         raise
 
@@ -165,8 +165,8 @@ def _full(path: Path) -> KarmmaError:
         disk = os.statvfs(path.parent)
         left = f"{disk.f_bavail * disk.f_frsize / 1e6:.0f} MB and {disk.f_favail} inodes free"
         return KarmmaError(
-            f"{path}: the disk or your quota is full ({left}); "
-            "free some space and run the same command again, it goes on from here."
+            f"{path}: the disk or your quota is full ({left}); free some space and run the same "
+            "command again to resume."
         )
     return KarmmaError(f"{path}: the disk or your quota is full; free some space and try again.")
 
@@ -208,12 +208,11 @@ def check_space(folder: Path, size: int, inodes: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if free < size * _ROOM:
         raise StoreError(
-            f"{folder}: {tqdm.format_sizeof(size, 'B')} are needed, "
-            f"{tqdm.format_sizeof(free, 'B')} are free; "
-            "choose another folder or free some space."
+            f"{folder}: {tqdm.format_sizeof(size, 'B')} needed, but only "
+            f"{tqdm.format_sizeof(free, 'B')} free; choose another folder or free some space."
         )
     if disk.f_files and disk.f_favail < inodes:
         raise StoreError(
-            f"{folder}: {inodes} files and folders are needed, {disk.f_favail} inodes are free; "
-            "choose another folder or remove some files."
+            f"{folder}: {inodes} files and folders needed, but only {disk.f_favail} inodes "
+            "free; choose another folder or remove some files."
         )

@@ -79,8 +79,8 @@ def check(path: Path) -> None:
     with suppress(OSError):
         if (now := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise KarmmaError(
-                f"{path.parent}: {_name(now)} took this folder over while this process stood still "
-                f"for more than {DEAD_S:.0f} s; nothing more is written."
+                f"{path.parent}: {_name(now)} took over this folder while this process was "
+                f"suspended for more than {DEAD_S:.0f} s; this process stops writing."
             )
 
 
@@ -149,8 +149,8 @@ def _refuse_living(path: Path, now: float, message: str) -> None:
         text, touched = _read(path)
         if not _is_dead(text, now - touched):
             raise KarmmaError(
-                f"{path.parent}: {_name(text)} {message}. If it was killed, the lock is free "
-                f"{DEAD_S:.0f} s after that at the latest, or remove {path}."
+                f"{path.parent}: {_name(text)} {message}. If that process was killed, the lock "
+                f"expires within {DEAD_S:.0f} s, or remove {path}."
             )
 
 

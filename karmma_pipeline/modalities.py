@@ -9,10 +9,10 @@ import enum
 from collections.abc import Iterable
 from itertools import combinations
 
-#: Canonical order: a mask's column is the modality's place in this order.
-#: Stands in place of a class where no modality is left.
-NOTHING = "nothing to see"
+#: Stands in place of a class, in tables, for clips without any modality.
+NOTHING = "no modality"
 
+#: Canonical order: a mask's column is the modality's place in this order.
 KNOWN = ("rgb", "flow", "audio", "boxes")
 
 _LETTERS = {"rgb": "V", "flow": "F", "audio": "A", "boxes": "B"}
@@ -64,35 +64,35 @@ class Reason(enum.IntEnum):
 _FINAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET, Reason.TOO_SHORT}
 
 _THEN = "then run the same command again"
-_NEW = "in another folder (--set out=FOLDER)"
+_NEW = "with another folder (--set out=FOLDER)"
 
 _HINTS = {
     Reason.PRESENT: "",
-    Reason.FILE_MISSING: f"Check the path in the list, or download the file; {_THEN}.",
-    Reason.NO_STREAM: "The file has no such stream; nothing to do if that is how it was recorded.",
+    Reason.FILE_MISSING: f"Check the path in the manifest, or download the file; {_THEN}.",
+    Reason.NO_STREAM: "The file has no such stream; nothing to do if it was recorded without one.",
     Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it, "
     f"{_THEN}.",
     Reason.TIMEOUT: "Decoding took too long; re-encode the file, or raise decode.timeout_s; "
     f"{_THEN} with --retry timeout.",
     Reason.OUT_OF_MEMORY: "Decoding took too much memory; re-encode the file, or raise "
     f"decode.memory_gb; {_THEN} with --retry out_of_memory.",
-    Reason.CRASHED: f"The decoder died on this file; re-encode it, {_THEN}.",
-    Reason.TOO_SHORT: f"The clip holds no frame or sample; correct its start and stop, {_THEN}.",
-    Reason.OUT_OF_RANGE: "The clip lies outside its file, or outside its sound; correct its start "
-    f"and stop, or complete the file, {_THEN}.",
-    Reason.BAD_VALUE: "The backbone gave NaN, infinity, or more than store.dtype holds; try "
-    f"precision float32 or store.dtype bfloat16 {_NEW}.",
-    Reason.NOT_IN_DATASET: "The list names no file for this modality.",
-    Reason.TIMESTAMP_MISMATCH: "The file has nothing near a wanted moment; look for missing "
-    f"frames, or, if its frame rate is that low, raise sampling.tolerance_s {_NEW}.",
-    Reason.UNSAFE_FILE: "The file would make us read other files (a playlist, an HDF5 link) or "
-    f"claims an implausible size; put a file there that holds the media itself, {_THEN}.",
-    Reason.NO_CHANNEL: "The sensor's file lacks an array or a column that the recipe names; "
-    f"correct its channels, variable or time under sensors, or the file, {_THEN}.",
-    Reason.GAP: "The sensor has no sample, or NaN, for longer than max_gap_s; fill the hole in the "
+    Reason.CRASHED: f"The decoder crashed on this file; re-encode it, {_THEN}.",
+    Reason.TOO_SHORT: f"The clip contains no frame or sample; correct its start and stop, {_THEN}.",
+    Reason.OUT_OF_RANGE: "The clip is outside its file, or outside its audio; correct its start "
+    f"and stop, or replace an incomplete file, {_THEN}.",
+    Reason.BAD_VALUE: "The tokens are NaN, infinite or too large for store.dtype; try precision "
+    f"float32 or store.dtype bfloat16 {_NEW}.",
+    Reason.NOT_IN_DATASET: "The manifest has no file for this modality.",
+    Reason.TIMESTAMP_MISMATCH: "The file has no frame near a requested time; check for missing "
+    f"frames or, if its frame rate is this low, raise sampling.tolerance_s {_NEW}.",
+    Reason.UNSAFE_FILE: "The file refers to other files (a playlist, an HDF5 link) or has an "
+    f"implausible size; replace it by a file that contains the media itself, {_THEN}.",
+    Reason.NO_CHANNEL: "The file lacks an array or a column named in the recipe; correct "
+    f"channels, variable or time under sensors, or the file, {_THEN}.",
+    Reason.GAP: "Samples are missing or NaN for longer than max_gap_s; fill the gap in the "
     f"file, {_THEN}, or raise max_gap_s under sensors {_NEW}.",
-    Reason.BAD_CLOCK: "The sensor's time stamps do not rise, or disagree with source_hz; correct "
-    f"the file, {_THEN}, or unit, source_hz or rate_tolerance under sensors {_NEW}.",
+    Reason.BAD_CLOCK: "Timestamps do not increase, or disagree with source_hz; correct the "
+    f"file, {_THEN}, or unit, source_hz or rate_tolerance under sensors {_NEW}.",
 }
 
 

@@ -32,7 +32,7 @@ def check_name(name: str, known: tuple[str, ...]) -> str:
     if name in known or is_own(name):
         return name
     raise ValueError(
-        f"unknown; there are {', '.join(map(repr, known))}, or your own as package.module:function"
+        f"unknown; choose {', '.join(map(repr, known))}, or a custom one as package.module:function"
     )
 
 
@@ -53,13 +53,15 @@ def find(name: str, key: str) -> Callable[..., Any]:
     except Exception as error:  # whatever a module's own lines raise
         reason = named_line(error)
         raise ConfigError(
-            f"{key}={name!r}: cannot be imported ({reason}); run the command in the folder of its "
-            "file, or put that folder into PYTHONPATH."
+            f"{key}={name!r}: cannot be imported ({reason}); run the command in the folder of "
+            "its file, or add that folder to PYTHONPATH."
         ) from error
     if not callable(made):
         raise ConfigError(f"{key}={name!r}: is a {type(made).__name__}, not a function or class.")
     if _source(made) is None:
-        raise ConfigError(f"{key}={name!r}: has no source file, by which a run would be known.")
+        raise ConfigError(
+            f"{key}={name!r}: has no source file, which runs need for identification."
+        )
     return made
 
 
@@ -72,7 +74,9 @@ def load(name: str, key: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     if module.partition(".")[0] in sys.stdlib_module_names:
-        raise ConfigError(f"{key}={name!r}: is of Python's own library, not code of one's own.")
+        raise ConfigError(
+            f"{key}={name!r}: belongs to Python's standard library; custom code is expected."
+        )
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # last: a file of the working folder must not hide a library

@@ -75,7 +75,7 @@ class RunFolder:
             self._claimed = not (differing := config.saved_differences(there, recipe))
             if differing and _is_trained(self.path):
                 raise ConfigError(
-                    f"{self.path}: holds a run of another recipe ({differing[0]}); "
+                    f"{self.path}: contains a run of a different recipe ({differing[0]}); "
                     f"{ELSE}, or remove this one."
                 )
             if differing:  # of a start that failed
@@ -158,7 +158,7 @@ def check_output(path: Path, ours: Collection[str], but: str) -> None:
     names = [p.name for p in path.iterdir()] if path.is_dir() else []
     others = [name for name in names if name not in ours and not name.startswith(".")]
     if others:
-        raise ConfigError(f"{path}: holds other files, such as {min(others)}, {but}; {ELSE}.")
+        raise ConfigError(f"{path}: contains other files, such as {min(others)}, {but}; {ELSE}.")
 
 
 def environment() -> dict[str, Any]:
@@ -205,13 +205,13 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             return folder
     if (path / EXPORT).is_file():
         raise CheckpointError(
-            f"{path}: is an exported model, for predict, live and load_model; name the run that it "
-            "was exported from."
+            f"{path}: is an exported model, for predict, live and load_model; give the run that "
+            "it was exported from."
         )
     if (path / RECIPE).is_file():
         raise CheckpointError(
-            f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
+            f"{path}: this run has not saved a model {checkpoint!r} yet; finish its training."
         )
     beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
-    there = f"; {path.parent} has the runs {', '.join(beside)}" if beside else ""
-    raise CheckpointError(f"{path}: no trained model is there{there}. Train it first.")
+    there = f"; {path.parent} contains the runs {', '.join(beside)}" if beside else ""
+    raise CheckpointError(f"{path}: no trained model found{there}. Train it first.")

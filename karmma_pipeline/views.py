@@ -67,11 +67,11 @@ class Views(Recipe):
         1,
         gt=0,
         le=100,
-        description="Windows in time, spread evenly over a clip. Under sampling.mode uniform they\n"
-        "are equal parts of it; under fps T frames at that rate, which may overlap.",
+        description="Temporal windows, evenly spaced in the clip. With sampling.mode uniform:\n"
+        "equal segments; with fps: T frames at that rate, possibly overlapping.",
     )
     crops: Literal[1, 3] = Field(
-        1, description="Crops of the pictures: the middle, or both ends of the longer side, too."
+        1, description="Spatial crops: 1 is the centre, 3 adds both ends of the longer side."
     )
 
     @property

@@ -223,7 +223,7 @@ def test_tokens_of_a_clip(trained: Path, tmp_path: Path) -> None:
     assert np.array_equal(tokens, store.tokens("rgb", store.clip_ids[7]))
     for modality, clip, message in (
         ("sound", "c007", "it has rgb, flow, audio"),
-        ("rgb", "c999", "clip_id='c999' is not here"),
+        ("rgb", "c999", "clip_id='c999' not found"),
         ("audio", "c000", "clip 'c000' has no audio"),
     ):
         with pytest.raises(km.KarmmaError, match=message):

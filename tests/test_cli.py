@@ -84,7 +84,7 @@ def test_check_prints_the_resolved_recipe_and_does_nothing(tmp_path: Path) -> No
 def test_a_missing_store_is_exit_code_1(tmp_path: Path) -> None:
     result = run("store", "info", tmp_path)
     assert result.exit_code == 1
-    assert "no feature store is there" in result.output
+    assert "no feature store found" in result.output
 
 
 def test_store_commands_tell_whole_from_damaged(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_store_commands_tell_whole_from_damaged(tmp_path: Path) -> None:
     shard.write_bytes(data)
     result = run("store", "verify", root)
     assert result.exit_code == 1
-    assert "shard 0 rgb: bytes have changed: c000" in result.output
+    assert "shard 0 rgb: checksum mismatch: c000" in result.output
 
 
 def test_backbones_are_listed_and_described() -> None:
@@ -197,22 +197,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("extract none.yaml", 2, "none.yaml: the recipe cannot be read"),
         ("extract extract.yaml", 1, "videos.csv: no such file"),
-        ("train-teacher teacher.yaml", 1, "features/teacher: no feature store is there"),
+        ("train-teacher teacher.yaml", 1, "features/teacher: no feature store found"),
         ("train-teacher student.yaml", 2, "student.yaml is a recipe for karmma distill."),
         ("extract teacher.yaml", 2, "teacher.yaml is a recipe for karmma train-teacher or"),
         ("distill evaluation.yaml", 2, "evaluation.yaml is a recipe for karmma evaluate."),
         (
             "train-baseline baseline.yaml --set store=features",
             1,
-            "features: is no feature store, it holds the stores student.",
+            "features: not a feature store, but it contains the stores student.",
         ),
-        ("distill student.yaml", 1, "features/teacher: no feature store is there"),
+        ("distill student.yaml", 1, "features/teacher: no feature store found"),
         (
             "distill student.yaml --set teacher_store=features/student",
             1,
-            "runs/teacher: no trained model is there",
+            "runs/teacher: no trained model found",
         ),
-        ("evaluate runs/nope", 1, "runs/nope: no trained model is there"),
+        ("evaluate runs/nope", 1, "runs/nope: no trained model found"),
         ("train-baseline baseline.yaml --set out=videos/run", 1, "videos is a file"),
         ("extract extract.yaml --check", 0, "sets:"),
         ("distill student.yaml --check --set val_split=", 0, "val_split: ''"),
@@ -246,7 +246,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr == "Error: the output cannot be written (No space left on device).\n"
+    assert done.stderr == "Error: the output could not be written (No space left on device).\n"
 
 
 def test_a_file_that_the_system_refuses_is_one_line(tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_features_of_another_program_are_imported_as_they_were_exported(tmp_path
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((3, 5)), "the first file of imu [2, 4]"),
+        (np.zeros((3, 5)), "the first file of imu has [2, 4]"),
         (np.full((2, 4), np.nan), "not finite"),
-        (np.array([{"a": 1}]), "holds no array of numbers"),
-        (np.zeros((1, 2, 4)), "tokens are [N, D] or [D]"),
+        (np.array([{"a": 1}]), "does not contain a numeric array"),
+        (np.zeros((1, 2, 4)), "expected [N, D] or [D]"),
     ],
 )
 def test_a_wrong_feature_file_is_named(tmp_path: Path, array: Any, message: str) -> None:

@@ -63,13 +63,13 @@ def test_overrides_reach_nested_keys_and_make_missing_ones(tmp_path: Path) -> No
         ("- a", "a recipe is a mapping"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("store: a\nstore: b", "the key 'store' stands there twice at line 2, column 1"),
-        ("store: a\npart: {lr: 1, lr: 2}", "the key 'lr' stands there twice at line 2"),
+        ("store: a\nstore: b", "duplicate key 'store' at line 2, column 1"),
+        ("store: a\npart: {lr: 1, lr: 2}", "duplicate key 'lr' at line 2"),
         ("store: a\npart:\n\tlr: 1", r"cannot start any token at line 3, column 1"),
         ("a: " + "[" * 5000, "not valid YAML: nested too deeply"),
         ("store: a\nsize: 0", r"yaml: size=0: input should be greater than 0, or input should be"),
-        ("store: ''", r"store='' is no path; the working folder is '\.'"),
-        ('store: "a\\0b"', r"store='a\\x00b' is no path"),
+        ("store: ''", r"store='' is not a path; write '\.' for the working folder"),
+        ('store: "a\\0b"', r"store='a\\x00b' is not a path"),
     ],
 )
 def test_a_wrong_recipe_names_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
@@ -185,7 +185,7 @@ def test_a_saved_recipe_means_by_a_key_that_it_lacks_what_was_done_before(tmp_pa
     goes_on = config.resumed(began, mine)
     assert (goes_on.rule, goes_on.mode, goes_on.place) == ("old", "fast", Path("a"))
     assert list(config.changed_defaults(mine)) == [
-        "rule='new' by default; it was 'old' in earlier versions"
+        "rule: the default is now 'new'; it was 'old' in earlier versions"
     ]
     wanted = config.build(Old, {"lr": 0.1, "rule": "new"}, "mine")
     assert config.saved_differences(path, wanted) == ["rule is 'old' there and 'new' here"]
@@ -199,5 +199,5 @@ def test_a_recipe_is_saved_whole_with_its_version_and_read_again_as_it_is(tmp_pa
     assert path.read_text().startswith(f"version: {config.VERSION}\n")
     assert config.load(Old, path) == recipe == config.saved(Old, path)
     path.write_text(path.read_text().replace("version: 2", "version: 99"))
-    with pytest.raises(ConfigError, match="version=99: recipes up to version 2 can be read"):
+    with pytest.raises(ConfigError, match="version=99: this version reads recipes up to version 2"):
         config.load(Old, path)

@@ -80,7 +80,7 @@ def test_the_pages_of_ones_own_videos_say_the_same() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert blocks(guide, "csv") == blocks(readme, "csv")
     steps = blocks(guide, "sh")[0].splitlines()
-    assert steps[:2] == blocks(readme, "sh")[2].splitlines()[:2]
+    assert "\n".join(steps[:2]) in readme
 
 
 def test_a_modality_of_ones_own_works_word_for_word(

@@ -49,7 +49,7 @@ def test_a_full_disk_is_one_clear_error(
     ("text", "sentence"),
     [
         ("Can't decrement id ref count (file write failed: errno = 122, error", "quota is full"),
-        ("Can't write data (file write failed: errno = 5, error", "file system failed"),
+        ("Can't write data (file write failed: errno = 5, error", "file system error"),
         ("Error while serializing: I/O error: No space left (os error 28)", "quota is full"),
         ("unable to truncate (errno = 30, error message = 'Read-only", "cannot be written"),
     ],

@@ -103,10 +103,10 @@ def test_batch_systems_tell_the_part(environment: dict[str, str], part: Part) ->
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"PBS_ARRAY_INDEX": "3"}, "does not tell how many"),
+        ({"PBS_ARRAY_INDEX": "3"}, "does not report the number of"),
         (slurm(7, 3, 1, 2), "KARMMA_PARTS"),  # a list with gaps
         ({**slurm(0, 0, 1, 8), "KARMMA_PARTS": "8"}, "tasks from 1"),
-        ({"KARMMA_PARTS": "8"}, "no array task"),
+        ({"KARMMA_PARTS": "8"}, "not an array task"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT=''"),
         ({"LSB_JOBINDEX": "x", "LSB_JOBINDEX_END": "8"}, "LSB_JOBINDEX='x'"),
     ],

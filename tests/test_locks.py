@@ -61,7 +61,7 @@ def test_a_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path: Path
     path.write_text(ELSEWHERE)
     now = path.stat().st_mtime
     os.utime(path, (now, now - locks.DEAD_S / 2))
-    sentence = r"process 12 on node7 \(job 55\) works here; wait .* free 180 s after"
+    sentence = r"process 12 on node7 \(job 55\) works here; wait .* expires within 180 s"
     with pytest.raises(KarmmaError, match=sentence):
         taken(path)
     os.utime(path, (now, now - locks.DEAD_S - 60))
@@ -118,7 +118,7 @@ def test_a_holder_that_lost_its_lock_is_told_and_leaves_the_other_ones(tmp_path:
             path.write_text(ELSEWHERE)
             locks.check(path)
 
-    with pytest.raises(KarmmaError, match=r"process 12 on node7 .* took this folder over"):
+    with pytest.raises(KarmmaError, match=r"process 12 on node7 .* took over this folder"):
         suspended()
     assert path.read_text() == ELSEWHERE
 

@@ -29,7 +29,8 @@ def blocks(kind: str) -> list[str]:
 
 def commands() -> Iterator[list[str]]:
     """The commands of "Your own videos" as lists of words."""
-    for line in blocks("sh")[2].splitlines():
+    (block,) = (block for block in blocks("sh") if block.startswith("karmma init project"))
+    for line in block.splitlines():
         if words := shlex.split(line, comments=True):
             yield words
 

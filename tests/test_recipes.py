@@ -58,7 +58,7 @@ def test_a_shipped_recipe_parses_and_opens_with_its_command(
     ("dataset", "message"),
     [
         ({"kind": "epic_kitchens_100", "root": "r", "anotations": "a"}, "did you mean 'annot"),
-        ({"kind": "folder_tree", "root": "r", "split": {"train": 0.5}}, "add up to 1"),
+        ({"kind": "folder_tree", "root": "r", "split": {"train": 0.5}}, "sum to 1"),
         ({"kind": "epic_100"}, "dataset: Input tag 'epic_100'"),
         (None, "give either manifest"),
     ],

@@ -48,7 +48,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds other files, such as thesis\.tex, and no run"):
+    with pytest.raises(ConfigError, match=r"contains other files, such as thesis\.tex, and no run"):
         RunFolder(tmp_path, Example())
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is a file"):

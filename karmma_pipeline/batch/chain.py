@@ -69,13 +69,13 @@ def with_waits(path: Path, stage: ChainStage, stages: list[ChainStage]) -> Chain
     """Return a stage with the names of those that make what it reads; they must stand before it."""
     makers = {w.absolute(): other.name for other in stages for w in other.writes}
     if len(makers) < sum(len(other.writes) for other in stages):
-        raise ConfigError(f"{path}: two stages write the same folder; give each its own `out`.")
+        raise ConfigError(f"{path}: two stages write to the same folder; give each its own `out`.")
     names = [other.name for other in stages]
     waits = {makers[read.absolute()] for read in stage.reads if read.absolute() in makers}
     late = sorted(w for w in waits if names.index(w) >= names.index(stage.name))
     if late:
         raise ConfigError(
-            f"{path}: stages.{stage.name} reads what {late[0]} makes; write {late[0]} before it."
+            f"{path}: stages.{stage.name} reads the output of {late[0]}; put {late[0]} before it."
         )
     ordered = tuple(name for name in names if name in waits)
     return replace(stage, waits=ordered)

@@ -38,14 +38,14 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
 def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
     for path in stage.reads:
         if path.absolute() not in made and not path.is_dir():
-            yield f"{path} is not there and no stage of the chain makes it"
+            yield f"{path} does not exist, and no stage of the chain writes it"
     for path in stage.writes:
         yield from _writable(path)
     if isinstance(stage.recipe, ExtractRecipe):
         yield from _extraction(stage.recipe)
     if isinstance(stage.recipe, EvaluateRecipe):
         files = [stage.recipe.groups.unseen, *stage.recipe.groups.tail.values()]
-        yield from (f"{path} is not there" for path in files if path and not path.is_file())
+        yield from (f"{path} does not exist" for path in files if path and not path.is_file())
 
 
 def _changed(stage: ChainStage, progress: StageProgress) -> Iterator[str]:
@@ -53,7 +53,7 @@ def _changed(stage: ChainStage, progress: StageProgress) -> Iterator[str]:
     if progress.changed and isinstance(stage.recipe, ExtractRecipe | TrainRecipe):
         kind = "a run" if isinstance(stage.recipe, TrainRecipe) else "features"
         yield (
-            f"{stage.recipe.out} holds {kind} of another recipe, changed since: "
+            f"{stage.recipe.out} contains {kind} of a different recipe; changed: "
             f"{', '.join(progress.changed)}; choose another `out` or remove it"
         )
 
@@ -75,18 +75,18 @@ def _weights(choice: BackboneChoice) -> Iterator[str]:
         yield str(error).rstrip(".")
         return
     if source == "file" and not Path(choice.weights).is_file():
-        yield f"weights={choice.weights!r}: the file is not there"
+        yield f"weights={choice.weights!r}: no such file"
     if source == "published":
         path = cached_file(enum_member(choice.architecture, choice.weights))
         if not path.is_file():
             yield (
-                f"{path}: the weights are not there; where there is network, run "
-                f"`karmma backbones fetch {choice.name} {choice.weights}` with TORCH_HOME set to "
-                "a folder that the compute nodes see, and put it into the site's env"
+                f"{path}: the weights are missing; on a node with internet access, run `karmma "
+                f"backbones fetch {choice.name} {choice.weights}` with TORCH_HOME set to a "
+                "folder that the compute nodes can read, and add it to the site's env"
             )
 
 
 def _writable(path: Path) -> Iterator[str]:
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        yield f"{path} cannot be written, for {there} does not allow it"
+        yield f"{path} cannot be written: {there} is not writable"

@@ -29,12 +29,12 @@ def parse_devices(text: str, gpus: Sequence[str]) -> list[tuple[str, tuple[str, 
     names = [name.strip() for name in text.split(",")]
     if names == ["all"]:
         if not gpus:
-            raise ConfigError("--devices all: no GPU is here; leave it out.")
+            raise ConfigError("--devices all: this machine has no GPU; omit --devices.")
         names = [f"{_CUDA}{number}" for number in range(len(gpus))]
     there = [f"{_CUDA}{number}" for number in range(len(gpus))]
     if unknown := [name for name in names if name not in {"cpu", *there}]:
         raise ConfigError(
-            f"--devices {text}: no device {unknown[0]!r} is here; there are "
+            f"--devices {text}: no device {unknown[0]!r} on this machine; available: "
             f"{', '.join(('cpu', *there))}."
         )
     return [
@@ -67,7 +67,9 @@ def extract_on(
         KarmmaError: the parts have not done everything; see `finish`.
     """
     if Part.from_environment().count > 1:
-        raise ConfigError("--devices: this process does one part of several already; leave it out.")
+        raise ConfigError(
+            "--devices: this process already extracts one part of several; omit --devices."
+        )
     devices = parse_devices(text, local.devices())
     commands = []
     for index, (name, gpus) in enumerate(devices):

@@ -54,7 +54,7 @@ def submit(path: Path, site: Site, say: Say) -> None:
     for stage, progress in zip(stages, progresses, strict=True):
         submission.send(stage, progress)
     if not submission.last:
-        say("everything is done")
+        say("nothing to do: all stages are done")
 
 
 def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
@@ -74,10 +74,10 @@ def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
         _stop_at_faults([ended])
         if not ended.done:
             raise KarmmaError(
-                f"{stage.name}: its commands have ended without an error, but it is not done "
-                f"({ended.text}); {chain.folder / 'logs'} has what they said."
+                f"{stage.name}: its commands ended without an error, but the stage is not done "
+                f"({ended.text}); {chain.folder / 'logs'} has their output."
             )
-    say("everything is done")
+    say("nothing to do: all stages are done")
 
 
 def status(path: Path) -> str:
@@ -87,7 +87,7 @@ def status(path: Path) -> str:
     try:
         queued = slurm.queue() if slurm.has_slurm() else []
     except KarmmaError as error:
-        queued, note = [], f"\n(the queue is not known: {error})"
+        queued, note = [], f"\n(the queue could not be read: {error})"
     return table(chain, stages, [stage_progress(stage) for stage in stages], queued) + note
 
 

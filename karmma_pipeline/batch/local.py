@@ -120,7 +120,7 @@ def run_all(
                 ended(command, code)
             if stop.requested:
                 _end(running)
-                stop.check("what the commands had in hand is saved")
+                stop.check("each command has saved its progress")
             time.sleep(_POLL_INTERVAL_S)
     finally:
         _end(running)

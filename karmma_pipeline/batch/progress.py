@@ -90,7 +90,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
     if missing:
         return StageProgress(done=False, text=text, missing=missing, changed=changed)
     if not all(parts.is_joined(store) for store in stores):
-        return StageProgress(done=False, text=f"{text}, not joined", changed=changed)
+        return StageProgress(done=False, text=f"{text}, not finalized", changed=changed)
     try:
         failed = count_failed(recipe.out)
         parts.check_failures(recipe, failed, Catalog(stores[0]).count)
@@ -154,7 +154,7 @@ def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
         return StageProgress(done=False, text="no report")
     # The page is written last: an older one is that of an evaluation before.
     if page.stat().st_mtime_ns < results.stat().st_mtime_ns:
-        return StageProgress(done=False, text="half a report")
+        return StageProgress(done=False, text="report incomplete")
     if changed := changed_keys(recipe.out, recipe):
         return StageProgress(done=False, text="report", changed=changed)
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"]

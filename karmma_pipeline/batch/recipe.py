@@ -15,7 +15,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError("allowed are 1 to 40 of A-Z a-z 0-9 _ -, first a letter or digit")
+        raise ValueError(
+            "use 1 to 40 characters of A-Z a-z 0-9 _ -, starting with a letter or digit"
+        )
     return text
 
 
@@ -32,11 +34,13 @@ Line = Annotated[str, AfterValidator(_line)]
 class Resources(Recipe):
     """Resources of one task of a stage."""
 
-    cpus: PositiveInt = Field(8, description="CPUs of a task; also its number of threads.")
-    gpus: int = Field(1, ge=0, description="GPUs of a task (of a node, for several nodes).")
-    memory_gb: float = Field(32, gt=0, description="Memory of a node in GB (2^30 bytes).")
+    cpus: PositiveInt = Field(8, description="CPUs per task; also the number of threads.")
+    gpus: int = Field(1, ge=0, description="GPUs per task (per node with several nodes).")
+    memory_gb: float = Field(32, gt=0, description="Memory per node in GB (2^30 bytes).")
     hours: float = Field(
-        4, ge=1 / 60, description="Time limit; a task that reaches it is requeued and goes on."
+        4,
+        ge=1 / 60,
+        description="Time limit; a task that reaches it saves, is requeued and\nresumes.",
     )
 
 
@@ -46,25 +50,28 @@ class Stage(Recipe):
     command: Command = Field(description="The karmma command.", examples=["extract"])
     recipe: Path = Field(description="Its recipe.", examples=["extract.yaml"])
     overrides: list[Line] = Field(
-        default_factory=list, description="As --set: a list of a.b=value."
+        default_factory=list,
+        description="Overrides of the recipe, as with --set: a list of\na.b=value.",
     )
     array: PositiveInt = Field(
-        1, description="Array tasks that extraction is split into, balanced by seconds of video."
+        1, description="Number of array tasks for an extraction, balanced by seconds of video."
     )
     at_once: PositiveInt | None = Field(
-        None, description="Array tasks that may run at once; null: all."
+        None, description="Maximum number of array tasks at once; null: no limit."
     )
     nodes: PositiveInt = Field(
-        1, description="Nodes of a training; above 1 it runs as `srun torchrun`, one rank per GPU."
+        1,
+        description="Number of nodes for training; above 1, it runs as `srun torchrun`,\n"
+        "one rank per GPU.",
     )
     resources: Resources = Field(Resources(), description="Resources of one task.")
 
     @model_validator(mode="after")
     def _fits_command(self) -> Self:
         if self.command != "extract" and self.array > 1:
-            raise ValueError(f"array={self.array}: only extract is shared out to several tasks")
+            raise ValueError(f"array={self.array}: only extract can be split into array tasks")
         if self.command in {"extract", "evaluate"} and self.nodes > 1:
-            raise ValueError(f"nodes={self.nodes}: {self.command} takes one node; see array")
+            raise ValueError(f"nodes={self.nodes}: {self.command} runs on one node; see array")
         return self
 
     @property
@@ -80,7 +87,7 @@ class Chain(Recipe):
     folder: Path = Field(Path("jobs"), description="Folder for the scripts and logs of the jobs.")
     stages: dict[Name, Stage] = Field(
         min_length=1,
-        description="Stages by name; a stage comes after those whose output it reads.",
+        description="Stages by name; a stage must come after those whose output it reads.",
         examples=[
             {
                 "extract": {"command": "extract", "recipe": "extract.yaml", "array": 32},
@@ -98,7 +105,7 @@ def _as_tuple(value: Any) -> Any:
 
 def _distinct(values: list[Any]) -> list[Any]:
     if twice := [value for number, value in enumerate(values) if value in values[:number]]:
-        raise ValueError(f"{twice[0]!r} stands there twice")
+        raise ValueError(f"{twice[0]!r} is listed twice")
     return values
 
 
@@ -112,33 +119,37 @@ class Method(Recipe):
         description="The karmma command.", examples=["distill"]
     )
     recipe: Path = Field(description="Its recipe.", examples=["student.yaml"])
-    name: Line = Field("", description="Name in the report; empty: the recipe's, else this key.")
+    name: Line = Field("", description="Name in the report; empty: the recipe's name, or this key.")
     set: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of the recipe, a.b for those of sections -> value."
+        default_factory=dict,
+        description="Overrides of the recipe: key (a.b for keys of\nsections) -> value.",
     )
     grid: dict[str, Values] = Field(
         default_factory=dict,
-        description="Keys of the recipe -> values; every combination is a method of its own,\n"
-        "with the settings appended to its name.",
+        description="Key of the recipe -> list of values; each combination is a separate\n"
+        "method, named with its settings.",
     )
     teacher: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (),
-        description="distill: one method above, or several; the run with seed s learns from that\n"
-        "with seed s. Where that one has a grid: the name of one combination.",
+        description="distill only: one or more methods listed above; the run with seed s is\n"
+        "distilled from their runs with seed s. If a teacher has a grid: the name of one\n"
+        "combination.",
     )
 
     @model_validator(mode="after")
     def _fits_command(self) -> Self:
         if (self.command == "distill") != bool(self.teacher):
             least = (
-                "distill needs the methods that teach" if not self.teacher else "only for distill"
+                "distill needs at least one teacher method"
+                if not self.teacher
+                else "only for distill"
             )
             raise ValueError(f"teacher={list(self.teacher)}: {least}")
         taken = {"out", "seed", "name", "teacher", "teacher_store", "teacher_table"}
         if ours := sorted(taken & {*self.set, *self.grid}):
-            raise ValueError(f"{ours[0]} is set by the sweep, not in set or grid")
+            raise ValueError(f"{ours[0]} is set by the sweep and cannot be in set or grid")
         if both := sorted(self.set.keys() & self.grid.keys()):
-            raise ValueError(f"{both[0]} stands in set and in grid")
+            raise ValueError(f"{both[0]} is both in set and in grid")
         return self
 
 
@@ -148,7 +159,7 @@ class SweepReport(Recipe):
     recipe: Path | None = Field(None, description="Recipe of karmma evaluate; null: its defaults.")
     set: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of that recipe -> value; runs and out are set by the sweep.",
+        description="Overrides of that recipe; the sweep sets runs and out.",
     )
 
 
@@ -157,10 +168,11 @@ class Sweep(Recipe):
 
     name: Name = Field("sweep", description="Prefix of the job names.")
     out: Path = Field(
-        Path("sweep"), description="Folder: METHOD/seedS are the runs, `report` the report."
+        Path("sweep"),
+        description="Output folder; it contains the runs, METHOD/seedS, and\nthe report, `report`.",
     )
     extract: Path | None = Field(
-        None, description="Recipe of the extraction that comes first; null: the stores are there."
+        None, description="Recipe of the extraction to run first; null: the stores exist."
     )
     methods: dict[Name, Method] = Field(
         min_length=1,
@@ -182,10 +194,11 @@ class Sweep(Recipe):
         default_factory=lambda: [0, 1, 2, 3, 4],
         description="Each method is trained once with each seed.",
     )
-    evaluate: SweepReport = Field(SweepReport(), description="What the report measures.")
+    evaluate: SweepReport = Field(SweepReport(), description="Settings of the report.")
     resources: Resources = Field(
         Resources(cpus=1, gpus=0, memory_gb=8, hours=4),
-        description="Of one run. Sums depend on the number of threads, here and on a cluster.",
+        description="Resources per run. Results depend slightly on the number of threads,\n"
+        "locally and on a cluster.",
     )
 
     @property
@@ -199,7 +212,7 @@ class Container(Recipe):
 
     image: Path = Field(description="The .sif file.", examples=["karmma.sif"])
     binds: list[Line] = Field(
-        default_factory=list, description="Folders to show inside, as SRC[:DST[:ro]]."
+        default_factory=list, description="Folders to bind, as SRC[:DST[:ro]]."
     )
     program: Name = Field("apptainer", description="apptainer or singularity.")
 
@@ -210,30 +223,30 @@ class Site(Recipe):
     account: Line | None = Field(None, description="--account.")
     partition: Line | None = Field(None, description="--partition.")
     cpu_partition: Line | None = Field(
-        None, description="--partition of tasks without a GPU; null: the same."
+        None, description="Partition for tasks without a GPU; null: same as partition."
     )
     qos: Line | None = Field(None, description="--qos.")
     gpu_option: Line = Field(
         "--gpus-per-node={gpus}",
-        description="How GPUs are asked for, such as --gres=gpu:a100:{gpus}.",
+        description="Option that requests GPUs, such as --gres=gpu:a100:{gpus}.",
     )
     sbatch: list[Line] = Field(
-        default_factory=list, description="More options of sbatch, each as --name=value."
+        default_factory=list, description="Additional sbatch options, each as --name=value."
     )
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line] = Field(
         default_factory=dict, description="Environment variables, such as TORCH_HOME."
     )
     setup: list[Line] = Field(
         default_factory=list,
-        description="Shell lines before the command, such as `module load cuda`, as they are.",
+        description="Shell lines to run before the command, such as `module load cuda`.",
     )
     karmma: Line | None = Field(
-        None, description="The program; null: the one that submits (inside a container: karmma)."
+        None, description="Program to run; null: the one that submits (in a container: karmma)."
     )
-    container: Container | None = Field(None, description="Run inside an image; null: do not.")
+    container: Container | None = Field(None, description="Run in a container; null: no container.")
     warning_s: PositiveInt = Field(
-        120, description="Seconds before the time limit at which a task is told to save."
+        120, description="Seconds before the time limit at which a task is signalled to save."
     )
     retries: int = Field(
-        2, ge=0, description="How often a task that was killed (not stopped) is tried again."
+        2, ge=0, description="Maximum number of retries of a task that was killed."
     )

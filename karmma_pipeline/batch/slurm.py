@@ -35,7 +35,7 @@ case $rc in
   13[0-9]) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {retries} ] || again=yes ;;  # killed: try again
 esac
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
-# Whoever cancels the job, or Slurm where it requeues by itself, has changed its state already.
+# If the job was cancelled, or Slurm requeues it by itself, its state has changed already.
 if [ -n "$again" ] && [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
   exec scontrol requeue "$job"
 fi
@@ -189,7 +189,7 @@ def _options(job: BatchJob, site: Site) -> Iterator[str]:
 def _environment(job: BatchJob, site: Site) -> Iterator[str]:
     yield "pid='' told='' again=''"
     yield f'trap \'told=yes; [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null\' {_STOPS}'
-    yield "# Submitted from inside a job, this one was given that job's variables too."
+    yield "# If submitted from inside a job, this job has inherited that job's variables."
     yield from _unset(ONE_OF_SEVERAL if not job.array else set(ONE_OF_SEVERAL) - _OF_ARRAY)
     if job.folder:
         yield f"cd -- {shlex.quote(job.folder)} || exit 1"
@@ -235,7 +235,7 @@ def _option(text: str) -> str:
 #: Name of the job that joins what the tasks of an array have made.
 FINISH = "finish"
 
-RETURNS = "Stopped by its time limit or pre-empted, it saves, goes back into the queue and goes on."
+RETURNS = "At its time limit or if preempted, the task saves, is requeued and resumes."
 _FINISH_RESOURCES = Resources(cpus=1, gpus=0, memory_gb=4, hours=1)
 
 
@@ -294,7 +294,7 @@ def stage_jobs(
         )
     if settings.is_array:
         jobs[f"{stage.name}.{FINISH}"] = BatchJob(
-            title=f"Stage {stage.name}: joins what its tasks have made, or says what is missing.",
+            title=f"Stage {stage.name}: finalizes the stores, or reports missing parts.",
             name=job_name(chain, stage.name, FINISH),
             arguments=shlex.join(stage.finish_arguments),
             resources=_FINISH_RESOURCES,
@@ -338,7 +338,7 @@ class Sender:
             depends: as ``--dependency``.
         """
         if alive := self.alive(job):
-            self.say(f"{name}: in the queue as job {alive[0].array_id}")
+            self.say(f"{name}: already queued as job {alive[0].array_id}")
             return alive[0].array_id, False
         return self._submit(name, job, depends), True
 

@@ -67,7 +67,7 @@ class LoadedSweep:
             if stage.name == name:
                 return stage
         raise ConfigError(
-            f"--run {name}: {self.path} has no such run; its first is {self.stages[0].name}."
+            f"--run {name}: {self.path} has no such run; its runs start with {self.stages[0].name}."
         )
 
     @property
@@ -109,8 +109,8 @@ def _points(sweep: Sweep) -> Iterator[Point]:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join((key, *said)))
             if name in names:
                 raise ConfigError(
-                    f"methods.{key}.grid: two combinations would both be called {name}; write "
-                    "methods without a grid for them."
+                    f"methods.{key}.grid: two combinations would have the name {name}; define "
+                    "them as separate methods without a grid."
                 )
             names.add(name)
             yield Point(name, ", ".join((label, *said)), method, settings)
@@ -140,7 +140,8 @@ def _teacher(made: dict[str, Any], name: str, seed: int) -> TrainRecipe:
     if not isinstance(recipe, TrainRecipe):
         known = dict.fromkeys(stage.partition("/")[0] for stage in made if "/" in stage)
         raise ConfigError(
-            f"teacher={name!r}: no such method stands above it; there are: {', '.join(known)}."
+            f"teacher={name!r}: no method of this name is defined before it; defined: "
+            f"{', '.join(known)}."
         )
     return recipe
 
@@ -225,7 +226,7 @@ def run_one(sweep: LoadedSweep, name: str, stop: StopFlag) -> str:
     stage = sweep.stage(name)
     before = {other: stage_progress(sweep.stage(other)) for other in stage.waits}
     if lacking := [other for other, found in before.items() if not found.done]:
-        raise KarmmaError(f"{name}: needs what is not done yet: {', '.join(lacking)}.")
+        raise KarmmaError(f"{name}: depends on runs that are not done: {', '.join(lacking)}.")
     progress = stage_progress(stage)
     _check_extraction([*before.values(), progress])
     if progress.done:
@@ -240,7 +241,7 @@ def _put_aside(run: Path, out: Path) -> None:
     name = str(run.relative_to(out))
     numbers = itertools.count(1)
     place = next(p for n in numbers if not (p := out / SUPERSEDED / f"{name}.{n}").exists())
-    with locks.locked(run / ".lock", "trains into this folder", "wait for it"):
+    with locks.locked(run / ".lock", "trains into this folder", "wait until it ends"):
         place.parent.mkdir(parents=True, exist_ok=True)
         run.rename(place)
     (place / ".lock").unlink(missing_ok=True)

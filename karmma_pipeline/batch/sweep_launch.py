@@ -73,7 +73,7 @@ def run_locally(sweep: LoadedSweep, jobs: int | None, site: Site, stop: StopFlag
         done = local.run_all(commands, sweep.settings.resources, most, site, stop, ended)
     if failed:
         left = sorted(names - done - {text.partition(" ")[0] for text in failed})
-        without = f"; for want of them not begun: {', '.join(left)}" if left else ""
+        without = f"; not started because of them: {', '.join(left)}" if left else ""
         raise KarmmaError(f"{len(failed)} failed: {'; '.join(failed)}{without}.")
     folder = sweep.settings.out / REPORT
     say(EvaluateReport(folder, results.read(folder / "results.json")).summary())
@@ -88,7 +88,7 @@ def status(sweep: LoadedSweep) -> str:
     try:
         queued = slurm.queue() if slurm.has_slurm() else []
     except KarmmaError as error:
-        queued, lines = [], [*lines, f"(the queue is not known: {error})"]
+        queued, lines = [], [*lines, f"(the queue could not be read: {error})"]
     for level in _levels(sweep):
         name = job_name(sweep.settings, level)
         states = Counter(q.state.lower() for q in queued if q.name == name)
@@ -151,7 +151,7 @@ def submit(sweep: LoadedSweep, jobs: int | None, site: Site, say: Say) -> None:
         job_id, new = sender.send_job(level, job, depends)
         before, depends = level, f"{_dependency(level)}:{job_id}"
     if not before:
-        say("everything is done")
+        say("nothing to do: all runs are done")
 
 
 def _dependency(before: str) -> str:

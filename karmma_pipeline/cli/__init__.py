@@ -37,7 +37,7 @@ def main() -> None:
     report accuracy with missing modalities (evaluate). Start with `karmma demo`.
     """
     if sys.platform != "linux":
-        raise click.ClickException(f"karmma runs on Linux, not on {sys.platform}.")
+        raise click.ClickException(f"karmma runs on Linux only, not on {sys.platform}.")
 
 
 for _command in (

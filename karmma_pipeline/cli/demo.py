@@ -12,8 +12,10 @@ import click
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
 @click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the data.")
-@click.option("--end-to-end", is_flag=True, help="Also train a student with its small networks.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the generated data.")
+@click.option(
+    "--end-to-end", is_flag=True, help="Also train a student end to end, backbones included."
+)
 @click.pass_context
 def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool) -> None:
     """Run all stages on generated clips and write a report.
@@ -27,20 +29,25 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
     root = ctx.find_root().command
     assert isinstance(root, click.Group)  # noqa: S101  (main is one)
     started = time.monotonic()
-    click.echo("Each stage is a command that you can run by itself:\n")
+    click.echo("Each stage below is a command that you can also run yourself:\n")
     write_recipes(out, quick=quick, end_to_end=end_to_end)
     for arguments in commands(out, quick=quick, seed=seed):
         click.secho(f"$ karmma {shlex.join(arguments)}", bold=True)
         root.main(arguments, prog_name="karmma", standalone_mode=False)
         click.echo()
-    click.echo(f"{time.monotonic() - started:.0f} s in all. Open {out / 'report' / 'index.html'}")
+    click.echo(f"{time.monotonic() - started:.0f} s in total. Open {out / 'report' / 'index.html'}")
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--clips", default=1000, show_default=True, help="Clips of train and val.")
-@click.option("--test", default=0, show_default=True, help="Clips of test, by unseen writers.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same files.")
+@click.option("--clips", default=1000, show_default=True, help="Number of train and val clips.")
+@click.option(
+    "--test",
+    default=0,
+    show_default=True,
+    help="Number of test clips, with digits of unseen writers.",
+)
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
     """Generate labelled videos with sound.
 

@@ -17,10 +17,12 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "stores",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Feature store; with several, each run takes the one, or those, it was trained on.",
+    help="Feature store; repeatable. Each run is evaluated on the stores it was trained on.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Recipe for all other settings.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Recipe (YAML) with further settings."
+)
 @click.option(
     "--gallery",
     type=click.IntRange(1, 50),

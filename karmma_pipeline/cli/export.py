@@ -10,15 +10,15 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True,
-              help="Output folder; an earlier export in it is replaced.")  # fmt: skip
+              help="Output folder; an existing export in it is replaced.")  # fmt: skip
 @click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
-              help="Feature store for the accuracies on the card; repeatable.\n"
-              "Default: those of the run, if present.")  # fmt: skip
+              help="Feature store for the accuracies on the model card; repeatable.\n"
+              "Default: the run's stores, if present.")  # fmt: skip
 @click.option("--int8", is_flag=True, help="Quantise to int8: smaller, faster, less accurate.")
 @click.option("--clips", type=click.Path(path_type=Path),
-              help="Labelled manifest to evaluate --int8 on, end to end.")  # fmt: skip
+              help="Labelled manifest on which to evaluate --int8, end to end.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
-              help="New path of a backbone's weights; repeatable.")  # fmt: skip
+              help="Path of a backbone's weights, if they moved; repeatable.")  # fmt: skip
 def export(
     run: Path,
     out: Path,
@@ -48,7 +48,7 @@ def export(
         click.echo(
             f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, difference {gap:.1e}"
         )
-    click.echo(f"largest difference of a logit to PyTorch: {made.difference:.1e}")
+    click.echo(f"largest difference of a logit from PyTorch: {made.difference:.1e}")
     if made.verdict:
         click.echo(f"int8: {made.verdict}")
     finish(

@@ -57,12 +57,12 @@ class _Extract(click.Command):
     "transient ones), or `changed`: extract again what has tokens of files that changed since.",
 )
 @click.option(
-    "--part", metavar="I/N", help="Extract only part I of N; default: the Slurm array task's."
+    "--part", metavar="I/N", help="Extract only part I of N; default: that of the Slurm array task."
 )
 @click.option(
     "--devices",
     metavar="A,B",
-    help="Extract a part on each of these devices, such as cuda:0,cuda:1; all: every GPU.",
+    help="Split the extraction across these devices, such as cuda:0,cuda:1; all: every GPU.",
 )
 @click.option(
     "--max-failures",
@@ -86,7 +86,7 @@ def extract(
     if devices is not None:
         if part or retry is not None:
             raise ConfigError(
-                "--devices: does all parts of an extraction; leave out --part, --retry."
+                "--devices: runs all parts of an extraction; omit --part and --retry."
             )
         _extract_on(devices, recipe, resolved, overrides)
         return
@@ -98,7 +98,7 @@ def extract(
     with StopFlag() as stop:
         share = Part.parse(part) if part else Part.from_environment()
         if share.count > 1:
-            click.echo(f"part {share}, as {share.why} says", err=True)
+            click.echo(f"part {share} (from {share.why})", err=True)
         again = Retry() if retry is None else Retry.parse(retry.split(","))
         report = run(resolved, share, stop, retry=again)
     if report.complete:
@@ -157,7 +157,7 @@ def backbones_list() -> None:
 @click.option(
     "--clip",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Run the backbone on this video and describe its tokens.",
+    help="Run the backbone on this video and print statistics of its tokens.",
 )
 @set_option
 def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> None:
@@ -195,7 +195,7 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 @click.option(
     "--to",
     type=click.Path(path_type=Path),
-    help="Folder; default: the cache of torch or of the hub.",
+    help="Output folder; default: the cache of torch or of the Hugging Face hub.",
 )
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
     """Download published weights, for nodes without internet.
@@ -212,10 +212,14 @@ def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
 @recipe_argument
 @set_option
 @click.option(
-    "--json", "target", type=click.Path(path_type=Path), help="Also write the plan as JSON."
+    "--json", "target", type=click.Path(path_type=Path), help="Also write the results as JSON."
 )
-@click.option("--no-probe", is_flag=True, help="Check that files exist, without opening them.")
-@click.option("--no-calibrate", is_flag=True, help="Do not time a few clips.")
+@click.option("--no-probe", is_flag=True, help="Only check that files exist; do not open them.")
+@click.option(
+    "--no-calibrate",
+    is_flag=True,
+    help="Skip the time estimate, which decodes and runs a few clips.",
+)
 def plan(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -243,5 +247,5 @@ def plan(
     if made["too_many_lost"]:
         raise TooManyFailuresError(
             f"{recipe}: {made['clips_lost_to_faults']:,} of {made['clips']:,} clips will lose a "
-            "modality to the faults above; fix them, or raise max_failures."
+            "modality to the errors above; fix them, or raise max_failures."
         )

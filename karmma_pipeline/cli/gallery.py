@@ -63,25 +63,25 @@ def _clips(recipe: EvaluateRecipe, choice: Choice) -> list[Clip]:
     made_by = {store.parent: of for store in stores if (of := recipe_of(store)) is not None}
     if not made_by:
         raise ConfigError(
-            f"--gallery: beside {stores[0]} lies no recipe of an extraction that says where the "
-            "clips' videos are; name the store where it was extracted with --store."
+            f"--gallery: no extraction recipe next to {stores[0]}, so the clips' videos cannot "
+            "be found; give the store at its original location with --store."
         )
     listed = {clip.clip_id: clip for of in made_by.values() for clip in read_clips(of).clips}
     if missing := [shown.clip_id for shown in choice.clips if shown.clip_id not in listed]:
         raise ConfigError(
-            f"--gallery: the list of clips that {next(iter(made_by))} was extracted from has no "
-            f"{missing[0]!r} any more."
+            f"--gallery: the manifest that {next(iter(made_by))} was extracted from no longer "
+            f"lists {missing[0]!r}."
         )
     clips = [listed[shown.clip_id] for shown in choice.clips]
     for clip in clips:
         source = clip.media.get("rgb")
         if not isinstance(source, FileSource):
             raise ConfigError(
-                f"--gallery: the pictures of {clip.clip_id!r} are no video file to draw into."
+                f"--gallery: {clip.clip_id!r} has no video file to draw predictions on."
             )
         if not source.path.is_file():
             raise MediaError(
-                f"--gallery: {source.path}, the video of {clip.clip_id!r}, is not there any more."
+                f"--gallery: {source.path}, the video of {clip.clip_id!r}, no longer exists."
             )
     return clips
 

@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from karmma_pipeline.recognition.stream import Stream
 
 _TOO_LATE = (
-    "answers come up to {:.3g} s late, more than a window of {:g} s: skipped windows do not help, "
-    "since one answer takes that long; name a smaller model, a faster device or a longer --window"
+    "predictions come up to {:.3g} s late, longer than a window of {:g} s: one prediction takes "
+    "that long, so skipping windows does not help; use a smaller model, a faster device or a "
+    "longer --window"
 )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="Video to play in real time.")
-@click.option("--camera", type=int, help="Camera index; no sound.")
+@click.option("--camera", type=int, help="Camera index (without audio).")
 @click.option("--window", "window_s", type=float, default=2.0, show_default=True,
-              help="Length of a window, seconds.")  # fmt: skip
+              help="Window length, seconds.")  # fmt: skip
 @click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
               help="Seconds between windows.")  # fmt: skip
 @click.option("--deadline", "deadline_s", type=float, default=0.5, show_default=True,
@@ -39,10 +40,10 @@ _TOO_LATE = (
 @click.option("--chaos", type=float, default=0.0,
               help="Probability per second that a sensor fails or recovers.")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Seed of --chaos.")
-@click.option("--fast", is_flag=True, help="Play --source as fast as inference allows.")
+@click.option("--fast", is_flag=True, help="Process --source as fast as inference allows.")
 @click.option("--measure", is_flag=True,
               help="Measure latency on synthetic input, per subset of modalities.")  # fmt: skip
-@click.option("--browser", is_flag=True, help="Show it in the browser, on localhost only.")
+@click.option("--browser", is_flag=True, help="Show the stream in a browser, on localhost only.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0,
               help="Port for --browser; default: a free one.")  # fmt: skip
 @click.option("--top", type=click.IntRange(1, 100), default=3, help="Top classes to show.")
@@ -76,11 +77,11 @@ def live(
     --browser shows the video, the predictions and a switch per modality.
     """
     if measure and (source is not None or camera is not None):
-        raise ConfigError("--measure: takes made-up signals; leave out --source and --camera.")
+        raise ConfigError("--measure: uses synthetic input; omit --source and --camera.")
     if not measure and (source is None) == (camera is None):
-        raise ConfigError("give one of --source VIDEO and --camera NUMBER.")
+        raise ConfigError("give either --source VIDEO or --camera NUMBER.")
     if fast and source is None:
-        raise ConfigError("--fast: a camera has its own rate; it is for --source.")
+        raise ConfigError("--fast: only for --source; a camera has its own frame rate.")
     from karmma_pipeline.extraction.media.open import OpenMedia
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition import live as playing
@@ -121,7 +122,11 @@ def live(
             if page is not None:
                 page.show(_plain(row, stream, answered))
     said = f"{stream.skipped} windows were skipped"
-    click.echo(said if fast else f"{said}; the latest answer came {late_s:.2f} s after its window")
+    click.echo(
+        said
+        if fast
+        else f"{said}; the largest delay of a prediction was {late_s:.2f} s after its window"
+    )
     if late_s > window_s and not fast:
         click.echo(_TOO_LATE.format(late_s, window_s))
 
@@ -140,7 +145,11 @@ def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
         for played in play_hops(recognizer, window_s, slowest_s, stop):
             click.echo(played.sentence())
             held += [] if played.skipped else [played.hop_s]
-    said = f"the smallest hop held is {min(held):.3g} s" if held else "no hop was held"
+    said = (
+        f"smallest hop sustained in real time: {min(held):.3g} s"
+        if held
+        else ("no hop was sustained in real time")
+    )
     click.echo(f"{said}, with windows of {window_s:g} s")
     if slowest_s > window_s:
         click.echo(_TOO_LATE.format(slowest_s, window_s))

@@ -63,7 +63,7 @@ class Commands(click.Group):
             if error.errno != errno.ENOSPC:
                 raise
             raise click.ClickException(
-                f"the output cannot be written ({os.strerror(error.errno)})."
+                f"the output could not be written ({os.strerror(error.errno)})."
             ) from None
 
 
@@ -164,7 +164,7 @@ def finish(*lines: str, then: str | None = None) -> None:
         click.echo(line)
     seconds = time.monotonic() - click.get_current_context().meta[_STARTED]
     text = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    click.echo(f"{text} in all")
+    click.echo(f"{text} in total")
     if then is not None:
         click.echo(f"next: {then}")
 

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--start", "start_s", type=float, default=0.0, help="Start in a video, seconds.")
-@click.option("--stop", "stop_s", type=float, help="End in a video, seconds; default: its end.")
-@click.option("--window", "window_s", type=float, help="Length of a sliding window, seconds.")
-@click.option("--hop", "hop_s", type=float, help="Seconds between windows; default: --window.")
+@click.option(
+    "--start", "start_s", type=float, default=0.0, help="Start within the video, seconds."
+)
+@click.option(
+    "--stop", "stop_s", type=float, help="Stop within the video, seconds; default: its end."
+)
+@click.option("--window", "window_s", type=float, help="Length of the sliding window, seconds.")
+@click.option("--hop", "hop_s", type=float, help="Hop between windows, seconds; default: --window.")
 @click.option(
     "--without", multiple=True, metavar="MODALITY", help="Modality to leave out; repeatable."
 )
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--topic", "topics", multiple=True, metavar="MODALITY=/TOPIC",
               help="ROS topic to read as a modality; repeatable.")  # fmt: skip
 @click.option("--clock", type=click.Choice(["header", "log"]), default="header",
-              help="Timestamps of a bag: of message headers or of logging.")  # fmt: skip
+              help="Timestamps to use: of the message headers or of logging.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--engine", type=click.Choice(["torch", "openvino"]),
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip
@@ -109,7 +113,7 @@ def _unpacked(
 
     bags = [path for path in inputs if path.suffix.lower() == ".mcap"]
     if topics and not bags:
-        raise ConfigError(f"--topic {topics[0]}: no input is a bag (.mcap).")
+        raise ConfigError(f"--topic {topics[0]}: none of the inputs is a bag (.mcap).")
     if not bags:
         return {}
     from karmma_pipeline.recognition.bag import parse_topics, unpack

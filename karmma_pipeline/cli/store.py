@@ -52,22 +52,22 @@ def store_verify(path: Path, repair: bool) -> None:
         for line in take_away(path, damages):
             click.echo(line)
         click.echo(
-            f"{path}: run `karmma extract` with the same recipe (and `karmma store finalize` if "
-            "it has nothing to extract)"
+            f"{path}: run `karmma extract` with the same recipe (then `karmma store finalize` "
+            "if nothing is left to extract)"
         )
     elif damages:
         raise StoreError(
-            f"{path}: {len(damages)} damaged places; they are listed above. --repair removes "
-            "them, then `karmma extract` with the same recipe makes only these."
+            f"{path}: {len(damages)} damaged places, listed above. --repair removes them; "
+            "`karmma extract` with the same recipe then rebuilds only these."
         )
     else:
-        click.echo(f"{path}: whole")
+        click.echo(f"{path}: OK")
 
 
 @store.command("finalize")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--parts", default=1, help="Number of array tasks, to name those with missing shards."
+    "--parts", default=1, help="Number of array tasks; used to name the tasks with missing shards."
 )
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
     """Complete a store that was extracted in parts.
@@ -109,7 +109,7 @@ def store_stage(store: Path, folder: Path) -> None:
     "--label-spaces",
     type=click.Choice(["same", "join"]),
     default="same",
-    help="join: merge different class lists by class name.",
+    help="same: class lists must be equal; join: match classes by name.",
 )
 def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) -> None:
     """Merge the clips and modalities of several stores."""
@@ -125,10 +125,14 @@ def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) 
 @_store
 @_out
 @click.option(
-    "--by", type=click.Choice(["split", "group"]), help="One store per split or group, inside OUT."
+    "--by",
+    type=click.Choice(["split", "group"]),
+    help="Write one store per split or group into OUT.",
 )
 @click.option(
-    "--ids", type=click.File(), help="File with one clip id per line; OUT has these clips."
+    "--ids",
+    type=click.File(),
+    help="Text file with one clip id per line; OUT will have these clips.",
 )
 def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     """Split a store by split, group or a list of clips."""
@@ -136,7 +140,7 @@ def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     from karmma_pipeline.store.tools.rewrite import select, split
 
     if (by is None) == (ids is None):
-        raise click.UsageError("Give one of --by and --ids.")
+        raise click.UsageError("Give either --by or --ids.")
     with StopFlag() as stop:
         if ids is not None:
             select(store, out, [line.strip() for line in ids if line.strip()], stop)
@@ -190,7 +194,7 @@ def _grid(text: str) -> tuple[str, list[int]]:
     type=click.Choice(["npy", "pt", "actionformer", "tim"]),
     default="npy",
     show_default=True,
-    help="Plain files, or the layout that this trainer reads.",
+    help="Plain files, or the layout of this trainer.",
 )
 def store_export(store: Path, out: Path, layout: Any) -> None:
     """Export tokens as one file per clip, for other trainers."""
@@ -208,12 +212,12 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
     "--csv",
     "clips",
     type=click.Path(path_type=Path),
-    help="Manifest: clip_id, split, labels; default: FOLDER/clips.csv.",
+    help="CSV with clip_id, split and labels; default: FOLDER/clips.csv.",
 )
 @click.option(
     "--source",
     required=True,
-    help="Backbone, weights and preprocessing of the features; recorded as their provenance.",
+    help="Backbone, weights and preprocessing of the features; recorded as provenance.",
 )
 @click.option(
     "--dtype",
@@ -257,7 +261,7 @@ def store_diff(store: Path, other: Path) -> None:
 
 @store.command("gc")
 @_store
-@click.option("--delete", is_flag=True, help="Delete them; default: only list them.")
+@click.option("--delete", is_flag=True, help="Delete the leftovers; default: only list them.")
 def store_gc(store: Path, delete: bool) -> None:
     """List or delete leftovers of interrupted runs.
 

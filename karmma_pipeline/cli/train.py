@@ -26,7 +26,7 @@ _stage_option = click.option(
     "--stage",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Copy the store to a local disk first and verify it; overrides loader.stage.",
+    help="Copy the store to this folder on a local disk first; overrides loader.stage.",
 )
 
 

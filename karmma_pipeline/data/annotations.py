@@ -93,7 +93,7 @@ class Row:
         """Return a cell that is safe as a file name and, if given, fits a pattern."""
         text = self.cells[column]
         if pattern is not None and not pattern.fullmatch(text):
-            raise ValueError(f"{column}={text!r}: not of the form {pattern.pattern}")
+            raise ValueError(f"{column}={text!r}: does not match {pattern.pattern}")
         return safe_name(column, text)
 
     def time(self, column: str) -> float | None:
@@ -105,8 +105,8 @@ class Row:
             return parse_time(text)
         except ValueError:
             raise ValueError(
-                f"{column}={text!r}: write seconds from 0 on, or HH:MM:SS.ff up to 59:59.99, "
-                "with a decimal point"
+                f"{column}={text!r}: must be seconds >= 0, or HH:MM:SS.ff with minutes and "
+                "seconds below 60; decimals after a point"
             ) from None
 
     def whole(self, column: str) -> int | None:
@@ -115,7 +115,7 @@ class Row:
         if not text:
             return None
         if not _WHOLE.fullmatch(text):
-            raise ValueError(f"{column}={text!r}: write a whole number from 0 on")
+            raise ValueError(f"{column}={text!r}: must be a non-negative integer")
         return int(text)
 
     def span(self, start: str, stop: str) -> tuple[float, float | None]:
@@ -155,8 +155,8 @@ def read_table(path: Path, required: Iterable[str], what: str = "manifest") -> l
         if len(columns) == 1:
             hint = ", separated by commas, semicolons or tabs"
         raise ManifestError(
-            f"{path}: no column {' and '.join(missing)}; the first line must name "
-            f"the columns, it reads {','.join(columns)[:300]!r}{hint}."
+            f"{path}: no column {' and '.join(missing)}; the first line must name the columns, "
+            f"but is {','.join(columns)[:300]!r}{hint}."
         )
     named = [c for c in columns if c]
     if len(set(named)) < len(named):
@@ -170,8 +170,8 @@ def _rows(path: Path, columns: list[str], lines: Iterable[tuple[int, list[str]]]
     for line, cells in lines:
         if any(cells[len(names) :]) or len(cells) < len(names):
             raise ManifestError(
-                f"{path}: line {line}: has {len(cells)} cells, the first "
-                f"line has {len(columns)}; quote cells that hold a comma."
+                f"{path}: line {line}: {len(cells)} cells, but {len(columns)} columns in the "
+                "header; quote cells that contain a comma."
             )
         rows.append(Row(line, dict(zip(names, cells, strict=False))))
     unused = [n for n in set(names) - set(columns) if not any(row[n] for row in rows)]
@@ -188,7 +188,7 @@ def _text(path: Path, what: str) -> str:
         # Of UTF-16 without its mark, and of some databases, every byte is UTF-8.
         if kind or b"\0" in data[:4096]:
             raise ManifestError(
-                f"{path}: line 1: not a UTF-8 CSV file ({kind or 'it holds zero bytes'}); "
+                f"{path}: line 1: not a UTF-8 CSV file ({kind or 'it contains zero bytes'}); "
                 "save it as CSV UTF-8."
             )
         return data.decode("utf-8-sig")
@@ -220,8 +220,8 @@ def _lines(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[st
             place = _whole_cells(re.split(r"\r\n|\n|\r", text)[line - 1], separator)
             where = columns[place] if place < len(columns) else f"cell {place + 1}"
             raise ManifestError(
-                f"{path}: line {line}: {where}: a quote is not closed, or closes before the cell "
-                f"ends ({error}); quote the whole cell, and write a quote inside of it twice."
+                f"{path}: line {line}: {where}: a quote is not closed, or is closed before the "
+                f"end of the cell ({error}); quote the whole cell and double quotes inside it."
             ) from None
         columns = columns or cells
         if any(cells):
@@ -278,7 +278,7 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
         ValueError: the key is missing, or its value of another kind.
     """
     if not isinstance(entry, dict):
-        raise ValueError(f"is no JSON object but {entry!r:.60}")
+        raise ValueError(f"is not a JSON object: {entry!r:.60}")
     value = entry.get(key)
     if value is None:
         if default is None:
@@ -289,7 +289,7 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}={value!r:.60}: must be a JSON {_called(kind)}")
     if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{key}={value!r}: must be a number from 0 on")
+        raise ValueError(f"{key}={value!r}: must be a number >= 0")
     return value
 
 
@@ -321,7 +321,7 @@ def collect(
         except ValueError as error:
             faults.append(f"{where}: {error}")
         except OverflowError:
-            faults.append(f"{where}: a number is too large")
+            faults.append(f"{where}: number too large")
     if left_out is None:
         raise_faults(path, faults)
     else:

@@ -161,7 +161,7 @@ def unique(
         if folded in seen:
             faults.append(
                 f"{where}: duplicate clip_id={clip.clip_id!r}, also in {seen[folded]} "
-                "(upper and lower case count as equal)"
+                "(case-insensitive)"
             )
         else:
             seen[folded] = where
@@ -171,7 +171,7 @@ def unique(
     else:
         left_out += [f"{path}/{fault}" for fault in faults]
     if not kept and left_out:
-        raise ManifestError(f"all entries are faulty: {'; '.join(left_out[:10])}.")
+        raise ManifestError(f"every entry is invalid: {'; '.join(left_out[:10])}.")
     if not kept:
         raise ManifestError(f"{path}: the manifest lists no clips.")
     return tuple(kept)
@@ -189,16 +189,17 @@ class PictureNames(Recipe):
 
     frame_name: FrameName = Field(
         "img_{:05d}.jpg",
-        description="Name of a picture, with its number to fill in and, as {video}, its folder's\n"
-        "name. Pictures that are all called alike are found by any name.",
+        description="File name of an image: {:05d} stands for its number, {video} for the\n"
+        "name of its folder. Other names are detected if all images of a folder follow one\n"
+        "pattern.",
     )
     flow_names: tuple[FrameName, FrameName] = Field(
         ("u/frame_{:010d}.jpg", "v/frame_{:010d}.jpg"),
-        description="Names of the two pictures of a flow frame: horizontal, vertical.",
+        description="File names of the horizontal and the vertical component of a flow frame.",
     )
-    first_frame: int = Field(1, ge=0, description="Number of the first picture.")
+    first_frame: int = Field(1, ge=0, description="Number of the first image.")
     flow_bound_px: float = Field(
-        20.0, gt=0, description="Flow in px that bytes 0 and 255 of a flow picture stand for."
+        20.0, gt=0, description="Flow in px encoded by bytes 0 and 255 of a flow image."
     )
 
 
@@ -227,7 +228,7 @@ _LENGTH = re.compile(f"{_BEFORE}(?:duration|dur|length|len){_UNITS}")
 _NO_SECONDS = re.compile("ms|milli|us$|ns$|frame|number|index")
 _NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")
 _DECIMAL = re.compile(r"-?\d{1,15}(\.\d{0,15})?", re.ASCII)
-_OR_ELSE = "delete it, or, if it is a label, name all labels in the recipe: {}."
+_OR_ELSE = "delete it or, if it is a label, list all label columns in the recipe: {}."
 _NAMING = "dataset: {{kind: csv, path: {}, heads: [{}]}}"
 
 # Of so few clips each may well have a class of its own.
@@ -284,29 +285,29 @@ def _head_columns(
         if head not in free:
             near = difflib.get_close_matches(head, free, n=1)
             hint = f"; did you mean {near[0]!r}" if near else ""
-            why = "is reserved" if head in RESERVED else f"is no column{hint}"
+            why = "is reserved" if head in RESERVED else f"is not a column{hint}"
             raise ManifestError(f"{path}: dataset.heads: {head!r} {why}.")
     for column in free if heads is None else set(free) - {*heads}:
         reserved = _meant(column, columns)
         if reserved and (heads is None or reserved in TIMES):
             other = reserved in TIMES and _NO_SECONDS.search(_plain(column))
             raise ManifestError(
-                f"{path}: column {column!r} is not known; did you mean {reserved}"
-                f"{' (seconds)' if reserved in TIMES else ''}? "
+                f"{path}: unknown column {column!r}; did you mean "
+                f"{reserved}{' (seconds)' if reserved in TIMES else ''}? "
                 f"{'Write seconds into it and call' if other else 'Call'} it that, "
                 f"{_OR_ELSE.format(_NAMING.format(path, column))}"
             )
         if "start" in columns and "stop" not in columns and _LENGTH.fullmatch(_plain(column)):
             raise ManifestError(
-                f"{path}: column {column!r}, but no column stop: every clip would run to the end "
-                "of its file. Write a column stop, start plus length in seconds, and "
+                f"{path}: column {column!r}, but no column stop: every clip would extend to the "
+                "end of its file. Add a column stop (start plus length, in seconds), and "
                 f"{_OR_ELSE.format(_NAMING.format(path, column))}"
             )
     chosen = list(heads) if heads is not None else free
     for head in chosen:
         _check_head(path, head, chosen)
     unused = [*index, *(c for c in free if c not in chosen)]
-    return chosen, [f"columns that are not used: {', '.join(unused)}"] if unused else []
+    return chosen, [f"ignored columns: {', '.join(unused)}"] if unused else []
 
 
 def _check_head(path: Path, head: str, heads: Sequence[str]) -> None:
@@ -316,11 +317,11 @@ def _check_head(path: Path, head: str, heads: Sequence[str]) -> None:
         plain = unicodedata.normalize("NFKD", head).encode("ascii", "ignore").decode()
         better = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("_.-")
         raise ManifestError(
-            f"{path}: column {head!r}: a head cannot be called that ({error}); call the column "
+            f"{path}: column {head!r}: invalid name of a head ({error}); rename the column to "
             f"{better or 'label'!r}."
         ) from None
     if sum(head.casefold() == other.casefold() for other in heads) > 1:
-        raise ManifestError(f"{path}: two heads are called {head!r} but for upper and lower case.")
+        raise ManifestError(f"{path}: two heads have the name {head!r}, ignoring case.")
 
 
 def _meant(column: str, columns: Sequence[str]) -> str | None:
@@ -346,9 +347,9 @@ def _check_sizes(path: Path, labels: Mapping[str, "_Labels"]) -> None:
     for name, one in labels.items():
         if one.known >= _FEW_CLIPS and 2 * len(one.names) > one.known:
             raise ManifestError(
-                f"{path}: column {name!r} has {len(one.names):,} classes in {one.known:,} clips, "
-                "which looks like no label. Delete it, or say in the recipe which columns are "
-                f"labels: {_NAMING.format(path, 'verb')}."
+                f"{path}: column {name!r} has {len(one.names):,} classes in {one.known:,} "
+                "clips, which is unusual for a label. Delete it, or list the label columns in "
+                f"the recipe: {_NAMING.format(path, 'verb')}."
             )
 
 
@@ -386,7 +387,7 @@ class _Labels:
             alike.setdefault(plain, []).append(name)
         same = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
         if same:
-            notes.append(f"classes of their own, though they look alike: {'; '.join(same[:5])}")
+            notes.append(f"distinct classes with similar names: {'; '.join(same[:5])}")
         return cls(tuple(order), ids, len(cells) - len(unknown), "; ".join(notes))
 
 
@@ -426,7 +427,7 @@ def _path(row: Row, folder: Path, column: str) -> Path | None:
     # No system takes longer ones: to look for such a file is an error of its own.
     longest = max(len(part.encode()) for part in text.split("/"))
     if "\0" in text or longest > 255 or len(str(folder.absolute() / text).encode()) > 4000:
-        raise ValueError(f"{column}={text[:60]!r}: is no path")
+        raise ValueError(f"{column}={text[:60]!r}: not a path")
     return folder / text
 
 
@@ -452,7 +453,7 @@ def _fps(row: Row, column: str) -> float:
     except ValueError:
         fps = 0.0
     if not 0 < fps < 100_000:
-        raise ValueError(f"fps={row.get('fps')!r}: {column} needs the pictures' rate, such as 25")
+        raise ValueError(f"fps={row.get('fps')!r}: {column} needs the frame rate, such as 25")
     return fps
 
 

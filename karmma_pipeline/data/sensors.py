@@ -26,86 +26,89 @@ class Sensor(Recipe):
     """One sensor: its files, its clock, and its windows; all of it stands in the store."""
 
     channels: PositiveInt | tuple[Column, ...] = Field(
-        description="Columns that are read, by name or number from 0: [ax, ay, az] or [3, 4, 5].\n"
-        "A number C: all, and a file with others than C is refused. Of arrays with more than two\n"
-        "axes, numbers run through all but that of time, the last axis fastest.",
+        description="Columns to read, by name or by index from 0: [ax, ay, az] or [3, 4, 5].\n"
+        "A single number C: all columns, of which there must be C. In arrays with more than\n"
+        "two axes, all axes but time are flattened, the last one fastest.",
         examples=[["ax", "ay", "az"]],
     )
     rate_hz: float = Field(
         gt=0,
-        description="Rate of the windows' samples; the series is resampled to it, band-limited,\n"
-        "on the clip's own clock: the first sample of a clip is at its start.",
+        description="Sampling rate of the windows in Hz. The series is resampled to it\n"
+        "(band-limited) such that the first sample of a clip is at its start.",
         examples=[50],
     )
     variable: str | None = Field(
         None,
-        description="Array in a MAT, HDF5 or NPZ file; null: the only one of numbers in it.",
+        description="Name of the array in a MAT, HDF5 or NPZ file; null: its only numeric array.",
     )
     axis: int = Field(0, description="Axis of time in an array; the others are channels.")
     time: Column | None = Field(
         None,
-        description="Time stamps: a column by name or number, or another array of the file. null:\n"
-        "there are none, and source_hz says how far samples are apart.",
+        description="Timestamps: a column by name or index, or another array of the file.\n"
+        "null: no timestamps; samples are 1 / source_hz apart.",
     )
-    unit: Literal["s", "ms", "us", "ns"] = Field("s", description="Of the time stamps.")
+    unit: Literal["s", "ms", "us", "ns"] = Field("s", description="Unit of the timestamps.")
     from_first: bool = Field(
-        False, description="Count time stamps from the file's first one, such as Unix times."
+        False, description="Subtract the first timestamp of the file, for example of Unix times."
     )
     source_hz: float | None = Field(
         None,
         gt=0,
-        description="The series' own rate. Beside time stamps: what they must agree with; null:\n"
-        "their median distance counts.",
+        description="Sampling rate of the file in Hz. With timestamps, they are checked\n"
+        "against it; null: estimated from their median interval.",
     )
     rate_tolerance: float = Field(
         0.05,
         gt=0,
-        description="Share by which time stamps may disagree with source_hz; beyond, bad_clock.",
+        description="Relative deviation of the timestamps from source_hz above which the\n"
+        "modality is absent (bad_clock).",
     )
     offset_s: float = Field(
         0.0,
-        description="Seconds that are added to the series' times: where its zero lies on the\n"
-        "clips' clock.",
+        description="Seconds to add to the series' timestamps to convert them to the clips'\n"
+        "clock.",
     )
     max_gap_s: float = Field(
         0.25,
         gt=0,
-        description="Longest hole (no sample, or NaN in one of the channels) that is bridged by a\n"
-        "line; one and a half samples always are. A clip with a longer one lacks the modality\n"
-        "(gap), and so does one that reaches farther out of the series (out_of_range).",
+        description="Longest gap (missing samples, or NaN in a channel) that is interpolated\n"
+        "linearly; gaps of up to 1.5 samples always are. Clips with a longer gap lack the\n"
+        "modality (gap), as do clips that extend farther beyond the series (out_of_range).",
     )
-    windows: PositiveInt = Field(16, description="Windows N of a clip; each is a token.")
-    window: PositiveInt = Field(description="Samples W of a window, at rate_hz.", examples=[25])
+    windows: PositiveInt = Field(
+        16, description="Number of windows N per clip; each becomes\none token."
+    )
+    window: PositiveInt = Field(description="Samples W per window, at rate_hz.", examples=[25])
     hop: PositiveInt | None = Field(
         None,
-        description="Samples from the start of a window to that of the next, around the clip's\n"
-        "centre. null: as spreads the windows evenly from its start to its stop.",
+        description="Samples between the starts of consecutive windows, which are centred in\n"
+        "the clip. null: windows are spread evenly from start to stop.",
     )
     short: Literal["absent", "repeat_last"] = Field(
         "absent",
-        description="A clip shorter than a window, or than all of them at a stated hop. absent:\n"
-        "it lacks the modality (too_short). repeat_last: from its start, its last sample repeated.",
+        description="Clips shorter than a window (or than all windows at the given hop).\n"
+        "absent: they lack the modality (too_short). repeat_last: pad with the last sample.",
     )
     centre: tuple[NonNegativeInt, ...] = Field(
         (),
-        description="Places among the channels, from 0, of a point that is subtracted from all\n"
-        "points in every sample: [9, 10, 11] centres a skeleton of x, y, z per joint on joint 3.",
+        description="Channels (indices from 0) of a point that is subtracted from all points\n"
+        "of each sample: [9, 10, 11] centres a skeleton with x, y, z per joint on joint 3.",
     )
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         if self.time is None and self.source_hz is None:
-            raise ValueError("name the time stamps' column as time, or state source_hz")
+            raise ValueError("set time (the column of timestamps) or source_hz")
         if isinstance(self.channels, tuple) and len({*self.channels}) != len(self.channels):
-            raise ValueError(f"channels={list(self.channels)}: names one twice")
+            raise ValueError(f"channels={list(self.channels)}: duplicate channel")
         if not self.channel_count:
             raise ValueError("channels=[]: name at least one")
         if self.centre and (
             max(self.centre) >= self.channel_count or self.channel_count % len(self.centre)
         ):
             raise ValueError(
-                f"centre={list(self.centre)}: must name a whole point among the "
-                f"{self.channel_count} channels, which are points of as many coordinates"
+                f"centre={list(self.centre)}: must be the channels of one point; the "
+                f"{self.channel_count} channels are split into points of this many coordinates"
             )
         return self
 
@@ -127,7 +130,7 @@ def check_series_file(path: Path) -> None:
         ValueError: no such kind is read, or what reads it is not installed.
     """
     if path.suffix.lower() not in SERIES_SUFFIXES:
-        raise ValueError(f"no series ends so; known are {' '.join(SERIES_SUFFIXES)}")
+        raise ValueError(f"unknown file extension; known: {' '.join(SERIES_SUFFIXES)}")
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError(
             "Parquet files need pyarrow: pip install 'karmma-pipeline[parquet]', or save a CSV"

@@ -50,17 +50,17 @@ def group_by_name(cards: Sequence[tuple[Path, str, ModelCard]]) -> dict[str, lis
         first, _, other = cards[methods.setdefault(name, [number])[0]]
         if other.kind != card.kind:
             raise ConfigError(
-                f"runs {first} and {path} are both called {name!r}, but one is a {other.kind} and "
-                f"one a {card.kind}; give one another name with `names`."
+                f"runs {first} and {path} are both called {name!r}, but one is a {other.kind} "
+                f"and one a {card.kind}; rename one with `names`."
             )
         if (there := seen.setdefault((name, seed), number)) != number:
             same = cards[there][2].weights_sha256 == card.weights_sha256
             what = "are the same model" if same else "are not the same model"
             which = "no recorded seed" if seed is None else f"seed {seed}"
             raise ConfigError(
-                f"runs {cards[there][0]} and {path} {what}, and both are called {name!r} and have "
-                f"{which}: runs of one name are one method and must differ in their seed; leave "
-                "one out, or give it another name with `names`."
+                f"runs {cards[there][0]} and {path} {what}, and both are called {name!r} and "
+                f"have {which}: runs with the same name are one method and must differ in their "
+                "seed; remove one, or rename it with `names`."
             )
         if number not in methods[name]:
             methods[name].append(number)
@@ -80,13 +80,13 @@ def warn_of_runs(cards: Sequence[tuple[Path, str, ModelCard]]) -> Iterator[str]:
         if changed:
             how = ", ".join([*changed][:3])
             yield (
-                f"The runs of {name!r} differ in more than their seed ({how}): they are shown "
-                "as one method, and their spread is not that of seeds alone."
+                f"The runs of {name!r} differ in more than their seed ({how}); they are shown "
+                "as one method, so its spread is not due to the seed alone."
             )
         if others and "teacher" in first and all(o["teacher"] == first["teacher"] for o in others):
             yield (
-                f"All seeds of {name!r} were distilled from one teacher: no interval covers "
-                "what another teacher would change."
+                f"All seeds of {name!r} were distilled from the same teacher; the intervals do "
+                "not cover variation of the teacher."
             )
 
 

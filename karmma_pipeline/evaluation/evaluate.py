@@ -74,7 +74,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     """
     stop, recipe = stop or StopFlag(), with_stores(recipe)
     device = pick_device(recipe.device)
-    runs.check_output(recipe.out, _OURS, "and is no folder of reports")
+    runs.check_output(recipe.out, _OURS, "and is not a report folder")
     with locks.locked(recipe.out / ".lock", "writes a report into this folder", runs.ELSE):
         folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]
         cards = [(run, read_card(f)) for run, f in zip(recipe.runs, folders, strict=True)]

@@ -60,8 +60,8 @@ class ModelView(TokenSource):
         if other := sorted({names[i] for i in np.unique(theirs[(theirs >= 0) & (labels < 0)])}):
             count = int(((theirs >= 0) & (labels < 0)).sum())
             self.notes.append(
-                f"{count} clips have a {head} that the model does not know "
-                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}): they count as "
+                f"{count} clips have a {head} that the model was not trained on "
+                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}); they count as "
                 f"clips without a {head}."
             )
         return labels
@@ -102,14 +102,16 @@ def features_for(card: ModelCard, run: Path, stores: Sequence[Path]) -> TokenSou
     if not fitting:
         reasons = "; ".join(f"{path}: {fault}" for path, fault in faults.items())
         raise StoreError(
-            f"{run}: was trained on other features ({reasons}); add the store, or all the stores, "
-            "that it was trained on, or others made with the same recipe, with --store."
+            f"{run}: was trained on different features ({reasons}); pass the stores that it was "
+            "trained on, or stores made with the same recipe, with --store."
         )
     whole = [store for store in fitting if {*card.modalities} <= {*store.modalities}]
     chosen = whole[:1] or fitting
     view = ModelView(open_joined([store.path for store in chosen], "join"), card)
     for store in chosen:
-        view.notes += [f"{line}: the last bits may differ." for line in _versions(card, store)]
+        view.notes += [
+            f"{line}; results may differ in the last bits." for line in _versions(card, store)
+        ]
     return view
 
 
@@ -121,9 +123,9 @@ def view_of(card: ModelCard, store: TokenSource, run: str) -> TokenSource:
     """
     if fault := next(_differences(card, store), ""):
         raise StoreError(
-            f"{store.path}: {fault}: its tokens come from another network or other settings than "
-            f"those that {run} was trained on. Extract these clips with the recipe of the training "
-            "store."
+            f"{store.path}: {fault}: its tokens come from a different backbone or different "
+            f"settings than those that {run} was trained on. Extract these clips with the "
+            "recipe of the training store."
         )
     if store.heads == card.heads and {*store.modalities} == {*card.modalities}:
         return store
@@ -137,7 +139,10 @@ def _differences(card: ModelCard, store: TokenSource) -> Iterator[str]:
         yield f"has none of {', '.join(canonical(card.modalities))}"
     for m in common:
         if store.shape(m) != card.modalities[m]:
-            yield f"{m}: tokens of {store.shape(m)} there and {card.modalities[m]} here"
+            yield (
+                f"{m}: token shape {store.shape(m)} in the store and {card.modalities[m]} in "
+                "the model"
+            )
         digest = store.provenance[m].get("weights_sha256")
         same = VERSIONS | (PLACES if digest else frozenset())
         for one in config.differences(store.provenance[m], card.provenance.get(m), m):

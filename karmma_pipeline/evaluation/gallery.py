@@ -106,8 +106,8 @@ def choose(logits: Path, count: int, seed: int) -> Choice:
         ]
     single = label(subsets[best])
     rule = (
-        f"{about['name']}: {', '.join(said)}, drawn by seed {seed}; rescued: wrong with {single} "
-        "alone, right with all modalities"
+        f"{about['name']}: {', '.join(said)}, sampled with seed {seed}; rescued: wrong with "
+        f"{single} alone, correct with all modalities"
     )
     return Choice(rule, subsets[best][0], tuple(clips))
 

@@ -46,7 +46,7 @@ from karmma_pipeline.store import TokenSource
 
 _logger = logging.getLogger(__name__)
 
-NOTHING_KEPT = "nothing of this evaluation is kept"
+NOTHING_KEPT = "nothing of this evaluation was saved"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def predict(
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
     _logger.info(
-        "evaluate %s: %d passes for each of %d clips, %d subsets and %d drawn masks",
+        "evaluate %s: %d passes for each of %d clips, %d subsets and %d sampled masks",
         *(name, len(chosen) + len(drawn), len(clips), len(chosen), len(drawn)),
     )
     passes = len(chosen) + len(drawn)
@@ -233,7 +233,7 @@ def align(runs: list[SubsetLogits]) -> list[SubsetLogits]:
         )
         if not same:
             raise ConfigError(
-                f"runs {first.name!r} and {other.name!r} do not share their clips, classes and "
+                f"runs {first.name!r} and {other.name!r} differ in clips, classes or "
                 "modalities; evaluate them in separate reports."
             )
     return [first, *(_in_order(run, first.clip_ids) for run in runs[1:])]

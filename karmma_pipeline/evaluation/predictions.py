@@ -90,7 +90,9 @@ class Predictions:
         heads = [head] if head in self.heads else list(self.heads)
         known = np.stack([self.labels[h] >= 0 for h in heads]).all(axis=0)
         if not known.any():
-            raise ConfigError(f"head={head!r}: no clip has a label that the model knows.")
+            raise ConfigError(
+                f"head={head!r}: no clip has a label of a class that the model was trained on."
+            )
         right = metric_correct(head, self.logits, self.labels, 1)
         return 100 * float((right & self.mask.any(axis=1))[known].mean())
 
@@ -176,7 +178,7 @@ def predict_clips(
         known = ", ".join(store.modalities)
         raise ConfigError(f"without={unknown[0]!r}: no such modality; there are {known}.")
     if not kept:
-        raise ConfigError("without: leaves no modality; leave one out of it.")
+        raise ConfigError("without: no modality is left; keep at least one.")
     rows = clips_of_split(store, split)
     clips, V = store.view_rows(rows), store.view_count
     present = store.present[rows].reshape(len(clips), V, -1).any(axis=1)

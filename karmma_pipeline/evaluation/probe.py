@@ -52,8 +52,8 @@ def probe_all(
             ]
         except (KeyError, ManifestError):
             notes.append(
-                f"{run.store.path} has no clips of the splits that {run.name} was trained with: it "
-                "has no linear probe."
+                f"{run.store.path} has no clips of the splits that {run.name} was trained on; "
+                "no linear probe is trained."
             )
             continue
         modalities = run.store.modalities
@@ -64,9 +64,9 @@ def probe_all(
             size = 4 * width * sum(map(len, (*clips, run.clips)))
             if size > MOST_BYTES:
                 notes.append(
-                    f"{label(subset, modalities)}: the linear probe is left out, for its tokens "
-                    f"take {size / 2**30:.1f} GiB of memory, and at most "
-                    f"{MOST_BYTES / 2**30:.0f} are allowed."
+                    f"{label(subset, modalities)}: no linear probe was trained, because its "
+                    f"tokens need {size / 2**30:.1f} GiB of memory, and at most "
+                    f"{MOST_BYTES / 2**30:.0f} GiB."
                 )
                 continue
             probes += _Data(run, subset, [*clips, run.clips]).probes(check)

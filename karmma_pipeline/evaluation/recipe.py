@@ -12,7 +12,7 @@ from karmma_pipeline.errors import ConfigError
 
 def _printable(name: str) -> str:
     if not name.isprintable() or not name.strip():
-        raise ValueError("a name must be printable text on one line")
+        raise ValueError("a name must be one line of printable text")
     return name
 
 
@@ -24,12 +24,12 @@ class GroupFiles(Recipe):
     """Lists of EPIC-KITCHENS-100 that define groups of clips."""
 
     unseen: Path | None = Field(
-        None, description="CSV of participants not seen in training; adds unseen_* scores."
+        None, description="CSV of participants not in the training split; adds unseen_* metrics."
     )
     tail: dict[str, Path] = Field(
         default_factory=dict,
-        description="Head -> CSV of its tail classes; adds tail_* scores. An action is a tail\n"
-        "action if its class is a tail class in any head.",
+        description="Head -> CSV of its tail classes; adds tail_* metrics. An action counts\n"
+        "as tail if any of its classes does.",
     )
 
 
@@ -40,13 +40,19 @@ class EpicSubmission(Recipe):
     """Supervision levels that an EPIC-KITCHENS-100 submission states (github epic-kitchens/sls)."""
 
     pretraining: Level = Field(
-        2, description="SLS-PT: 0 none, 1 public images, 2 public images and videos, ... 5 private."
+        2,
+        description="Supervision level, pretraining (SLS-PT): 0 none, 1 public images, 2\n"
+        "public images and videos, ... 5 private data.",
     )
     labels: Level = Field(
-        3, description="SLS-TL: 0 none, 1-2 weak, 3 start and stop times, 4-5 more than that."
+        3,
+        description="Supervision level, training labels (SLS-TL): 0 none, 1-2 weak, 3\n"
+        "start and stop times, 4-5 more.",
     )
     data: Level = Field(
-        3, description="SLS-TD: 0-2 little, 3 the training split, 4 train and val, 5 more."
+        3,
+        description="Supervision level, training data (SLS-TD): 0-2 part of it, 3 the\n"
+        "training split, 4 train and val, 5 more.",
     )
 
 
@@ -58,16 +64,17 @@ class RobustnessTests(Recipe):
 
     missing: list[Share] = Field(
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0],
-        description="Shares of the clips for which one modality is missing, each in turn (MiDl).",
+        description="Shares of clips that lack one modality, for each modality in turn (MiDl).",
     )
     patterns: dict[Name, Path] = Field(
         default_factory=dict,
-        description="Name -> CSV of what clips lack: clip_id, missing (such as rgb+audio).",
+        description="Name -> CSV of missing modalities per clip: clip_id, missing (such as\n"
+        "rgb+audio).",
     )
     stale: list[Share] = Field(
         default_factory=list,
-        description="Shares of the clips for which one modality repeats the tokens of the clip\n"
-        "before, of the same group; takes a pass per modality.",
+        description="Shares of clips in which one modality repeats the tokens of the previous\n"
+        "clip of the same group; one additional pass per modality.",
     )
 
 
@@ -82,8 +89,8 @@ class EvaluateRecipe(Recipe):
     )
     stores: list[Path] = Field(
         default_factory=list,
-        description="Feature stores; each run is evaluated on those whose features it was\n"
-        "trained on. Empty: those of the runs' recipes.",
+        description="Feature stores; each run is evaluated on those with the features it was\n"
+        "trained on. Empty: the stores of the runs' recipes.",
         examples=[["features/teacher", "features/student"]],
     )
     out: Path = Field(Path("report"), description="Folder of the report.")
@@ -94,14 +101,16 @@ class EvaluateRecipe(Recipe):
     )
     checkpoint: str = Field("best", description="Which saved model of a run: best or last.")
     title: Annotated[str, Field(max_length=120)] = Field(
-        "", description="Name of the data in titles; default: that of the list or data set."
+        "", description="Name of the data in titles; default: that of the manifest or data set."
     )
     split: str = Field("val", description="Split to evaluate; empty: every clip.")
     exclude: Path | None = Field(
-        None, description="Text file with one clip id per line: clips to leave out."
+        None, description="Text file with ids of clips to exclude, one per line."
     )
     official_clips: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Size of the official split (EPIC-KITCHENS-100 val: 9668), to print."
+        None,
+        description="Number of clips of the official split (EPIC-KITCHENS-100 val:\n"
+        "9668), printed in the report.",
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(64, description="Clips per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
@@ -111,47 +120,50 @@ class EvaluateRecipe(Recipe):
     )
     draws: Annotated[int, Field(ge=0)] = Field(
         20,
-        description="Draws of the sampled drop curve; 0: the exact expected curve only. Above 6\n"
-        "modalities the curve is estimated from that many random subsets per clip, at most 60\n"
-        "passes together with the fixed subsets; 0: no curve.",
+        description="Random draws of the sampled drop curve; 0: only the exact expected\n"
+        "curve. With more than 6 modalities, the curve is estimated from this many random\n"
+        "subsets per clip (at most 60 forward passes per clip, fixed subsets included); 0: no\n"
+        "curve.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(
-        0, description="Seed of the draws; every run sees the same masks."
+        0, description="Seed of the random draws; all runs use the same masks."
     )
     costs: bool = Field(True, description="Count FLOPs and parameters, backbones included.")
     memory: bool = Field(
-        False, description="Measure peak memory too, in one subprocess per subset (slow)."
+        False, description="Also measure peak memory, in one subprocess per subset (slow)."
     )
     classes: bool = Field(
         True, description="Report per-class accuracy, confusions and calibration."
     )
     probe: bool = Field(
         False,
-        description="Also train linear probes on the tokens of each modality and of all. Tokens\n"
-        "must fit into memory; the first run's train and validation splits must be in the store.",
+        description="Also train linear probes on the tokens of each modality and of all\n"
+        "modalities. Tokens must fit into memory; the store must contain the first run's\n"
+        "train and val splits.",
     )
     groups: GroupFiles = Field(
-        default_factory=GroupFiles, description="Groups of clips with their own scores."
+        default_factory=GroupFiles, description="Groups of clips with separate metrics."
     )
 
     robustness: RobustnessTests | None = Field(
         None,
-        description="Failures beyond independent drops: `robustness: {}` for one missing\n"
+        description="Tests beyond independent drops: `robustness: {}` for one missing\n"
         "modality, `{stale: [0.5, 1]}` for a sensor that repeats old data; null: none.",
     )
     submission: EpicSubmission | None = Field(
         None,
-        description="Also write files for the EPIC-KITCHENS-100 server and official evaluator;\n"
-        "`submission: {}` takes the default supervision levels. With the test split: split: test.",
+        description="Also write files for the EPIC-KITCHENS-100 server and the official\n"
+        "evaluator; `submission: {}` uses the default supervision levels. For the test\n"
+        "server, set split: test.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if sorted(set(self.drop_rates)) != list(self.drop_rates):
-            raise ValueError("drop_rates must rise and not repeat")
+            raise ValueError("drop_rates must be strictly increasing")
         known = {str(run) for run in self.runs}
         if unknown := [name for name in self.names if str(Path(name)) not in known]:
-            raise ValueError(f"names has a key that is no run: {unknown[0]!r}")
+            raise ValueError(f"names: {unknown[0]!r} is not one of the runs")
         return self
 
 
@@ -174,7 +186,7 @@ def _trained_on(run: Path) -> list[Path]:
         if path.is_file():
             stores = config.read(path).get("store", [])
             return [Path(store) for store in (stores if isinstance(stores, list) else [stores])]
-    raise ConfigError(f"{run}: no recipe.yaml is there that names a store; give it with --store.")
+    raise ConfigError(f"{run}: no recipe.yaml with a store; pass the store with --store.")
 
 
 _DATA_SETS = {

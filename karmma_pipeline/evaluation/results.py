@@ -30,7 +30,7 @@ def metric_names(heads: Iterable[str]) -> tuple[str, ...]:
 class Score(Recipe):
     """A share of right answers and its 95 % Wilson interval over clips."""
 
-    correct: int = Field(description="Clips answered rightly.")
+    correct: int = Field(description="Correctly classified clips.")
     n: int = Field(description="Clips with a known label.")
     value: Percent | None = Field(description="100 * correct / n; null if n is 0.")
     low: Percent | None = Field(description="Lower end of the interval; null if n is 0.")
@@ -46,13 +46,15 @@ class SubsetScores(Recipe):
         "complete: only clips that natively have every modality."
     )
     clips: int = Field(description="Clips evaluated.")
-    without: int = Field(description="Of these, clips with none of the modalities: counted wrong.")
+    without: int = Field(
+        description="Of these, clips with none of the modalities; counted as\nwrong."
+    )
     scores: dict[str, Score] = Field(
         description="`HEAD_top1`, `HEAD_top5`, and `tail_HEAD`, `unseen_HEAD` where asked for; "
         "HEAD may be `action`."
     )
     mean_class: dict[str, Percent | None] = Field(
-        description="Mean over the classes that occur of the top-1 accuracy; null if none does."
+        description="Mean top-1 accuracy over the classes that occur; null if none does."
     )
 
 
@@ -76,7 +78,7 @@ class DropPoint(Recipe):
     )
     low: Percent = Field(description="Lower end of the 95 % interval over clips.")
     high: Percent = Field(description="Upper end of the 95 % interval over clips.")
-    sampled: Sampled | None = Field(None, description="The same, with drawn masks.")
+    sampled: Sampled | None = Field(None, description="The same, with sampled masks.")
 
 
 class DropCurve(Recipe):
@@ -105,9 +107,9 @@ class Cost(Recipe):
         description="1e9 operations, 2 per multiply-add, absent modalities left out (the paper's).",
     )
     gflops_as_run: float | None = Field(
-        None, description="The same with absent modalities as this model treats them."
+        None, description="The same, with absent modalities treated as by this model."
     )
-    parameters: int | None = Field(None, description="Weights of the networks that run.")
+    parameters: int | None = Field(None, description="Parameters of the networks that run.")
     memory_mib: float | None = Field(None, description="Peak memory of one forward pass.")
 
 
@@ -131,9 +133,9 @@ class Calibration(Recipe):
 class RobustnessPoint(Recipe):
     """Accuracy where some clips are hit."""
 
-    share: Annotated[float, Field(ge=0, le=1)] = Field(description="Of the clips, that are hit.")
-    hit: int = Field(description="How many clips that are.")
-    scores: dict[str, Score] = Field(description="`HEAD_top1` over all clips, hit or not.")
+    share: Annotated[float, Field(ge=0, le=1)] = Field(description="Share of clips affected.")
+    hit: int = Field(description="Number of clips affected.")
+    scores: dict[str, Score] = Field(description="`HEAD_top1` over all clips, affected or not.")
 
 
 class Robustness(Recipe):
@@ -157,10 +159,12 @@ class RunResult(Recipe):
         description="Weights of each modality's backbone; of one that is trained too, the first."
     )
     size: dict[str, str | int | float] = Field(description="Size of the fusion block.")
-    paper_size: bool = Field(False, description="Whether its costs compare with the paper's.")
+    paper_size: bool = Field(
+        False, description="Whether its costs are comparable with the\npaper's."
+    )
     trained_on: str | None = Field(None, description="Split it was trained on, if recorded.")
     chosen_on: str | None = Field(
-        None, description="Split that chose its epoch; null: none did, or it is not recorded."
+        None, description="Split on which its epoch was chosen; null: none, or not recorded."
     )
     model_digest: str = Field(description="sha256 of the saved model.")
     store_digest: str = Field(description="Digest of the feature store it was evaluated on.")
@@ -172,12 +176,12 @@ class RunResult(Recipe):
     costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not asked for.")
     cost_note: str = Field("", description="How the costs were measured.")
     class_correct: dict[str, tuple[int, ...]] = Field(
-        description="Right answers per class with every modality, protocol `all`."
+        description="Correct predictions per class with every modality, protocol `all`."
     )
     confusion: dict[str, tuple[tuple[int, int, int], ...]] = Field(
         {},
-        description="Per head: class, answer, clips, where there are any, with every modality; "
-        "answer -1: nothing to see.",
+        description="Per head: class, prediction, number of clips (if any), with every\n"
+        "modality; prediction -1: no modality present.",
     )
     calibration: dict[str, Calibration] = Field(
         {}, description="Per head, and of `action` by the product of the heads' probabilities."
@@ -228,10 +232,10 @@ class Method(Recipe):
 
     name: str = Field(description="Name in legends and tables.")
     kind: Kind = Field(description="How they were trained.")
-    runs: tuple[int, ...] = Field(description="Places of its runs in `runs`.")
+    runs: tuple[int, ...] = Field(description="Indices of its runs in `runs`.")
     seeds: tuple[int | None, ...] = Field(description="Their seeds; null where not recorded.")
     subsets: tuple[MethodSubset, ...] = Field(
-        (), description="Over the seeds; empty for one seed, which `runs` has."
+        (), description="Over the seeds; empty for a single seed, see `runs`."
     )
     drop: tuple[MethodDrop, ...] = Field((), description="Likewise.")
 
@@ -240,7 +244,7 @@ class Difference(Recipe):
     """First minus second method in top-1, in points; clips are paired. Protocol `all`."""
 
     first: str = Field(description="Method.")
-    second: str = Field(description="Method that is subtracted.")
+    second: str = Field(description="Method to subtract.")
     head: str = Field(description="A head, or `action`.")
     modalities: tuple[str, ...] = Field(
         description="The modalities used; empty: the plain mean over all drop rates."
@@ -253,7 +257,7 @@ class Difference(Recipe):
     high: float = Field(description="Upper end.")
     df: float | None = Field(description="Degrees of freedom; null where nothing varies.")
     covers: str = Field(description="What that interval covers.")
-    paired: bool = Field(description="Whether seeds are paired; if not, none is in common.")
+    paired: bool = Field(description="Whether seeds are paired; if not, no seed is in common.")
     seeds: tuple[int | None, ...] = Field(description="The seeds in common; empty: not paired.")
     by_seed: tuple[float, ...] = Field(description="Difference for each of `seeds`.")
     seeds_low: float | None = Field(
@@ -278,7 +282,9 @@ class Probe(Recipe):
     """A linear classifier of one head on the tokens themselves: ridge, one against the rest."""
 
     store_digest: str = Field(description="The features.")
-    modalities: tuple[str, ...] = Field(description="Whose flattened tokens it sees.")
+    modalities: tuple[str, ...] = Field(
+        description="Modalities whose flattened tokens are\nits input."
+    )
     head: str = Field(description="A head, or `action`: every head right.")
     clips: int = Field(description="Clips it was trained on: those that have a modality of it.")
     features: int = Field(description="Width of its input.")
@@ -286,35 +292,39 @@ class Probe(Recipe):
         description="Lambda, in units of `features`; null for `action`, which has one per head."
     )
     trained_on: str = Field(description="Split.")
-    chosen_on: str = Field(description="Split that chose the penalty.")
+    chosen_on: str = Field(description="Split on which the penalty was chosen.")
     score: Score = Field(description="Top-1 on the clips of the report, protocol `all`.")
 
 
 class Data(Recipe):
     """The clips that every run answered."""
 
-    name: str = Field(description="What the clips are called in titles.")
+    name: str = Field(description="Name of the data in titles.")
     split: str = Field(description="Split; empty means every clip of the store.")
     clips: int = Field(description="Clips evaluated.")
     official_clips: int | None = Field(None, description="Size of the official split, if stated.")
     complete: int = Field(description="Clips that natively have every modality.")
     empty: int = Field(description="Clips that natively have none.")
     present: dict[str, int] = Field(description="Clips that natively have each modality.")
-    reasons: dict[str, dict[str, int]] = Field(description="Why clips lack a modality, counted.")
+    reasons: dict[str, dict[str, int]] = Field(
+        description="Number of clips per reason for a\nmissing modality."
+    )
     heads: dict[str, tuple[str, ...]] = Field(description="Class names per head.")
     class_clips: dict[str, tuple[int, ...]] = Field(description="Clips per class and head.")
     constant: dict[str, Percent | None] = Field(
-        description="Accuracy of always naming the majority class, per head and `action`; null "
-        "where no clip has a label."
+        description="Accuracy of always predicting the majority class, per head and for\n"
+        "`action`; null if no clip has a label."
     )
-    notes: tuple[str, ...] = Field((), description="What else a reader must know.")
+    notes: tuple[str, ...] = Field((), description="Further notes.")
 
 
 class Results(Recipe):
     """Everything an evaluation found."""
 
     version: Literal[1] = Field(1, description="Version of this schema.")
-    software: dict[str, str] = Field(description="Versions of what computed it.")
+    software: dict[str, str] = Field(
+        description="Versions of the software that computed the\nresults."
+    )
     commit: str = Field(description="Commit of the code; empty if unknown.")
     modalities: tuple[str, ...] = Field(description="Modalities in canonical order.")
     rates: tuple[float, ...] = Field(description="Drop rates.")
@@ -331,8 +341,8 @@ class Results(Recipe):
         "and over the drop curve.",
     )
     probes: tuple[Probe, ...] = Field((), description="Linear probes, if asked for.")
-    probe_notes: tuple[str, ...] = Field((), description="Which probes are left out, and why.")
-    warnings: tuple[str, ...] = Field((), description="What makes the numbers less than they seem.")
+    probe_notes: tuple[str, ...] = Field((), description="Probes that were not trained, and why.")
+    warnings: tuple[str, ...] = Field((), description="Warnings about the validity of the numbers.")
 
     @model_validator(mode="after")
     def _each_run_a_method(self) -> Self:
@@ -415,5 +425,6 @@ def read(path: Path) -> Results:
     except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise KarmmaError(
-            f"{path}: not results of this version ({reason}); run `karmma evaluate` again."
+            f"{path}: not readable as results of this version ({reason}); run `karmma evaluate` "
+            "again."
         ) from None

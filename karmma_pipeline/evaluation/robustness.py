@@ -114,8 +114,8 @@ def _pattern(correct: Correct, path: Path) -> tuple[dict[str, Bools], Bools]:
     """
     if not correct.every_subset:
         raise ConfigError(
-            f"{path}: patterns need the logits of every subset; the runs have "
-            f"{len(correct.run.store.modalities)} modalities, of which only some are evaluated."
+            f"{path}: patterns need the logits of every subset; with "
+            f"{len(correct.run.store.modalities)} modalities only some subsets are evaluated."
         )
     missing = _missing_of(path, correct)
     kept = correct.run.present & ~missing
@@ -141,7 +141,7 @@ def _missing_of(path: Path, correct: Correct) -> Bools:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: the list cannot be read ({error}).") from None
+        raise ManifestError(f"{path}: the CSV cannot be read ({error}).") from None
     for line, row in enumerate(rows, 2):
         clip_id, names = row.get("clip_id"), row.get("missing")
         if clip_id is None or names is None:
@@ -149,8 +149,8 @@ def _missing_of(path: Path, correct: Correct) -> Bools:
         for name in parse_label(names):
             if name not in modalities:
                 raise ManifestError(
-                    f"{path}: line {line}: missing={name!r}: there are {', '.join(modalities)}; "
-                    "write several with + between them."
+                    f"{path}: line {line}: missing={name!r}: the modalities are "
+                    f"{', '.join(modalities)}; join several with +."
                 )
             if clip_id in place:
                 missing[place[clip_id], modalities.index(name)] = True

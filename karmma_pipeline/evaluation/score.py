@@ -26,7 +26,10 @@ from karmma_pipeline.modalities import Reason
 
 Bools = npt.NDArray[np.bool_]
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
-_NO_LABELS = "No clip of this split has a label: there is no accuracy, only logits and submissions."
+_NO_LABELS = (
+    "No clip of this split has a label; only logits and submission files are written, no "
+    "accuracies."
+)
 
 
 def clip_facts(run: SubsetLogits, recipe: EvaluateRecipe) -> results.Data:
@@ -60,18 +63,20 @@ def _notes(
         yield _NO_LABELS
     for head, count in counts.items():
         if 0 < count.sum() < len(run.clips):
-            yield f"{len(run.clips) - count.sum()} clips have no known {head}: they do not count."
+            yield (
+                f"{len(run.clips) - count.sum()} clips have no known {head} and are not counted."
+            )
     yield from getattr(run.store, "notes", ())
     if nothing := int((~run.present.any(axis=1)).sum()):
-        yield f"{nothing} clips have no modality at all, nothing to see: they count as wrong."
+        yield f"{nothing} clips have no modality at all and count as wrong."
     if len(run.subsets) < 2 ** len(run.store.modalities) - 1:
         yield (
-            f"Of the {len(run.store.modalities)} modalities' subsets {len(run.subsets)} were "
-            f"evaluated. The drop curve is an estimate from them and from {len(run.drawn)} subsets "
-            "of other sizes that were drawn for each clip; its intervals cover clips and draws."
+            f"Of the {len(run.store.modalities)} modalities' subsets, {len(run.subsets)} were "
+            f"evaluated. The drop curve is an estimate from these and from {len(run.drawn)} "
+            "random subsets of other sizes per clip; its intervals cover clips and draws."
         )
     if recipe.exclude is not None:
-        yield f"The clips that {recipe.exclude} lists are left out."
+        yield f"The clips listed in {recipe.exclude} are excluded."
 
 
 def _count_reasons(run: SubsetLogits, modality: int) -> dict[str, int]:
@@ -142,10 +147,12 @@ def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
         same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
         if names:
             clips = f"the split {split!r}" if split else "every clip of the store"
-            where = "" if same else ", though of another store: see that no clip is in both"
+            where = (
+                "" if same else (", although of another store; make sure that no clip is in both")
+            )
             yield (
-                f"This is a report of {clips}, and for {', '.join(names)} that is what {what}"
-                f"{where}. Accuracies on such clips are too high."
+                f"This report evaluates {clips}; for {', '.join(names)}, this is what "
+                f"{what}{where}. Such accuracies are optimistic."
             )
 
 
@@ -230,7 +237,7 @@ def _tail_ids(
     for head, path in lists.tail.items():
         if head not in run.labels:
             raise ManifestError(
-                f"groups.tail: head {head!r} is unknown; there are: {list(run.labels)}."
+                f"groups.tail: head {head!r} is unknown; the heads are {list(run.labels)}."
             )
         class_ids[head] = [
             _class_id(path, cell, run.card.heads[head]) for cell in _first_column(path)
@@ -250,8 +257,7 @@ def _published(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(
-            f"{path}: the data set's groups cannot be read ({error}); remove the file, or run "
-            "`karmma extract` again."
+            f"{path}: cannot be read ({error}); remove the file, or run `karmma extract` again."
         ) from None
 
 

@@ -47,8 +47,9 @@ def write_submission(
     sizes = {head: scores.shape[2] for head, scores in run.logits.items()}
     if sizes != CLASSES:
         raise ConfigError(
-            f"submission: run {run.name!r} has the heads and classes {sizes}; the challenge wants "
-            f"{CLASSES} with the official ids, which a store made from the official CSV has."
+            f"submission: run {run.name!r} has the heads and classes {sizes}; the challenge "
+            f"requires {CLASSES} with the official ids, as in a store made from the official "
+            "CSV."
         )
     ids = [clip_id.decode() for clip_id in run.clip_ids]
     # The largest subset comes first.

@@ -142,12 +142,12 @@ class Retry:
             if name not in (*PASSING, CHANGED):
                 final = name in {reason.label for reason in Reason}
                 why = (
-                    "is final: clips are so, however often they are read"
+                    "is a permanent reason that a retry cannot change"
                     if final
-                    else "is no reason"
+                    else "is not a reason"
                 )
                 raise ConfigError(
-                    f"--retry {name}: {why}; allowed are {', '.join((*PASSING, CHANGED))}."
+                    f"--retry {name}: {why}; allowed: {', '.join((*PASSING, CHANGED))}."
                 )
         reasons = frozenset(Reason[name.upper()] for name in given if name != CHANGED)
         if not given:
@@ -305,7 +305,7 @@ def _others(replaced: Mapping[str, Sequence[str]]) -> StoreError:
     )
     more = f"; and {len(files) - _PATHS_NAMED} more files" if len(files) > _PATHS_NAMED else ""
     return StoreError(
-        f"features were made of other files, or other parts of them, than the list names now: "
-        f"{named}{more}. Put the old ones back, make these clips again with `--retry {CHANGED}`, "
-        "or choose another folder with --set out=FOLDER."
+        "features were extracted from other files, or other parts of them, than the manifest "
+        f"lists now: {named}{more}. Restore the files, extract these clips again with `--retry "
+        f"{CHANGED}`, or choose another folder with --set out=FOLDER."
     )

@@ -75,7 +75,7 @@ def finish(recipe: ExtractRecipe, count: int = 1) -> int:
         shards = ", ".join(map(str, sorted(missing)[:20])) + (", ..." if len(missing) > 20 else "")
         raise StoreError(
             f"{recipe.out}: {len(missing)} shards are missing ({shards}); run "
-            f"`{commands(recipe.out / RECIPE, parts)}`, it makes only these."
+            f"`{commands(recipe.out / RECIPE, parts)}`, which extracts only these."
         )
     failed = join(recipe, stores)
     check_failures(recipe, failed, Catalog(next(iter(stores.values()))).count)
@@ -104,9 +104,9 @@ def check_failures(recipe: ExtractRecipe, failed: int, clips: int) -> None:
     """
     if not recipe.allows(failed, clips):
         raise TooManyFailuresError(
-            f"{recipe.out / FAILURES}: {failed} of {clips} clips lost a modality to an "
-            f"error, max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; "
-            "the stores are complete, the table says what to do."
+            f"{recipe.out / FAILURES}: {failed} of {clips} clips lost a modality to an error, "
+            f"max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; the stores "
+            "are complete. See the hints in the table."
         )
 
 

@@ -321,7 +321,7 @@ def _stream(
     started = time.process_time()
     while batch is not None or len(workers):
         if batch is not None:
-            stop.check("all finished batches are kept")
+            stop.check("all finished batches are saved")
             bar.skip(batch.plan.skipped)
             workers.put(batch)
         # One batch more than can be computed is handed over before the first is waited for, so

@@ -30,7 +30,8 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
     """
     if choice.architecture.kind not in {"video", "image"}:
         raise ConfigError(
-            f"--clip: {choice.name} sees neither frames nor sound; `karmma plan` opens its files."
+            f"--clip: {choice.name} takes neither frames nor audio; use `karmma plan` to check "
+            "its files."
         )
     modality = "rgb" if choice.architecture.kind == "video" else "audio"
     spec = input_spec(modality, choice)

@@ -35,21 +35,21 @@ class Sampling(Recipe):
     mode: Literal["uniform", "fps"] = Field(
         "uniform",
         description="uniform: the centres of T equal segments of the clip (short clips repeat\n"
-        "frames). fps: T frames at a fixed rate around the clip's centre.",
+        "frames). fps: T frames at a fixed rate around the centre of the clip.",
     )
-    fps: float = Field(15.0, gt=0, description="Frames per second of mode fps.")
+    fps: float = Field(15.0, gt=0, description="Frame rate of mode fps.")
     short: Literal["repeat_last", "repeat_ends"] = Field(
         "repeat_last",
-        description="How mode fps pads a clip shorter than T frames. repeat_last: start at\n"
-        "its start and repeat its last frame; repeat_ends: stay centred and repeat both ends.",
+        description="How mode fps pads clips shorter than T frames. repeat_last: begin at the\n"
+        "first frame and repeat the last; repeat_ends: stay centred and repeat both ends.",
     )
     tolerance_s: float = Field(
         0.5,
         ge=0,
-        description="Largest distance between a frame and its requested time, and between a clip\n"
-        "and the ends of its file; beyond it the modality is absent (timestamp_mismatch,\n"
-        "out_of_range). Videos whose frames usually last longer, such as slide shows, are exempt\n"
-        "from the first.",
+        description="Tolerance in seconds between a frame and its requested time, and between\n"
+        "a clip and the ends of its file. Beyond it, the modality is absent\n"
+        "(timestamp_mismatch, out_of_range). Videos with longer frames, such as slide shows,\n"
+        "are exempt from the former.",
     )
 
 
@@ -61,8 +61,8 @@ class Flow(Recipe):
 
     source: Literal["dis", "raft_small", "raft_large"] = Field(
         "dis",
-        description="How flow is computed where the data set has none. dis: OpenCV's DIS, on\n"
-        "the CPU; raft_*: torchvision's networks, on the device of the backbones.",
+        description="How flow is computed if the data set has none. dis: OpenCV's DIS on the\n"
+        "CPU; raft_*: torchvision's RAFT on the device of the backbones.",
     )
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
     weights: str = Field(
@@ -70,20 +70,22 @@ class Flow(Recipe):
         description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
         "or random:SEED.",
     )
-    updates: int = Field(12, gt=0, description="RAFT: flow updates; the last one is used.")
+    updates: int = Field(
+        12, gt=0, description="RAFT: number of flow updates; the last one is\nused."
+    )
     pairs_at_once: int = Field(16, gt=0, description="RAFT: frame pairs per forward pass.")
     gap_s: float = Field(
         1 / 15,
         gt=0,
-        description="Seconds between the two frames of a pair. Where no frame lies exactly there,\n"
-        "the nearest one is taken and the flow scaled to gap_s.",
+        description="Seconds between the two frames of a pair. If no frame is exactly there,\n"
+        "the nearest one is used and the flow is scaled to gap_s.",
     )
     bound_px: float = Field(
         20.0,
         gt=0,
-        description="Flow is clipped to +-bound_px per gap and scaled to bytes with 128 = 0;\n"
-        "channels are (u, v, 128), then normalised with the mean and std of the network's own\n"
-        "transform, as its RGB is. 20 is the two-stream convention.",
+        description="Flow is clipped to +-bound_px and scaled to bytes, with 128 = 0. The\n"
+        "channels (u, v, 128) are normalised like RGB, by the backbone's transform. 20 is the\n"
+        "two-stream convention.",
     )
 
 
@@ -100,30 +102,33 @@ class Decode(Recipe):
     """The processes that read media."""
 
     workers: int | None = Field(
-        None, gt=0, description="Decode processes; null: half of the CPUs, with a GPU all but one."
+        None,
+        gt=0,
+        description="Number of decode processes; null: half of the CPUs, or all\n"
+        "but one if a GPU is used.",
     )
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="CPU seconds that a clip may take to decode; beyond, its process is ended,\n"
-        "and if it takes as long by itself, its reason is timeout.",
+        description="Maximum CPU seconds to decode a clip. Beyond, the process is killed and\n"
+        "the clip retried alone; if that fails too, its reason is timeout.",
     )
     stall_s: float = Field(
         300.0,
         gt=0,
-        description="Seconds that a decode process may stall, without using the CPU or reading a\n"
-        "byte; waiting for a CPU or a suspended machine does not count.",
+        description="Seconds without CPU use or reads after which a decode process counts as\n"
+        "stalled. Waiting for a CPU does not count.",
     )
     memory_gb: float = Field(
         8.0,
         gt=0,
-        description="Memory limit of a decode process; beyond, it is killed, and its clip's\n"
-        "reason is out_of_memory.",
+        description="Memory limit of a decode process in GB. Beyond, it is killed, and the\n"
+        "reason of its clip is out_of_memory.",
     )
     queue_gb: float = Field(
         1.0,
         gt=0,
-        description="Memory for prefetched clips, in total.",
+        description="Total memory for prefetched clips.",
     )
 
 
@@ -137,44 +142,45 @@ class ExtractRecipe(Recipe):
 
     manifest: Path | None = Field(
         None,
-        description="CSV with the clips; or leave it out and name a data set below.",
+        description="CSV with the clips; or omit it and set dataset below.",
         examples=["manifest.csv"],
     )
     dataset: Dataset | None = Field(
         None,
-        description="A data set as published, instead of a manifest. kind: epic_kitchens_100,\n"
+        description="A published data set instead of a manifest. kind: epic_kitchens_100,\n"
         "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, utd_mhad, folder_tree or\n"
-        "csv; then root and annotations. docs/datasets.md has an example of each.",
+        "csv; then root and annotations. See docs/datasets.md.",
     )
     out: Path = Field(
-        description="Output folder; each backbone set gets a feature store in it.",
+        description="Output folder, with one feature store per backbone set.",
         examples=["features"],
     )
-    sampling: Sampling = Field(Sampling(), description="Which moments of a clip are sampled.")
+    sampling: Sampling = Field(Sampling(), description="Temporal sampling of frames.")
     views: Views = Field(
         Views(),
-        description="Views of a clip, each a row of the stores: evaluation averages their logits,\n"
-        "training draws one for each epoch. {clips: 4, crops: 3} is Video Swin's test.",
+        description="Views per clip, each stored as a row: evaluation averages their logits,\n"
+        "training samples one per epoch. {clips: 4, crops: 3} is the test protocol of Video\n"
+        "Swin.",
     )
     flow: Flow = Field(Flow(), description="Optical flow.")
     audio: Audio = Field(
         Audio(),
-        description="Spectrogram of audio networks that define none of their own: neither by\n"
-        "`audio` in their set, nor by themselves, as timm: and hf: networks do.",
+        description="Default spectrogram of audio networks; used where neither `audio` in the\n"
+        "set nor the network itself (as of timm: and hf:) defines one.",
     )
     sensors: dict[str, Sensor] = Field(
         {},
         validate_default=True,
-        description="Sensors, each a modality of that name: a column of the manifest names its\n"
-        "files. For the sensors of a published data set, these keys override its own.\n"
-        "docs/sensors.md has all keys.\n"
-        "imu: {channels: [ax, ay, az], time: t, unit: ms, rate_hz: 50, window: 25}",
+        description="Sensors by name. Each is a modality whose files are listed in the\n"
+        "manifest column of that name. For published data sets, these keys override the\n"
+        "built-in ones. See docs/sensors.md. Example, imu: {channels: [ax, ay, az], time: t,\n"
+        "unit: ms, rate_hz: 50, window: 25}",
     )
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
-        description="Backbone sets: name to modality (rgb, flow, audio, boxes, sensors) to\n"
-        "network. Several sets come out of one decode, each into its own store. Networks:\n"
-        "`karmma backbones list`.",
+        description="Backbone sets: name -> modality (rgb, flow, audio, boxes, a sensor) ->\n"
+        "backbone. Clips are decoded once for all sets; each set is written to its own store.\n"
+        "`karmma backbones list` lists backbones.",
         examples=[
             {
                 "teacher": dict.fromkeys(("rgb", "flow", "audio"), _video("swin3d_b")),
@@ -192,46 +198,45 @@ class ExtractRecipe(Recipe):
     store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
     video_decoder: Literal["pyav", "decord"] = Field(
         "pyav",
-        description="Video reader. pyav: exact for every file. decord: no faster, and refuses\n"
-        "files whose packets do not prove that its seeks are exact.",
+        description="Video decoder. pyav: exact for every file. decord: not faster, and\n"
+        "rejects files for which exact seeking cannot be proved.",
     )
     decode: Decode = Field(Decode(), description="Decoding of media.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="Clips per forward pass. auto: the largest power of two that fits into\n"
-        "memory. The store records this key and the next three; later runs compute in the same\n"
-        "way.",
+        "memory. This and the next three settings are recorded in the store and reused by\n"
+        "later runs.",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        description="Precision of convolutions and matrix products. auto: float32. tf32 (GPU) and\n"
-        "bfloat16 are faster on devices that support them and much slower on others; tokens\n"
-        "change slightly.",
+        description="Precision of convolutions and matrix products. auto: float32. tf32 (GPU)\n"
+        "and bfloat16 change tokens slightly; they are faster on devices that support them,\n"
+        "much slower on others.",
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto",
-        description="Memory format of images and videos. auto: channels_last for convolutional\n"
-        "networks, contiguous for transformers.",
+        description="Memory format. auto: channels_last for convolutional networks,\n"
+        "contiguous for transformers.",
     )
     compile: bool = Field(
         False,
-        description="Use torch.compile: takes minutes at the start, speeds up forward passes.",
+        description="Use torch.compile: faster forward passes after minutes of compilation.",
     )
     memory_gb: float | None = Field(
         None,
         gt=0,
-        description="Memory for forward passes. On a GPU: what batch_size auto may use; null: 8.\n"
-        "On a CPU: of all concurrent passes, fewer run if not all fit; null: half of the free\n"
-        "memory.",
+        description="Memory in GB for forward passes. On a GPU: limit for batch_size auto;\n"
+        "null: 8. On a CPU: limit for all concurrent passes; null: half of the free memory.",
     )
     max_failures: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="Largest share of clips that may lose a modality to an error, and of faulty\n"
-        "entries in published annotations, which are left out. With fewer than 20 clips any\n"
-        "number may lose one, but not all.",
+        description="Maximum share of clips that lose a modality to an error, and of invalid\n"
+        "annotations, which are skipped. With fewer than 20 clips, the command fails only if\n"
+        "all of them do.",
     )
 
     @model_validator(mode="before")
@@ -239,7 +244,7 @@ class ExtractRecipe(Recipe):
     def _old_names(cls, given: Any) -> Any:
         """Read ``memory_format`` by its earlier name, too."""
         if isinstance(given, dict) and "layout" in given and "memory_format" not in given:
-            _logger.warning("layout is called memory_format now; rename the key in the recipe")
+            _logger.warning("layout was renamed to memory_format; rename the key in the recipe")
             return {("memory_format" if k == "layout" else k): v for k, v in given.items()}
         return given
 
@@ -263,7 +268,7 @@ class ExtractRecipe(Recipe):
     def _sensor_names(cls, sensors: dict[str, Sensor]) -> dict[str, Sensor]:
         for name in sensors:
             if name in {*KNOWN, *RESERVED}:
-                raise ValueError(f"{name!r}: is no sensor; call it otherwise")
+                raise ValueError(f"{name!r}: this name is reserved; rename the sensor")
             try:
                 files.check_name(name)
             except ValueError as error:
@@ -282,11 +287,9 @@ class ExtractRecipe(Recipe):
                 if choice.name == "windows" and modality not in sensors:
                     near = difflib.get_close_matches(modality, sensors, n=1)
                     hint = (
-                        f"did you mean {near[0]!r}"
-                        if near
-                        else f"describe it as sensors.{modality}"
+                        f"did you mean {near[0]!r}" if near else f"add it under sensors.{modality}"
                     )
-                    raise ValueError(f"{name}.{modality}: is no sensor of the recipe; {hint}")
+                    raise ValueError(f"{name}.{modality}: not a sensor of the recipe; {hint}")
         return {
             name: {m: c.fed(sensors[m].shape) if m in sensors else c for m, c in choices.items()}
             for name, choices in sets.items()
@@ -314,17 +317,17 @@ class ExtractRecipe(Recipe):
             return self
         if self.precision in {"tf32", "bfloat16"}:
             raise ValueError(
-                f"precision={self.precision!r}: engine openvino computes in float32; leave "
-                "precision out, or set engine: torch"
+                f"precision={self.precision!r}: engine openvino computes in float32; remove "
+                "precision, or set engine: torch"
             )
         if self.compile:
-            raise ValueError("compile=true: is for engine torch; leave it out with openvino")
+            raise ValueError("compile=true: only for engine torch; remove it")
         return self
 
     @model_validator(mode="after")
     def _one_list_of_clips(self) -> Self:
         if (self.manifest is None) == (self.dataset is None):
-            raise ValueError("give either manifest (a CSV) or dataset, one of the two")
+            raise ValueError("give either manifest (a CSV) or dataset")
         return self
 
 
@@ -346,7 +349,11 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
         for modality in choices:
             if modality not in there and modality not in KNOWN:
                 near = difflib.get_close_matches(modality, [*there, *KNOWN], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"they have: {', '.join(there)}"
+                hint = (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else (f"the clips have: {', '.join(there)}")
+                )
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
     return with_views(manifest, recipe.views)
 
@@ -367,12 +374,12 @@ def with_views(manifest: Manifest, views: Views) -> Manifest:
 def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:
     """Say which entries are left out; too many of them are an error."""
     faults = manifest.left_out
-    count = f"{len(faults):,} of {len(manifest.clips) + len(faults):,} entries are faulty"
+    count = f"{len(faults):,} of {len(manifest.clips) + len(faults):,} entries are invalid"
     if len(faults) > allowed * (len(manifest.clips) + len(faults)):
         shown = "; ".join(faults[:_SHOWN])
         raise ManifestError(f"{count}, more than max_failures={allowed:g} allows: {shown}.")
     more = [f"and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else []
-    lines = [f"{count} and left out:", *faults[:_SHOWN], *more] if faults else []
+    lines = [f"{count} and skipped:", *faults[:_SHOWN], *more] if faults else []
     return replace(manifest, notes=(*manifest.notes, *lines))
 
 
@@ -388,9 +395,9 @@ def check_files(recipe: ExtractRecipe, manifest: Manifest) -> None:
     if paths and not any(path.exists() for path in paths):
         first = next(iter(paths))
         raise ManifestError(
-            f"none of the {len(paths):,} files of {len(manifest.clips):,} clips is there, such as "
-            f"{first.absolute()}; check the paths (relative ones start at the manifest's folder), "
-            "dataset.root, or that the disk is mounted."
+            f"none of the {len(paths):,} files of {len(manifest.clips):,} clips exists, such as "
+            f"{first.absolute()}; check the paths (relative to the manifest's folder), "
+            "dataset.root, and that the disk is mounted."
         )
 
 

@@ -123,11 +123,11 @@ class ExtractReport:
             )
         if self.halved:
             lines.append(
-                f"{self.halved} batches did not fit into memory and were halved; "
-                "a smaller batch_size or memory_gb avoids that"
+                f"{self.halved} batches did not fit into memory and were halved; reduce "
+                "batch_size or memory_gb to avoid this"
             )
         if not self.complete:
-            lines.append("this part is done; the stores are complete when the other parts are")
+            lines.append("this part is done; the stores will be complete when all other parts are")
         elif self.failed:
             lines.append(f"{self.failed} clips lost a modality to an error; see failures.csv")
         return "\n".join(lines)

@@ -182,11 +182,11 @@ def _check_crops(inputs: Sequence[InputSpec]) -> None:
     whole = [s for s in pictures if s.transform and s.transform.resize == s.transform.crop]
     if whole or not pictures:
         what = (
-            f"{whole[0].modality} is resized to {whole[0].image} as a whole"
+            f"{whole[0].modality} is resized to {whole[0].image} without cropping"
             if whole
-            else ("no network takes pictures")
+            else ("no backbone takes images")
         )
-        raise ConfigError(f"views.crops=3: {what}, so that there is nothing to crop; leave it out.")
+        raise ConfigError(f"views.crops=3: {what}, so there is nothing to crop; remove it.")
 
 
 @dataclass

@@ -89,7 +89,7 @@ def balance(costs: Sequence[float], count: int) -> list[list[int]]:
         The items of each part, ascending.
     """
     if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
-        raise ValueError(f"costs={list(costs)}: must be finite and not negative")
+        raise ValueError(f"costs={list(costs)}: must be finite and non-negative")
     parts: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, 0, part) for part in range(count)]
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
@@ -110,7 +110,7 @@ class Part:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ConfigError(
-                f"part={self.index + 1}/{self.count}: the part must lie in 1..{self.count}."
+                f"part={self.index + 1}/{self.count}: must be between 1 and {self.count}."
             )
 
     def __str__(self) -> str:
@@ -141,14 +141,14 @@ class Part:
         if (several := copies(environment)) is not None:
             name, number = several
             raise ConfigError(
-                f"{name}={number}: {number} processes of this command were started, and each would "
-                "do the same work; start one (srun -n 1), or give each its own --part i/n."
+                f"{name}={number}: {number} processes of this command were started and would "
+                "all do the same work; start one (srun -n 1), or give each its own --part i/n."
             )
         task = _array_task(environment)
         if task is None:
             if PARTS in environment:
                 raise ConfigError(
-                    f"{PARTS}={environment[PARTS]!r}: this is no array task; give --part i/n."
+                    f"{PARTS}={environment[PARTS]!r}: not an array task; give --part i/n."
                 )
             return cls()
         name, number, index, count = task
@@ -158,7 +158,7 @@ class Part:
             why = f"{why} and {PARTS}={count}"
         if count is None:
             raise ConfigError(
-                f"{name}={number}: this batch system does not tell how many tasks there are; "
+                f"{name}={number}: this batch system does not report the number of tasks; "
                 f"number them from 1 and set {PARTS}=n, or give --part i/n."
             )
         if not 0 <= index < count:

@@ -54,7 +54,7 @@ class StopFlag:
         # than set the flag: a lock that it took could be held by the code that it interrupted.
         # os.write takes none.
         if self._signal == signal.SIGINT == number:
-            _say("stopped at once; run the same command again to resume from what was saved.")
+            _say("stopped immediately; run the same command again to resume.")
             os._exit(ExitCode.STOPPED)
         if number == signal.SIGINT:
             _say("stopping after this batch; press Ctrl-C again to stop now")

@@ -78,6 +78,7 @@ def filled(
         if m not in given or given[m].shape != of.shape:
             shape = list(given[m].shape) if m in given else "nothing"
             raise CheckpointError(
-                f"size.absent: gave {shape} for {m}; it must give {list(of.shape)}, as the tokens."
+                f"size.absent: returned the shape {shape} for {m}; it must be that of the "
+                f"tokens, {list(of.shape)}."
             )
     return {m: of.where(present[m], given[m].to(of.dtype)) for m, of in tokens.items()}

@@ -42,7 +42,7 @@ class LateFusion(TokenModel):
         super().__init__(modalities, heads)
         if average not in {"logits", "probabilities"}:
             raise ConfigError(
-                f"model_args.average={average!r}: allowed are 'logits' and 'probabilities'."
+                f"model_args.average={average!r}: must be 'logits' or 'probabilities'."
             )
         self.average = average
         alone = size.model_copy(update={"absent": "drop"})
@@ -119,7 +119,7 @@ class OwnModel(TokenModel):
             else type(logits).__name__
         )
         if given != wanted:
-            raise CheckpointError(f"model={self.name!r}: gave {given}; it must give {wanted}.")
+            raise CheckpointError(f"model={self.name!r}: returned {given}; expected {wanted}.")
         return {head: logits[head] for head in self.heads}
 
 
@@ -160,7 +160,8 @@ def build_model(
         raise ConfigError(f"model={name!r}: could not be built ({reason}).") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"model={name!r}: gave a {type(network).__name__}; a factory returns a torch.nn.Module."
+            f"model={name!r}: returned a {type(network).__name__}; a factory must return a "
+            "torch.nn.Module."
         )
     _check_parameters(name, list(network.parameters()))
     return OwnModel(name, network, modalities, heads)
@@ -169,8 +170,8 @@ def build_model(
 def _check_parameters(name: str, parameters: Sequence[nn.Parameter]) -> None:
     kinds = sorted({str(p.dtype) for p in parameters} - {"torch.float32"})
     if kinds or not any(p.requires_grad for p in parameters):
-        what = f"parameters of {', '.join(kinds)}" if kinds else "nothing to train"
-        raise ConfigError(f"model={name!r}: has {what}; it needs parameters of float32.")
+        what = f"parameters of {', '.join(kinds)}" if kinds else "no trainable parameters"
+        raise ConfigError(f"model={name!r}: has {what}; it needs float32 parameters.")
 
 
 def needs_whole_batches(model: nn.Module) -> list[str]:

@@ -30,7 +30,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank)
     try:
         if torch.empty(1, device=name).is_meta:
-            raise RuntimeError("it computes nothing")
+            raise RuntimeError("it cannot run computations")
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error, 150)
         raise ConfigError(f"device={name!r}: not available here ({reason}).") from None

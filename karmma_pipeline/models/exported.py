@@ -49,14 +49,14 @@ _OF_PREPARATION = frozenset(
 class ExportedBackbone(Recipe):
     """A network in a file, and what it is fed."""
 
-    file: str = Field(description="Its file; modalities may share one.")
-    kind: Kind = Field(description="What it takes; see `Architecture.kind`.")
+    file: str = Field(description="ONNX file; modalities may share one.")
+    kind: Kind = Field(description="Kind of input; see `Architecture.kind`.")
     input: tuple[PositiveInt, ...] = Field(description="Shape of one input.")
     row_shape: tuple[PositiveInt, PositiveInt] = Field(
-        description="Tokens and width, of a clip or, for a sensor, of each of its windows."
+        description="Tokens and width per clip or, for a sensor, per window."
     )
-    transform: FrameTransform | None = Field(None, description="How frames are prepared.")
-    audio: Audio | None = Field(None, description="Its own spectrogram, if it states one.")
+    transform: FrameTransform | None = Field(None, description="Preprocessing of frames.")
+    audio: Audio | None = Field(None, description="Spectrogram of the network, if it defines one.")
 
     def choice(self, folder: Path, sha256: str, facts: Mapping[str, Any]) -> OnnxChoice:
         """Return it as a backbone that is chosen.
@@ -92,23 +92,21 @@ class ExportCard(Recipe):
     """What an exported model is."""
 
     version: Literal[1] = Field(1, description="Version of this schema.")
-    model: ModelCard = Field(description="Of the model that was exported.")
+    model: ModelCard = Field(description="Model card of the exported model.")
     opset: int = Field(description="Version of ONNX's operators.")
     backbones: dict[str, ExportedBackbone] = Field(
-        description="Modality to its network; those that have none are left out."
+        description="Modality -> network, where it has one."
     )
-    files: dict[str, str] = Field(description="Each file, and its SHA-256.")
-    int8: tuple[str, ...] = Field((), description="Files whose products are in int8.")
-    measured: dict[str, Any] = Field(
-        {}, description="What was measured at the export; README.md says it in words."
-    )
+    files: dict[str, str] = Field(description="SHA-256 of each file.")
+    int8: tuple[str, ...] = Field((), description="Files with int8 matrix products.")
+    measured: dict[str, Any] = Field({}, description="Measurements of the export, as in README.md.")
 
     @field_validator("files")
     @classmethod
     def _inside(cls, named: dict[str, str]) -> dict[str, str]:
         for name in named:
             if not _FILE.fullmatch(name):
-                raise ValueError(f"{name!r}: allowed are {FUSION} and {BACKBONES}/NAME.onnx")
+                raise ValueError(f"{name!r}: must be {FUSION} or {BACKBONES}/NAME.onnx")
         return named
 
 
@@ -209,7 +207,7 @@ def located(path: str | Path) -> Path:
     repository = text.removeprefix(_ON_HUB)
     folder = hub.folder_of(repository, (EXPORT, README, FUSION, f"{BACKBONES}/*.onnx"))
     if not is_export(folder):
-        raise CheckpointError(f"{text}: holds no exported model; {EXPORT} is not there.")
+        raise CheckpointError(f"{text}: not an exported model; {EXPORT} is missing.")
     return folder
 
 
@@ -233,7 +231,7 @@ def read_export(folder: Path) -> ExportCard:
         raise CheckpointError(f"{path}: is damaged ({error}).") from None
     unknown = sorted({*card.backbones} - {*card.model.modalities} | _without_record(card))
     if unknown:
-        raise CheckpointError(f"{path}: is damaged (nothing is recorded of {unknown[0]!r}).")
+        raise CheckpointError(f"{path}: is damaged ({unknown[0]!r} is not described).")
     return card
 
 
@@ -243,5 +241,5 @@ def _without_record(card: ExportCard) -> set[str]:
 
 def _file(folder: Path, export: ExportCard, name: str) -> OnnxFile:
     if name not in export.files:
-        raise CheckpointError(f"{folder / EXPORT}: records no file {name!r}; export anew.")
+        raise CheckpointError(f"{folder / EXPORT}: lists no file {name!r}; export again.")
     return OnnxFile(folder / name, export.files[name])

@@ -55,16 +55,18 @@ class ModelCard(Recipe):
     version: Literal[1] = Field(1, description="Version of this schema.")
     kind: Literal["teacher", "student", "baseline"] = Field(description="How it was trained.")
     name: str = Field(description="Name in legends.")
-    model: str = Field("", description="Architecture: empty, late_fusion, or one's own factory.")
-    model_args: dict[str, Any] = Field({}, description="Keywords of the factory.")
+    model: str = Field("", description="Architecture: empty, late_fusion, or a custom factory.")
+    model_args: dict[str, Any] = Field({}, description="Keyword arguments of the factory.")
     code: dict[str, str] = Field(
-        {}, description="Code of one's own that it runs, and the digest of its source file."
+        {}, description="Custom code that it runs, and the digest of its source file."
     )
-    size: FusionSize = Field(description="Size of the fusion model, and its rule for absence.")
-    modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D of each.")
+    size: FusionSize = Field(
+        description="Size of the fusion model, and its treatment of\nabsent modalities."
+    )
+    modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D per modality.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
-    provenance: dict[str, dict[str, Any]] = Field(description="Where the tokens come from.")
-    dtypes: dict[str, str] = Field({}, description="How the store rounded the tokens of each.")
+    provenance: dict[str, dict[str, Any]] = Field(description="Provenance of the tokens.")
+    dtypes: dict[str, str] = Field({}, description="Data type of the stored tokens per modality.")
     store_digest: str = Field(description="Digest of the feature store it was trained on.")
     stores: tuple[str, ...] = Field(
         (), description="Digests of the stores that were joined, in order; empty for one store."
@@ -179,8 +181,8 @@ def save_model(folder: Path, model: TokenModel, card: ModelCard) -> None:
     fusion = model_of_tokens(model)
     if type(fusion) is not expected:  # it would be read as another one, silently
         raise CheckpointError(
-            f"{folder}: a {type(fusion).__name__} cannot be saved as model={card.model!r}; name "
-            "the factory that makes it, model: package.module:factory."
+            f"{folder}: a {type(fusion).__name__} cannot be saved as model={card.model!r}; set "
+            "model to its factory, package.module:factory."
         )
     data = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
@@ -221,7 +223,7 @@ def read_card(folder: Path) -> ModelCard:
     try:
         return config.build(ModelCard, json.loads(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
-        raise CheckpointError(f"{path}: no saved model is there ({error.strerror}).") from None
+        raise CheckpointError(f"{path}: no saved model found ({error.strerror}).") from None
     except (ConfigError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the model card is damaged ({error}).") from None
 
@@ -251,7 +253,7 @@ def load_model(folder: Path) -> tuple[TokenModel, ModelCard]:
         raise CheckpointError(f"{folder}: {error}") from error
     except (RuntimeError, KeyError) as error:
         reason = one_line(error, 200)
-        raise CheckpointError(f"{path}: does not fit {CARD} ({reason}).") from None
+        raise CheckpointError(f"{path}: does not match {CARD} ({reason}).") from None
     return model.eval(), card
 
 
@@ -294,8 +296,8 @@ def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
         here, there = getattr(card.size, key), getattr(theirs.size, key)
         if here != there:
             raise CheckpointError(
-                f"{folder}: size.{key} is {there} there and {here} here; to begin with its weights "
-                f"set size.{key}: {there}."
+                f"{folder}: size.{key} is {there} there and {here} here; to start from its "
+                f"weights, set size.{key}: {there}."
             )
     anew = [m for m in model.modalities if not _same_tokens(card, theirs, m)]
     _begin_suffixes(model, found, anew)
@@ -329,7 +331,9 @@ def _begin_alike(
     if list(model.modalities) != list(found.modalities) or not all(
         _same_tokens(card, theirs, m) for m in model.modalities
     ):
-        raise CheckpointError(f"{folder}: its tokens come from other networks than those here.")
+        raise CheckpointError(
+            f"{folder}: its tokens come from different backbones than those here."
+        )
     _begin_suffixes(model, found, ())
     model_of_tokens(model).load_state_dict(model_of_tokens(found).state_dict())
     return []
@@ -368,7 +372,9 @@ def _class_rows(
 def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:
     """Return the tensors that the card names, from the file or the one it was replacing."""
     path = folder / WEIGHTS
-    fault = f"the weights are damaged or another model's; their digest is not in {CARD}"
+    fault = (
+        f"the weights are damaged or belong to another model; their digest is not that in {CARD}"
+    )
     for candidate in (path, folder / _OLD):
         try:
             data = candidate.read_bytes()
@@ -382,5 +388,5 @@ def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:
                 # products then differ in their last bits from one process to the next.
                 return {name: tensor.clone() for name, tensor in load(data).items()}
             except SafetensorError as error:
-                fault = f"is no safetensors file ({error})"
+                fault = f"is not a safetensors file ({error})"
     raise CheckpointError(f"{path}: {fault}; train again or copy the folder again.")

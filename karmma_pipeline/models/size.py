@@ -23,26 +23,27 @@ MODELS = ("", "late_fusion")
 class FusionSize(Recipe):
     """Size of a fusion model and how it treats absence."""
 
-    dim: int = Field(384, gt=0, description="Width of the tokens inside the fusion block.")
+    dim: int = Field(384, gt=0, description="Token width in the fusion block.")
     layers: int = Field(1, gt=0, description="Transformer layers.")
     attention_heads: int = Field(6, gt=0, description="Attention heads; must divide dim.")
-    ffn_width: int = Field(384, gt=0, description="Hidden width of each layer's feed-forward net.")
+    ffn_width: int = Field(384, gt=0, description="Hidden width of the feed-forward networks.")
     head_width: int = Field(
         768, gt=0, description="Hidden width of the MLP that all heads share (pool: mean)."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the layers and the MLP.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in the layers and the MLP.")
     absent: str = Field(
         "learned",
-        description="Stand-in for an absent modality: learned (learnable tokens, KARMMA), zeros\n"
-        "(seen as data, Baseline), mean (of the training clips' tokens, seen as data), drop\n"
-        "(left out of the sequence), or your own as package.module:function.",
+        description="Replacement of absent modalities: learned (learnable tokens, KARMMA),\n"
+        "zeros (attended like data, Baseline), mean (mean token of the training clips,\n"
+        "attended like data), drop (removed from the sequence), or a custom one as\n"
+        "package.module:function.",
     )
 
     pool: Literal["mean", "attentive"] = Field(
         "mean",
-        description="What is classified: mean (CLS and each modality's mean token by the MLP,\n"
-        "KARMMA), or attentive (a learned query per head looks at all tokens of what is present:\n"
-        "V-JEPA 2's probe, which has layers: 3 and an ffn_width of 4 * dim).",
+        description="Pooling before the heads: mean (CLS and the mean token of each modality,\n"
+        "KARMMA), or attentive (a learned query per head attends to all present tokens, as in\n"
+        "V-JEPA 2's probe, which has layers: 3 and ffn_width: 4 * dim).",
     )
 
     @field_validator("absent")

@@ -45,12 +45,12 @@ def recipe_of(
     recorded = {m: facts for m, facts in card.provenance.items() if "backbone" in facts}
     if not recorded:
         raise ConfigError(
-            f"the model {card.name!r} was trained on imported features; which networks made them "
-            "is not recorded, so that raw video cannot be turned into them."
+            f"the model {card.name!r} was trained on imported features, whose backbones are not "
+            "recorded, so it cannot be applied to raw video."
         )
     if unknown := [m for m in weights if m not in recorded]:
         raise ConfigError(
-            f"--weights {unknown[0]}=...: the model has no backbone for it; it has "
+            f"--weights {unknown[0]}=...: the model has no backbone for this modality; it has "
             f"{', '.join(recorded)}."
         )
     files = _exported(model, weights, device, engine) if isinstance(model, ExportedModel) else {}
@@ -75,22 +75,26 @@ def _exported(
     model: ExportedModel, weights: Mapping[str, str], device: str, engine: Engine | None
 ) -> dict[str, BackboneChoice]:
     if weights:
-        raise ConfigError(f"--weights: {model.path} is an exported model, which has its own.")
+        raise ConfigError(
+            f"--weights: {model.path} is an exported model, which contains its weights."
+        )
     if device not in {"auto", "cpu"}:
         raise ConfigError(
-            f"device={device!r}: {model.path} is an exported model, which onnxruntime computes on "
-            "the CPU; leave the device out, or name the run."
+            f"device={device!r}: {model.path} is an exported model, which runs in onnxruntime "
+            "on the CPU; omit the device, or use the run instead."
         )
     if engine is not None:
         raise ConfigError(
-            f"engine={engine!r}: {model.path} is an exported model, which onnxruntime computes; "
-            "leave the engine out, or name the run."
+            f"engine={engine!r}: {model.path} is an exported model, which runs in onnxruntime; "
+            "omit the engine, or use the run instead."
         )
     choices = model.choices()
     for m, facts in model.card.provenance.items():
         # Its maker's network, whose code would be run, must not stand in for a file.
         if m not in choices and facts.get("backbone", "") not in {"", *WITHOUT_WEIGHTS}:
-            raise CheckpointError(f"{model.path}: has no file of the network of {m}; export anew.")
+            raise CheckpointError(
+                f"{model.path}: has no file for the backbone of {m}; export again."
+            )
     return choices
 
 
@@ -130,8 +134,8 @@ def _common(recorded: Mapping[str, Mapping[str, Any]], key: str) -> Any:
     values = [facts[key] for facts in recorded.values()]
     if any(value != values[0] for value in values):
         raise ConfigError(
-            f"the model's modalities were extracted with different {key}; one pass over the video "
-            "cannot serve them all. Extract them together and train on that store."
+            f"the model's modalities were extracted with different {key}, so they cannot be "
+            "computed in one pass over the video. Extract them together and train on that store."
         )
     return values[0]
 
@@ -151,12 +155,13 @@ def check_networks(networks: Networks, card: ModelCard) -> list[str]:
         now = spec.model_dump(mode="json")["provenance"]  # plain, as the card has it
         for key, here, was in config.differences(now, card.provenance[modality]):
             if key not in PLACES:
-                said = f"{modality}.{key} is {here} here and was {was}"
+                said = f"{modality}.{key} is {here} here and was {was} in training"
                 (notes if key in VERSIONS else faults).append(said)
     if faults:
         raise ConfigError(
-            f"the model {card.name!r} was trained on other features: {'; '.join(faults[:3])}. "
-            "Name the weights that it was trained on with --weights MODALITY=FILE."
+            f"the model {card.name!r} was trained on different features: "
+            f"{'; '.join(faults[:3])}. Pass the weights that it was trained with, as --weights "
+            "MODALITY=FILE."
         )
     return notes
 
@@ -178,6 +183,6 @@ def parse_weights(given: tuple[str, ...]) -> dict[str, str]:
         if not (equals and modality and value):
             raise ConfigError(f"--weights {text!r}: write MODALITY=FILE, such as rgb=swin.pt.")
         if Path(value).suffix and not Path(value).is_file():
-            raise ConfigError(f"--weights {text}: there is no such file.")
+            raise ConfigError(f"--weights {text}: no such file.")
         pairs[modality] = value
     return pairs

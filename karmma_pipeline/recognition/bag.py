@@ -148,9 +148,9 @@ def _opened(bag: Path) -> Iterator[Any]:
         with bag.open("rb") as file:
             yield make_reader(file, decoder_factories=[DecoderFactory()])
     except FileNotFoundError:
-        raise MediaError(f"{bag}: there is no such file.") from None
+        raise MediaError(f"{bag}: no such file.") from None
     except (McapError, EOFError, OSError) as error:
-        raise MediaError(f"{bag}: is no MCAP bag, or damaged ({error}).") from None
+        raise MediaError(f"{bag}: not an MCAP bag, or damaged ({error}).") from None
 
 
 def _check_topics(bag: Path, reader: Any, topics: Mapping[str, Topic]) -> None:
@@ -158,7 +158,8 @@ def _check_topics(bag: Path, reader: Any, topics: Mapping[str, Topic]) -> None:
     summary = reader.get_summary()
     if summary is None:
         raise MediaError(
-            f"{bag}: has no index, as its recording did not end; `mcap recover` writes one."
+            f"{bag}: has no index, because its recording was interrupted; `mcap recover` writes "
+            "one."
         )
     counts = summary.statistics.channel_message_counts if summary.statistics else {}
     there = {
@@ -169,7 +170,7 @@ def _check_topics(bag: Path, reader: Any, topics: Mapping[str, Topic]) -> None:
     listed = "; ".join(f"{name} ({kind} messages)" for name, kind in sorted(there.items()))
     if not topics:
         raise ConfigError(
-            f"{bag}: name its topics with --topic MODALITY=/topic; it has {listed or 'none'}."
+            f"{bag}: select topics with --topic MODALITY=/topic; it has {listed or 'none'}."
         )
     for topic in topics.values():
         if topic.name not in there:
@@ -196,7 +197,7 @@ def _first_times(reader: Any, names: set[str], clock: Clock) -> int:
         if len(first) == len(names):
             break
     if missing := names - first.keys():
-        raise MediaError(f"topic {min(missing)} has no message.")
+        raise MediaError(f"topic {min(missing)} has no messages.")
     return min(first.values())
 
 
@@ -217,8 +218,7 @@ class _MediaWriter:
         if modality == "flow" and "rgb" in self._of:
             if self._of["flow"] != self._of["rgb"]:
                 raise ConfigError(
-                    "--topic flow: flow is worked out from pictures; name the topic of rgb, or "
-                    "none."
+                    "--topic flow: flow is computed from images; give the topic of rgb instead."
                 )
             return
         what = "video" if modality in _PICTURES else "audio"
@@ -272,7 +272,9 @@ class _MediaWriter:
         self._last, self.end_s = tick, max(self.end_s, at_s)
         picture = _picture(message)
         if isinstance(picture, bytes) != (self._video.codec_context.name == "mjpeg"):
-            raise MediaError(f"{self._of.get('rgb')}: pictures change their encoding on the way.")
+            raise MediaError(
+                f"{self._of.get('rgb')}: the encoding of the images changes during the recording."
+            )
         if isinstance(picture, bytes):
             packet = av.Packet(picture)
             packet.pts = packet.dts = tick
@@ -315,7 +317,7 @@ _MEDIA = {*_PICTURES, "audio"}
 
 
 def _wrong(modality: str, topic: str, kind: str, wanted: str) -> ConfigError:
-    return ConfigError(f"--topic {modality}={topic}: {kind} holds no {wanted}.")
+    return ConfigError(f"--topic {modality}={topic}: {kind} does not contain {wanted}.")
 
 
 def _picture(message: Any) -> bytes | npt.NDArray[np.uint8]:
@@ -330,7 +332,7 @@ def _picture(message: Any) -> bytes | npt.NDArray[np.uint8]:
             return data
         return _decoded(data)
     if message.encoding not in _RAW:
-        raise MediaError(f"encoding={message.encoding!r}: known are {', '.join(_RAW)}.")
+        raise MediaError(f"encoding={message.encoding!r}: supported are {', '.join(_RAW)}.")
     channels, name = _RAW[message.encoding]
     rows = np.frombuffer(data, np.uint8).reshape(message.height, message.step)
     pixels = rows[:, : message.width * channels]
@@ -345,7 +347,7 @@ def _decoded(picture: bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return picture
     shown: Any = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
     if shown is None:
-        raise MediaError("a compressed picture is damaged, or neither JPEG nor PNG.")
+        raise MediaError("a compressed image is damaged, or neither JPEG nor PNG.")
     return np.asarray(shown, np.uint8)
 
 
@@ -367,8 +369,8 @@ def _sound(message: Any) -> _Sound:
     info, data = getattr(audio, "info", None), getattr(audio, "audio_data", None)
     if info is None or data is None or not info.rate:
         raise MediaError(
-            "sound: only audio_common_msgs/AudioStamped says how its samples lie; other messages "
-            "do not."
+            "audio: only audio_common_msgs/AudioStamped is supported; other messages do not "
+            "define their sample layout."
         )
     floats = np.asarray(data.float32_data, np.float32)
     if len(floats):
@@ -377,7 +379,9 @@ def _sound(message: Any) -> _Sound:
         samples = np.asarray(data.int16_data, np.int16)
     channels = max(1, int(info.channels))
     if channels > 2 or not len(samples):
-        raise MediaError(f"sound: {channels} channels, {len(samples)} samples of a known type.")
+        raise MediaError(
+            f"audio: {channels} channels and {len(samples)} samples of a supported type."
+        )
     return _Sound(samples.reshape(-1, channels), int(info.rate))
 
 
@@ -411,9 +415,9 @@ class _Table:
             raise ConfigError(f"{where}: no field {unknown[0]}; it has {', '.join(numbers)}.")
         if len(fields) != self.sensor.channel_count:
             raise ConfigError(
-                f"{where}: the model takes {self.sensor.channel_count} channels, the message has "
-                f"{len(fields)} numbers; name them as {self.topic.name}:FIELD,FIELD out of "
-                f"{', '.join(numbers)}."
+                f"{where}: the model takes {self.sensor.channel_count} channels, the message "
+                f"has {len(fields)} numeric fields; choose some as "
+                f"{self.topic.name}:FIELD,FIELD, out of {', '.join(numbers)}."
             )
         return fields
 
@@ -422,8 +426,8 @@ class _Table:
         sensor = self.sensor
         if sensor.variable is not None or sensor.axis or sensor.from_first or sensor.time is None:
             raise ConfigError(
-                f"--topic {self.topic.modality}: the model's sensor is read from arrays, or has no "
-                "time stamps on the clips' clock; bags are read for sensors with a time column."
+                f"--topic {self.topic.modality}: bags are supported only for sensors with a "
+                "time column on the clips' clock."
             )
         names = sensor.channels if isinstance(sensor.channels, tuple) else ()
         columns = [*names] or [*range(sensor.channel_count + 1)]

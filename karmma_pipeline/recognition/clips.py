@@ -36,14 +36,14 @@ class Spans:
     def __post_init__(self) -> None:
         for name, value in (("window", self.window_s), ("hop", self.hop_s)):
             if value is not None and not SHORTEST_S <= value < math.inf:
-                raise ConfigError(f"--{name} {value}: seconds from {SHORTEST_S} on are allowed.")
+                raise ConfigError(f"--{name} {value}: must be at least {SHORTEST_S} s.")
         if self.hop_s is not None and self.window_s is None:
-            raise ConfigError("--hop: needs --window, the length of what is moved by it.")
+            raise ConfigError("--hop: needs --window.")
         late = self.stop_s is None or self.start_s < self.stop_s < math.inf  # no NaN either
         if not (late and 0 <= self.start_s < math.inf):
             raise ConfigError(
-                f"--start {self.start_s} --stop {self.stop_s}: the stop must lie after the start, "
-                "which must not be negative."
+                f"--start {self.start_s} --stop {self.stop_s}: start must be non-negative and "
+                "stop after it."
             )
 
 
@@ -102,8 +102,8 @@ def wanted_clips(
     tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     if tables and spans != Spans():
         raise ConfigError(
-            f"{tables[0]}: rows have their own start and stop; --start, --stop and --window are "
-            "for videos."
+            f"{tables[0]}: rows of a manifest have their own start and stop; --start, --stop "
+            "and --window are for videos."
         )
     clips: list[Clip] = []
     truth: dict[str, Mapping[str, str]] = {}
@@ -132,12 +132,12 @@ def _recording(path: Path) -> Recording:
 def _check(path: Path) -> None:
     if (path / "spec.json").is_file():
         raise ConfigError(
-            f"{path}: is a feature store, which `karmma evaluate` takes; name videos or a CSV."
+            f"{path}: is a feature store; use `karmma evaluate`, or give videos or a CSV."
         )
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name videos, or a CSV that lists them.")
+        raise ConfigError(f"{path}: is a folder; give videos, or a CSV that lists them.")
     if not path.is_file():
-        raise MediaError(f"{path}: there is no such file.")
+        raise MediaError(f"{path}: no such file.")
 
 
 def _named(clip: Clip, heads: Mapping[str, Sequence[str]]) -> dict[str, str]:

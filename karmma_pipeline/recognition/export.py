@@ -103,7 +103,7 @@ def export_model(
         StoreError: a store is not the one of the training.
     """
     if clips is not None and not int8:
-        raise ConfigError(f"--clips {clips}: is for --int8, which is compared on it.")
+        raise ConfigError(f"--clips {clips}: is only used with --int8.")
     hub.library("onnx")
     hub.library("onnxruntime")
     _check_output(out)
@@ -128,19 +128,19 @@ def _check_output(out: Path) -> None:
     if names and (EXPORT not in names or names - _OURS):
         other = min(names - _OURS, default=min(names))
         raise ConfigError(
-            f"--out {out}: holds other files than an export, such as {other}; choose another "
-            "folder."
+            f"--out {out}: contains files that are not part of an export, such as {other}; "
+            "choose another folder."
         )
 
 
 def _check_model(model: TrainedModel) -> None:
     if isinstance(model, ExportedModel):
-        raise ConfigError(f"{model.path}: is an exported model already; name a run.")
+        raise ConfigError(f"{model.path}: is an exported model already; give a run.")
     flow = model.card.provenance.get("flow", {}).get("flow", {})
     if flow.get("source", "dis") != "dis":
         raise ConfigError(
-            f"{model.path}: its flow is computed by {flow['source']}, a network that is not "
-            "exported; train on flow of source dis."
+            f"{model.path}: its flow is computed by {flow['source']}, a network that cannot be "
+            "exported; train on flow with source: dis."
         )
 
 
@@ -188,8 +188,9 @@ def _write(
     if not farthest <= TOLERANCE:
         worst = label(max(found.items(), key=itemgetter(1))[0])
         raise CheckpointError(
-            f"{recognizer.card.name}: exported, its logits stray from PyTorch's by {farthest:.1e} "
-            f"(most with {worst}), more than {TOLERANCE:g}; it is not written."
+            f"{recognizer.card.name}: the exported model's logits differ from PyTorch's by "
+            f"{farthest:.1e} (largest with {worst}), more than {TOLERANCE:g}; nothing was "
+            "written."
         )
     measured["latency"] = _latency(traced, exported)
     measured["costs"] = _costs(recognizer.card)
@@ -287,8 +288,8 @@ def _store_of(card: ModelCard, stores: Sequence[Path]) -> TokenSource | None:
         return None
     if found is None and stores:
         raise ConfigError(
-            f"--store {stores[0]}: is not what {card.name!r} was trained on; name that store, or "
-            "all that were joined."
+            f"--store {stores[0]}: not the store that {card.name!r} was trained on; give that "
+            "store, or all stores that were joined."
         )
     return found
 

@@ -11,13 +11,13 @@ from karmma_pipeline.models.exported import ExportCard
 from karmma_pipeline.models.saved import ModelCard
 
 _VERDICTS = {
-    "recommended": "Recommended: each measured 95 % interval of the difference to float32 lies "
+    "recommended": "Recommended: all measured 95 % intervals of the difference to float32 are "
     "within +-2 points.",
-    "not recommended": "**Not recommended**: a 95 % interval of the difference to float32 does not "
-    "lie within +-2 points.",
-    "not measured": "Not measured: whether the answers are as good as in float32 is unknown. "
-    "Tokens of a store are those of backbones in float32; `karmma export --int8 --clips CSV` "
-    "compares on raw clips.",
+    "not recommended": "**Not recommended**: a 95 % interval of the difference to float32 is "
+    "not within +-2 points.",
+    "not measured": "Not measured: the accuracy compared with float32 is unknown, since stores "
+    "contain tokens of float32 backbones. `karmma export --int8 --clips CSV` compares both "
+    "on raw clips.",
 }
 
 
@@ -120,13 +120,13 @@ def _training(model: ModelCard) -> str:
         + "".join(f", joined of {one[:16]}" for one in model.stores),
         f"- splits: trained on {said.get('train_split', '?')!r}, epoch chosen on "
         f"{said.get('val_split', '?')!r}",
-        f"- seed: {said.get('seed', '?')}; one training: no interval below says what another seed "
-        "would give",
+        f"- seed: {said.get('seed', '?')}; a single training run: the intervals below do not "
+        "cover other seeds",
         f"- modality dropout: {said.get('modality_dropout', '?')}; absent tokens: "
         f"{model.size.absent}",
     ]
     if "teacher" in said:
-        lines.append("- distilled from a teacher under the same missing modalities")
+        lines.append("- distilled from a teacher with the same missing modalities")
     return "\n".join(lines)
 
 
@@ -148,11 +148,11 @@ def _measured(card: ExportCard) -> Iterator[str]:
     if accuracy:
         yield (
             f"Top-1 {accuracy['metric']} on {accuracy['clips']} clips of split "
-            f"{accuracy['split']!r}, on which the epoch was chosen too: optimistic. In brackets "
-            f"the 95 % interval over {accuracy['over']}."
+            f"{accuracy['split']!r}, on which the epoch was also chosen (optimistic). In "
+            f"brackets: 95 % interval over {accuracy['over']}."
         )
     else:
-        yield "Accuracy was not measured: the features of the training were not at hand."
+        yield "Accuracy was not measured, because the feature store was not available."
     if latency:
         yield (
             f"Latency of one clip from decoded arrays to logits, {latency['rounds']} rounds, "
@@ -187,7 +187,7 @@ def _int8(found: Mapping[str, Any]) -> Iterator[str]:
         rows.append((f"whole, {one['count']} raw clips", *_gap(one)))
     if rows:
         yield _table(("int8 minus float32", "points of top-1", "95 % interval"), rows)
-    yield "Latency and difference above are those before int8."
+    yield "Latency and difference above are for float32."
 
 
 def _gap(one: Mapping[str, float]) -> tuple[str, str]:

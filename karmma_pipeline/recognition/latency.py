@@ -25,7 +25,7 @@ _GRID, _LEAST_PLAYED, _MOST_PLAYED, _PLAYED_S, _RAISE, _TRIES = 100, 10, 40, 20.
 # How often noise arrives while it plays, seconds.
 _TICK_S = 0.04
 
-_ASKED = "what was measured has been printed"
+_ASKED = "all measurements so far have been printed"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Played:
     def sentence(self) -> str:
         """Return it as a line."""
         return (
-            f"hop {self.hop_s:.3g} s in real time: {self.answered} windows answered, "
-            f"{self.skipped} skipped, the latest answer {self.late_s:.2f} s after its window"
+            f"hop {self.hop_s:.3g} s in real time: {self.answered} predictions, {self.skipped} "
+            f"windows skipped, largest delay {self.late_s:.2f} s after the window"
         )
 
 

@@ -37,7 +37,7 @@ def video_events(media: OpenMedia, path: Path, rate: int) -> Iterator[Event]:
         MediaError: the file is missing, or holds neither pictures nor sound.
     """
     if not path.is_file():
-        raise MediaError(f"--source {path}: there is no such file.")
+        raise MediaError(f"--source {path}: no such file.")
     reader = media.of(FileSource(path))
     sensors, fault = [], None
     for events in (_pictures(reader), _sound(reader, rate)):
@@ -95,7 +95,7 @@ def camera_events(number: int) -> Iterator[Event]:
     finally:
         cv2.utils.logging.setLogLevel(before)
     if not camera.isOpened():
-        raise ConfigError(f"--camera {number}: there is no such camera, or another program has it.")
+        raise ConfigError(f"--camera {number}: no such camera, or another program uses it.")
     return _of_camera(camera)
 
 
@@ -122,7 +122,7 @@ class Failures:
 
     def __init__(self, rate: float, seed: int) -> None:
         if not 0 <= rate <= 1:
-            raise ConfigError(f"--chaos {rate}: a probability from 0 to 1 is allowed.")
+            raise ConfigError(f"--chaos {rate}: must be a probability between 0 and 1.")
         self._rate, self._rng = rate, np.random.default_rng(seed)
         self._until: dict[str, int] = {}
         self._dead: dict[str, bool] = {}
@@ -151,7 +151,7 @@ def simulated(
     hop_s = stream.settings.hop_s
     now_s = stream.settings.window_s + stream.settings.tolerance_s
     for there_s, sensor, at_s, values in events:
-        stop.check("what was recognised has been printed")
+        stop.check("all predictions so far have been printed")
         while there_s > now_s:
             if (prediction := stream.step(now_s)) is not None:
                 yield Answered(prediction, stream.lag_s)
@@ -188,7 +188,7 @@ def at_its_rate(
     first_s = stream.settings.window_s + stream.settings.tolerance_s
     try:
         while True:
-            stop.check("what was recognised has been printed")
+            stop.check("all predictions so far have been printed")
             last = over.is_set()  # looked at before the step, which then sees all there is
             now_s = time.monotonic() - started
             prediction = stream.step(now_s) if now_s >= first_s else None

@@ -51,8 +51,8 @@ def write_overlay(source: Path, rows: Sequence[Row], out: Path, stop: StopFlag) 
             starts = reader.frame_starts
             wanted = np.flatnonzero((starts >= spans[0][0]) & (starts < spans[-1][1]))
             if not len(wanted):
-                raise MediaError(f"{source}: has no pictures between {spans[0][0]:.2f} and "
-                                 f"{spans[-1][1]:.2f} s to draw on.")  # fmt: skip
+                raise MediaError(f"{source}: has no frames between {spans[0][0]:.2f} and "
+                    f"{spans[-1][1]:.2f} s.")  # fmt: skip
             with av.open(temporary, "w", format="mp4") as file:
                 pictures = (
                     (float(starts[number]), _drawn(frame, rows, spans, float(starts[number])))
@@ -69,7 +69,7 @@ def _stopping(
     pictures: Iterator[tuple[float, Picture]], stop: StopFlag
 ) -> Iterator[tuple[float, Picture]]:
     for item in pictures:
-        stop.check("predictions are written, this video is not")
+        stop.check("the predictions are written, but this video is not")
         yield item
 
 

@@ -47,7 +47,7 @@ class LivePage:
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         except OSError as error:
-            raise ConfigError(f"--port {port}: cannot be had ({error.strerror}).") from None
+            raise ConfigError(f"--port {port}: cannot be opened ({error.strerror}).") from None
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self.address = f"http://127.0.0.1:{self.port}/{self.token}/"

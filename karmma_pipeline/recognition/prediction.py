@@ -11,7 +11,7 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.metrics import softmax
 
 DROPPED = "dropped"
-"""Why a modality is absent that was there and was left out on purpose."""
+"""Reason of a modality that was present and was excluded on request."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,6 @@ class Dropout:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:  # no NaN either
-            raise ConfigError(f"--drop {self.rate}: a probability lies in 0..1.")
+            raise ConfigError(f"--drop {self.rate}: must be a probability between 0 and 1.")
         if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: whole numbers from 0 on are allowed.")
+            raise ConfigError(f"--seed {self.seed}: must be a non-negative integer.")

@@ -263,7 +263,7 @@ class Recognizer:
         stack.enter_context(workers)
         try:
             for batch in batches:
-                stop.check("what was recognised is written")
+                stop.check("all predictions so far are written")
                 workers.put(batch)
                 if workers.full:
                     yield workers.take()

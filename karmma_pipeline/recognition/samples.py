@@ -103,12 +103,12 @@ class Samples:
         try:
             times, rows = np.asarray(time_s, np.float64), np.asarray(values, np.float64)
         except (TypeError, ValueError):
-            raise ConfigError(f"push({self.name!r}, ...): numbers are wanted.") from None
+            raise ConfigError(f"push({self.name!r}, ...): expected numbers.") from None
         channels = self._sensor.channel_count
         if rows.shape != (*times.shape, channels) or times.ndim > 1:
             raise ConfigError(
-                f"push({self.name!r}, ...): a sample is [{channels}] numbers of one moment, or "
-                f"[S, {channels}] of S moments; this is {rows.shape} of {times.shape}."
+                f"push({self.name!r}, ...): expected [{channels}] values for one time or [S, "
+                f"{channels}] for S times; got {rows.shape} for {times.shape}."
             )
         good = np.isfinite(rows).all(axis=-1) & np.isfinite(times)
         with self._lock:

@@ -149,9 +149,9 @@ class Camera:
             ConfigError: it is no such array.
         """
         if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
-            raise ConfigError("push: a picture is an array uint8 [H, W, 3], RGB.")
+            raise ConfigError("push: a frame must be a uint8 array [H, W, 3], RGB.")
         if frame.shape[2] != 3 or not frame.size:
-            raise ConfigError(f"push: a picture is uint8 [H, W, 3], RGB; this is {frame.shape}.")
+            raise ConfigError(f"push: a frame must be uint8 [H, W, 3], RGB; got {frame.shape}.")
         if not self._low_s <= time_s <= self._high_s:
             self.ignored += 1
             return
@@ -339,9 +339,9 @@ class Microphone:
             ConfigError: it is no such array.
         """
         if not (isinstance(samples, np.ndarray) and samples.dtype.kind == "f"):
-            raise ConfigError("push: sound is an array float32 [S], full scale at +-1.")
+            raise ConfigError("push: audio must be a float32 array [S], in [-1, 1].")
         if samples.ndim != 1:
-            raise ConfigError(f"push: sound is float32 [S], mono; this is {samples.shape}.")
+            raise ConfigError(f"push: audio must be float32 [S], mono; got {samples.shape}.")
         stop_s = time_s + len(samples) / self._rate
         usable = self._low_s < stop_s <= self._high_s and bool(np.isfinite(samples).all())
         if not (len(samples) and usable):

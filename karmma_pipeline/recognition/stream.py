@@ -92,15 +92,15 @@ class StreamSettings:
         above |= {f"deadline_s {name}".strip(): value for name, value in named.items()}
         for key, value in above.items():
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{key}={value}: a number above 0 is allowed.")
+                raise ConfigError(f"{key}={value}: must be a number > 0.")
         if not (math.isfinite(self.tolerance_s) and self.tolerance_s >= 0):
-            raise ConfigError(f"tolerance_s={self.tolerance_s}: 0 or seconds above it.")
+            raise ConfigError(f"tolerance_s={self.tolerance_s}: must be a number >= 0.")
         if not 0 < self.share <= 1:
-            raise ConfigError(f"share={self.share}: above 0 and at most 1 is allowed.")
+            raise ConfigError(f"share={self.share}: must be > 0 and <= 1.")
         for name, (low, high) in self.limits.items():
             if not low < high:
                 raise ConfigError(
-                    f"limits: {name} from {low} to {high}: the lowest value is first."
+                    f"limits: {name} from {low} to {high}: write the lowest value first."
                 )
 
     def deadline(self, sensor: str) -> float:
@@ -172,13 +172,13 @@ class Stream:
             self._samples[sensor].push(time_s, values)
             return
         if isinstance(time_s, np.ndarray) and time_s.ndim:
-            raise ConfigError(f"push({sensor!r}, ...): one moment is wanted.")
+            raise ConfigError(f"push({sensor!r}, ...): expected a single time.")
         if sensor == "rgb":
             self._camera.push(float(time_s), values)  # type: ignore[arg-type]  # it looks itself
         elif sensor == "audio":
             self._microphone.push(float(time_s), values)  # type: ignore[arg-type]
         else:
-            raise ConfigError(f"push({sensor!r}, ...): sensors are {self._names()}.")
+            raise ConfigError(f"push({sensor!r}, ...): the sensors are {self._names()}.")
 
     def _names(self) -> str:
         *others, last = ("rgb", "audio", *self._samples)
@@ -188,10 +188,12 @@ class Stream:
         named = self.settings.deadline_s if isinstance(self.settings.deadline_s, Mapping) else {}
         known = {*SENSOR_OF.values(), *self._samples}
         if unknown := [name for name in named if name not in known]:
-            raise ConfigError(f"deadline_s: no sensor {unknown[0]!r}; sensors are {self._names()}.")
+            raise ConfigError(
+                f"deadline_s: no sensor {unknown[0]!r}; the sensors are {self._names()}."
+            )
         if unknown := [name for name in self.settings.limits if name not in self._samples]:
             raise ConfigError(
-                f"limits: {unknown[0]!r} is no sensor of numbers; the model has "
+                f"limits: {unknown[0]!r} is not a numeric sensor; the model has "
                 f"{', '.join(self._samples) or 'none'}."
             )
 
@@ -240,7 +242,7 @@ class Stream:
             ConfigError: ``now_s`` is no number.
         """
         if not math.isfinite(now_s):
-            raise ConfigError(f"step({now_s}): seconds on the sensors' clock are wanted.")
+            raise ConfigError(f"step({now_s}): expected seconds on the sensors' clock.")
         with self._stepping:
             settings = self.settings
             room_s = now_s - settings.tolerance_s - settings.window_s
@@ -335,7 +337,7 @@ class _Views:
         assert isinstance(source, FileSource)  # noqa: S101  (made above)
         view = self.camera if source.path == CAMERA else self.sound
         if view is None:
-            raise MediaFaultError(Reason.NO_STREAM, f"{source.path} has sent nothing")
+            raise MediaFaultError(Reason.NO_STREAM, f"{source.path} has not sent any data")
         return view
 
     def series(self, source: SensorSource, sensor: Sensor) -> SensorSeries:

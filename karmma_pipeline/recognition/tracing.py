@@ -227,12 +227,12 @@ def _trace(
             )
     except Exception as error:  # whatever the network's code or the exporter raises
         operator = re.search(r"operator '(\S+)'", str(error))
-        reason = f"it lacks {operator[1]}" if operator else one_line(error, 200)
+        reason = f"operator {operator[1]} is not supported" if operator else one_line(error, 200)
         raise ConfigError(
             f"{path.stem}: cannot be exported to ONNX, opset {OPSET} ({reason})."
         ) from None
     if data.tell() > _MOST_BYTES:
-        raise CheckpointError(f"{path.stem}: needs more than the 2 GB that an ONNX file holds.")
+        raise CheckpointError(f"{path.stem}: exceeds the 2 GB limit of an ONNX file.")
     onnx = hub.library("onnx")
     graph = onnx.load_model_from_string(data.getvalue())
     for node in graph.graph.node:

@@ -61,7 +61,7 @@ def create_store(
         and root.is_dir()
         and any(not files.is_temporary(p) for p in root.iterdir())
     ):
-        raise StoreError(f"{root}: the folder holds other files; choose an empty one.")
+        raise StoreError(f"{root}: the folder contains other files; choose an empty one.")
     version = {"format": layout.FORMAT, "version": description["version"]}
     files.write_json(root / layout.ROOT, zarr_group(version))
     shards = len(shard_starts(spec, len(clips), grown_from))
@@ -101,8 +101,8 @@ def _check_grew(
             return
     differing = differing or sorted(map(str, config.differences(there, wanted)))
     raise StoreError(
-        f"{root}: was made differently: {'; '.join(differing[:5])}; "
-        "choose another folder, or the recipe that it was made with."
+        f"{root}: was made with a different recipe: {'; '.join(differing[:5])}; choose another "
+        "folder, or use the original recipe."
     )
 
 
@@ -159,8 +159,9 @@ def continue_list(
     ids = there.ids or [clip.clip_id for clip in clips]
     if gone := [clip_id for clip_id in ids if clip_id not in by_id]:
         raise StoreError(
-            f"{there.root}: {len(gone)} of its clips are in the list no more, such as {gone[0]!r}; "
-            "a list may grow: put them back, or choose another folder with --set out=FOLDER."
+            f"{there.root}: {len(gone)} of its clips are no longer in the manifest, such as "
+            f"{gone[0]!r}. Clips can be added but not removed: restore them, or choose another "
+            "folder with --set out=FOLDER."
         )
     known = set(ids)
     rows = [by_id[i] for i in ids] + [clip for clip in clips if clip.clip_id not in known]
@@ -212,7 +213,7 @@ def _read_list(root: Path) -> _Listed:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path}: the store's description is damaged ({error}).") from None
-    raise StoreError(f"{column}: has another size than {path} says; the clip table is damaged.")
+    raise StoreError(f"{column}: its size does not match {path}; the clip table is damaged.")
 
 
 _GROWN_FROM = "grown_from"
@@ -353,8 +354,10 @@ class Catalog:
         if not path.is_file():
             inside = ", ".join(sorted(p.parent.name for p in root.glob(f"*/{layout.SPEC}")))
             if inside:
-                raise StoreError(f"{root}: is no feature store, it holds the stores {inside}.")
-            raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
+                raise StoreError(
+                    f"{root}: not a feature store, but it contains the stores {inside}."
+                )
+            raise StoreError(f"{root}: no feature store found; `karmma extract` creates one.")
         try:
             description = layout.read_json(root, path)
             layout.check_version(path, description)
@@ -461,6 +464,6 @@ class Catalog:
 def _check_range(what: str, values: npt.NDArray[np.int32], low: int, high: int) -> None:
     if len(values) and not (low <= values.min() and values.max() < high):
         raise StoreError(
-            f"{what}: {values.min()} to {values.max()} must lie in {low}..{high - 1}; "
+            f"{what}: {values.min()} to {values.max()} must be between {low} and {high - 1}; "
             "the clip table is damaged."
         )

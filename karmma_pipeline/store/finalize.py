@@ -33,8 +33,8 @@ def finalize(root: Path) -> None:
     if missing:
         listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         raise StoreError(
-            f"{root}: {len(missing)} of {catalog.shards} shards are missing ({listed}); "
-            "run `karmma extract` with the same recipe again, it makes only these."
+            f"{root}: {len(missing)} of {catalog.shards} shards are missing ({listed}); run "
+            "`karmma extract` with the same recipe again to extract only these."
         )
     # Several last parts may come here at once, and runs come again: where the manifest is that of
     # these records all is done. Others write equal bytes, each file by a rename.
@@ -63,7 +63,7 @@ def finalize(root: Path) -> None:
         if len(catalog.committed()) == catalog.shards and _digest(catalog) == (digest, checksums):
             return
     (root / layout.MANIFEST).unlink(missing_ok=True)
-    raise StoreError(f"{root}: another process makes shards again; it completes the store.")
+    raise StoreError(f"{root}: another process is rebuilding shards and will finalize the store.")
 
 
 def digested_files(spec: StoreSpec) -> list[str]:

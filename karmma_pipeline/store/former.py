@@ -115,7 +115,7 @@ class FormerShard:
                 crc = crc32c(part.tobytes(), crc)
             if crc != self._record.crc32c[position, column]:
                 clip = self._catalog.clips_in(self._shard)[position]
-                raise StoreError(f"{self._catalog.root}: clip {clip!r}: {m}: bytes have changed.")
+                raise StoreError(f"{self._catalog.root}: clip {clip!r}: {m}: checksum mismatch.")
             times[m] = self._record.times[m][position]
         return tokens, reasons, times
 
@@ -147,5 +147,5 @@ class FormerShard:
             file.seek(layout.PAYLOAD_OFFSET + before * array.clip_bytes)
             data = file.read(array.clip_bytes)
         if len(data) != array.clip_bytes:
-            raise StoreError(f"{path}: ends too early.")
+            raise StoreError(f"{path}: truncated.")
         return np.frombuffer(data, array.dtype).reshape(array.tokens, array.width)

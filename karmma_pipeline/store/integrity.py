@@ -88,37 +88,37 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
         (root / layout.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
     for shard in shards:
         if is_made_again(root, shard):  # its files have the clips that are not
-            lines.append(f"shard {shard}: is being made again; `karmma extract` goes on with it")
+            lines.append(f"shard {shard}: is being rebuilt; `karmma extract` will resume it")
             continue
         layout.record_file(root, shard).unlink(missing_ok=True)
         for m, array in catalog.spec.arrays:
             layout.shard_file(root, m, shard, array.name).unlink(missing_ok=True)
-        lines.append(f"shard {shard}: taken away")
+        lines.append(f"shard {shard}: removed")
     for name in mine:
         if name == layout.SPEC:
-            lines.append(f"{name}: cannot be made anew; take it from a copy of the store")
+            lines.append(f"{name}: cannot be rebuilt; restore it from a copy of the store")
         else:
             (root / name).unlink(missing_ok=True)
-            lines.append(f"{name}: taken away")
+            lines.append(f"{name}: removed")
     return lines
 
 
 def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
     if set(digests) != set(digested_files(catalog.spec)):
-        yield Damage(-1, "all", "lists other files than a store has", path=layout.MANIFEST)
+        yield Damage(-1, "all", "lists files that a store does not have", path=layout.MANIFEST)
         return
     for name, digest in digests.items():
         try:
             os.close(layout.open_inside(catalog.root, catalog.root / name))
             if files.sha256(catalog.root / name) != digest:
-                yield Damage(-1, "all", "bytes have changed", path=name)
+                yield Damage(-1, "all", "checksum mismatch", path=name)
             elif name == layout.INDEX:
                 for fault in index_faults(catalog.root / name, catalog.spec, catalog.shards):
                     yield Damage(-1, "all", fault, path=name)
         except FileNotFoundError:
             yield Damage(-1, "all", "the file is missing", path=name)
         except StoreError:
-            yield Damage(-1, "all", "is a link or no regular file", path=name)
+            yield Damage(-1, "all", "is a link or not a regular file", path=name)
 
 
 def _check_shard(catalog: Catalog, shard: int, checksum: int | None) -> Iterator[Damage]:
@@ -132,7 +132,7 @@ def _check_shard(catalog: Catalog, shard: int, checksum: int | None) -> Iterator
         yield Damage(shard, "all", what, clips)
         return
     if checksum is not None and crc32c(data) != checksum:
-        yield Damage(shard, "all", f"{path}: the commit record is not that of the manifest", clips)
+        yield Damage(shard, "all", f"{path}: the commit record does not match the manifest", clips)
         return
     for number, (m, array) in enumerate(catalog.spec.arrays):
         column = catalog.spec.order.index(m)
@@ -153,7 +153,7 @@ def _check_array(
         yield Damage(shard, m, "the file is missing", every)
         return
     except StoreError:
-        yield Damage(shard, m, "the file is a link or no regular file", every)
+        yield Damage(shard, m, "the file is a link or not a regular file", every)
         return
     with os.fdopen(descriptor, "rb") as file:
         if os.fstat(file.fileno()).st_size != layout.file_bytes(array, size, len(present)):
@@ -176,7 +176,7 @@ def _check_array(
     try:
         yield from _locate(catalog, shard, record, column, array, head)
     except FileNotFoundError:  # the array beside it, reported by itself
-        yield Damage(shard, m, "bytes have changed", every)
+        yield Damage(shard, m, "checksum mismatch", every)
 
 
 def _non_finite(
@@ -218,18 +218,18 @@ def _locate(
                 crc = crc32c(file.read(size), crc)
             if crc != record.crc32c[position, column]:
                 located = True
-                yield Damage(shard, m, "bytes have changed", (clips[position],))
+                yield Damage(shard, m, "checksum mismatch", (clips[position],))
     index = shard_index(array, catalog.spec.clips_per_shard, len(present))
     if head[: len(index)] != index:
         yield Damage(shard, m, "the Zarr index is damaged")
     elif not located:
-        yield Damage(shard, m, "the HDF5 header or the padding is damaged, the tokens are whole")
+        yield Damage(shard, m, "the HDF5 header or the padding is damaged; the tokens are intact")
 
 
 def _foreign(catalog: Catalog) -> Iterator[Damage]:
     for path, name in foreign_files(catalog):
-        what = "left over from a stopped run" if files.is_temporary(path) else "foreign file"
-        yield Damage(-1, "all", f"{what}; `karmma store gc` takes it away", path=name)
+        what = "left over from an interrupted run" if files.is_temporary(path) else "foreign file"
+        yield Damage(-1, "all", f"{what}; `karmma store gc` removes it", path=name)
 
 
 def foreign_files(catalog: Catalog) -> Iterator[tuple[Path, str]]:
@@ -288,7 +288,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
         if folder.is_dir() and not folder.is_symlink() and not locks.holder(folder / "lock"):
             if number in committed or not 0 <= number < catalog.shards:
                 listed.add(folder)
-                yield Garbage(folder, "spool of a shard that is done", _size(folder))
+                yield Garbage(folder, "temporary file of a finished shard", _size(folder))
         elif locks.holder(folder / "lock"):
             listed.add(folder)
     # A temporary file of another machine cannot be told from one of a dead process: while anybody
@@ -300,7 +300,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
         temporary = files.is_temporary(path)
         if temporary and alive:
             continue  # a living writer's, perhaps
-        what = "left over from a stopped run" if temporary else f"foreign file {name}"
+        what = "left over from an interrupted run" if temporary else f"foreign file {name}"
         yield Garbage(path, what, path.lstat().st_size)
 
 

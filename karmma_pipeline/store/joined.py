@@ -91,7 +91,8 @@ class JoinedStore(MappedStore):
                 if mine[key] != its[key]:
                     raise StoreError(
                         f"{having[0].path} and {other.path}: {modality}.{key} is {mine[key]!r} "
-                        f"and {its[key]!r}; only features of one kind can be joined, convert one."
+                        f"and {its[key]!r}; only features of the same kind can be joined; "
+                        "convert one."
                     )
         return first
 
@@ -131,7 +132,7 @@ class JoinedStore(MappedStore):
                 store,
                 clips,
                 known & (before != unknown) & ~same,
-                f"another {what} than in the stores joined before",
+                f"a different {what} than in the previous stores",
             )
             joined[clips] = np.where(known, theirs, before)
         return joined
@@ -145,7 +146,7 @@ class JoinedStore(MappedStore):
                 mine = self.modalities.index(m)
                 here = store.present[:, column]
                 twice = here & (owner[m][clips] >= 0)
-                self._refuse(store, clips, twice, f"{m} that a store joined before has too")
+                self._refuse(store, clips, twice, f"{m}, which a previous store has too")
                 owner[m][clips[here]] = number
                 lacking = owner[m][clips] < 0
                 reasons[clips[here], mine] = Reason.PRESENT
@@ -158,8 +159,8 @@ class JoinedStore(MappedStore):
         if wrong.any():
             ids = ", ".join(i.decode() for i in self.clip_ids[clips[wrong]][:3])
             raise StoreError(
-                f"{store.path}: {int(wrong.sum())} clips have {what}, such as "
-                f"{ids}; clips of one id must be the same clip."
+                f"{store.path}: {int(wrong.sum())} clips have {what}, such as {ids}; clips with "
+                "the same id must be identical."
             )
 
     def _check_is_current(self) -> None:

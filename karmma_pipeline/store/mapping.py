@@ -88,8 +88,8 @@ class Region:
             descriptor = open_name(payload.root, payload.name)
         except OSError:
             raise StoreError(
-                f"{path}: the shard file is missing; `karmma store verify --repair` marks the "
-                "shard, then extract again."
+                f"{path}: the shard file is missing; run `karmma store verify --repair`, then "
+                "extract again."
             ) from None
         try:
             # Touching a page beyond a file's end is SIGBUS, which kills the process: a file that
@@ -124,9 +124,8 @@ class Region:
                 same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
                 if same and now.st_size < before.st_size:
                     raise StoreError(
-                        f"{path}: was cut to {now.st_size} bytes while it was in use; it had "
-                        f"{before.st_size}. `karmma store verify --repair` marks the shard, then "
-                        "extract again."
+                        f"{path}: was truncated from {before.st_size} to {now.st_size} bytes "
+                        "while in use; run `karmma store verify --repair`, then extract again."
                     )
 
     def rows(self) -> npt.NDArray[np.uint8]:

@@ -57,7 +57,9 @@ class FeatureStore(MappedStore):
         manifest = layout.read_manifest(self.path)
         self.digest = manifest["digest"]
         if manifest["clips"] != len(self):
-            raise StoreError(f"{self.path}: the manifest and {layout.SPEC} count other clips.")
+            raise StoreError(
+                f"{self.path}: the manifest and {layout.SPEC} have different numbers of clips."
+            )
         self.reasons = self._catalog.column("reason", np.uint8, len(self.modalities))
         if self.reasons.max(initial=0) > max(Reason):
             raise StoreError(f"{self.path}: unknown reason {self.reasons.max()} in the clip table.")
@@ -134,8 +136,8 @@ class FeatureStore(MappedStore):
             if layout.read_manifest(self.path)["digest"] == self.digest:
                 return
         raise StoreError(
-            f"{self.path}: the store was changed after it was opened; wait until `karmma extract` "
-            "has made its clips again, then start again."
+            f"{self.path}: the store was changed after it was opened; wait until `karmma "
+            "extract` has finished, then start again."
         )
 
     def locate(self, modality: str) -> ClipLocations:

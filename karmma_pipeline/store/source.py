@@ -154,11 +154,11 @@ class TokenSource(ABC):
 
         if modality not in self.modalities:
             known = ", ".join(self.modalities)
-            raise StoreError(f"{self.path}: modality={modality!r} is not here; it has {known}.")
+            raise StoreError(f"{self.path}: no modality {modality!r}; it has {known}.")
         name = clip_id.encode() if isinstance(clip_id, str) else bytes(clip_id)
         found = np.flatnonzero(self.clip_ids == name)
         if not len(found):
-            raise StoreError(f"{self.path}: clip_id={name.decode(errors='replace')!r} is not here.")
+            raise StoreError(f"{self.path}: clip_id={name.decode(errors='replace')!r} not found.")
         reason = Reason(int(self.reasons[found[0], self.modalities.index(modality)]))
         if reason is not Reason.PRESENT:
             raise StoreError(
@@ -186,8 +186,8 @@ def check_views(one: TokenSource, other: TokenSource) -> None:
     """
     if one.views != other.views:
         raise StoreError(
-            f"{one.path} and {other.path}: have other views of a clip ({one.views or 'one'} and "
-            f"{other.views or 'one'}); extract both with the same views."
+            f"{one.path} and {other.path}: have different views per clip ({one.views or 'one'} "
+            f"and {other.views or 'one'}); extract both with the same views."
         )
 
 

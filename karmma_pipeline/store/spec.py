@@ -78,19 +78,20 @@ class StoredArray:
 class ModalitySpec(Recipe):
     """Tokens of one modality and where they come from."""
 
-    tokens: int = Field(gt=0, le=1_000_000, description="Tokens N of a clip.")
+    tokens: int = Field(gt=0, le=1_000_000, description="Tokens N per clip.")
     width: int = Field(gt=0, le=1_000_000, description="Width D of a token.")
     dtype: StoredDtype = Field(
         "float16",
-        description="Type on disk. bfloat16 is kept as uint16 bits, int8 with a float16 scale\n"
-        "per token (half the bytes of float16); uint8 is for pictures before a network.",
+        description="Data type on disk. bfloat16 is stored as uint16 bits, int8 with a\n"
+        "float16 scale per token (half the size of float16); uint8 is for frames before a\n"
+        "backbone.",
     )
-    frames: int = Field(0, ge=0, description="Sampled times T that are recorded per clip.")
+    frames: int = Field(0, ge=0, description="Number of recorded sampling times T per clip.")
     provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
     computed: dict[str, Any] = Field(
         {},
-        description="Precision, layout and batch size of the computation: what decides the last\n"
-        "bits of a token, not what it means.",
+        description="Precision, memory format and batch size of the computation; they change\n"
+        "tokens only in the last bits.",
     )
 
     @model_validator(mode="after")
@@ -171,9 +172,9 @@ class StoreSpec(Recipe):
 
     modalities: dict[str, ModalitySpec] = Field(min_length=1, description="By name.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each label set.")
-    clips_per_shard: int = Field(256, gt=0, le=65_536, description="Clips of one shard file.")
+    clips_per_shard: int = Field(256, gt=0, le=65_536, description="Clips per shard file.")
     views: Views | None = Field(
-        None, description="Views of each clip, which are rows one after another; None: one row."
+        None, description="Views per clip, stored as consecutive rows; null: one row."
     )
 
     @model_serializer(mode="wrap")

@@ -142,11 +142,13 @@ class ShardWriter:
     ) -> None:
         if clip_id != self.clip_ids[self.next]:
             raise StoreError(
-                f"{self.root}: shard {self.shard}: clip {clip_id!r} came, "
-                f"{self.clip_ids[self.next]!r} is next."
+                f"{self.root}: shard {self.shard}: got clip {clip_id!r}, expected "
+                f"{self.clip_ids[self.next]!r}."
             )
         if self._broken:
-            raise StoreError(f"{self.root}: shard {self.shard}: a write failed before; start anew.")
+            raise StoreError(
+                f"{self.root}: shard {self.shard}: an earlier write failed; start again."
+            )
         for m in self._order:
             if m not in tokens and not reasons.get(m):
                 raise self._unfit(clip_id, m, "neither tokens nor a reason for their absence")
@@ -180,15 +182,17 @@ class ShardWriter:
         if isinstance(tokens, tuple):
             shapes = [(part.shape, part.dtype) for part in tokens]
             if shapes != [((a.tokens, a.width), a.dtype) for a in self._arrays[modality]]:
-                raise self._unfit(clip_id, modality, "the encoded arrays do not fit the store")
+                raise self._unfit(clip_id, modality, "the encoded arrays do not match the store")
             return tokens
         if tokens.shape != (wanted := (one.tokens, one.width)):
-            raise self._unfit(clip_id, modality, f"tokens {tokens.shape}, not {wanted}")
+            raise self._unfit(
+                clip_id, modality, f"shape of the tokens is {tokens.shape}, expected {wanted}"
+            )
         largest = _largest(tokens)
         if not math.isfinite(largest):
             raise self._unfit(clip_id, modality, "NaN or infinity in the tokens")
         if largest > one.largest:
-            beyond = f"tokens beyond {one.largest:g}, the most {one.dtype} holds"
+            beyond = f"tokens exceed {one.largest:g}, the maximum of {one.dtype}"
             raise self._unfit(clip_id, modality, beyond)
         return one.encode(tokens)
 

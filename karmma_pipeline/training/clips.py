@@ -25,7 +25,9 @@ from karmma_pipeline.store.spec import ClipNumbers
 from karmma_pipeline.training.ranks import Ranks
 from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
-NEW_FOLDER = "Then train into a new folder, --set out=FOLDER: a run keeps to its clips."
+NEW_FOLDER = (
+    "Then train in a new folder (--set out=FOLDER), since the clips of a run cannot change."
+)
 
 Labels = Mapping[str, npt.NDArray[np.integer]]
 
@@ -55,8 +57,8 @@ def usable_clips(
     clips = clips[seen]
     if not len(clips):
         raise ManifestError(
-            f"{store.path}: no clip of split={split!r} has any modality; `karmma store info` and "
-            "failures.csv say why."
+            f"{store.path}: no clip of split={split!r} has any modality; see `karmma store "
+            "info` and failures.csv for the reasons."
         )
     return clips
 
@@ -71,7 +73,7 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
         why = ", ".join(f"{Reason(c).label} {n}" for c, n in sorted(counts.items()))
         parts.append(f"{modality} {here}{f' (absent: {why})' if why else ''}")
     without = len(reasons) - len(clips)
-    left_out = f"; {without} with nothing to see: no network is asked about them" if without else ""
+    left_out = f"; {without} without any modality, not used" if without else ""
     views = f" ({store.view_count} views of each)" if store.views else ""
     return f"{len(reasons) // store.view_count} clips{views}; {'; '.join(parts)}{left_out}"
 
@@ -93,19 +95,19 @@ def check_labels(
     labels = {head: np.asarray(of) for head, of in store.labels.items()}
     if not any((of[train] >= 0).any() for of in labels.values()) and _needs_labels(recipe):
         raise ManifestError(
-            f"{store.path}: no clip of train_split={recipe.train_split!r} has a label, so that "
-            "nothing can be learned; choose another split, or label the clips."
+            f"{store.path}: no clip of train_split={recipe.train_split!r} has a label; choose "
+            "another split, or label the clips."
         )
     known = {f"{head}_top1": bool((of[val] >= 0).any()) for head, of in labels.items()}
     every = np.logical_and.reduce([of[val] >= 0 for of in labels.values()])
     known |= {"action_top1": bool(every.any()), "loss": any(known.values()), "epoch": True}
     if recipe.select_by not in known:
-        raise ConfigError(f"select_by={recipe.select_by!r}: allowed are {', '.join(known)}.")
+        raise ConfigError(f"select_by={recipe.select_by!r}: must be one of {', '.join(known)}.")
     if not known[recipe.select_by]:
         raise ManifestError(
             f"{store.path}: no clip of val_split={recipe.val_split!r} has the labels that "
-            f"select_by={recipe.select_by!r} needs to choose the best epoch; set select_by to one "
-            f"of {', '.join(name for name, defined in known.items() if defined)}."
+            f"select_by={recipe.select_by!r} requires; set select_by to one of "
+            f"{', '.join(name for name, defined in known.items() if defined)}."
         )
     for head, names in store.heads.items():
         yield from _never_seen(head, names, labels[head][train], labels[head][val])
@@ -127,8 +129,8 @@ def _never_seen(
         more = ", ..." if never.sum() > 5 else ""
         asked = int(never[val[val >= 0]].sum())
         yield (
-            f"{head}: {int(never.sum())} of {len(names)} classes have no training clip ({some}"
-            f"{more}); {asked} validation clips are of these"
+            f"{head}: {int(never.sum())} of {len(names)} classes have no training clip "
+            f"({some}{more}); {asked} validation clips belong to them"
         )
 
 

@@ -38,7 +38,7 @@ def first_batch(
         raise ConfigError(str(error)) from error
     except Exception as error:  # whatever code of one's own raises
         reason = named_line(error)
-        raise ConfigError(f"model={name!r}: failed on a first batch ({reason}).") from error
+        raise ConfigError(f"model={name!r}: failed on the first batch ({reason}).") from error
     model.train(training)
     return batch, logits
 
@@ -52,14 +52,15 @@ def check_start(recipe: TrainRecipe, model: TokenModel, ranks: Ranks) -> None:
     """
     if (recipe.accumulate > 1 or ranks.size > 1) and (parts := needs_whole_batches(model)):
         raise ConfigError(
-            f"model={recipe.model!r}: {parts[0]} is a BatchNorm, whose numbers depend on which "
-            "clips share a pass; train it with accumulate: 1 on one rank, or use LayerNorm."
+            f"model={recipe.model!r}: {parts[0]} is a BatchNorm, which depends on the other "
+            "clips of the forward pass; train it with accumulate: 1 on one rank, or use "
+            "LayerNorm."
         )
     sha = hashlib.sha256()
     for tensor in model.state_dict().values():
         sha.update(tensor.detach().cpu().numpy().tobytes())
     if len({*ranks.gather(sha.hexdigest())}) > 1:
         raise ConfigError(
-            f"model={recipe.model!r}: its ranks begin with other weights; draw them from torch, "
-            "which is seeded by the recipe, and from nothing else."
+            f"model={recipe.model!r}: initial weights differ between ranks; draw them only with "
+            "torch, which the recipe seeds."
         )

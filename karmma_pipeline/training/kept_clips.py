@@ -53,8 +53,8 @@ def learned_from(run: Path, store: TokenSource, split: str) -> npt.NDArray[np.by
     kept = _read(run / CLIPS)
     if kept is None:
         raise CheckpointError(
-            f"{run}: has no {CLIPS}, so that nobody knows which clips it was trained on; train it "
-            "again, or set cross_fitted: false."
+            f"{run}: has no {CLIPS}, so its training clips are unknown; train it again, or set "
+            "cross_fitted: false."
         )
     ids = store.clip_ids[store.split == split]
     return ids[np.isin(ids, np.array([*kept["clips"]], ids.dtype))]
@@ -79,10 +79,10 @@ def as_it_began(out: Path, store: TokenSource) -> TokenSource:
     if changed:
         named = ", ".join(sorted(changed)[:_NAMED]) + (", ..." if len(changed) > _NAMED else "")
         raise CheckpointError(
-            f"{out}: {len(changed)} of the {len(mine)} clips of this run are others now in "
-            f"{store.path}, or gone: {named}; they were extracted again, or their rows changed. "
-            "Put the old store back, or train into another folder with --set out=FOLDER; "
-            f"init_from={out} begins with what this run has learned."
+            f"{out}: {len(changed)} of the {len(mine)} clips of this run have changed in "
+            f"{store.path} or are missing: {named}; they were extracted again, or their rows "
+            "changed. Restore the old store, or train in another folder with --set out=FOLDER; "
+            f"init_from={out} starts from the weights of this run."
         )
     clips = np.flatnonzero([clip.decode() in mine for clip in store.clip_ids])
     return PartOfStore(store, clips, kept["heads"], kept["store"])
@@ -98,6 +98,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: the file is damaged ({error}); take it away, then the run goes on if its "
-            "store is the same."
+            f"{path}: the file is damaged ({error}); remove it, and the run resumes if its "
+            "store is unchanged."
         ) from None

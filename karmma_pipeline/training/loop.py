@@ -204,10 +204,9 @@ class Trainer:
         self.setup.run.log(f"loss={loss}, gradient norm={norm}; clips: {names}")
         return (
             f"{self.setup.run.path}: loss={loss} and gradient norm={norm} at epoch "
-            f"{self.progress.epoch + 1}, step {self.progress.batch}, with finite features; nothing "
-            f"of this step is kept. Lower optimiser.lr, or try precision float32. "
-            f"The clips were {names[:400]}"
-            f"{' ... (all are in log.txt)' if len(names) > 400 else '.'}"
+            f"{self.progress.epoch + 1}, step {self.progress.batch}, although the features are "
+            "finite; this step is discarded. Lower optimiser.lr, or try precision float32. "
+            f"Clips: {names[:400]}{' ... (all in log.txt)' if len(names) > 400 else '.'}"
         )
 
     def _logits(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -342,7 +342,9 @@ class OwnObjective:
             raise
         except Exception as error:  # whatever code of one's own raises
             reason = named_line(error)
-            raise ConfigError(f"objective={name!r}: failed on a first batch ({reason}).") from error
+            raise ConfigError(
+                f"objective={name!r}: failed on the first batch ({reason})."
+            ) from error
         if not terms["loss"].requires_grad:
             raise ConfigError(f"objective={name!r}: its loss does not depend on the logits.")
         self.terms = ("loss", *sorted(terms.keys() - {"loss"}))
@@ -376,12 +378,12 @@ class OwnObjective:
         if names or "loss" not in terms or not scalar:
             what = f"names such as {names[0]!r}" if names else f"{type(said).__name__} of no scalar"
             raise ConfigError(
-                f"objective={self.name!r}: returned {what}; return a scalar tensor, the mean over "
-                "the clips, or a dict of them with 'loss' in it."
+                f"objective={self.name!r}: returned {what}; return a scalar tensor (the mean "
+                "over the clips), or a dict of such tensors with the key 'loss'."
             )
         if self.terms and terms.keys() != {*self.terms}:
             raise ConfigError(
-                f"objective={self.name!r}: returned the terms {', '.join(terms)} and before "
-                f"{', '.join(self.terms)}; return the same for every batch."
+                f"objective={self.name!r}: returned the terms {', '.join(terms)} but before "
+                f"{', '.join(self.terms)}; return the same terms for every batch."
             )
         return terms

@@ -29,7 +29,7 @@ class TrainingProgress:
     loss_sum: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
-    """Over the steps of this epoch: the loss's parts, the gradient's norm, and how many steps."""
+    """Over the steps of this epoch: the loss terms, the gradient norm, and the number of steps."""
 
     @classmethod
     def read(cls, metrics: Path) -> Self:
@@ -111,7 +111,7 @@ class TrainReport:
     def summary(self) -> str:
         """Return the closing lines of the command."""
         done = " (was already done)" if self.already_done else ""
-        early = ", stopped early: no better epoch for as long as `patience` says"
+        early = ", stopped early after `patience` epochs without improvement"
         scores = ", ".join(
             f"{k.removeprefix('val_').removesuffix('_top1')} {v:.1f} %"
             for k, v in self.best.items()

@@ -63,21 +63,21 @@ class Ranks:
             raise ConfigError(f"{', '.join(names)}: must be numbers ({error}).") from None
         if not 0 <= rank < size:
             raise ConfigError(
-                f"RANK={rank}: must lie below WORLD_SIZE={size}; start with torchrun."
+                f"RANK={rank}: must be less than WORLD_SIZE={size}; start with torchrun."
             )
         missing = [name for name in _ADDRESS if not os.environ.get(name)]
         if size > 1 and missing:
             raise ConfigError(
-                f"WORLD_SIZE={size} without {' and '.join(missing)}: this process is told of other "
-                "ranks, but not where they are. Start all of them with torchrun "
+                f"WORLD_SIZE={size} without {' and '.join(missing)}: there are other ranks, but "
+                "their address is unknown. Start all ranks with torchrun "
                 f"(--nproc-per-node={size}), or unset WORLD_SIZE to train in one process."
             )
         if "WORLD_SIZE" not in os.environ and (several := copies()) is not None:
             name, number = several
             raise ConfigError(
-                f"{name}={number} without WORLD_SIZE: {number} processes of this training were "
-                "started that know nothing of one another. Start one (srun -n 1), or let torchrun "
-                "start the ranks, with srun once on each node: see train/slurm_nodes.sbatch."
+                f"{name}={number} without WORLD_SIZE: {number} independent processes of this "
+                "training were started. Start one (srun -n 1), or let torchrun start the ranks, "
+                "once per node; see train/slurm_nodes.sbatch."
             )
         return cls(rank, size, local)
 
@@ -163,9 +163,10 @@ def _meet(ranks: Ranks) -> Any:
         store.wait([f"karmma/{rank}" for rank in range(ranks.size)], _MEETING)
     except (RuntimeError, ValueError, OSError) as error:
         raise KarmmaError(
-            f"rank {ranks.rank}: {ranks.size} ranks were to meet at MASTER_ADDR:MASTER_PORT="
-            f"{where}, but did not ({str(error).strip().splitlines()[0][:160]}). Start all of them "
-            "with torchrun, or unset RANK and WORLD_SIZE to train in one process."
+            f"rank {ranks.rank}: {ranks.size} ranks could not connect to "
+            f"MASTER_ADDR:MASTER_PORT={where} ({str(error).strip().splitlines()[0][:160]}). "
+            "Start all ranks with torchrun, or unset RANK and WORLD_SIZE to train in one "
+            "process."
         ) from None
     store.set_timeout(_TIMEOUT)
     return store
@@ -178,6 +179,6 @@ def _others_may_end(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise KarmmaError(
-            f"rank {rank}: another rank has ended ({reason}); see its message. What is saved is "
-            "kept: run the same command again to resume."
+            f"rank {rank}: another rank exited ({reason}); see its message. Run the same "
+            "command again to resume."
         ) from None

@@ -40,41 +40,43 @@ class SuffixSettings(Recipe):
     lr: float = Field(
         1e-5,
         ge=0,
-        description="Peak learning rate, on the schedule of optimiser.lr (ours); 0 freezes them.",
+        description="Peak learning rate of the suffixes, with the schedule of optimiser.lr\n"
+        "(ours); 0 freezes them.",
     )
     freeze_norm: bool = Field(
-        True, description="Batch norms keep their statistics, scale and shift (ours)."
+        True, description="Freeze batch norms: statistics, scale and shift (ours)."
     )
     stochastic: bool = Field(
         False,
-        description="Dropout and stochastic depth of the networks act as in their own training.",
+        description="Enable dropout and stochastic depth of the backbones.",
     )
     crop: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="cut: input: the part of stored pictures that training sees has a side from\n"
-        "this to 1, drawn for each clip, and is brought to the network's size.",
+        description="cut: input only: random resized crop of the stored frames; the relative\n"
+        "side of the crop is drawn from [crop, 1] per clip.",
     )
     colour: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="cut: input: contrast of RGB changes by up to this share, brightness by up to\n"
-        "this in units of the normalised picture.",
+        description="cut: input only: colour jitter of RGB; maximum relative change of\n"
+        "contrast, and maximum change of brightness in units of the normalised frame.",
     )
     flip: bool = Field(
         False,
-        description="cut: input: half of the clips are mirrored; not where left and right matter.",
+        description="cut: input only: random horizontal flip; not for classes that\n"
+        "distinguish left and right.",
     )
     save_memory: bool = Field(
         False,
-        description="Keep only what lies between the modules of a suffix for the backward pass\n"
-        "and compute the rest again: less memory, about a third more time.",
+        description="Activation checkpointing between the modules of a suffix: less memory,\n"
+        "about a third more time.",
     )
     weights: dict[str, str] = Field(
         {},
-        description="Modality to the file of its network's weights, if it has moved since the\n"
+        description="Modality -> file of the backbone's weights, if it was moved after the\n"
         "extraction.",
     )
 
@@ -86,7 +88,7 @@ class SuffixSettings(Recipe):
 
 def _store(example: str) -> Any:
     return Field(
-        description="Feature store; several are joined by clip id and trained on as one.",
+        description="Feature store, or a list of stores to join by clip id.",
         examples=[example],
     )
 
@@ -99,31 +101,30 @@ class TrainRecipe(Recipe):
     """What all trainings share."""
 
     OLD_KEYS: ClassVar[dict[str, str]] = {
-        "bad_clips": "has no effect any more and can go: clips with NaN or infinite tokens stop a "
-        "training, which names them and says what to do",
+        "bad_clips": "no longer has an effect and can be removed: NaN or infinite tokens now "
+        "stop the training with an error that lists the clips",
     }
     FREE = frozenset({"store", "out", "name", "exclude", "init_from", "save_every_s", "device"})
     SETTLED = frozenset({"precision"})
 
     store: Store = _store("features/student")
-    loader: LoaderSettings = Field(LoaderSettings(), description="Loading of tokens.")
+    loader: LoaderSettings = Field(LoaderSettings(), description="Settings of the data loader.")
     out: Path = _out("runs/student")
-    name: str = Field("", description="Name in legends; empty: the run folder's name.")
+    name: str = Field("", description="Name in legends; empty: the name of the run folder.")
     train_split: str = Field("train", description="Split to train on.")
     val_split: str = Field("val", description="Split on which the best epoch is chosen.")
     exclude: Path | None = Field(
-        None, description="Text file with one clip id per line: clips to leave out of both splits."
+        None, description="Text file with ids of clips to exclude from both splits, one per line."
     )
     init_from: Path | None = Field(
         None,
-        description="Run folder whose weights training starts from: for longer training,\n"
-        "fine-tuning or new labels. Classes are matched by name; weights without a match start\n"
-        "afresh.",
+        description="Run folder with initial weights, for longer training, fine-tuning or new\n"
+        "labels. Classes are matched by name; other weights are newly initialised.",
     )
     model: str = Field(
         "",
-        description="Model: empty (the fusion model), late_fusion (one model per modality,\n"
-        "averaged), or your own as package.module:factory.",
+        description="Model: empty (the fusion model), late_fusion (the average of one model\n"
+        "per modality), or a custom one as package.module:factory.",
     )
     model_args: dict[str, Any] = Field(
         {},
@@ -131,37 +132,38 @@ class TrainRecipe(Recipe):
     )
     objective: str = Field(
         "",
-        description="Loss: empty (the command's own), or your own as package.module:function.",
+        description="Loss: empty (that of the command), or a custom one as\n"
+        "package.module:function.",
     )
     objective_args: dict[str, Any] = Field({}, description="Keyword arguments of that function.")
     size: FusionSize = Field(FusionSize(), description="Fusion model.")
     position_std: float = Field(
         0.02,
         ge=0,
-        description="Deviation of a fusion model's position tokens when training begins. They are\n"
-        "added to tokens of about 1: small ones hide where in the clip a token lies.",
+        description="Standard deviation of the initial position embeddings of a fusion model.\n"
+        "They are added to tokens of magnitude 1: small values hide the position of a token\n"
+        "in the clip.",
     )
     optimiser: Optimiser = Field(Optimiser(), description="Optimiser.")
     suffix: SuffixSettings = Field(
         SuffixSettings(),
-        description="Parts of backbones that train with the model, where a set's choice has a cut.",
+        description="Training of backbone suffixes, if the stores were extracted with a cut.",
     )
-    epochs: int = Field(30, gt=0, description="Passes over the training clips (ours).")
+    epochs: int = Field(30, gt=0, description="Number of epochs (ours).")
     batch_size: int = Field(
         64,
         gt=0,
-        description="Clips per optimiser step, over all ranks and accumulated parts (ours).",
+        description="Clips per optimiser step, summed over ranks and accumulation steps (ours).",
     )
     accumulate: int = Field(
         1,
         gt=0,
-        description="Gradient accumulation: parts in which a batch passes through the network;\n"
-        "the step is that of the whole batch, the memory that of a part.",
+        description="Gradient accumulation steps per batch: less memory, same update.",
     )
     modality_dropout: ModalityDropout = Field(
         0.3,
-        description="delta: probability with which each present modality is dropped in training;\n"
-        "one of the present ones always stays (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1},\n"
+        description="delta: probability of dropping each present modality in training; at\n"
+        "least one is always kept (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1},\n"
         "ramp_epochs: 10, ramp_from: 0.0, burst: 8}, or {patterns: FILE.csv}.",
     )
     label_smoothing: float = Field(
@@ -171,30 +173,32 @@ class TrainRecipe(Recipe):
         0.0,
         ge=0,
         le=1,
-        description="b: an epoch draws a clip of class y in proportion to 1 / (clips of y)^b,\n"
-        "averaged over heads; 0 takes each clip once, 1 makes classes equally frequent.",
+        description="Class-balanced sampling: an epoch draws clips of class y in proportion\n"
+        "to 1 / (clips of y)^b, averaged over heads. 0: each clip once; 1: uniform over\n"
+        "classes.",
     )
     ema: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Decay per step of the moving average of the weights; above 0, the average\n"
-        "is what is validated and saved as best and last.",
+        description="Decay per step of the moving average of the weights (EMA). Above 0, the\n"
+        "average is validated and saved.",
     )
     select_by: str = Field(
         "action_top1",
-        description="Validation metric that chooses the best epoch: action_top1, HEAD_top1, loss,\n"
-        "or epoch (the last one). Ties go to the lower loss.",
+        description="Validation metric that selects the best epoch: action_top1, HEAD_top1,\n"
+        "loss, or epoch (the last one). Ties are resolved by the loss.",
     )
     patience: int = Field(
         0,
         ge=0,
-        description="Early stopping: epochs without improvement of `select_by` after which\n"
-        "training ends; 0: train all epochs.",
+        description="Early stopping after this number of epochs without improvement of\n"
+        "`select_by`; 0: never.",
     )
     standardise: bool = Field(
         True,
-        description="Standardise features by their mean and deviation over the training clips.",
+        description="Standardise features by their mean and standard deviation over the\n"
+        "training clips.",
     )
     save_every_s: float = Field(
         300.0,
@@ -205,8 +209,8 @@ class TrainRecipe(Recipe):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 autocast on GPUs, float32 elsewhere; a run keeps the\n"
-        "precision that it started with.",
+        description="auto: bfloat16 autocast on GPUs, float32 on CPUs; a run keeps the\n"
+        "precision it started with.",
     )
 
     @property
@@ -282,18 +286,21 @@ class DistillRecipe(TrainRecipe):
     FREE = TrainRecipe.FREE | {"teacher", "teacher_store", "teacher_table", "allow_unfinished"}
 
     teacher: Paths = Field(
-        description="Run folder of the teacher, or a list of them.", examples=["runs/teacher"]
+        description="Run folder of the teacher, or a list for several teachers.",
+        examples=["runs/teacher"],
     )
     teacher_store: Stores = Field(
-        description="Feature store of the teacher: one for all teachers, or one for each. Stores\n"
-        "that a teacher was trained on as one are a nested list: [[rgb, audio]].",
+        description="Feature store of the teacher: one for all teachers, or one per teacher.\n"
+        "For a teacher trained on joined stores, use a nested list: [[rgb, audio]].",
         examples=["features/teacher"],
     )
     allow_unfinished: bool = Field(
-        False, description="Use the best epoch so far of a teacher whose training has not finished."
+        False,
+        description="Allow a teacher whose training has not finished; its best epoch\n"
+        "so far is used.",
     )
     teacher_weights: tuple[float, ...] = Field(
-        (), description="Weight of each teacher in their average; empty: equal weights."
+        (), description="Weight of each teacher in the average; empty: equal weights."
     )
     teacher_average: Literal["probabilities", "logits"] = Field(
         "probabilities",
@@ -301,7 +308,7 @@ class DistillRecipe(TrainRecipe):
     )
     teacher_table: Path | None = Field(
         None,
-        description="Folder of the teachers' cached logits, may be shared by runs; null: in `out`.",
+        description="Folder for the cached teacher logits, which runs can share; null: in `out`.",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
     temperature: float = Field(
@@ -311,16 +318,15 @@ class DistillRecipe(TrainRecipe):
     )
     kl_clips: Literal["all", "right", "better"] = Field(
         "all",
-        description="Clips whose KL counts, for each head and under each mask: all; right: those\n"
-        "that the teachers answer rightly; better: those to whose label they give more\n"
-        "probability than the student does. The mean is over all clips; where a label is\n"
-        "unknown, the teachers are believed.",
+        description="Clips that contribute to the KL term, per head and mask. all; right:\n"
+        "clips that the teacher classifies correctly; better: clips whose label gets a higher\n"
+        "probability from the teacher than from the student. The mean is over all clips;\n"
+        "clips without a label always contribute.",
     )
     cross_fitted: bool = Field(
         False,
-        description="Leave a teacher out for the clips that it was trained on: of several, each\n"
-        "trained without a part of the clips (`exclude`), those alone teach a clip that never\n"
-        "saw it.",
+        description="Do not use a teacher for clips that it was trained on. Needs several\n"
+        "teachers, each trained without a part of the clips (`exclude`).",
     )
 
     @model_validator(mode="after")
@@ -329,7 +335,7 @@ class DistillRecipe(TrainRecipe):
         if not all(self.teacher_store) or len(self.teacher_store) not in {1, count}:
             raise ValueError(
                 f"teacher_store names {len(self.teacher_store)} stores for {count} teachers; "
-                "give one for all, or one for each"
+                "give one for all, or one per teacher"
             )
         if self.teacher_weights and (
             len(self.teacher_weights) != count
@@ -337,7 +343,7 @@ class DistillRecipe(TrainRecipe):
             or not sum(self.teacher_weights) > 0
         ):
             raise ValueError(
-                f"teacher_weights={self.teacher_weights}: give one weight, 0 or more, for each of "
-                f"the {count} teachers, not all 0"
+                f"teacher_weights={self.teacher_weights}: give one non-negative weight per "
+                f"teacher ({count}), not all 0"
             )
         return self

@@ -128,9 +128,9 @@ def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str
         code = {f"{k} 0": card.code[name] for k, name in recipe.own.items() if name in card.code}
         return progress, {"store": card.store_digest, **code}
     raise CheckpointError(
-        f"{recipe.out}: its training states (state/) are gone after epoch {progress.epoch} of "
-        f"{recipe.epochs}, so that it cannot go on; put them back, or choose another folder with "
-        f"--set out=FOLDER; init_from={models[-1]} begins with what it had learned."
+        f"{recipe.out}: its training states (state/) are missing after epoch {progress.epoch} "
+        f"of {recipe.epochs}, so it cannot resume. Restore them, or choose another folder with "
+        f"--set out=FOLDER; init_from={models[-1]} starts from its weights."
     )
 
 
@@ -167,9 +167,9 @@ def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, st
     """Refuse to go on with other data than a run began with; where they lie does not matter."""
     for kind, path, before, there in _changed_sources(recipe, began, now):
         raise CheckpointError(
-            f"{recipe.out}: the run began with {kind} {_digest(before)}, there is "
-            f"now {path} {_digest(there)}; put the old one back, or choose another "
-            "folder with --set out=FOLDER."
+            f"{recipe.out}: the run started with {kind} {_digest(before)}, but {path} is now "
+            f"{_digest(there)}; restore the old one, or choose another folder with --set "
+            "out=FOLDER."
         )
 
 
@@ -284,8 +284,8 @@ def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iter
     both = len(np.intersect1d(train, val))
     if both:
         yield (
-            f"val_split={recipe.val_split!r}: {both} of its {len(val)} clips are trained on: its "
-            "accuracy says nothing about other clips"
+            f"val_split={recipe.val_split!r}: {both} of its {len(val)} clips are training "
+            "clips; its accuracy says nothing about other clips"
         )
 
 
@@ -341,7 +341,7 @@ def _describe_start(
     ranks: Ranks,
 ) -> None:
     if recipe.exclude is not None:
-        run.note(f"exclude: the clips that {recipe.exclude} lists are left out")
+        run.note(f"exclude: the clips listed in {recipe.exclude} are not used")
     how = f"{ranks.size} x {device}, {recipe.precision}, {torch.get_num_threads()} threads"
     run.note(f"{'resuming' if resuming else 'starting'}: {how}, {store.path}")
     for split, clips in zip((recipe.train_split, recipe.val_split), chosen, strict=True):
@@ -427,8 +427,9 @@ def _check_teacher(teacher: Path) -> None:
     progress = TrainingProgress.read(teacher / METRICS)
     if "epochs" in wanted and not progress.finished(TrainRecipe.model_construct(**wanted)):
         raise CheckpointError(
-            f"teacher={str(teacher)!r}: has trained {progress.epoch} of {wanted['epochs']} epochs; "
-            "let it finish, or set allow_unfinished: true to learn from its best epoch so far."
+            f"teacher={str(teacher)!r}: trained for {progress.epoch} of {wanted['epochs']} "
+            "epochs; finish its training, or set allow_unfinished: true to use its best epoch "
+            "so far."
         )
 
 
@@ -472,10 +473,10 @@ def _check_cross_fitted(
     taught = int((~torch.stack(learned)[:, clips].all(dim=0)).sum())
     if not taught:
         raise ConfigError(
-            "cross_fitted=True: every teacher was trained on all clips of this training; train "
-            "each of several without a part of them, `exclude: FILE`."
+            "cross_fitted=True: every teacher was trained on all training clips; train several "
+            "teachers, each without a part of the clips (`exclude: FILE`)."
         )
-    yield f"{taught} of {len(clips)} clips are taught by a teacher that was not trained on them"
+    yield f"{taught} of {len(clips)} clips have a teacher that was not trained on them"
 
 
 def _learned(

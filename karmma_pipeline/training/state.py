@@ -42,7 +42,7 @@ def read_checksummed(path: Path) -> memoryview:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     data = content[_DIGEST_BYTES:]
     if len(content) <= _DIGEST_BYTES or hashlib.sha256(data).digest() != content[:_DIGEST_BYTES]:
-        raise CheckpointError(f"{path}: the file is damaged, its digest does not match.")
+        raise CheckpointError(f"{path}: the file is damaged (checksum mismatch).")
     return data
 
 
@@ -76,8 +76,8 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             faults.append(str(error))
     if faults:
         raise CheckpointError(
-            f"{folder}: no training state can be used: {' '.join(faults)} Put back a copy of one, "
-            f"or remove {folder} to train from the first step over what is in {folder.parent}."
+            f"{folder}: no usable training state: {' '.join(faults)} Restore a copy, or remove "
+            f"{folder} to restart the training, which overwrites {folder.parent}."
         )
     return None, faults
 
@@ -91,11 +91,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise CheckpointError(
-            f"{path}: is no training state of ours; it holds more than tensors and numbers, "
-            f"or is cut, and was not run ({reason})."
+            f"{path}: not a training state: it is truncated or contains more than tensors and "
+            f"numbers, and was not loaded ({reason})."
         ) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: is no training state of this version ({VERSION}).")
+        raise CheckpointError(f"{path}: not a training state of this version ({VERSION}).")
     return state
 
 

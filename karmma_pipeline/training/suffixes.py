@@ -22,8 +22,8 @@ def adapt(recipe: TrainRecipe, model: TokenModel, ranks: Ranks) -> list[str]:
     if not suffixes:
         if settings.model_copy(update={"weights": {}}) != SuffixSettings():
             raise ConfigError(
-                "suffix: no backbone of this store is cut, so that there is none to train; leave "
-                "the key out, or extract with cut: STAGE or cut: input in the set's choices."
+                "suffix: no backbone of this store has a cut; remove the key, or extract with "
+                "cut: STAGE or cut: input."
             )
         return []
     for modality, suffix in suffixes.items():
@@ -33,9 +33,9 @@ def adapt(recipe: TrainRecipe, model: TokenModel, ranks: Ranks) -> list[str]:
             and (recipe.accumulate, ranks.size) != (1, 1)
         ):
             raise ConfigError(
-                f"suffix.freeze_norm=false: {modality}'s network has batch norms, whose numbers "
-                "depend on which clips share a pass; train it with accumulate: 1 on one rank, or "
-                "leave the key out."
+                f"suffix.freeze_norm=false: {modality}'s backbone has batch norms, which depend "
+                "on the other clips of the forward pass; train with accumulate: 1 on one rank, "
+                "or remove the key."
             )
         suffix.adapt(
             freeze_norm=settings.freeze_norm,
@@ -56,8 +56,8 @@ def _augment(model: TokenModel, settings: SuffixSettings) -> None:
     video = [s for s in model.suffixes.values() if s.architecture.kind == "video"]
     if not any(suffix.cut == INPUT for suffix in video):
         raise ConfigError(
-            "suffix.crop, colour and flip are for stored pictures, and no video network of this "
-            "store is cut at its input; leave them out."
+            "suffix.crop, colour and flip need stored frames, but no video backbone of this "
+            "store was extracted with cut: input; remove them."
         )
     model.augmentation = Augmentation(settings.crop, settings.colour, settings.flip)
 
@@ -79,7 +79,8 @@ def begin(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> None:
     suffixes, moved = suffixes_of(model), recipe.suffix.weights
     if unknown := [m for m in moved if m not in suffixes]:
         raise ConfigError(
-            f"suffix.weights.{unknown[0]}: is not cut; there are {', '.join(suffixes) or 'none'}."
+            f"suffix.weights.{unknown[0]}: has no cut; modalities with a cut: "
+            f"{', '.join(suffixes) or 'none'}."
         )
     if suffixes:
         from karmma_pipeline.models.backbones.suffix import weights_behind  # torchvision, too

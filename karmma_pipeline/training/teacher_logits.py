@@ -116,9 +116,7 @@ class DrawnLogits(TeacherLogits):
         rows = torch.minimum(self._first[clip, None] + self._steps, self._last[clip, None])
         same = (self._masks[rows] == mask[:, None]).all(dim=2)
         if not bool(same.any(dim=1).all()):
-            raise CheckpointError(
-                "teacher logits: a mask was drawn that they were not computed for."
-            )
+            raise CheckpointError("teacher logits: not computed for this mask.")
         return rows.gather(1, same.byte().argmax(dim=1, keepdim=True))[:, 0]
 
 
@@ -206,14 +204,14 @@ class TeacherLogitsCache:
         store = find_joined(opened, self.card.store_digest, self.card.stores)
         if store is None:
             raise StoreError(
-                f"{', '.join(map(str, paths))}: is not the store that {teacher} was trained on; "
-                "set teacher_store to that one, or to a list in a list of those that it was "
-                "trained on as one."
+                f"{', '.join(map(str, paths))}: not the store that {teacher} was trained on; "
+                "set teacher_store to that store or, for joined stores, to a nested list of "
+                "them."
             )
         self.store = store
         if self.card.heads != student.heads:
             raise CheckpointError(
-                f"{teacher}: knows the heads and classes {_sizes(self.card.heads)}, the "
+                f"{teacher}: has the heads and classes {_sizes(self.card.heads)}, but the "
                 f"student's store {student.path} has {_sizes(student.heads)}."
             )
         check_views(student, store)
@@ -278,7 +276,7 @@ class TeacherLogitsCache:
         # Also a barrier: chunks of other ranks are there once all have come here.
         stopping, _ = ranks.agree_to_stop(stop)
         if stopping:
-            stop.check(f"the teacher logits in {folder} that are done are kept")
+            stop.check(f"the finished teacher logits in {folder} are kept")
         parts = [load(bytes(state.read_checksummed(_chunk(folder, c)))) for c in range(len(chunks))]
         row_of_clip = torch.full((len(self.student),), -1)
         row_of_clip[torch.from_numpy(self.clips)] = torch.arange(len(self.clips))
@@ -336,8 +334,8 @@ class TeacherLogitsCache:
             differences = [str(error)]
         if differences:
             raise CheckpointError(
-                f"{path}: the folder holds other teacher logits ({'; '.join(differences[:3])}); "
-                f"remove {folder} or set another teacher_table."
+                f"{path}: the folder contains different teacher logits "
+                f"({'; '.join(differences[:3])}); remove {folder} or set another teacher_table."
             )
 
     def _compute(
@@ -350,7 +348,9 @@ class TeacherLogitsCache:
     ) -> None:
         model, card = load_model(self.teacher)
         if card.weights_sha256 != self.card.weights_sha256:
-            raise CheckpointError(f"{self.teacher}: has just been replaced; run again.")
+            raise CheckpointError(
+                f"{self.teacher}: was replaced during the run; run the command again."
+            )
         passes = sum(int(chunk.counts.sum()) for chunk in chunks.values())
         most = max(int(chunk.counts.max()) for chunk in chunks.values())
         shown = None if ranks.main else True
@@ -410,8 +410,8 @@ class _Answers:
             return False
         if not bool(self.logits.isfinite().all()):
             raise CheckpointError(
-                "teacher logits: the teacher's logits are not finite in float16; train it again "
-                "with a lower optimiser.lr."
+                "teacher logits: the teacher's logits are not finite in float16; train the "
+                "teacher again with a lower optimiser.lr."
             )
         return True
 

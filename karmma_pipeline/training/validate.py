@@ -53,7 +53,7 @@ def validate(
         totals += _count(logits, batch, heads)
     stopping, summed = ranks.agree_to_stop(stop, totals.flatten())
     if stopping:
-        stop.check("the epoch before its validation is saved")
+        stop.check("the state before validation is saved")
     right, known, loss = summed.view_as(totals)
     seen = known[:-1] > 0
     mean_loss = float((loss[:-1] / known[:-1].clamp(min=1))[seen].mean()) if seen.any() else None

@@ -46,14 +46,14 @@ def test_stages_wait_for_those_whose_folders_they_read(here: Path) -> None:
     [
         ({"teacher": None, "later": {"command": "train-teacher", "recipe": "teacher.yaml"}}, ""),
         ({"twin": {"command": "train-teacher", "recipe": "teacher.yaml"}}, "same folder"),
-        ({"x": {"command": "extract", "recipe": "e", "nodes": 2}}, "nodes=2: extract takes one"),
+        ({"x": {"command": "extract", "recipe": "e", "nodes": 2}}, "nodes=2: extract runs on one"),
         ({"x": {"command": "distill", "recipe": "e", "array": 2}}, "array=2: only extract"),
-        ({"a/b": {"command": "distill", "recipe": "e"}}, "allowed are 1 to 40"),
+        ({"a/b": {"command": "distill", "recipe": "e"}}, "use 1 to 40"),
         ({"x": {"command": "distil", "recipe": "e"}}, "stages.x.command='distil'"),
     ],
 )
 def test_a_wrong_chain_is_refused(changes: dict[str, Any], message: str, here: Path) -> None:
-    message = message or "student reads what later makes; write later before it"
+    message = message or "student reads the output of later; put later before it"
     with pytest.raises(ConfigError, match=message):
         load_chain(write_chain(**changes))
 
@@ -147,7 +147,7 @@ def test_what_was_made_from_something_else_is_not_done(here: Path) -> None:
     teacher = json.loads(Path("teacher.yaml").read_text())
     Path("teacher.yaml").write_text(json.dumps({**teacher, "optimiser": {"lr": 0.5}}))
     assert said("teacher") == "epoch 1 of 1, changed since: optimiser.lr"
-    assert "runs/teacher holds a run of another recipe, changed since: optimiser.lr" in faults(
+    assert "runs/teacher contains a run of a different recipe; changed: optimiser.lr" in faults(
         chain
     )
     Path("teacher.yaml").write_text(json.dumps(teacher))
@@ -220,8 +220,9 @@ def test_what_will_be_missing_is_told_before_the_queue(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
     chain = write_chain(extract=None)
-    assert "teacher: features/teacher is not there and no stage of the chain makes it" in faults(
-        chain
+    assert (
+        "teacher: features/teacher does not exist, and no stage of the chain writes it"
+        in faults(chain)
     )
     chain = write_chain()
     published = {"audio": {"name": "resnet18", "weights": "DEFAULT", "image": [32, 32]}}
@@ -237,8 +238,8 @@ def test_what_will_be_missing_is_told_before_the_queue(
     assert "clips/m.csv: no column video" in told
     assert "karmma backbones fetch resnet18 DEFAULT" in told
     assert str(here / "torch") in told
-    assert "weights='my/w.pt': the file is not there" in told
-    assert "runs/teacher holds a run of another recipe" in told
+    assert "weights='my/w.pt': no such file" in told
+    assert "runs/teacher contains a run of a different recipe" in told
     (here / "report").write_text("a file")
     assert "report cannot be written" in faults(chain)
 

@@ -35,9 +35,13 @@ def test_a_device_sees_its_own_gpu_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "gpus", "says"),
     [
-        ("all", (), "no GPU is here"),
-        ("cuda:0,cuda:2", ("0", "1"), "no device 'cuda:2' is here; there are cpu, cuda:0, cuda:1"),
-        ("cpu,", (), "no device '' is here; there are cpu"),
+        ("all", (), "this machine has no GPU"),
+        (
+            "cuda:0,cuda:2",
+            ("0", "1"),
+            "no device 'cuda:2' on this machine; available: cpu, cuda:0, cuda:1",
+        ),
+        ("cpu,", (), "no device '' on this machine; available: cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_named(text: str, gpus: tuple[str, ...], says: str) -> None:
@@ -68,14 +72,14 @@ def test_each_device_does_its_part_and_what_is_missing_is_named(
 def test_devices_do_all_parts(here: Path, options: tuple[str, ...]) -> None:
     result = extract("--devices", "cpu,cpu", *options)
     assert result.exit_code == 2
-    assert "leave out --part, --retry" in result.output
+    assert "omit --part and --retry" in result.output
 
 
 def test_inside_an_array_devices_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PBS_ARRAY_INDEX", "2")
     monkeypatch.setenv("KARMMA_PARTS", "4")
     result = extract("--devices", "cpu,cpu")
-    assert "--devices: this process does one part of several already" in result.output
+    assert "--devices: this process already extracts one part" in result.output
 
 
 @pytest.mark.slow

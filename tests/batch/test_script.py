@@ -15,9 +15,7 @@ from karmma_pipeline.batch.slurm import BatchJob, batch_script
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-AGAIN = (
-    "Stopped by its time limit or pre-empted, the job saves, goes back into the queue and goes on."
-)
+AGAIN = "At its time limit or if preempted, the job saves, is requeued and resumes."
 
 
 def by_hand(stage: str, usage: str, hours: float, cpus: int, **more: Any) -> BatchJob:

@@ -44,7 +44,7 @@ def test_a_chain_is_submitted_once_with_its_dependencies(here: Path, slurm: Fake
     assert all("--kill-on-invalid-dep=yes" in c for c in slurm.jobs() if "dependency" in c)
     again = run("submit", "chain.yaml")
     assert len(slurm.jobs()) == 5
-    assert "report: in the queue as job 105" in again.output
+    assert "report: already queued as job 105" in again.output
     status = run("status", "chain.yaml").output
     assert re.search(r"extract +2 pending +not begun", status)
     assert re.search(r"student +1 pending +epoch 0 of 2", status)
@@ -143,8 +143,10 @@ def test_a_chain_run_here_looks_at_what_its_commands_have_left(
     monkeypatch.setattr(sys, "executable", str(stand_in(here / "python", here / "env")))
     result = run("submit", str(chain), "--launcher", "local")
     assert result.exit_code == 1
-    assert "extract: its commands have ended without an error, but it is not done" in result.output
-    assert "everything is done" not in result.output
+    assert (
+        "extract: its commands ended without an error, but the stage is not done" in result.output
+    )
+    assert "nothing to do" not in result.output
     assert "SLURM_ARRAY_TASK_ID" not in (here / "env").read_text()
 
 
@@ -162,7 +164,7 @@ def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: Fak
     Path("jobs/logs/teacher.5.log").write_text("x\n 10%\rError: the disk is full.\n\n")
     result = run("status", "chain.yaml")
     assert result.exit_code == 0
-    assert "the queue is not known: squeue" in result.output
+    assert "the queue could not be read: squeue" in result.output
     assert "teacher.5.log ends with: Error: the disk is full." in result.output
 
 

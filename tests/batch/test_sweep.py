@@ -150,16 +150,16 @@ def test_a_sweep_is_runs_of_every_method_setting_and_seed(here: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student": {**METHODS["student"], "teacher": "tutor"}}, "no such method stands above it; "
-         "there are: teacher, baseline"),
-        ({"student": {**METHODS["student"], "teacher": []}}, "distill needs the methods"),
+        ({"student": {**METHODS["student"], "teacher": "tutor"}},
+         "no method of this name is defined before it; defined: teacher, baseline"),
+        ({"student": {**METHODS["student"], "teacher": []}}, "distill needs at least one"),
         ({"baseline": {**METHODS["baseline"], "teacher": "teacher"}}, "only for distill"),
         ({"baseline": {**METHODS["baseline"], "set": {"seed": 3}}}, "seed is set by the sweep"),
         ({"baseline": {**METHODS["baseline"], "set": {"epohs": 3}}}, "did you mean 'epochs'"),
-        ({"baseline": {**METHODS["baseline"], "grid": {"epochs": [3, 3]}}}, "3 stands there twice"),
+        ({"baseline": {**METHODS["baseline"], "grid": {"epochs": [3, 3]}}}, "3 is listed twice"),
         ({"baseline": {**METHODS["baseline"], "grid": {"exclude": ["a/b", "a_b"]}}},
-         "two combinations would both be called baseline,exclude=a_b"),
-        ({"seeds": [1, 1]}, "1 stands there twice"),
+         "two combinations would have the name baseline,exclude=a_b"),
+        ({"seeds": [1, 1]}, "1 is listed twice"),
     ],
 )  # fmt: skip
 def test_what_a_sweep_cannot_mean_is_said(
@@ -202,7 +202,7 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     with pytest.raises(KarmmaError) as caught:
         launch(path)
     assert str(caught.value).startswith("1 failed: teacher,lr=1e+30/seed0 (sw/jobs/logs/")
-    assert str(caught.value).endswith("for want of them not begun: report, student/seed0.")
+    assert str(caught.value).endswith("not started because of them: report, student/seed0.")
     assert Path("sw/baseline/seed0/best").is_dir()
     status = run("sweep", str(path), "--status").output
     assert re.search(r"^teacher,lr=0.001 +1 of 1 runs done$", status, re.MULTILINE)
@@ -210,7 +210,7 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     assert re.search(r"^report +no report$", status, re.MULTILINE)
     alone = run("sweep", str(path), "--run", "student/seed0")
     assert alone.exit_code == 1
-    assert "needs what is not done yet: teacher,lr=1e+30/seed0" in alone.output
+    assert "depends on runs that are not done: teacher,lr=1e+30/seed0" in alone.output
 
 
 RIVALS = {
@@ -263,7 +263,7 @@ def test_a_shipped_sweep_of_all_methods_chooses_nothing_on_what_it_reports(
 def test_nothing_begins_where_a_store_is_missing(here: Path) -> None:
     result = run("sweep", str(write_sweep()))
     assert result.exit_code == 2
-    assert "features/teacher is not there" in result.output
+    assert "features/teacher does not exist" in result.output
     assert not Path("sw").exists()
 
 
@@ -314,7 +314,10 @@ def test_nothing_is_trained_on_a_store_that_lost_too_much(
 ) -> None:
     monkeypatch.setattr(pool, "DecodePool", HerePool)
     write_recording(lost=8)
-    with pytest.raises(KarmmaError, match=r"1 failed: extract .*begun: baseline/seed0, report"):
+    with pytest.raises(
+        KarmmaError,
+        match=r"1 failed: extract .*not started because of them: baseline/seed0, report",
+    ):
         launch(Path("sweep.yaml"))
     with pytest.raises(TooManyFailuresError, match="8 of 24 clips lost a modality"):
         launch(Path("sweep.yaml"))
@@ -339,7 +342,7 @@ def test_slurm_is_handed_an_array_for_each_rank_of_dependence(
     after = [re.search(r"dependency=(\S+)", job) for job in slurm.jobs()]
     assert [match and match[1] for match in after] == [None, "afterany:101", "afterany:102"]
     again = run("sweep", str(path), "--slurm", "--site", str(site))
-    assert "runs2: in the queue as job 102" in again.output
+    assert "runs2: already queued as job 102" in again.output
     assert len(slurm.jobs()) == 3
     # the first array is lost: what waits for it would begin too early, and is sent off anew
     slurm.queue.write_text("".join(slurm.queue.read_text().splitlines(keepends=True)[1:]))

@@ -60,7 +60,9 @@ def test_each_modality_has_its_own_rate() -> None:
         [lost(masks(Recordings(), e, rate={"rgb": 0.1, "audio": 0.5})) for e in range(10)], axis=0
     )
     assert shares == pytest.approx([0.1, 0, 0.5], abs=0.03)
-    with pytest.raises(ConfigError, match="names 'gaze'; the store has rgb, flow, audio"):
+    with pytest.raises(
+        ConfigError, match="unknown modality 'gaze'; the store has rgb, flow, audio"
+    ):
         masks(Recordings(), 0, rate={"gaze": 0.1})
 
 
@@ -122,9 +124,9 @@ def test_patterns_of_a_list_are_what_clips_lose(tmp_path: Path) -> None:
     ("rows", "says"),
     [
         (["c900,rgb,"], "line 2: s has no clip 'c900'"),
-        (["c000,rgb,", "c001,gaze,"], "line 3: missing='gaze' is no modality"),
-        (["c000,rgb,0"], "epoch='0': epochs are 1, 2"),
-        (["c000,rgb,1", "c000,flow,1"], "'c000' stands there twice"),
+        (["c000,rgb,", "c001,gaze,"], "line 3: missing='gaze' is not a modality"),
+        (["c000,rgb,0"], "epoch='0': must be 1, 2"),
+        (["c000,rgb,1", "c000,flow,1"], "'c000' is listed twice"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, rows: list[str], says: str) -> None:
@@ -144,10 +146,10 @@ def test_a_list_that_is_none_is_named(tmp_path: Path) -> None:
     [
         (1.0, "modality_dropout=1.0: input should be at least 0 and less than 1"),
         ("often", "input should be a rate"),
-        ({"rate": 1.5}, "a rate lies between 0 and below 1"),
+        ({"rate": 1.5}, "a rate must be at least 0 and less than 1"),
         ({"rte": 0.5}, "did you mean 'rate'"),
-        ({"rate": 0.5, "patterns": "p.csv"}, "give patterns, or a rate"),
-        ({"ramp_from": 0.5}, "ramp_from needs ramp_epochs"),
+        ({"rate": 0.5, "patterns": "p.csv"}, "give either patterns or a rate"),
+        ({"ramp_from": 0.5}, "ramp_from requires ramp_epochs"),
     ],
 )
 def test_a_wrong_schedule_is_told_in_one_sentence(given: object, says: str) -> None:

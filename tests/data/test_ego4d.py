@@ -74,7 +74,7 @@ def test_of_side_by_side_stereo_the_left_half_is_taken_and_told(tmp_path: Path) 
     halves = [media.left_half for clip in manifest.clips for media in clip.media.values()
               if isinstance(media, FileSource)]  # fmt: skip
     assert halves == [False] * 3 + [True] * 3
-    assert "clips of side-by-side stereo, left half taken: 1" in manifest.notes
+    assert "clips in side-by-side stereo, of which the left half is used: 1" in manifest.notes
 
 
 @pytest.mark.parametrize(
@@ -124,16 +124,16 @@ def test_odd_entries_of_an_official_list_are_left_out_by_name_up_to_max_failures
     manifest = read_clips(config.build(ExtractRecipe, {**tree, "max_failures": 0.1}, "test"))
     assert len(manifest.clips) == 45
     said = "\n".join(manifest.notes)
-    assert "5 of 50 entries are faulty and left out:" in said
+    assert "5 of 50 entries are invalid and skipped:" in said
     for message in (
         "fho_lta_train.json: clips entry 46: action_clip_end_sec=7.5: is not after 7.5",
-        "entry 47: action_clip_start_sec=-0.02: must be a number from 0 on",
+        "entry 47: action_clip_start_sec=-0.02: must be a number >= 0",
         "entry 48: clip_uid is missing",
         "entry 49: duplicate clip_id='c-1_0'",
-        "entry 50: is no JSON object but 'no action'",
+        "entry 50: is not a JSON object: 'no action'",
     ):
         assert message in said
-    with pytest.raises(ManifestError, match=r"5 of 50 entries are faulty, more than max_failures"):
+    with pytest.raises(ManifestError, match=r"5 of 50 entries are invalid, more than max_failures"):
         read_clips(config.build(ExtractRecipe, {**tree, "max_failures": 0.09}, "test"))
 
 
@@ -183,7 +183,7 @@ def test_keysteps_are_seen_by_the_wearers_camera(tmp_path: Path) -> None:
         ({"take_name": "a/b"}, r"keystep_train\.json: take '77': take_name='a/b'"),
         ({"segments": [SEGMENT, {**SEGMENT, "step_unique_id": 5}]}, r"segments entry 2: step_uni"),
         ({"segments": [{**SEGMENT, "end_time": 0.5}]}, r"segments entry 1: end_time=0\.5"),
-        ({"segments": [3]}, r"segments entry 1: is no JSON object"),
+        ({"segments": [3]}, r"segments entry 1: is not a JSON object"),
     ],
 )
 def test_wrong_takes_are_named(tmp_path: Path, take: dict[str, Any], message: str) -> None:

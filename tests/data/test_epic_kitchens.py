@@ -40,7 +40,7 @@ def test_official_tables_become_clips_with_the_published_classes(tmp_path: Path)
 def test_a_clip_that_ends_after_its_video_is_cut_there_and_told(tmp_path: Path) -> None:
     manifest = epic(tmp_path)
     assert by_id(manifest)["P03_02_8"].stop_s == 10.007
-    assert "clips that end after their video and are cut there: 1" in manifest.notes
+    assert "clips that extend past the end of their video and are cut there: 1" in manifest.notes
 
 
 def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> No
     assert "rgb: 1 of 3 videos as video files (such as" in text
     assert "1 of 3 videos as frames in a tar" in text
     assert "1 of 3 videos missing" in text
-    assert "rgb: sources are mixed" in text
+    assert "rgb: sources of several kinds are mixed" in text
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> No
         ("00:00:01.89", "", r"line 2: stop_timestamp is empty"),
         ("00:00:01.89", "00:00:00.00", r"line 2: stop_timestamp='00:00:00.00' is not after"),
         (",1,113,", ",114,113,", r"line 2: stop_frame='113'"),
-        ("take,2,pan", "take,3,pan", r"line 2: verb_class=3: the class list ends at 2"),
+        ("take,2,pan", "take,3,pan", r"line 2: verb_class=3: the last class is 2"),
         ("take,2,pan", "take,-1,pan", r"line 2: verb_class='-1'"),
         ("P03,P03_02,", "P03,../../02,", r"line 2: video_id='../../02'"),
-        ("P03_02_8,P03,P03_02", "P03_02_8,P03", r"line 3: has 14 cells, the first line has 15"),
+        ("P03_02_8,P03,P03_02", "P03_02_8,P03", r"line 3: 14 cells, but 15 columns"),
         ("start_frame", "start", r"no column start_frame"),
-        ("verb_class", "verbs", r"has one of verb_class and noun_class"),
+        ("verb_class", "verbs", r"has only one of verb_class and noun_class"),
     ],
 )
 def test_a_wrong_table_names_file_line_and_column(
@@ -184,7 +184,7 @@ def test_a_wrong_table_names_file_line_and_column(
         (
             "noun_classes",
             "id,key\n0,a\n1,a\n",
-            r"noun_classes\.csv: the class list .* a duplicate key",
+            r"noun_classes\.csv: the class list .* duplicate keys",
         ),
         ("tail_verbs", "verb\n7\n", r"tail_verbs\.csv: line 2: verb=7"),
         ("video_info", "video_id,duration\nP01_01,long\n", r"video_info\.csv: line 2: duration="),
@@ -213,13 +213,13 @@ def test_a_folder_is_no_video_and_pictures_are_looked_for_by_any_name(tmp_path: 
     manifest = epic(tmp_path)
     clips = by_id(manifest)
     assert clips["P01_01_0"].media["rgb"] == FileSource(root / "P01/videos/P01_01.MP4")
-    assert "a folder lies there, not a file" in "\n".join(manifest.notes)
+    assert "it is a folder, not a file" in "\n".join(manifest.notes)
     assert clips["P02_103_1"].media["rgb"].path == root / "P02/rgb_frames/P02_103"
     assert clips["P03_02_7"].media["rgb"].path == root / "P03/rgb_frames/P03_02"
 
 
 def test_a_folder_that_is_not_there_is_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"dataset\.root=nowhere: there is no such folder in /"):
+    with pytest.raises(ManifestError, match=r"dataset\.root=nowhere: no such folder in /"):
         epic(tmp_path, root="nowhere")
     for key in ("flow_root", "audio_array"):
         with pytest.raises(ManifestError, match=rf"dataset\.media\.{key}=gone: does not exist"):

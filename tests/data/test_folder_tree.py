@@ -59,9 +59,9 @@ def test_any_path_gives_a_safe_id(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/a/x.mp4", "walk/y.mp4"], "has the split folder 'train' beside the folder 'walk'"),
+        (["train/a/x.mp4", "walk/y.mp4"], "has the split folder 'train' next to the folder 'walk'"),
         (["a/x.txt", "b.mp4"], "no videos in class folders"),
-        ([], "there is no such folder"),
+        ([], "no such folder"),
     ],
 )
 def test_a_tree_of_another_shape_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -78,8 +78,8 @@ def test_every_ending_of_a_video_is_one_and_other_files_are_told(tmp_path: Path)
     assert len(manifest.clips) == len(endings)
     assert manifest.heads == {"action": ("a",)}
     said = "\n".join(manifest.notes)
-    assert "folders without videos, which are no classes: b, c" in said
-    assert "files that end in .txt are no videos: 3 (such as a/notes.txt)" in said
+    assert "folders without videos, ignored: b, c" in said
+    assert "files with the extension .txt are ignored: 3 (such as a/notes.txt)" in said
 
 
 def test_a_recipe_that_names_a_data_set_is_planned(tmp_path: Path) -> None:

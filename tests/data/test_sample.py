@@ -58,7 +58,7 @@ def test_equal_seeds_give_equal_files_and_other_seeds_others_and_what_is_missing
 
 
 def test_other_settings_are_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match="holds a sample made with"):
+    with pytest.raises(ConfigError, match="contains a sample made with"):
         write_sample(root, clips=9)
 
 

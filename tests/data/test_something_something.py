@@ -104,11 +104,11 @@ def test_a_video_without_boxes_lacks_the_modality(tmp_path: Path) -> None:
         ),
         ({"train": [{"id": "../1", "template": ""}]}, r"entry 1: id='\.\./1'"),
         ({"train": [{"id": 1, "template": ""}]}, r"entry 1: id=1: must be a JSON string"),
-        ({"train": [TRAIN[0], 7]}, r"entry 2: is no JSON object"),
+        ({"train": [TRAIN[0], 7]}, r"entry 2: is not a JSON object"),
         ({"train": [TRAIN[0], TRAIN[0]]}, r"entry 2: duplicate clip_id='78687'"),
         ({"train": {}}, r"must be a JSON array"),
         ({"labels": {"a": "0", "b": "2"}}, r"the ids of the 2 templates are not 0, 1, 2"),
-        ({"labels": {"a": "x"}}, r"labels\.json: 'a': the id 'x' is no number"),
+        ({"labels": {"a": "x"}}, r"labels\.json: 'a': the id 'x' is not a number"),
     ],
 )
 def test_wrong_files_are_named_with_their_entry(
@@ -124,5 +124,5 @@ def test_text_that_is_no_json_is_named_with_line_and_column(tmp_path: Path) -> N
     with pytest.raises(ManifestError, match=r"train\.json: not a JSON file \(.*line 2 column 8"):
         read(tmp_path)
     (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(ManifestError, match=r"b\.json: no Something-Else annotation file"):
+    with pytest.raises(ManifestError, match=r"b\.json: not a Something-Else annotation file"):
         read(tmp_path, boxes=(tmp_path / "b.json",))

@@ -64,9 +64,9 @@ def test_sequences_have_the_published_classes_subjects_and_split(tmp_path: Path)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"val_subjects": [2]}, "2 is one of test_subjects, too"),
+        ({"val_subjects": [2]}, "2 is also in test_subjects"),
         ({"val_subjects": [9]}, "val_subjects"),
-        ({"val_subjects": [1, 3, 5, 7]}, "leave nobody to train on"),
+        ({"val_subjects": [1, 3, 5, 7]}, "leave no subject for training"),
     ],
 )
 def test_splits_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
@@ -75,10 +75,12 @@ def test_splits_that_make_no_sense_are_refused(values: dict[str, Any], message: 
 
 
 def test_a_folder_without_sequences_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="no sequence; Inertial/a1_s1_t1"):
+    with pytest.raises(
+        ManifestError, match="no sequence found; expected files such as Inertial/a1_s1_t1"
+    ):
         read_dataset(build(root=str(tmp_path)))
     write_sequence(tmp_path, "a28_s1_t1")
-    with pytest.raises(ManifestError, match="a28_s1_t1: the set has actions 1 to 27"):
+    with pytest.raises(ManifestError, match="a28_s1_t1: actions are 1 to 27"):
         read_dataset(build(root=str(tmp_path)))
 
 

@@ -112,7 +112,9 @@ def test_probes_that_do_not_fit_into_memory_are_left_out(
     recipe = make_recipe(report.folder.parent, runs=[str(run)], split="val", **changes)
     found = evaluate(recipe).results
     assert {p.modalities for p in found.probes} == {("flow",), ("audio",)}
-    assert found.probe_notes[0].startswith("V: the linear probe is left out, for its tokens take")
+    assert found.probe_notes[0].startswith(
+        "V: no linear probe was trained, because its tokens need"
+    )
 
 
 def test_tables_for_papers_escape_names(report: EvaluateReport) -> None:
@@ -134,8 +136,8 @@ def test_tables_for_papers_escape_names(report: EvaluateReport) -> None:
 def test_the_page_says_what_is_shown_and_what_is_not(report: EvaluateReport) -> None:
     page = (report.folder / "index.html").read_text()
     assert "these 15 clips, 2 seeds" in page
-    assert "is better than" in page or "answer alike" in page
-    assert "that is what their best epoch was chosen on" in page
+    assert "is better than" in page or "predict the same" in page
+    assert "this is what their best epoch was chosen on" in page
     assert "<script" not in page
     assert (report.folder / "figures/confusion_verb_1.pdf").read_bytes()[:4] == b"%PDF"
     assert "± " in (report.folder / "tables/subsets.md").read_text()

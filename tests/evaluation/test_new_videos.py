@@ -138,7 +138,9 @@ def test_another_version_of_a_library_and_another_place_of_weights_are_the_same_
     run = save_run(tmp_path / "run", store, name="Taught", provenance=made)
     later = {**made, "weights": "/b/w.pt", "decoder": "PyAV 18"}
     report = ask(run, videos(tmp_path / "new/store", provenance=later))
-    sentence = "rgb.decoder is 'PyAV 18' there and 'PyAV 17' here: the last bits may differ."
+    sentence = (
+        "rgb.decoder is 'PyAV 18' there and 'PyAV 17' here; results may differ in the last bits."
+    )
     assert sentence in report.summary()
     assert not any("weights" in note for note in report.results.data.notes)
     other = videos(tmp_path / "other/store", provenance={**later, "weights_sha256": "cd"})
@@ -152,12 +154,12 @@ def test_a_clip_with_nothing_to_see_gets_no_class_and_counts_as_wrong(
     blind = [(NEW[2], m) for m in BOTH]
     report = ask(run, videos(tmp_path / "store", absent=blind))
     rows = {row["clip_id"]: row for row in table(report)}
-    assert rows[NEW[2]]["seen"] == rows[NEW[2]]["verb"] == "nothing to see"
+    assert rows[NEW[2]]["seen"] == rows[NEW[2]]["verb"] == "no modality"
     assert rows[NEW[3]]["seen"] == "rgb+audio"
     right = sum(row["verb"] == row["verb_label"] for row in rows.values())
     top1 = report.results.runs[0].subsets[0].scores["verb_top1"]
     assert (top1.correct, top1.n) == (right, 8)
-    assert "1 clips have no modality at all, nothing to see: they count" in report.summary()
+    assert "1 clips have no modality at all and count" in report.summary()
 
 
 @pytest.mark.parametrize("classes", [("open",), ("open", "shut")])
@@ -188,7 +190,9 @@ def test_a_folder_of_anything_else_is_never_written_into(run: Path, tmp_path: Pa
     store = videos(tmp_path / "store")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     recipe = make_recipe(tmp_path, runs=[run], stores=[store], out=str(run))
-    with pytest.raises(ConfigError, match="holds other files, such as best, and is no folder of"):
+    with pytest.raises(
+        ConfigError, match="contains other files, such as best, and is not a report"
+    ):
         evaluate(recipe)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     report = ask(run, store)

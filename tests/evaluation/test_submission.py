@@ -58,7 +58,7 @@ def recipe_of(tmp_path: Path, heads: dict[str, tuple[str, ...]], label: int) -> 
 def test_a_test_split_without_labels_gives_the_files_of_the_challenge(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, OFFICIAL, label=-1)
     found = evaluate(recipe).results
-    assert "no accuracy" in found.data.notes[0]
+    assert "no accuracies" in found.data.notes[0]
     assert found.data.constant["action"] is None
     logits = predict(recipe.runs[0], recipe, torch.device("cpu"), StopFlag()).logits
     with ZipFile(tmp_path / "report/submission/0_S.zip") as archive:

@@ -151,7 +151,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_clip(
         monkeypatch.setattr(os, "statvfs", lambda _: disk)
 
     free(needed)  # leaves no room for anything else
-    assert "are needed, 41.0kB are free; choose another folder" in karmma(code=1)
+    assert "needed, but only 41.0kB free; choose another folder" in karmma(code=1)
     assert not (folder / "out").exists()
     free(1.2 * needed)
     karmma()
@@ -280,7 +280,7 @@ def test_only_what_is_asked_for_is_tried_again_where_files_are_the_same(
     [
         (["--retry", "no_stream"], "no_stream"),
         (["--retry=no_stream"], "is final"),
-        (["--retry=slow"], "slow: is no reason; allowed are file_missing, decode_error"),
+        (["--retry=slow"], "slow: is not a reason; allowed: file_missing, decode_error"),
     ],
 )
 def test_reasons_that_cannot_be_retried_are_named(
@@ -329,7 +329,7 @@ def test_a_list_that_grows_is_extracted_into_new_shards(folder: Path) -> None:
     assert {path: inode for path, inode in inodes().items() if path in before} == before
     assert store.shard_digests[:3] == shards
     list_clips(rows)
-    assert "in the list no more, such as 'first'" in karmma(code=1)
+    assert "no longer in the manifest, such as 'first'" in karmma(code=1)
 
 
 def test_what_the_hints_advise_makes_the_reasons_go_away(folder: Path) -> None:

@@ -130,7 +130,7 @@ def test_raft_weights_come_from_a_file_and_never_run_code(tmp_path: Path) -> Non
     torch.save({"model": wanted.net.state_dict()}, path)
     found = Raft(Flow(source="raft_small", weights=str(path)), torch.device("cpu"))
     assert found.digest == wanted.digest
-    with pytest.raises(CheckpointError, match=r"only .* tensors fit"):
+    with pytest.raises(CheckpointError, match=r"only .* tensors match"):
         Raft(Flow(source="raft_large", weights=str(path)), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"flow\.weights='NONE'.*C_T_V2"):
         Raft(Flow(source="raft_small", weights="NONE"), torch.device("cpu"))

@@ -133,9 +133,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_not_lost(error: Exception) -> N
 def test_a_clip_that_does_not_fit_alone_ends_the_run_in_one_sentence() -> None:
     one = network(S3D)
     one.backbone.register_forward_pre_hook(Small(0, MemoryError()))
-    with pytest.raises(
-        KarmmaError, match="s3d: one clip alone does not fit into the memory of cpu"
-    ):
+    with pytest.raises(KarmmaError, match="s3d: a single clip does not fit into the memory of cpu"):
         one.tokens(example(input_spec("rgb", BackboneChoice(**S3D)), 2))
 
 
@@ -177,7 +175,7 @@ def test_a_batch_is_as_large_as_fits(
     monkeypatch.setattr(one, "clip_bytes", lambda _: clip_mb * 1_000_000)
     config = by_rule(one, spec, make_recipe(tmp_path, memory_gb=memory_gb))
     assert config == ComputeConfig(
-        memory_format="channels_last", batch_size=wanted, chosen="by the rule for cpu"
+        memory_format="channels_last", batch_size=wanted, chosen="default for cpu"
     )
 
 
@@ -216,10 +214,10 @@ def test_what_the_rule_chooses_for_gpus_is_said_to_be_unmeasured(
     networks, notes = Networks(make_recipe(tmp_path)), list[str]()
     configure(networks, {}, notes.append)
     assert "not measured" not in " ".join(notes)
-    way = ComputeConfig(chosen="by the rule for cuda")
+    way = ComputeConfig(chosen="default for cuda")
     monkeypatch.setattr("karmma_pipeline.extraction.inference.defaults.by_rule", lambda *_: way)
     configure(networks, {}, notes.append)
-    assert notes[-1].endswith("; the rule's choices for GPUs were not measured")
+    assert notes[-1].endswith("; the defaults for GPUs were not measured")
 
 
 def test_what_the_recipe_states_is_not_left_to_the_rule(
@@ -242,7 +240,7 @@ def test_the_earlier_name_of_a_key_is_read_with_advice(
     recipe = make_recipe(tmp_path, layout="contiguous")
     assert recipe.memory_format == "contiguous"
     assert [r.message for r in caplog.records] == [
-        "layout is called memory_format now; rename the key in the recipe"
+        "layout was renamed to memory_format; rename the key in the recipe"
     ]
     with pytest.raises(ConfigError, match="layout: unknown key"):
         make_recipe(tmp_path, layout="contiguous", memory_format="contiguous")

@@ -197,4 +197,4 @@ def test_what_is_there_instead_is_said(tmp_path: Path) -> None:
     packed = gzip.compress(pack(tmp_path / "two", tmp_path / "a.tar").read_bytes())
     (tmp_path / "a.tar").write_bytes(packed)
     said = detail(FrameSource(tmp_path / "a.tar", RGB, fps=60))
-    assert "no plain tar (compressed with gzip" in said
+    assert "not an uncompressed tar (compressed with gzip" in said

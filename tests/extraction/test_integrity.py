@@ -147,8 +147,8 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
     for name, said in (
         ("P01_03.MP4", "there is P01_03.Mp4"),
         ("P01_03.MOV", "there is P01_03.Mp4"),
-        ("P01_01.MP4", "a folder lies there, not a file"),
-        ("gone/v.mp4", f"there is no folder {tmp_path / 'gone'}"),
+        ("P01_01.MP4", "it is a folder, not a file"),
+        ("gone/v.mp4", f"no such folder: {tmp_path / 'gone'}"),
         ("other.mp4", ""),
     ):
         path = tmp_path / name

@@ -299,7 +299,7 @@ def test_a_conversion_that_computes_something_else_is_refused(
     monkeypatch.setattr(
         openvino_engine, "_convert", lambda program, name: right(other_program(program), name)
     )
-    with pytest.raises(ConfigError, match="own_nets:tiny: engine openvino gives other tokens"):
+    with pytest.raises(ConfigError, match="own_nets:tiny: the tokens of engine openvino differ"):
         network(TINY).tokens(clips_of(TINY, 1))
     assert not cache.exists()
 
@@ -328,9 +328,9 @@ def test_another_device_than_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_keys_of_a_recipe_that_it_cannot_follow_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision='bfloat16': engine openvino computes in"):
         make_recipe(tmp_path, precision="bfloat16")
-    with pytest.raises(ConfigError, match="compile=true: is for engine torch"):
+    with pytest.raises(ConfigError, match="compile=true: only for engine torch"):
         make_recipe(tmp_path, compile=True)
-    with pytest.raises(ConfigError, match="boxes computes nothing"):
+    with pytest.raises(ConfigError, match="boxes does not compute anything"):
         make_recipe(tmp_path, sets={"one": {"boxes": {"name": "boxes", "engine": "openvino"}}})
 
 

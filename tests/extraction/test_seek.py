@@ -64,7 +64,7 @@ def copied(path: Path, source: Path, shown_from: int) -> Path:
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {
-    "no time stamps": lambda d: encode(d / "v.avi", "libx264", bf="3", g="40"),
+    "no timestamps": lambda d: encode(d / "v.avi", "libx264", bf="3", g="40"),
     "older codec": lambda d: encode(d / "v.avi", "mpeg4", bf="2", g="12"),
     "program stream": lambda d: encode(d / "v.mpg", "libx264", bf="3", g="40"),
     "mpeg2": lambda d: encode(d / "v.mpg", "mpeg2video", bf="2", g="15"),
@@ -136,7 +136,7 @@ def test_decord_is_refused_where_it_would_give_other_pictures(tmp_path: Path) ->
     assert read_counter(plain.frames(np.array([2.01]))[0][0]) == 50
     odd = {
         "clean entry": copied(tmp_path / "cut.mp4", whole, shown_from=33),
-        "pictures before it": encode(tmp_path / "r.mp4", "libx264", bf="0", **REFRESH),
+        "earlier frames": encode(tmp_path / "r.mp4", "libx264", bf="0", **REFRESH),
     }
     for why, path in odd.items():
         with pytest.raises(MediaFaultError, match=f"{why}; use video_decoder: pyav"):

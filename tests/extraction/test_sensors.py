@@ -162,10 +162,10 @@ def test_a_model_of_sensors_reads_rows_as_it_was_trained(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"sets": {"one": {"imuu": {"name": "windows"}}}}, "did you mean 'imu'"),
-        ({"sensors": {}}, "describe it as sensors.imu"),
-        ({"sensors": {"rgb": SENSORS["imu"]}}, "'rgb': is no sensor"),
+        ({"sensors": {}}, "add it under sensors.imu"),
+        ({"sensors": {"rgb": SENSORS["imu"]}}, "'rgb': this name is reserved"),
         ({"sensors": {"imu": {"channels": 3}}}, "sensors.imu.rate_hz: required key is missing"),
-        ({"sets": {"one": {"imu": {"name": "swin3d_t"}}}}, "does not take a sensor's series"),
+        ({"sets": {"one": {"imu": {"name": "swin3d_t"}}}}, "does not take sensor series"),
         ({"sets": {"one": {"imu": {"name": "windows", "frames": 3}}}}, "frames, size and image"),
         ({"sets": {"one": {"imu": {"name": "windows", "weights": "random:0"}}}}, "no weights"),
         ({"sets": {"one": {"imu": {"name": "windows", "series": [1, 2, 3]}}}}, r"has \[4, 5, 2\]"),
@@ -194,7 +194,9 @@ def test_lists_name_a_file_of_each_sensor(listed: Callable[[str], Any], tmp_path
     assert [*both.heads] == ["verb"]
     (alone,) = listed("clip_id,imu,verb\na,a.MAT,x\n").clips
     assert [*alone.media] == ["imu"]
-    with pytest.raises(ManifestError, match=r"line 2: imu='a.xlsx': no series ends so; known are"):
+    with pytest.raises(
+        ManifestError, match=r"line 2: imu='a.xlsx': unknown file extension; known:"
+    ):
         listed("clip_id,imu,verb\na,a.xlsx,x\n")
     with pytest.raises(ManifestError, match="line 2: imu is empty"):
         listed("clip_id,imu,verb\na,,x\n")

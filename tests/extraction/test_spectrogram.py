@@ -130,5 +130,5 @@ def test_a_recipe_may_override_what_the_front_end_sets() -> None:
     settings = config.build(Audio, {"front_end": "ast", "mels": 64}, "test")
     assert (settings.mels, settings.hops, settings.sample_rate) == (64, 1024, 16_000)
     assert config.build(Audio, settings.model_dump(), "test") == settings
-    with pytest.raises(ConfigError, match="win_length=2000 is above n_fft=1024"):
+    with pytest.raises(ConfigError, match="win_length=2000 must not exceed n_fft=1024"):
         config.build(Audio, {"win_length": 2000}, "test")

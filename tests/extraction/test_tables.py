@@ -133,6 +133,6 @@ def test_the_command_says_of_each_damaged_file_what_its_decoder_said(
     assert "damaged" in told["a", "rgb"]["detail"]
     assert "no audio stream" in told["a", "audio"]["detail"]
     assert "Invalid data found" in told["b", "rgb"]["detail"]
-    assert told["c", "rgb"]["detail"].endswith("list.mp4: a list of files, not a video")
+    assert told["c", "rgb"]["detail"].endswith("list.mp4: a playlist, not a video")
     assert told["d", "rgb"]["detail"].endswith("gone.mp4")
     assert all("\n" not in row["detail"] for row in told.values())

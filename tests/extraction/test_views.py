@@ -105,7 +105,7 @@ def test_there_must_be_something_to_crop() -> None:
     _check_crops([RGB, SOUND])
     with pytest.raises(ConfigError, match="rgb is resized to"):
         _check_crops([RGB, squeezed])
-    with pytest.raises(ConfigError, match="no network takes pictures"):
+    with pytest.raises(ConfigError, match="no backbone takes images"):
         _check_crops([SOUND])
 
 

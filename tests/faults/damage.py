@@ -102,7 +102,7 @@ def hurt(trials: Trials, rng: random.Random, name: str) -> str:
     with {**DISK, **LOST, **BYTES}[name](trials, rng):
         ended = trials.run()
     if name in LOST:
-        if ended.code != 0 and "no feature store is there" not in ended.said:
+        if ended.code != 0 and "no feature store found" not in ended.said:
             raise DefectError(f"{what}: exit code {ended.code}\n{ended.said}")
     else:
         trials.judge(what, ended, killed=False)

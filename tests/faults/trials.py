@@ -16,7 +16,7 @@ from faults.scenarios import SCENARIOS, losses
 
 MOUNT, UMOUNT = (shutil.which(name) or name for name in ("mount", "umount"))
 
-CLEAR = ("is full", "file system failed", "cannot be written", "free some", "remove some")
+CLEAR = ("is full", "file system error", "cannot be written", "free some", "remove some")
 """One of these is in the sentence that a failing disk ends a command with."""
 
 

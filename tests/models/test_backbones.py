@@ -141,7 +141,7 @@ def test_the_record_of_a_backbone_is_plain_and_tells_choices_apart() -> None:
         ({"image": None}, "needs image"),
         ({"image": [0, 32]}, "greater than 0"),
         ({"tokens": [0, 1, 1]}, "greater than 0"),
-        ({"size": 32}, "takes images; give image"),
+        ({"size": 32}, "takes images; set image"),
         ({"name": "r3d_18"}, r"image=\[32, 32\]: r3d_18 takes video frames"),
         ({"name": "mvit_v2_s", "image": None, "size": 112}, "16 frames of 224 px only"),
         ({"name": "mvit_v2_s", "image": None, "frames": 8}, "16 frames of 224 px only"),
@@ -157,15 +157,15 @@ def test_a_wrong_choice_is_found_when_the_recipe_is_read(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": "IMAGENET9"}, "neither a file nor a published weight"),
+        ({"weights": "IMAGENET9"}, "neither a file nor published weights"),
         ({"weights": "gone.pt"}, "gone.pt: no such weights file"),
         ({"name": "no.such:net"}, "cannot be imported .* PYTHONPATH"),
         ({"name": "tim:vit_small_patch16_dinov3.lvd1689m"}, r"\(did you mean timm:vit_small_pat"),
-        ({"name": "json:loads"}, "is of Python's own library"),
+        ({"name": "json:loads"}, "belongs to Python's standard library"),
         ({"name": "yaml:safe_load"}, "its factory failed"),
         ({"name": "yaml:__name__"}, "gave a str"),
         ({"tokens": (1, 2, 2)}, r"tokens=\[1, 2, 2\]: finer than the grid \[1, 1, 1\]"),
-        ({"name": "s3d", "image": None, "frames": 2, "size": 16}, "cannot take it .*too small"),
+        ({"name": "s3d", "image": None, "frames": 2, "size": 16}, "does not accept it .*too small"),
     ],
 )
 def test_a_wrong_choice_is_found_before_anything_runs(change: dict[str, Any], message: str) -> None:
@@ -235,7 +235,7 @@ def test_installed_networks_of_others_are_listed_without_importing_them() -> Non
     ("change", "message"),
     [
         ({"name": "own_nets:bare", "size": 12}, "needs transform=FrameTransform"),
-        ({"name": "own_nets:flat", "image": (8, 8)}, r"it must give \[B, D, t, h, w\]"),
+        ({"name": "own_nets:flat", "image": (8, 8)}, r"expected \[B, D, t, h, w\]"),
         ({"name": "own_nets:video", "weights": "DEFAULT"}, "known: random:SEED, a path"),
     ],
 )

@@ -96,7 +96,9 @@ def test_what_a_file_leaves_out_is_named_and_the_same_in_every_job(
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     other = BackboneChoice(name="resnet18", weights="random:0", image=(32, 32))
     torch.save(Backbone(other).net.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"only 0 of .* is it another network"):
+    with pytest.raises(
+        CheckpointError, match=r"only 0 of .* Are these the weights of another network"
+    ):
         load(tmp_path / "w.pt")
 
 
@@ -130,10 +132,10 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, zipped: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, "holds no state dict; found .'epoch'"),
-        ([1, 2], "holds no state dict; found .'list'"),
-        (b"PK\x03\x04 cut off", "refused, it is damaged"),
-        (b"", "refused, it is damaged"),
+        ({"epoch": 3}, "contains no state dict; found .'epoch'"),
+        ([1, 2], "contains no state dict; found .'list'"),
+        (b"PK\x03\x04 cut off", "rejected, because it is damaged"),
+        (b"", "rejected, because it is damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: object, message: str) -> None:
@@ -187,7 +189,7 @@ def test_a_damaged_download_is_not_kept(served: Path, tmp_path: Path) -> None:
         fetch("mobilenet_v3_large", folder=tmp_path / "weights")
     assert not any((tmp_path / "weights").iterdir())
     (tmp_path / "weights" / served.name).write_bytes(good[:-1])
-    with pytest.raises(CheckpointError, match="is not the one in its name"):
+    with pytest.raises(CheckpointError, match="does not match its file name"):
         fetch("mobilenet_v3_large", folder=tmp_path / "weights")
 
 

@@ -70,11 +70,11 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     own = BackboneChoice.model_validate(
         {"name": "support.live:video_net", "weights": "random:1", "cut": "body"}
     )
-    with pytest.raises(ConfigError, match="no named stages; allowed is input"):
+    with pytest.raises(ConfigError, match="no named stages; the only choice is input"):
         own.stored_shape()
     assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
     for change, said in (
-        ({"name": "windows", "cut": "input"}, "nothing to train"),
+        ({"name": "windows", "cut": "input"}, "no trainable parameters"),
         ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
         ({"cut": "stage4", "layer": -1}, "give one"),
     ):
@@ -118,7 +118,7 @@ def test_pictures_are_stored_as_they_were_decoded_for_zarr_and_h5py(tmp_path: Pa
 
 def test_other_weights_than_those_before_the_cut_are_refused(tmp_path: Path) -> None:
     store = FeatureStore.open(cut_store.write_cut_store(tmp_path / "s", "body"))
-    with pytest.raises(CheckpointError, match="weights='random:7': have the digest"):
+    with pytest.raises(CheckpointError, match="weights='random:7': their digest is"):
         weights_behind(store.provenance["rgb"], "random:7")
 
 

@@ -163,7 +163,7 @@ def test_checkpoints_of_other_code_bases_load_through_a_key_map(
     assert "backbone.layers.2.downsample.reduction.weight" in file
     torch.save({"meta": {"epoch": 30}, "state_dict": file}, tmp_path / "k400.pth")
     tree = {**SHAPES, "weights": str(tmp_path / "k400.pth")}
-    with pytest.raises(CheckpointError, match="is it another network"):
+    with pytest.raises(CheckpointError, match="Are these the weights of another network"):
         Backbone(config.build(BackboneChoice, tree, "r"))
     tree["key_map"] = KEY_MAP["rgb"]["key_map"]
     choice = config.build(BackboneChoice, tree, "r")
@@ -189,9 +189,9 @@ def test_a_head_of_other_classes_is_not_read_as_kinetics(tmp_path: Path, whole: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key_map": [["(", "x"]]}, "no regular expression"),
-        ({"key_map": [["a", r"\1"]]}, "no regular expression"),
-        ({"weights": "random:0", "key_map": [["a", "b"]]}, "has no names to change"),
+        ({"key_map": [["(", "x"]]}, "not a valid regular expression"),
+        ({"key_map": [["a", r"\1"]]}, "not a valid regular expression"),
+        ({"weights": "random:0", "key_map": [["a", "b"]]}, "has no parameter names to map"),
     ],
 )
 def test_a_wrong_key_map_is_found_when_the_recipe_is_read(

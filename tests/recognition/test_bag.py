@@ -149,11 +149,14 @@ def test_the_clock_of_the_recording_is_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("topics", "said"),
     [
-        ((), r"name its topics .* it has /camera \(sensor_msgs/msg/Image, 30 messages\); /imu"),
+        ((), r"select topics .* it has /camera \(sensor_msgs/msg/Image, 30 messages\); /imu"),
         (("rgb=/front",), r"rgb=/front: .*no such topic; it has /camera"),
         (("rgb=/imu",), "sensor_msgs/msg/Imu holds no pictures"),
         (("audio=/camera",), "sensor_msgs/msg/Image holds no sound"),
-        (("imu=/imu",), r"takes 2 channels, the message has 3 numbers; name them as /imu:FIELD"),
+        (
+            ("imu=/imu",),
+            r"takes 2 channels, the message has 3 numeric fields; choose some as /imu:FIELD",
+        ),
         (("imu=/imu:x,y",), r"no field x; it has linear_acceleration.x"),
         (("rgb",), "write MODALITY=/topic"),
         (("rgb=/a", "rgb=/b"), "rgb has a topic already"),

@@ -238,7 +238,7 @@ def test_a_model_that_strays_is_not_written(
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run", card.build(), card)
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"stray from PyTorch's by 2\.0e\+00.*1e-04|0\.0001"):
+    with pytest.raises(CheckpointError, match=r"differ from PyTorch's by 2\.0e\+00.*1e-04|0\.0001"):
         export_model(tmp_path / "run", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
     assert not any((tmp_path / "out").iterdir())
@@ -248,13 +248,13 @@ def test_what_was_changed_is_refused(copy: Path) -> None:
     path = copy / "backbones/audio.onnx"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"audio\.onnx: was changed or damaged"):
+    with pytest.raises(CheckpointError, match=r"audio\.onnx: changed or damaged"):
         Recognizer.load(copy)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"audio\.onnx: cannot be read"):
         Recognizer.load(copy)
     (copy / "fusion.onnx").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"fusion\.onnx: was changed or damaged"):
+    with pytest.raises(CheckpointError, match=r"fusion\.onnx: changed or damaged"):
         km.load_model(copy)
 
 
@@ -345,7 +345,7 @@ def test_a_strangers_folder_leads_to_no_other_file_and_runs_no_code(
         tree["model"] |= {"model": "evil:net", "code": {"evil:net": "0"}}
 
     edited(copy, code)
-    with pytest.raises(CheckpointError, match="no file of the network of audio"):
+    with pytest.raises(CheckpointError, match="no file for the backbone of audio"):
         Recognizer.load(copy)
     edited(copy, lambda tree: tree["files"].update({"backbones/../../x.onnx": "0"}))
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -383,14 +383,16 @@ def command(*words: object) -> str:
 
 def test_bad_input_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out, exported, video = tmp_path / "out", root / "exported", root / "video.mp4"
-    assert "no trained model is there" in command("export", tmp_path, "--out", out)
+    assert "no trained model found" in command("export", tmp_path, "--out", out)
     assert "is an exported model already" in command("export", exported, "--out", out)
     (tmp_path / "notes.txt").touch()
     assert "such as notes.txt" in command("export", root / "run", "--out", tmp_path)
-    assert "is for --int8" in command("export", root / "run", "--out", out, "--clips", "x.csv")
+    assert "is only used with --int8" in command(
+        "export", root / "run", "--out", out, "--clips", "x.csv"
+    )
     assert "which has its own" in command("predict", exported, video, "--weights", "rgb=x")
     assert "on the CPU" in command("predict", exported, video, "--device", "cuda")
-    assert "which onnxruntime computes" in command("predict", exported, video, "--engine", "torch")
+    assert "which runs in onnxruntime" in command("predict", exported, video, "--engine", "torch")
     assert "is an exported model, for predict" in command("evaluate", exported, "--out", out)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "karmma-pipeline[export]" in command("export", root / "run", "--out", out)
@@ -407,7 +409,7 @@ def test_flow_by_a_network_is_refused_before_any_network_is_built(
     (run / "model.json").write_text(json.dumps(card))
     monkeypatch.setattr(Recognizer, "of", lambda *_: pytest.fail("networks were built"))
     said = command("export", run, "--out", tmp_path / "out")
-    assert "its flow is computed by raft_small, a network that is not exported" in said
+    assert "its flow is computed by raft_small, a network that cannot be exported" in said
 
 
 def test_an_earlier_export_is_replaced(root: Path, copy: Path) -> None:

@@ -122,7 +122,7 @@ def test_measuring_times_every_subset_and_plays_hops_until_one_is_missed(
     hops = [float(line.split()[1]) for line in said[7:11]]
     assert hops[1] > hops[0]
     assert hops[2:] == pytest.approx([hops[1] / 2, hops[1] / 4], rel=0.01)
-    assert said[11].startswith(f"the smallest hop held is {hops[2]:g} s")
+    assert said[11].startswith(f"smallest hop sustained in real time: {hops[2]:g} s")
     assert len(said) == 12
 
 
@@ -132,7 +132,7 @@ def test_an_answer_that_takes_longer_than_its_window_is_said_to(
     slow = latency.Latency(("rgb",), 12, 2.3, 2.5)
     monkeypatch.setattr(latency, "latencies", lambda *_: iter([slow]))
     monkeypatch.setattr(latency, "play_hops", lambda *_: iter([latency.Played(2.5, 10, 0, 2.6)]))
-    assert "2.5 s late, more than a window of 2 s" in live(root, "--measure", "--window", 2)[-1]
+    assert "2.5 s late, longer than a window of 2 s" in live(root, "--measure", "--window", 2)[-1]
 
 
 def test_what_is_played_to_measure_is_answered_or_counted(
@@ -180,13 +180,13 @@ def test_the_page_shows_answers_and_switches_to_who_knows_its_token() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), "give one of --source VIDEO and --camera NUMBER"),
-        (("--source", "a.mp4", "--camera", "0"), "give one of"),
-        (("--source", "nowhere.mp4"), "there is no such file"),
+        ((), "give either --source VIDEO or --camera NUMBER"),
+        (("--source", "a.mp4", "--camera", "0"), "give either"),
+        (("--source", "nowhere.mp4"), "no such file"),
         (("--source", "{run}/model.json"), "model.json"),
-        (("--camera", "77"), "--camera 77: there is no such camera"),
-        (("--camera", "0", "--fast"), "it is for --source"),
-        (("--camera", "0", "--measure"), "leave out --source and --camera"),
+        (("--camera", "77"), "--camera 77: no such camera"),
+        (("--camera", "0", "--fast"), "only for --source"),
+        (("--camera", "0", "--measure"), "omit --source and --camera"),
         (("--source", "{video}", "--hop", "0"), "hop_s=0.0"),
         (("--source", "{video}", "--chaos", "2"), "--chaos 2.0"),
         (("--source", "{video}", "--without", "imu"), "the model takes"),

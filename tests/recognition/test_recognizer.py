@@ -182,10 +182,10 @@ def test_a_clip_of_which_nothing_is_left_gets_no_class(
     with PredictionWriter(tmp_path, ["verb", "noun"], truth=False) as writer:
         writer.write(row)
     (written,) = rows(tmp_path)
-    assert written["verb"] == written["action"] == "nothing to see"
+    assert written["verb"] == written["action"] == "no modality"
     assert written["verb_probability"] == ""
     assert written["absent"] == "rgb: dropped; flow: dropped; audio: dropped"
-    assert "nothing to see" in row.sentence()
+    assert "no modality" in row.sentence()
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -276,7 +276,7 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
     media.rename(away)
     try:
         told = run(*words, code=1)
-        assert "is not there any more" in told.splitlines()[-1]
+        assert "no longer exists" in told.splitlines()[-1]
         assert (out / "index.html").is_file()
     finally:
         away.rename(media)
@@ -285,17 +285,17 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["nowhere", "{video}"], 1, "no trained model is there"),
-        (["{run}", "nowhere.mp4"], 1, "there is no such file"),
-        (["{run}", "{store}"], 2, "is a feature store, which `karmma evaluate` takes"),
-        (["{run}", "{run}"], 2, "is a folder; name videos"),
+        (["nowhere", "{video}"], 1, "no trained model found"),
+        (["{run}", "nowhere.mp4"], 1, "no such file"),
+        (["{run}", "{store}"], 2, "is a feature store; use `karmma evaluate`"),
+        (["{run}", "{run}"], 2, "is a folder; give videos"),
         (["{run}", "{card}"], 1, "model.json"),
         (["{run}", "{video}", "--hop", "1"], 2, "needs --window"),
         (["{run}", "{video}", "--window", "0.001"], 2, "from 0.01 on"),
         (["nowhere", "{video}", "--drop", "2"], 2, "lies in 0..1"),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
-        (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for it"),
+        (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for this modality"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -321,7 +321,7 @@ def test_spans_that_make_no_sense_and_imported_features_are_refused(
         Spans(window_s=0)
     with pytest.raises(ConfigError, match="after the start"):
         Spans(2, 1)
-    with pytest.raises(ConfigError, match="rows have their own"):
+    with pytest.raises(ConfigError, match="rows of a manifest have their own"):
         wanted_clips([root / "clips/manifest.csv"], Spans(window_s=2))
     with pytest.raises(MediaError, match="no such file"):
         wanted_clips([root / "nowhere.mp4"], Spans())

@@ -145,7 +145,7 @@ def launch(folder: Path) -> str:
     say(f"launching process killed with {len(queue())} tasks and jobs in the queue")
     array = jobs("extract")[0]["array"]
     again = submit(folder)
-    expect(f"extract: in the queue as job {array}" in again, "the array was submitted twice")
+    expect(f"extract: already queued as job {array}" in again, "the array was submitted twice")
     expect(len(jobs("extract.finish")) == 1, "the joining job is not there just once")
     return array
 
@@ -347,7 +347,7 @@ def sweep_over_seeds(folder: Path) -> None:
     again = send_sweep(folder)
     expect(again.count("submitted") == 2 and "runs1" not in again, again)
     wait_for("the lost run and the report", lambda: not queue())
-    expect("everything is done" in send_sweep(folder), "the sweep is not done again")
+    expect("nothing to do" in send_sweep(folder), "the sweep is not done again")
     results = json.loads((folder / "sweep/report/results.json").read_text())
     seeds = [method["seeds"] for method in results["methods"]]
     expect(seeds == [[0, 1], [0, 1]], f"the report has seeds {seeds}")
@@ -390,7 +390,7 @@ def lose_a_shard(folder: Path) -> None:
     say("its task was cancelled and stayed so; launched once more")
     submit(folder)
     wait_for("the lost shard", lambda: not queue())
-    expect("everything is done" in submit(folder), "the chain is not done again")
+    expect("nothing to do" in submit(folder), "the chain is not done again")
 
 
 def submit(folder: Path) -> str:

@@ -250,7 +250,7 @@ def test_clips_come_in_order_and_are_finite(tmp_path: Path) -> None:
     spec = make_spec()
     create_store(tmp_path / "s", spec, make_clips(4))
     with ShardWriter(tmp_path / "s", 0) as writer:
-        with pytest.raises(StoreError, match="'c0' is next"):
+        with pytest.raises(StoreError, match="expected 'c0'"):
             writer.append("c1", make_tokens(spec, 1), {}, {})
         tokens = make_tokens(spec, 0)
         tokens["rgb"][0, 0] = np.nan

@@ -63,7 +63,7 @@ def test_what_an_int8_row_cannot_hold_is_refused(tmp_path: Path) -> None:
     one = ModalitySpec(tokens=1, width=2, dtype="int8")
     create_store(tmp_path, StoreSpec(modalities={"rgb": one}, heads={}), [ClipRow("a", {})])
     with ShardWriter(tmp_path, 0) as writer:
-        with pytest.raises(StoreError, match="the most int8 holds"):
+        with pytest.raises(StoreError, match="the maximum of int8"):
             writer.append("a", {"rgb": np.array([[1, 2 * LARGEST]])}, {}, {})
         writer.append("a", {"rgb": np.array([[1, 6e4]], np.float16)}, {}, {})
 

@@ -73,13 +73,13 @@ def places() -> Iterator[tuple[str, int, str]]:
     yield "rgb/tokens/c/0/0", 5, "Zarr index"
     yield "rgb/tokens/c/0/0", 4096 + 100, "HDF5 header"
     yield "rgb/tokens/c/1/0", -1, "padding"
-    yield "rgb/scale/c/0/0", PAYLOAD_OFFSET, "bytes have changed: c00"
+    yield "rgb/scale/c/0/0", PAYLOAD_OFFSET, "checksum mismatch: c00"
     yield "commit/000001.safetensors", -3, "commit record is damaged"
-    yield "clips/label_verb/c/0", 4, "clips/label_verb/c/0: bytes have changed"
-    yield "index.h5", 3000, "index.h5: bytes have changed"
+    yield "clips/label_verb/c/0", 4, "clips/label_verb/c/0: checksum mismatch"
+    yield "index.h5", 3000, "index.h5: checksum mismatch"
     yield "manifest.json", 40, "manifest.json"
-    yield "rgb/zarr.json", 10, "rgb/zarr.json: bytes have changed"
-    yield "zarr.json", 10, "zarr.json: bytes have changed"
+    yield "rgb/zarr.json", 10, "rgb/zarr.json: checksum mismatch"
+    yield "zarr.json", 10, "zarr.json: checksum mismatch"
 
 
 @pytest.mark.parametrize(("name", "place", "what"), list(places()))
@@ -94,7 +94,7 @@ def test_the_damaged_shards_alone_are_made_again(store: Path, whole: Path) -> No
     flip(store / "clips/split/c/0", 1)
     damages = verify(store)
     assert {d.clip_ids for d in damages if d.shard == 1} == {("c08",)}
-    assert repair(store, damages) == ["shard 1: taken away", "clips/split/c/0: taken away"]
+    assert repair(store, damages) == ["shard 1: removed", "clips/split/c/0: removed"]
     assert record_file(store, 0).is_file()
     assert not record_file(store, 1).is_file()
     with pytest.raises(StoreError, match="not complete"):
@@ -132,10 +132,10 @@ def test_the_command_says_which_clips_and_how_to_go_on(store: Path) -> None:
     runner = CliRunner()
     result = runner.invoke(main, ["store", "verify", str(store)])
     assert result.exit_code == 1
-    assert "shard 0 audio: bytes have changed: c00" in result.output
+    assert "shard 0 audio: checksum mismatch: c00" in result.output
     result = runner.invoke(main, ["store", "verify", str(store), "--repair"])
     assert result.exit_code == 0
-    assert "shard 0: taken away" in result.output
+    assert "shard 0: removed" in result.output
 
 
 def test_the_spool_of_a_living_writer_is_no_garbage(store: Path) -> None:

@@ -70,7 +70,7 @@ def test_merged_modalities_keep_reasons_and_times(tmp_path: Path) -> None:
 
 
 def test_clips_that_are_not_there_are_named(pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"is missing 1 of the clips: c99"):
+    with pytest.raises(StoreError, match=r"lacks 1 of the clips: c99"):
         select(pair, tmp_path / "s", ["c01", "c99"])
 
 
@@ -106,7 +106,7 @@ def test_pooling_is_the_mean_over_blocks_of_the_grid(store: Path, tmp_path: Path
     wanted = np.stack([tokens[:4].mean(axis=0), tokens[4:].mean(axis=0)]).astype(np.float32)
     np.testing.assert_array_equal(found.gather("rgb", torch.tensor([3]))[0], wanted)
     result = run("convert", store, tmp_path / "d", "--pool", "rgb=2,2,3", code=1)
-    assert "[2, 2, 2], which does not divide into [2, 2, 3]" in result.output
+    assert "[2, 2, 2], which is not divisible by [2, 2, 3]" in result.output
 
 
 def test_an_archive_of_an_older_program_gives_back_every_byte(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_an_archive_of_an_older_program_gives_back_every_byte(tmp_path: Path) ->
     listed = json.loads((tmp_path / "a/archive.json").read_text())
     listed["files"]["../evil"] = {"bytes": 1, "sha256": ""}
     (tmp_path / "a/archive.json").write_text(json.dumps(listed))
-    with pytest.raises(StoreError, match="leads out of the store"):
+    with pytest.raises(StoreError, match="is outside the store"):
         decompress(tmp_path / "a", tmp_path / "evil")
 
 

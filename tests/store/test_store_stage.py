@@ -51,7 +51,7 @@ def test_nothing_else_is_written_into_a_store(store: Path) -> None:
             lambda s, to: convert(s, to / "z"),
         ):
             with pytest.raises(
-                StoreError, match=r"the feature store .* lies there; choose a folder"
+                StoreError, match=r"is inside the feature store .*; choose another folder"
             ):
                 write(store, place)
     assert tree(store) == before
@@ -126,7 +126,7 @@ class Disk(NamedTuple):
 
 @pytest.mark.parametrize(
     ("disk", "named"),
-    [(Disk(1), r"4\.10kB are free"), (Disk(10**9, f_favail=3), "3 inodes are free")],
+    [(Disk(1), r"4\.10kB free"), (Disk(10**9, f_favail=3), "3 inodes free")],
 )
 def test_without_space_or_inodes_nothing_is_begun(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, named: str

@@ -81,7 +81,9 @@ def test_teachers_that_saw_everything_or_tell_nothing_are_refused(
     with pytest.raises(ConfigError, match=r"cross_fitted=True: every teacher was trained on all"):
         distill(recipe(store, teachers[2:], tmp_path / "student"))
     (teachers[2] / "clips.json").rename(tmp_path / "clips.json")
-    with pytest.raises(CheckpointError, match=r"has no clips\.json, so that nobody knows"):
+    with pytest.raises(
+        CheckpointError, match=r"has no clips\.json, so its training clips are unknown"
+    ):
         distill(recipe(store, teachers, tmp_path / "student"))
     (tmp_path / "clips.json").rename(teachers[2] / "clips.json")
     assert not (tmp_path / "student").exists()

@@ -73,7 +73,7 @@ def test_a_stop_while_an_epoch_is_validated_is_heard_and_the_validation_done_aga
     store = write_store(tmp_path / "s")
     whole, parts = (teacher_recipe(store, tmp_path / n, epochs=2) for n in ("whole", "parts"))
     train_teacher(whole)
-    with pytest.raises(StoppedError, match="the epoch before its validation is saved"):
+    with pytest.raises(StoppedError, match="the state before validation is saved"):
         train_teacher(parts, StopAt(8))  # at the start, 5 steps, the first batch of validation
     assert not (tmp_path / "parts/best").exists()
     train_teacher(parts)

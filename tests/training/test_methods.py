@@ -210,21 +210,24 @@ def test_two_ranks_train_a_method_of_ones_own_as_one_does(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "subprocess:Popen"}, r"model='subprocess:Popen': is of Python's own library"),
+        (
+            {"model": "subprocess:Popen"},
+            r"model='subprocess:Popen': belongs to Python's standard library",
+        ),
         ({"model": "nowhere:Net"}, r"model='nowhere:Net': cannot be imported .*No module named"),
         ({"model": "{}:Nett"}, r"cannot be imported \(AttributeError"),
         ({"model": "{}:Net", "model_args": {"depth": 2}}, r"could not be built .*'depth'"),
         (
             {"model": "{}:Wrong"},
-            r"gave \{'verb': \(4, 2\)\}; it must give \{'noun': \(4, 3\), 'verb': \(4, 4\)",
+            r"returned \{'verb': \(4, 2\)\}; expected \{'noun': \(4, 3\), 'verb': \(4, 4\)",
         ),
         ({"model": "{}:entropy"}, "could not be built"),
         ({"model": "torch:from_numpy"}, "has no source file"),
         ({"model": "{}:Normed", "accumulate": 2}, "norm is a BatchNorm"),
         ({"objective": "{}:constant"}, "does not depend on the logits"),
         ({"objective": "{}:vector"}, "return a scalar tensor"),
-        ({"objective": "{}:margin"}, r"failed on a first batch \(TypeError"),
-        ({"size": {**SIZE, "absent": "{}:constant"}}, "failed on a first batch|size.absent"),
+        ({"objective": "{}:margin"}, r"failed on the first batch \(TypeError"),
+        ({"size": {**SIZE, "absent": "{}:constant"}}, "failed on the first batch|size.absent"),
     ],
 )
 def test_what_cannot_be_used_is_told_before_anything_is_written(
@@ -239,10 +242,10 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "late"}, "model='late': unknown; there are '', 'late_fusion'"),
+        ({"model": "late"}, "model='late': unknown; choose '', 'late_fusion'"),
         ({"objective": "focal"}, "objective='focal': unknown"),
         ({"model_args": {"a": 1}}, "without model"),
-        ({"size": {"absent": "zero"}}, "absent='zero': unknown; there are 'learned', 'zeros'"),
+        ({"size": {"absent": "zero"}}, "absent='zero': unknown; choose 'learned', 'zeros'"),
     ],
 )
 def test_an_unknown_name_is_told_with_those_that_are_known(

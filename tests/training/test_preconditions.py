@@ -40,7 +40,10 @@ def test_clips_that_are_trained_on_and_choose_the_epoch_are_counted(
     store: Path, tmp_path: Path
 ) -> None:
     train_teacher(teacher_recipe(store, tmp_path / "r", epochs=1, val_split="train"))
-    assert "clips are trained on: its accuracy says nothing" in (tmp_path / "r/log.txt").read_text()
+    assert (
+        "clips are training clips; its accuracy says nothing"
+        in (tmp_path / "r/log.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_a_clip_with_nothing_to_see_counts_as_wrong(store: Path, tmp_path: Path)
     train_teacher(teacher_recipe(poor, tmp_path / "with", epochs=1))
     without, beside = (rows(tmp_path / n)[0]["val_verb_top1"] for n in ("without", "with"))
     assert beside == pytest.approx(without * (len(val) - 6) / len(val))
-    assert "6 with nothing to see" in (tmp_path / "with/log.txt").read_text()
+    assert "6 without any modality" in (tmp_path / "with/log.txt").read_text()
 
 
 def test_a_teacher_that_is_still_to_train_is_refused_unless_it_may_be(
@@ -131,7 +134,9 @@ def test_a_teacher_that_is_still_to_train_is_refused_unless_it_may_be(
     with pytest.raises(StoppedError):
         train_teacher(teacher_recipe(store, tmp_path / "t", epochs=9), StopAt(16))
     student = student_recipe(store, tmp_path / "t", tmp_path / "s", epochs=1)
-    with pytest.raises(CheckpointError, match=r"has trained \d of 9 epochs; let it finish, or set"):
+    with pytest.raises(
+        CheckpointError, match=r"has trained \d of 9 epochs; finish its training, or set"
+    ):
         distill(student)
     distill(student.model_copy(update={"allow_unfinished": True}))
     (tmp_path / "t/metrics.jsonl").unlink()  # as if only the model had been copied

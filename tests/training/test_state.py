@@ -58,7 +58,7 @@ def test_if_no_state_verifies_nothing_is_trained_over(tmp_path: Path) -> None:
     before = results(tmp_path / "r")
     for state in states(tmp_path / "r"):
         state.write_bytes(b"x" * 100)
-    with pytest.raises(CheckpointError, match=r"no training state can be used: .* or remove "):
+    with pytest.raises(CheckpointError, match=r"no usable training state: .* or remove "):
         train_teacher(recipe)
     assert results(tmp_path / "r") == before
 
@@ -74,7 +74,7 @@ def test_a_hostile_state_runs_nothing_whatever_the_environment_says(tmp_path: Pa
         "import sys, pathlib; from karmma_pipeline.training.state import load_state\n"
         "state, faults = load_state(pathlib.Path(sys.argv[1]))\n"
         "assert sorted(state) == ['a', 'version'], state\n"
-        "assert len(faults) == 2 and all('is no training state of ours' in f for f in faults)\n"
+        "assert len(faults) == 2 and all('not a training state of ours' in f for f in faults)\n"
     )
     subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(tmp_path / "state")],
@@ -84,7 +84,7 @@ def test_a_hostile_state_runs_nothing_whatever_the_environment_says(tmp_path: Pa
     assert not proof.exists()
     for path in sorted((tmp_path / "state").iterdir())[:1]:
         path.unlink()
-    with pytest.raises(CheckpointError, match="no training state can be used"):
+    with pytest.raises(CheckpointError, match="no usable training state"):
         load_state(tmp_path / "state")
 
 
@@ -94,14 +94,14 @@ def test_a_hostile_model_runs_nothing_and_is_refused(tmp_path: Path) -> None:
     folder, proof = tmp_path / "r/best", tmp_path / "proof"
     evil = pickle.dumps(Evil(proof))
     (folder / "model.safetensors").write_bytes(evil)
-    with pytest.raises(CheckpointError, match="damaged or another model's"):
+    with pytest.raises(CheckpointError, match="damaged or belong to another model"):
         load_model(folder)
     import hashlib
 
     card = json.loads((folder / "model.json").read_text())
     card["weights_sha256"] = hashlib.sha256(evil).hexdigest()
     (folder / "model.json").write_text(json.dumps(card))
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         load_model(folder)
     assert not proof.exists()
 
@@ -145,13 +145,13 @@ def test_another_store_at_the_same_path_is_noticed(tmp_path: Path) -> None:
     halt(recipe)
     store.rename(tmp_path / "old")
     write_store(store, seed=1)
-    with pytest.raises(CheckpointError, match=rf"clips of this run are others now in {store}"):
+    with pytest.raises(CheckpointError, match=rf"clips of this run have changed in {store}"):
         train_teacher(recipe)
     store.rename(tmp_path / "new")
     (tmp_path / "old").rename(store)
     train_teacher(recipe)
     (store.rename(tmp_path / "old"), (tmp_path / "new").rename(store))
-    with pytest.raises(CheckpointError, match="Put the old store back"):  # finished, all the same
+    with pytest.raises(CheckpointError, match="Restore the old store"):  # finished, all the same
         train_teacher(recipe)
 
 

@@ -195,7 +195,9 @@ def test_views_are_drawn_inside_of_the_picture_and_for_training_alone(
     twice = [says(tmp_path / "whole", stores["input"]) for _ in range(2)]
     assert torch.equal(*twice)
     body = baseline_recipe(stores["body"], tmp_path / "body", suffix={"flip": True})
-    with pytest.raises(ConfigError, match="no video network of this store is cut at its input"):
+    with pytest.raises(
+        ConfigError, match="no video backbone of this store was extracted with cut: input"
+    ):
         train_baseline(body)
 
 
@@ -260,18 +262,20 @@ def test_settings_that_mean_nothing_or_cannot_be_are_refused(
     stores: dict[str | None, Path], tmp_path: Path
 ) -> None:
     uncut = baseline_recipe(stores[None], tmp_path / "a", suffix={"lr": 1e-3})
-    with pytest.raises(ConfigError, match="suffix: no backbone of this store is cut"):
+    with pytest.raises(ConfigError, match="suffix: no backbone of this store has a cut"):
         train_baseline(uncut)
     parts = baseline_recipe(stores["body"], tmp_path / "b", accumulate=2,
                             suffix={"freeze_norm": False})  # fmt: skip
     with pytest.raises(ConfigError, match=r"freeze_norm=false: .* batch norms"):
         train_baseline(parts)
     unknown = baseline_recipe(stores["body"], tmp_path / "c", suffix={"weights": {"imu": "x.pt"}})
-    with pytest.raises(ConfigError, match=r"suffix.weights.imu: is not cut; there are rgb"):
+    with pytest.raises(
+        ConfigError, match=r"suffix.weights.imu: has no cut; modalities with a cut: rgb"
+    ):
         train_baseline(unknown)
     other = baseline_recipe(stores["body"], tmp_path / "d",
                             suffix={"weights": {"rgb": "random:9"}})  # fmt: skip
-    with pytest.raises(CheckpointError, match="weights='random:9': have the digest"):
+    with pytest.raises(CheckpointError, match="weights='random:9': their digest is"):
         train_baseline(other)
     assert not any((tmp_path / name).exists() for name in "abcd")
 

@@ -131,7 +131,7 @@ def test_each_teacher_has_its_own_folder_and_a_foreign_one_is_refused(
         key = json.loads((folder / "table.json").read_text())
         (folder / "table.json").write_text(json.dumps({**key, "teacher_store": "other"}))
     with pytest.raises(
-        CheckpointError, match=r"other teacher logits \(teacher_store='other' there, '"
+        CheckpointError, match=r"different teacher logits \(teacher_store='other' there, '"
     ):
         cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
 
@@ -205,7 +205,7 @@ def test_a_teacher_that_was_trained_on_several_stores_as_one_teaches(tmp_path: P
     assert list(read_card(tmp_path / "t/best").stores) == digests
     student = {"epochs": 1, "teacher_store": [parts[::-1]]}
     distill(student_recipe(Path(parts[0]), tmp_path / "t", tmp_path / "s", **student))
-    with pytest.raises(StoreError, match="a list in a list"):
+    with pytest.raises(StoreError, match="a nested list"):
         distill(student_recipe(Path(parts[0]), tmp_path / "t", tmp_path / "u"))
 
 
@@ -214,7 +214,7 @@ def test_a_teacher_that_was_trained_on_several_stores_as_one_teaches(tmp_path: P
     [
         ({"teacher_store": ["a", "b"]}, "2 stores for 1 teachers"),
         ({"teacher_weights": [0.0]}, "not all 0"),
-        ({"teacher_weights": [1.0, 1.0]}, "one weight, 0 or more, for each of the 1 teachers"),
+        ({"teacher_weights": [1.0, 1.0]}, "one non-negative weight per teacher (1)"),
         ({"teacher": []}, "teacher"),
     ],
 )

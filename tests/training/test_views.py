@@ -135,7 +135,7 @@ def test_teacher_and_student_see_the_same_view(store: Path, tmp_path: Path) -> N
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
     distill(recipe)
     one = fill_store(tmp_path / "one")
-    with pytest.raises(StoreError, match="other views of a clip"):
+    with pytest.raises(StoreError, match="different views per clip"):
         distill(student_recipe(one, teacher, tmp_path / "other", teacher_store=str(store)))
 
 

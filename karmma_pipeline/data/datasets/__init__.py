@@ -30,14 +30,14 @@ __all__ = ["CsvList", "Dataset", "published_sensors", "read_dataset"]
 class CsvList(Recipe):
     """A list of clips in one CSV; the recipe's key ``manifest`` is short for its defaults."""
 
-    kind: Literal["csv"] = Field(description="A CSV of one's own.")
+    kind: Literal["csv"] = Field(description="A custom CSV.")
     path: Path = Field(description="The CSV.")
     pictures: PictureNames = Field(
-        PictureNames(), description="Names of the pictures in its frames and flow folders."
+        PictureNames(), description="File names of images in frame and flow folders."
     )
     heads: tuple[str, ...] | None = Field(
         None,
-        description="Columns that are label sets; others are then not used. null: all that are\n"
+        description="Label columns; all other columns are ignored. null: every column that is\n"
         "not reserved.",
     )
 
@@ -69,7 +69,7 @@ def read_dataset(dataset: Dataset, sensors: Collection[str] = ()) -> Manifest:
     root = getattr(dataset, "root", None)
     if root is not None and not root.is_dir():
         where = "" if root.is_absolute() else f" in {Path.cwd()}"
-        raise ManifestError(f"dataset.root={root}: there is no such folder{where}.")
+        raise ManifestError(f"dataset.root={root}: no such folder{where}.")
     match dataset:
         case CsvList():
             return read_manifest(dataset.path, dataset.pictures, dataset.heads, sensors)

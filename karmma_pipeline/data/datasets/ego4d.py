@@ -29,8 +29,8 @@ MediaFolder = Literal["clips", "full_scale", "video_540ss"]
 class Ego4dLta(Recipe):
     """Ego4D's FHO actions as its downloader lays them out."""
 
-    kind: Literal["ego4d_fho_lta"] = Field(description="This data set.")
-    root: Path = Field(description="The version's folder (v1 or v2) with clips or full videos.")
+    kind: Literal["ego4d_fho_lta"] = Field(description="Data set.")
+    root: Path = Field(description="Folder of the release (v1 or v2) with clips or full videos.")
     annotations: Path | None = Field(
         None, description="Folder of fho_lta_*.json; null: annotations in root."
     )
@@ -40,7 +40,7 @@ class Ego4dLta(Recipe):
     prefer: tuple[MediaFolder, ...] = Field(
         ("clips", "full_scale", "video_540ss"),
         min_length=1,
-        description="Folders in which videos are looked for, in this order.",
+        description="Folders to search for videos, in this order.",
     )
 
 
@@ -129,7 +129,7 @@ class _ActionReader:
         """Say how many clips are halves of pictures."""
         if not self.stereo:
             return []
-        return [f"clips of side-by-side stereo, left half taken: {self.stereo:,}"]
+        return [f"clips in side-by-side stereo, of which the left half is used: {self.stereo:,}"]
 
     def clip(self, entry: Any, split: Ego4dSplit) -> Clip:
         video, clip = (

@@ -35,16 +35,16 @@ Size = Literal["448", "full"]
 class EgoExo4dKeysteps(Recipe):
     """Ego-Exo4D's keystep segments as its downloader lays them out."""
 
-    kind: Literal["ego_exo4d_keysteps"] = Field(description="This data set.")
+    kind: Literal["ego_exo4d_keysteps"] = Field(description="Data set.")
     root: Path = Field(description="Folder with takes/ and annotations/.")
     annotations: Path | None = Field(
         None, description="Folder of keystep_*.json; null: annotations in root."
     )
     splits: tuple[EgoExo4dSplit, ...] = Field(
-        ("train", "val"), min_length=1, description="Which of them."
+        ("train", "val"), min_length=1, description="Splits to use."
     )
     prefer: tuple[Size, ...] = Field(
-        ("448", "full"), min_length=1, description="Sizes of video looked for, in this order."
+        ("448", "full"), min_length=1, description="Video sizes to look for, in this order."
     )
 
 
@@ -97,7 +97,9 @@ def _vocabulary(path: Path, table: Mapping[str, Any]) -> dict[int, str]:
         if not (
             number.isascii() and number.isdigit() and len(number) < 10 and isinstance(name, str)
         ):
-            raise ManifestError(f"{path}: vocabulary: {number!r:.40}: {name!r:.40} is no keystep.")
+            raise ManifestError(
+                f"{path}: vocabulary: {number!r:.40}: {name!r:.40} is not a keystep."
+            )
         names[int(number)] = name
     return names
 

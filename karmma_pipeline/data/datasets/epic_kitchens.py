@@ -34,16 +34,16 @@ _PARTICIPANT = re.compile(r"P\d{2}", re.ASCII)
 class EpicKitchens(Recipe):
     """EPIC-KITCHENS-100 as its downloader and its annotation repository lay it out."""
 
-    kind: Literal["epic_kitchens_100"] = Field(description="This data set.")
+    kind: Literal["epic_kitchens_100"] = Field(description="Data set.")
     root: Path = Field(description="Folder of the media, such as EPIC-KITCHENS.")
     annotations: Path = Field(description="Folder of the CSV files.")
     splits: dict[str, Path] = Field(
         {"train": Path("EPIC_100_train.csv"), "val": Path("EPIC_100_validation.csv")},
         min_length=1,
-        description="Split to its CSV, in the annotations folder. Files without labels, such as\n"
-        "EPIC_100_test_timestamps.csv and the UDA targets, may stand here too.",
+        description="Split -> CSV in the annotations folder. Files without labels are\n"
+        "allowed, such as EPIC_100_test_timestamps.csv and the UDA targets.",
     )
-    media: Prefer = Field(Prefer(), description="Which files to use where there are several.")
+    media: Prefer = Field(Prefer(), description="Which files to use if several exist.")
 
 
 def read(dataset: EpicKitchens) -> Manifest:
@@ -84,7 +84,9 @@ def _table(path: Path) -> list[Row]:
         raise ManifestError(f"{path}: the file lists no clips.")
     classes = [f"{head}_class" in rows[0] for head in HEADS]
     if any(classes) and not all(classes):
-        raise ManifestError(f"{path}: has one of verb_class and noun_class; both or none.")
+        raise ManifestError(
+            f"{path}: has only one of verb_class and noun_class; it needs both or neither."
+        )
     return rows
 
 
@@ -98,7 +100,7 @@ def _class_list(folder: Path, listing: Listing, head: str) -> tuple[str, ...]:
             raise ManifestError(f"{path}: line {row.line}: id={row['id']!r}: must be {number}.")
         keys.append(row["key"])
     if not keys or len(set(keys)) < len(keys):
-        raise ManifestError(f"{path}: the class list is empty or has a duplicate key.")
+        raise ManifestError(f"{path}: the class list is empty or has duplicate keys.")
     return tuple(keys)
 
 
@@ -138,7 +140,7 @@ def _class(row: Row, column: str, names: tuple[str, ...]) -> int:
     if number is None:
         return UNKNOWN
     if number >= len(names):
-        raise ValueError(f"{column}={number}: the class list ends at {len(names) - 1}")
+        raise ValueError(f"{column}={number}: the last class is {len(names) - 1}")
     return number
 
 
@@ -157,7 +159,9 @@ class _NarrationReader:
         clip_id, video = row.name("narration_id"), row.name("video_id", _VIDEO_ID)
         participant = row.name("participant_id", _PARTICIPANT)
         if not video.startswith(f"{participant}_"):
-            raise ValueError(f"participant_id={participant!r}: video_id={video!r} is another's")
+            raise ValueError(
+                f"participant_id={participant!r}: video_id={video!r} belongs to another participant"
+            )
         start_s, stop_s = row.span("start_timestamp", "stop_timestamp")
         frames = self._frames(row)
         if stop_s is None:
@@ -178,7 +182,7 @@ class _NarrationReader:
     def _frames(self, row: Row) -> tuple[int, int]:
         first, last = (row.whole(column) for column in FRAMES)
         if first is None or last is None or last < first:
-            raise ValueError(f"stop_frame={row['stop_frame']!r}: not from start_frame on")
+            raise ValueError(f"stop_frame={row['stop_frame']!r}: is before start_frame")
         return first, last
 
     def _label(self, row: Row, head: str) -> int:
@@ -188,12 +192,14 @@ class _NarrationReader:
     def notes(self) -> list[str]:
         lines = []
         if self.clamped:
-            lines.append(f"clips that end after their video and are cut there: {self.clamped:,}")
+            lines.append(
+                f"clips that extend past the end of their video and are cut there: {self.clamped:,}"
+            )
         if self.apart:
             lines.append(
-                "clips whose times and frame numbers are more than a frame apart (videos follow "
-                f"the times, frames the numbers): {self.apart:,}"
+                "clips whose times and frame numbers differ by more than a frame (videos use "
+                f"the times, frame folders the numbers): {self.apart:,}"
             )
         if self.unlisted:
-            lines.append(f"clips of videos without an entry in video_info: {self.unlisted:,}")
+            lines.append(f"clips whose video has no entry in video_info: {self.unlisted:,}")
         return lines

@@ -42,26 +42,24 @@ class Prefer(Recipe):
     """Which of several sources of a modality is used."""
 
     rgb: Literal["auto", "video", "frames"] = Field(
-        "auto", description="auto: the MP4, else the released frames; or only one of them."
+        "auto", description="auto: the MP4 if it exists, else the released frames."
     )
     flow: Literal["auto", "frames", "computed", "none"] = Field(
         "auto",
-        description="auto: the released TV-L1 frames, else computed from RGB; or only one of them.",
+        description="auto: the released TV-L1 frames if they exist, else flow computed from RGB.",
     )
     audio: Literal["auto", "video", "array", "none"] = Field(
-        "auto", description="auto: the MP4's, else the HDF5 file's; or only one of them."
+        "auto", description="auto: the audio track of the MP4, else the HDF5 file."
     )
-    flow_root: Path | None = Field(
-        None, description="Folder of the flow frames, if it is not `root`."
-    )
+    flow_root: Path | None = Field(None, description="Folder of the flow frames; null: `root`.")
     audio_array: Path | None = Field(
-        None, description=f"The HDF5 file of 24 kHz tracks; null: {AUDIO_ARRAY} in `root`."
+        None, description=f"HDF5 file of the 24 kHz tracks; null: {AUDIO_ARRAY} in `root`."
     )
     flow_bound_px: float = Field(
         8.0,
         gt=0,
-        description="Flow in px that bytes 0 and 255 of the released flow frames stand for. 8 is\n"
-        "read off the command of the extension's release; EPIC-55's is not published.",
+        description="Flow in px encoded by bytes 0 and 255 of the released flow frames. 8 is\n"
+        "the value in the extraction command of EPIC-100; that of EPIC-55 is not published.",
     )
 
 

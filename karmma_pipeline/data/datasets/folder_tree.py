@@ -26,15 +26,19 @@ _ID_LENGTH = 90
 class FolderTree(Recipe):
     """``root/CLASS/video.mp4``, or ``root/train/CLASS/video.mp4`` and so on."""
 
-    kind: Literal["folder_tree"] = Field(description="This layout.")
-    root: Path = Field(description="Folder of the classes, or of train, val, test.")
+    kind: Literal["folder_tree"] = Field(description="Folder layout.")
+    root: Path = Field(
+        description="Folder with one folder per class, or with train, val and\n"
+        "test folders of these."
+    )
     head: str = Field("action", pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,59}$", description="Head.")
     split: dict[Literal["train", "val", "test"], float] = Field(
         {"train": 0.8, "val": 0.2},
-        description="Shares of the splits, if there are no train, val and test folders. A video's\n"
-        "split depends on the seed and its path alone, so it stays when others are added.",
+        description="Share of each split, if there are no train, val and test folders. The\n"
+        "split of a video depends only on the seed and its path, so it does not change when\n"
+        "videos are added.",
     )
-    seed: int = Field(0, description="Seed of the split.")
+    seed: int = Field(0, description="Seed of the random split.")
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -43,7 +47,7 @@ class FolderTree(Recipe):
             or min(self.split.values()) < 0
             or abs(sum(self.split.values()) - 1) > 1e-9
         ):
-            raise ValueError("the shares of split must be at least 0 and add up to 1")
+            raise ValueError("the shares must be non-negative and sum to 1")
         return self
 
 
@@ -59,8 +63,8 @@ def read(dataset: FolderTree) -> Manifest:
     if splits and len(splits) < len(tops):
         stray = next(name for name in tops if name not in splits)
         raise ManifestError(
-            f"{root}: has the split folder {next(iter(splits))!r} beside the folder {stray!r}; "
-            "put every class below the split folders, or none."
+            f"{root}: has the split folder {next(iter(splits))!r} next to the folder {stray!r}; "
+            "put either all classes or none into split folders."
         )
     places = (
         [(c, f"{s}/{c}", split) for s, split in splits.items() for c in _folders(root / s)]
@@ -86,16 +90,17 @@ def read(dataset: FolderTree) -> Manifest:
         clips.append((relative, clip))
     if not clips:
         raise ManifestError(
-            f"{root}: no videos in class folders; known are {' '.join(sorted(VIDEO_SUFFIXES))}."
+            f"{root}: no videos in class folders; known extensions: "
+            f"{' '.join(sorted(VIDEO_SUFFIXES))}."
         )
     how = "by folder" if splits else f"drawn with seed {dataset.seed}"
     notes = [f"{len(clips):,} videos in {len(names):,} classes, split {how}"]
     empty = sorted({name for name, _, _ in places} - {*names})
     if empty:
-        notes.append(f"folders without videos, which are no classes: {', '.join(empty)}")
+        notes.append(f"folders without videos, ignored: {', '.join(empty)}")
     for suffix, files_of in sorted(other.items()):
-        ending = f"that end in {suffix}" if suffix else "without an ending"
-        notes.append(f"files {ending} are no videos: {len(files_of):,} (such as {files_of[0]})")
+        ending = f"with the extension {suffix}" if suffix else "without an extension"
+        notes.append(f"files {ending} are ignored: {len(files_of):,} (such as {files_of[0]})")
     return Manifest(unique(root, clips), {dataset.head: names}, notes=tuple(notes))
 
 

@@ -74,11 +74,11 @@ class Listing:
         """Say what lies where a file is missing; empty if there is nothing like it."""
         alike = self._alike(path.parent, path.stem)
         if self.names(path.parent).get(path.name):
-            return "a folder lies there, not a file"
+            return "it is a folder, not a file"
         if alike and path.name not in alike:
-            return f"there is {alike[0]}"
+            return f"did you mean {alike[0]}?"
         there = bool(self.names(path.parent)) or path.parent.is_dir()
-        return "" if there else f"there is no folder {path.parent}"
+        return "" if there else f"no such folder: {path.parent}"
 
 
 def missing(path: Path) -> str:
@@ -118,8 +118,8 @@ class SourceCounts:
             there = [kind for kind in kinds if kind != MISSING]
             if len(there) > 1:
                 lines.append(
-                    f"{modality}: sources are mixed, and features differ a little between them; "
-                    "the recipe's `dataset` can ask for one kind"
+                    f"{modality}: sources of several kinds are mixed, and their features differ "
+                    "slightly; select one kind under `dataset` in the recipe"
                 )
         return lines
 

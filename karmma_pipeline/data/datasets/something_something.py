@@ -46,25 +46,27 @@ SomethingSplit = Literal["train", "val", "test"]
 class SomethingSomething(Recipe):
     """Something-Something V2 as it is delivered, or as frames."""
 
-    kind: Literal["something_something_v2"] = Field(description="This data set.")
-    root: Path = Field(description="Folder of the videos, or of one folder of frames per video.")
-    annotations: Path = Field(description="Folder of the JSON files, with old or new names.")
+    kind: Literal["something_something_v2"] = Field(description="Data set.")
+    root: Path = Field(description="Folder of the videos, or of frame folders, one per video.")
+    annotations: Path = Field(
+        description="Folder of the JSON files; both naming schemes are\nknown."
+    )
     splits: tuple[SomethingSplit, ...] = Field(
         ("train", "val"),
         min_length=1,
-        description="Which of train, val and test; test has no labels.",
+        description="Splits to use; test has no labels.",
     )
     prefer: Literal["auto", "video", "frames"] = Field(
-        "auto", description="auto: the video file, else the folder of frames; or only one of them."
+        "auto", description="auto: the video file if it exists, else the frame folder."
     )
     frame_name: FrameName = Field(
         "img_{:05d}.jpg",
-        description="Name of a frame, such as {video}_{:06d}.jpg; frames that are all called\n"
-        "alike are found by any name.",
+        description="File name of a frame, such as {video}_{:06d}.jpg. Other names are\n"
+        "detected if all frames of a folder follow one pattern.",
     )
     frame_fps: float = Field(FPS, gt=0, description="Rate at which frames were extracted, Hz.")
     boxes: tuple[Path, ...] = Field(
-        (), description="Something-Else annotation files (JSON); they give the modality boxes."
+        (), description="Something-Else annotation files (JSON), for the modality boxes."
     )
 
 
@@ -105,7 +107,7 @@ def _templates(path: Path) -> dict[str, int]:
     ids = {}
     for template, number in table.items():
         if not isinstance(number, str | int) or not _ID.fullmatch(str(number)):
-            raise ManifestError(f"{path}: {template!r}: the id {number!r:.40} is no number.")
+            raise ManifestError(f"{path}: {template!r}: the id {number!r:.40} is not a number.")
         ids[template] = int(number)
     if sorted(ids.values()) != list(range(len(ids))) or not ids:
         raise ManifestError(f"{path}: the ids of the {len(ids)} templates are not 0, 1, 2, ....")
@@ -125,7 +127,7 @@ class _VideoReader:
     def clip(self, entry: Any, split: SomethingSplit) -> Clip:
         video = annotations.field(entry, "id", str)
         if not _ID.fullmatch(video):
-            raise ValueError(f"id={video!r:.60}: must be a number as text")
+            raise ValueError(f"id={video!r:.60}: must be a string of digits")
         rgb = self._media(video)
         media: dict[str, Source] = {"rgb": rgb, "flow": rgb}
         if self.dataset.boxes:
@@ -169,7 +171,7 @@ class _VideoReader:
         return FrameSource(folder or root / video, (name,), self.dataset.frame_fps)
 
     def lines(self) -> Sequence[str]:
-        return [*self.counts.lines(), "audio: the data set has none"]
+        return [*self.counts.lines(), "audio: not part of this data set"]
 
 
 # How a video's entry begins: inside of one no key is a number. Quotes in texts are escaped.
@@ -201,7 +203,8 @@ def _scan(path: Path) -> dict[str, BoxSource]:
         raise ManifestError(f"{path}: the file of boxes is empty.") from None
     if not begins:
         raise ManifestError(
-            f'{path}: no Something-Else annotation file: no entry of the form "VIDEO ID": [frames].'
+            f'{path}: not a Something-Else annotation file: no entry of the form "VIDEO ID": '
+            "[frames]."
         )
     ends = [start for _, start, _ in begins[1:]] + [size]
     return {

@@ -60,15 +60,16 @@ Subject = Annotated[int, Field(ge=1, le=8)]
 class UtdMhad(Recipe):
     """UTD-MHAD: accelerometer, gyroscope, skeleton and, if they are there, RGB videos."""
 
-    kind: Literal["utd_mhad"] = Field(description="This data set.")
-    root: Path = Field(description="Folder with Inertial/, Skeleton/ and, if you have it, RGB/.")
+    kind: Literal["utd_mhad"] = Field(description="Data set.")
+    root: Path = Field(description="Folder with Inertial/, Skeleton/ and optionally RGB/.")
     test_subjects: tuple[Subject, ...] = Field(
-        (2, 4, 6, 8), description="Whose sequences are the split test; the published protocol's."
+        (2, 4, 6, 8),
+        description="Subjects of the test split; the default is the published\nprotocol.",
     )
     val_subjects: tuple[Subject, ...] = Field(
         (),
-        description="Whose sequences are the split val, on which an epoch can be chosen without a\n"
-        "look at test; all others are train. The published protocol has none.",
+        description="Subjects of the val split, for choosing the epoch without test data; all\n"
+        "other subjects are train. The published protocol has no val split.",
         examples=[[7]],
     )
 
@@ -76,9 +77,9 @@ class UtdMhad(Recipe):
     def _apart(self) -> Self:
         both = {*self.val_subjects} & {*self.test_subjects}
         if both:
-            raise ValueError(f"val_subjects: {min(both)} is one of test_subjects, too")
+            raise ValueError(f"val_subjects: {min(both)} is also in test_subjects")
         if not {*range(1, 9)} - {*self.val_subjects, *self.test_subjects}:
-            raise ValueError("val_subjects and test_subjects leave nobody to train on")
+            raise ValueError("val_subjects and test_subjects leave no subject for training")
         return self
 
     def split(self, subject: int) -> str:
@@ -100,7 +101,7 @@ def read(dataset: UtdMhad) -> Manifest:
         clip_id = f"a{action}_s{subject}_t{trial}"
         if not 1 <= action <= len(ACTIONS) or not 1 <= subject <= 8:
             raise ManifestError(
-                f"{dataset.root}: {clip_id}: the set has actions 1 to 27 and subjects 1 to 8."
+                f"{dataset.root}: {clip_id}: actions are 1 to 27 and subjects 1 to 8."
             )
         labels = {HEAD: action - 1}
         split = dataset.split(subject)
@@ -124,6 +125,6 @@ def _media(root: Path) -> dict[tuple[int, ...], dict[str, Source]]:
                 found[key] |= dict.fromkeys(_MODALITIES[named[4]], source)
     if not found:
         raise ManifestError(
-            f"{root}: no sequence; Inertial/a1_s1_t1_inertial.mat and the others belong below it."
+            f"{root}: no sequence found; expected files such as Inertial/a1_s1_t1_inertial.mat."
         )
     return found

@@ -38,11 +38,13 @@ def clips_of_split(store: TokenSource, split: str, exclude: Path | None = None) 
     chosen = store.split == split if split else np.ones(len(store), bool)
     if not chosen.any():
         known = ", ".join(sorted(set(store.split.tolist()))) or "none"
-        raise ManifestError(f"{store.path}: no clip is in split={split!r}; there are: {known}.")
+        raise ManifestError(f"{store.path}: no clip is in split={split!r}; its splits: {known}.")
     if exclude is not None:
         chosen &= ~np.isin(store.names(), excluded_ids(store, exclude))
         if not chosen.any():
-            raise ManifestError(f"{exclude}: leaves no clip of split={split!r} of {store.path}.")
+            raise ManifestError(
+                f"{exclude}: excludes every clip of split={split!r} of {store.path}."
+            )
     return np.flatnonzero(chosen)
 
 
@@ -88,10 +90,10 @@ def non_finite_error(
     named = ", ".join(f"{clip} ({modality})" for clip, modality in bad[:_MOST_NAMED])
     more = ", ..." if len(bad) > _MOST_NAMED else ""
     return StoreError(
-        f"{folders}: clips have tokens that are NaN or infinite: {named}{more}. `karmma store "
-        "verify --repair` lists all such clips and removes their shards, so that `karmma extract` "
-        "makes them anew; or leave the clips out with exclude: FILE in the recipe, a text file "
-        f"with one clip id per line.{advice and ' '}{advice}"
+        f"{folders}: tokens of these clips are NaN or infinite: {named}{more}. `karmma store "
+        "verify --repair` lists all such clips and removes their shards, which `karmma extract` "
+        "then rebuilds; or exclude the clips with exclude: FILE in the recipe, a text file with "
+        f"one clip id per line.{advice and ' '}{advice}"
     )
 
 
@@ -155,8 +157,8 @@ def predict_masked(
             if bad := non_finite(store, batch):
                 raise non_finite_error(store, bad)
             raise CheckpointError(
-                "the model's logits are NaN or infinite for finite tokens; its training has "
-                "diverged: train it again with a lower optimiser.lr."
+                "the model's logits are NaN or infinite although the tokens are finite: its "
+                "training diverged; train again with a lower optimiser.lr."
             )
         yield batch, answers
 

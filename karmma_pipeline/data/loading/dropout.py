@@ -38,23 +38,24 @@ class DropoutSchedule(Recipe):
 
     rate: float | dict[str, float] = Field(
         0.0,
-        description="Probability with which each present modality is dropped, or one for each:\n"
-        "{rgb: 0.1, audio: 0.5}; those that are not named stay.",
+        description="Probability of dropping each present modality, or one per modality, such\n"
+        "as {rgb: 0.1, audio: 0.5}; others are never dropped.",
     )
     ramp_epochs: int = Field(
-        0, ge=0, description="Epochs in which the rate moves, evenly, from ramp_from to rate."
+        0, ge=0, description="Epochs over which the rate moves linearly from ramp_from to rate."
     )
-    ramp_from: float = Field(0.0, ge=0, lt=1, description="Rate of the first epoch, of a ramp.")
+    ramp_from: float = Field(0.0, ge=0, lt=1, description="Rate at the start of the ramp.")
     burst: int = Field(
         1,
         ge=1,
-        description="Contiguous clips of a recording that lose the same modalities, as when a\n"
-        "sensor fails for a while; 1: each clip by itself.",
+        description="Number of consecutive clips of a recording that lose the same\n"
+        "modalities, as when a sensor fails for a while; 1: clips are independent.",
     )
     patterns: Path | None = Field(
         None,
-        description="CSV instead of a rate: clip_id, missing (rgb+audio), and, if patterns differ\n"
-        "by epoch, epoch (1, 2, ...; empty: all others). Clips that it lacks keep everything.",
+        description="CSV instead of a rate: clip_id, missing (such as rgb+audio) and\n"
+        "optionally epoch (1, 2, ...; empty: all others). Clips not in the CSV keep all\n"
+        "modalities.",
     )
 
     @field_validator("rate")
@@ -62,16 +63,16 @@ class DropoutSchedule(Recipe):
     def _probabilities(cls, rate: float | dict[str, float]) -> float | dict[str, float]:
         rates = rate.values() if isinstance(rate, dict) else [rate]
         if not all(0 <= one < 1 for one in rates):
-            raise ValueError("a rate lies between 0 and below 1")
+            raise ValueError("a rate must be at least 0 and less than 1")
         return rate
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "DropoutSchedule":
         drawn = self.rate != 0.0 or self.ramp_epochs or self.ramp_from or self.burst > 1
         if self.patterns is not None and drawn:
-            raise ValueError("give patterns, or a rate with its ramp and bursts, not both")
+            raise ValueError("give either patterns or a rate (with ramp and bursts), not both")
         if self.ramp_from and not self.ramp_epochs:
-            raise ValueError("ramp_from needs ramp_epochs")
+            raise ValueError("ramp_from requires ramp_epochs")
         return self
 
 
@@ -138,7 +139,8 @@ def _rates(schedule: DropoutSchedule, modalities: Sequence[str]) -> npt.NDArray[
         return np.full(len(modalities), schedule.rate)
     if unknown := sorted(set(schedule.rate) - set(modalities)):
         raise ConfigError(
-            f"modality_dropout.rate names {unknown[0]!r}; the store has {', '.join(modalities)}."
+            f"modality_dropout.rate: unknown modality {unknown[0]!r}; the store has "
+            f"{', '.join(modalities)}."
         )
     return np.array([schedule.rate.get(m, 0.0) for m in modalities])
 
@@ -244,7 +246,7 @@ def read_patterns(path: Path, store: TokenSource) -> dict[int, Mapping[str, Bool
                 if clip_id not in known:
                     raise ConfigError(f"{where}: {store.path} has no clip {clip_id!r}.")
                 if clip_id in read.setdefault(epoch, {}):
-                    raise ConfigError(f"{where}: {clip_id!r} stands there twice.")
+                    raise ConfigError(f"{where}: {clip_id!r} is listed twice.")
                 read[epoch][clip_id] = left
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"modality_dropout.patterns={str(path)!r}: {error}.") from None
@@ -257,12 +259,12 @@ def _row(
     missing = parse_label(row["missing"] or "")
     if unknown := [name for name in missing if name not in modalities]:
         raise ConfigError(
-            f"{where}: missing={unknown[0]!r} is no modality; there are {', '.join(modalities)}, "
-            "several joined by +."
+            f"{where}: missing={unknown[0]!r} is not a modality; the store has "
+            f"{', '.join(modalities)}, join several with +."
         )
     epoch = (row.get("epoch") or "").strip()
     if epoch and not (epoch.isdecimal() and int(epoch) > 0):
-        raise ConfigError(f"{where}: epoch={epoch!r}: epochs are 1, 2, ..., or empty.")
+        raise ConfigError(f"{where}: epoch={epoch!r}: must be 1, 2, ... or empty.")
     return (
         int(epoch or 0),
         (row["clip_id"] or "").strip(),

@@ -104,7 +104,7 @@ def modality_mask(
     """
     rates = np.broadcast_to(p, present.shape[1:])
     if not ((rates >= 0) & (rates <= 1)).all():
-        raise ConfigError(f"modality_dropout={p}: a probability lies in 0..1.")
+        raise ConfigError(f"modality_dropout={p}: must be a probability between 0 and 1.")
     if not rates.any():
         return present.copy()
     # A stream per column: adding a modality at the end leaves the draws of the others as they were.

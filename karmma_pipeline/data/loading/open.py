@@ -86,7 +86,7 @@ class DeviceStore(TokenSource):
             free = psutil.virtual_memory().available
         if needed > free:
             raise StoreError(
-                f"{self.path}: loader.cache=device: the tokens take {needed / 1e9:.1f} GB, "
+                f"{self.path}: loader.cache=device: the tokens need {needed / 1e9:.1f} GB, "
                 f"{self.device} has {free / 1e9:.1f} GB free; use map."
             )
 

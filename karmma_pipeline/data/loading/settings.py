@@ -18,21 +18,22 @@ class LoaderSettings(Recipe):
 
     cache: Literal["map", "device"] = Field(
         "map",
-        description="Where tokens are read from. map: memory-mapped files (the page cache keeps\n"
-        "what fits, one copy for all ranks). device: all tokens are kept on the device.",
+        description="Where tokens are read from. map: memory-mapped files, kept in the page\n"
+        "cache as far as it allows, shared by all ranks. device: all tokens are copied to the\n"
+        "device.",
     )
     stage: Path | None = Field(
         None,
-        description="Folder on the node's own disk, to which stores are first copied and\n"
-        "verified; a verified copy is used again. /dev/shm: the node's memory, one copy for all\n"
-        "ranks, which is never evicted and stays until it is removed. null: read in place.",
+        description="Folder on a local disk of the node, to which stores are copied and\n"
+        "verified first; verified copies are reused. /dev/shm: the node's memory, one copy\n"
+        "for all ranks, which stays until you delete it. null: read in place.",
     )
     threads: int = Field(1, ge=0, description="Threads that prefetch batches; 0: none.")
     ahead: int = Field(2, ge=1, description="Batches to prefetch.")
     label_spaces: Literal["same", "join"] = Field(
         "same",
-        description="Several stores with different class lists. same: refuse, naming the\n"
-        "differences; join: match classes by name.",
+        description="How to treat several stores with different class lists. same: raise an\n"
+        "error; join: match classes by name.",
     )
 
     @model_validator(mode="before")

@@ -72,7 +72,7 @@ def write_sample(
         StoppedError: a signal came; finished videos are kept.
     """
     if clips < len(VERBS):
-        raise ConfigError(f"clips={clips}: at least {len(VERBS)} are needed, one per direction.")
+        raise ConfigError(f"clips={clips}: must be at least {len(VERBS)}, one per direction.")
     validation = max(1, round(clips * VALIDATION_SHARE))
     splits = {"train": clips - validation, "val": validation}
     settings = {"version": _VERSION, "clips": clips, "seed": seed}
@@ -115,7 +115,7 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         files.write_json(path, settings)
     elif (there := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise ConfigError(
-            f"{out}: holds a sample made with {there}, not {settings}; choose another folder."
+            f"{out}: contains a sample made with {there}, not {settings}; choose another folder."
         )
 
 

@@ -159,7 +159,7 @@ def _matrix(results: Results, method: Method, head: str) -> Figure:
     image.set_interpolation("nearest")
     axes.grid(visible=False)
     axes.tick_params(labelsize=7)
-    axes.set_xlabel(f"answered {plain(head)}")
+    axes.set_xlabel(f"predicted {plain(head)}")
     axes.set_ylabel(f"true {plain(head)}")
     if len(classes) <= _MOST_NAMES:
         _name_classes(axes, [results.data.heads[head][c] for c in classes], shares)
@@ -167,8 +167,8 @@ def _matrix(results: Results, method: Method, head: str) -> Figure:
         step = range(0, len(classes), 10 * (1 + len(classes) // 100))
         axes.set_xticks(step, [str(classes[i]) for i in step])
         axes.set_yticks(step, [str(classes[i]) for i in step])
-        axes.set_xlabel(f"answered {plain(head)} (class id)")
-    figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class's clips")
+        axes.set_xlabel(f"predicted {plain(head)} (class id)")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="% of the clips of the true class")
     axes.set_title(plain(method.name), loc="left", fontsize=11, fontweight="bold")
     return figure
 

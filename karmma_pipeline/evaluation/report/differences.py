@@ -29,10 +29,12 @@ def _sentence(one: Difference, results: Results) -> str:
     if one.modalities:
         where = "with every modality"
     if one.low == one.high == 0:
-        return f"{better} and {other} answer alike {where}: no difference on {one.covers}."
+        return f"{better} and {other} predict the same {where}: no difference on {one.covers}."
     verdict = f"{better} is better than {other} {where} by {numbers}."
     if low <= 0:
-        verdict = f"It is not shown that {better} is better than {other} {where}: {numbers}."
+        verdict = (
+            f"The difference between {better} and {other} {where} is not significant: {numbers}."
+        )
     return f"{verdict} {_of_groups(one, sign)}".rstrip()
 
 

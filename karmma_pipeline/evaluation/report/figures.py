@@ -151,7 +151,7 @@ def cost_bars(results: Results) -> Figure:
         drawn = bars.draw([by_subset.get(s, 0.0) for s in results.subsets], number, plain(names))
         bars.axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=1)
     return bars.finish(
-        "GFLOPs per clip, backbones included", "What a clip costs (2 FLOPs per multiply-add)"
+        "GFLOPs per clip, backbones included", "Cost per clip (2 FLOPs per multiply-add)"
     )
 
 
@@ -191,11 +191,11 @@ class _SubsetBars:
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
             axes.margins(y=0.01)
-            axes.set_ylabel("modalities in use")
+            axes.set_ylabel("available modalities")
             axes.set_xlabel(length)
         else:
             axes.set_xticks(range(len(names)), names)
-            axes.set_xlabel("modalities in use")
+            axes.set_xlabel("available modalities")
             axes.set_ylabel(length)
         axes.legend(fontsize=8.5)
         title_of(self.figure, axes, title, results)

@@ -72,7 +72,7 @@ def read_boxes(
     times = sample_times(sampling, *picture_span(clip, clip.start_s, stop, sampling, count), count)
     numbers = covering(starts, times + ROUNDING_S)
     if "rgb" not in clip.media:
-        raise MediaFaultError(Reason.NOT_IN_DATASET, "boxes need the shape of rgb")
+        raise MediaFaultError(Reason.NOT_IN_DATASET, "boxes need the frame size of rgb")
     size = HEIGHT * _aspect(clip.media["rgb"]), HEIGHT
     tracks = {box.track for frame in frames for box in frame if not box.is_hand}
     slots = {track: slot for slot, track in enumerate(sorted(tracks))}
@@ -147,7 +147,7 @@ def _aspect(source: Source) -> float:
         height, width = _first_picture(source).shape[:2]
         return width / height
     if not isinstance(source, FileSource):
-        raise MediaFaultError(Reason.NO_STREAM, "rgb has no pictures")
+        raise MediaFaultError(Reason.NO_STREAM, "rgb has no frames")
     try:
         with open_container(source.path) as container:
             video = container.streams.best("video")
@@ -173,5 +173,5 @@ def _first_picture(source: FrameSource) -> npt.NDArray[Any]:
     except (OSError, tarfile.TarError, StopIteration, cv2.error) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: {error}") from None
     if picture is None:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no picture")
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no frame")
     return picture

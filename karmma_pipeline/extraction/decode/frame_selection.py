@@ -116,11 +116,11 @@ def clamped(
     stop = end_s if stop_s is None else min(stop_s, end_s)
     if start_s >= end_s:
         raise MediaFaultError(
-            Reason.OUT_OF_RANGE, f"starts at {start_s:.2f} s, its file ends at {end_s:.2f} s"
+            Reason.OUT_OF_RANGE, f"starts at {start_s:.2f} s, but its file ends at {end_s:.2f} s"
         )
     if stop_s is not None and stop_s > end_s + tolerance_s:
         raise MediaFaultError(
-            Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, its file ends at {end_s:.2f} s"
+            Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, but its file ends at {end_s:.2f} s"
         )
     if stop <= start_s:
         raise MediaFaultError(Reason.TOO_SHORT, f"nothing from {start_s} to {stop} s")
@@ -156,7 +156,7 @@ def select_frames(
         first = video.numbers(_with_room(times, start, stop, video.gap_s))
     else:
         if len(video.frame_starts) < 2:
-            raise MediaFaultError(Reason.TOO_SHORT, f"{video.path}: one frame has no motion")
+            raise MediaFaultError(Reason.TOO_SHORT, f"{video.path}: flow needs more than one frame")
         first = video.numbers(_with_room(times, start, stop, flow.gap_s))
         first, second = partners(video.frame_starts, first, flow.gap_s)
         scale = _flow_scale(video.frame_starts, first, second, flow.gap_s)
@@ -164,7 +164,7 @@ def select_frames(
     off = _farthest(times, real, video, sampling.tolerance_s)
     if off > sampling.tolerance_s + (flow.gap_s if is_flow else 0.0):
         raise MediaFaultError(
-            Reason.TIMESTAMP_MISMATCH, f"{video.path}: nothing within {off:.2f} s"
+            Reason.TIMESTAMP_MISMATCH, f"{video.path}: no frame within {off:.2f} s"
         )
     side = clip.view.side if clip.view else None
     return FrameSelection(video, spec, np.stack([times, real]), first, second, scale, stored, side)

@@ -333,7 +333,7 @@ class DecodePool:
         code = getattr(death, "exitcode", None)
         if code == -signal.SIGXCPU:
             return MediaFaultError(
-                Reason.TIMEOUT, f"took more than {self.timeout_s:g} s of CPU time for a clip"
+                Reason.TIMEOUT, f"a clip took more than {self.timeout_s:g} s of CPU time"
             )
         how = "without a result"
         if code is not None:
@@ -391,7 +391,7 @@ class _Watch(threading.Thread):
 
     def _fault_of(self, child: psutil.Process) -> MediaFaultError | None:
         if child.memory_info().rss > self.limit_gb * _GIGABYTE and _is_spawned(child):
-            detail = f"its decode process took more than {self.limit_gb:g} GB"
+            detail = f"its decode process used more than {self.limit_gb:g} GB"
             return MediaFaultError(Reason.OUT_OF_MEMORY, detail)
         quiet_s = self._quiet_s(child)
         if not quiet_s and _is_spawned(child):  # it may be starting
@@ -401,7 +401,7 @@ class _Watch(threading.Thread):
         self.idle_s = 0.0
         if quiet_s <= self.stall_s:
             return None
-        detail = f"neither computed nor read anything for {self.stall_s:g} s"
+        detail = f"its decode process stalled for {self.stall_s:g} s"
         return MediaFaultError(Reason.TIMEOUT, detail)
 
     def _quiet_s(self, child: psutil.Process) -> float:

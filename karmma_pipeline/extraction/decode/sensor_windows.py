@@ -43,7 +43,7 @@ def read_windows(
     """
     stop_s = series.stop_s if stop_s is None else stop_s
     if start_s >= stop_s:
-        detail = f"{series.path}: ends at {stop_s:.3f} s, the clip starts at {start_s:.3f} s"
+        detail = f"{series.path}: ends at {stop_s:.3f} s, but the clip starts at {start_s:.3f} s"
         raise MediaFaultError(Reason.OUT_OF_RANGE, detail)
     if view is not None:
         length = max((stop_s - start_s) / view.windows, _samples(sensor) / sensor.rate_hz)

@@ -258,7 +258,7 @@ def _audio(
     # lies outside, there is nothing to hear, and silence would be made up.
     heard = (last > track_start) & (first < track_stop)
     if not heard.any():
-        raise MediaFaultError(Reason.OUT_OF_RANGE, f"{sound.path}: no sound at {start:.2f} s")
+        raise MediaFaultError(Reason.OUT_OF_RANGE, f"{sound.path}: no audio at {start:.2f} s")
     images = [
         mel_image(audio, sound.sound(a, b, rate), spec.image)
         for a, b in zip(first, last, strict=True)

@@ -86,7 +86,7 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, present: Presence) 
     there = np.stack(list(present.values()))
     usable = np.flatnonzero(there.all(axis=0) if there.all(axis=0).any() else there.any(axis=0))
     if not len(usable):
-        raise ManifestError("not measured: no clip's files are there")
+        raise ManifestError("not measured: no clip has all of its files")
     device = pick_device(recipe.device)
     # Clips until everybody is at work, and a batch that is small next to so few clips.
     busy, small = (max_workers(device), 1) if device.type == "cpu" else (_RUN, _RUN)

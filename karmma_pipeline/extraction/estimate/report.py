@@ -82,7 +82,9 @@ def tasks(hours: float, shards: int, task_hours: float) -> int:
 def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
     """Return the plan for people: a topic per paragraph."""
     pairs = [f"{a} = {b}" for a, b in plan["same_video_and_span"]]
-    same = pairs and f"{len(pairs):,} clips have the video and span of another: {_examples(pairs)}"
+    same = pairs and (
+        f"{len(pairs):,} clips have the same video and span as another clip: {_examples(pairs)}"
+    )
     topics = {
         "found": plan["found"],
         "heads": describe_heads(plan["heads"]),
@@ -116,8 +118,8 @@ def _clips(plan: Plan) -> list[str]:
     splits = ", ".join(f"{split or '(no split)'} {n:,}" for split, n in plan["splits"].items())
     lines = [f"{plan['clips']:,} in {plan['videos']:,} videos: {splits}"]
     if plan["hours"]:
-        half = f"half of them shorter than {plan['median_s']:.2f} s"
-        lines.append(f"{_duration(plan['hours'])} together, {half}")
+        half = f"median length {plan['median_s']:.2f} s"
+        lines.append(f"{_duration(plan['hours'])} in total, {half}")
     if plan["clips_of_unknown_length"]:
         lines.append(f"{plan['clips_of_unknown_length']:,} are whole files of unknown length")
     return lines
@@ -127,7 +129,7 @@ def _files(files: Plan) -> list[str]:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in files["kinds"].items())
     bad = sum(len(paths) for paths in files["faulty"].values())
     good = f"{sum(files['kinds'].values()) - bad:,}" if bad else "all"
-    looked = "opened and found whole" if files["probed"] else "there (not opened)"
+    looked = "opened and complete" if files["probed"] else "found (not opened)"
     lines = [f"{kinds}: {good} {looked}"]
     for state, paths in files["faulty"].items():
         named = [f"{path} ({detail})" if detail else path for path, detail in paths.items()]
@@ -139,19 +141,19 @@ def _presence(plan: Plan, recipe: ExtractRecipe) -> list[str]:
     lines = []
     for modality, count in plan["present"].items():
         without = plan["no_stream"].get(modality)
-        more = f"; {without:,} were recorded without" if without else ""
+        more = f"; {without:,} recorded without it" if without else ""
         lines.append(f"{modality}: {_share(count, plan['clips'])} clips{more}")
     for fate, sentence in {
-        STARTS_LATE: "start after their file's end",
-        CUT: "stop after their file's end and are cut there",
-        STOPS_LATE: f"stop more than {recipe.sampling.tolerance_s:g} s after their file's end",
+        STARTS_LATE: "start after the end of their file",
+        CUT: "stop after the end of their file and are cut there",
+        STOPS_LATE: f"stop more than {recipe.sampling.tolerance_s:g} s after the end of their file",
     }.items():
         if plan[fate]:
             lines.append(f"{sentence}, {len(plan[fate]):,}: {_examples(plan[fate])}")
     if plan["clips_lost_to_faults"]:
         lost = _share(plan["clips_lost_to_faults"], plan["clips"])
         verdict = f"{'more' if plan['too_many_lost'] else 'no more'} than max_failures"
-        lines.append(f"lost to faults: {lost}, {verdict}={recipe.max_failures:g} allows")
+        lines.append(f"lost to errors: {lost}, {verdict}={recipe.max_failures:g} allows")
     return lines
 
 
@@ -171,11 +173,11 @@ def _short(windows: list[Plan], recipe: ExtractRecipe) -> list[str]:
 def _splits(plan: Plan) -> list[str]:
     shared, pairs = plan["videos_in_several_splits"], plan["overlaps_between_splits"]
     if not shared:
-        return ["one split" if len(plan["splits"]) < 2 else "no video is in two splits"]
-    lines = [f"{len(shared):,} videos have clips in several splits: {_examples(shared)}"]
+        return ["one split" if len(plan["splits"]) < 2 else "no video is in more than one split"]
+    lines = [f"{len(shared):,} videos with clips in several splits: {_examples(shared)}"]
     if pairs:
         named = _examples([f"{a} with {b}" for a, b in pairs])
-        lines.append(f"{len(pairs):,} clips overlap in time with a clip of another split: {named}")
+        lines.append(f"{len(pairs):,} clips overlap in time with clips of another split: {named}")
     return lines
 
 
@@ -185,12 +187,12 @@ def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
         each = ", ".join(f"{modality} {_size(size)}" for modality, size in sizes.items())
         lines.append(f"{name}: {_size(sum(sizes.values()))} ({each})")
     total, whole = disk["total_bytes_about"], disk["total_bytes_about_without_faults"]
-    enough = "" if total < disk["free_bytes"] else "; THAT IS NOT ENOUGH"
+    enough = "" if total < disk["free_bytes"] else "; NOT ENOUGH"
     lines.append(
-        f"together {_size(total)} in shards of {recipe.store.clips_per_shard} clips, "
-        f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} are free at {recipe.out}{enough}"
+        f"total {_size(total)} in shards of {recipe.store.clips_per_shard} clips, "
+        f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} free at {recipe.out}{enough}"
     )
-    return [*lines, *([f"{_size(whole)} once no clip is lost any more"] if whole > total else [])]
+    return [*lines, *([f"{_size(whole)} once no clip is lost"] if whole > total else [])]
 
 
 def _cuts(cuts: dict[str, dict[str, int]]) -> list[str]:
@@ -211,7 +213,9 @@ def _time(plan: Plan, recipe_path: Path) -> list[str]:
     lines = [f"{about} {_duration(hours)} on one {time['device']} like this ({measured} clips)"]
     if names := time["faster_with_openvino"]:
         each = ", ".join(f"{name} ({FASTER[name]})" for name in names)
-        lines.append(f"openvino is installed and faster, as measured, for {each}; engine: openvino")
+        lines.append(
+            f"openvino is installed and was measured to be faster for {each}: set engine: openvino"
+        )
     if tasks > 1:
         array = f"sbatch --array=1-{tasks} extract/slurm.sbatch {recipe_path}"
         lines.append(f"{tasks} array tasks of about {_duration(hours / tasks)}: {array}")

@@ -24,7 +24,7 @@ _KEYS = ("precision", "memory_format", "batch_size")
 _MAX_BATCH = {"cpu": 16, "cuda": 128}
 
 #: What a store records of who chose, by the kind of the device.
-BY_RULE = "by the rule for {}"
+BY_RULE = "default for {}"
 
 # Memory of a pass that a batch may fill. On a CPU larger ones leave its caches and gain nothing; on
 # a GPU it fits beside the weights into cards of 16 GB.
@@ -55,7 +55,7 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         network.use(chosen)
         if backbone.choice.source != "none":
             unmeasured = network.config.chosen == BY_RULE.format("cuda")
-            says = "; the rule's choices for GPUs were not measured" if unmeasured else ""
+            says = "; the defaults for GPUs were not measured" if unmeasured else ""
             note(f"{backbone.choice.name}: {network.config}{says}")
 
 

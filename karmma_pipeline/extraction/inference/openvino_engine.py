@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 #: extraction, the others a pass (docs/extraction.md). Of r2plus1d_18 the extraction gains nothing.
 FASTER = {
     "swin3d_t": "2.5 times",
-    **dict.fromkeys(("swin3d_s", "swin3d_b"), "like swin3d_t, of the same blocks: 2.5 times"),
+    **dict.fromkeys(("swin3d_s", "swin3d_b"), "2.5 times for swin3d_t, which has the same blocks"),
     "s3d": "1.2 times",
     "r3d_18": "1.2 times",
     "resnet18": "1.5 times",
@@ -160,7 +160,11 @@ def _refusal(name: str, error: BaseException) -> ConfigError:
     """Say which operations OpenVINO lacks, or else what it or torch.export says."""
     text = str(error).strip()
     lacking = _OPERATIONS.search(text)
-    reason = f"it lacks {lacking[1]}" if lacking else (text.splitlines() or [repr(error)])[0][:200]
+    reason = (
+        f"it does not support {lacking[1]}"
+        if lacking
+        else (text.splitlines() or [repr(error)])[0][:200]
+    )
     return ConfigError(
         f"{name}: engine openvino cannot compute this network ({reason}); set engine: torch."
     )
@@ -180,7 +184,7 @@ def _converted(backbone: Backbone) -> Any:
     kept = folder() / f"{_digest(program, x)}.safetensors"
     if (read := _read(kept)) is not None:
         return read
-    _logger.info("%s is converted for openvino, once: %s keeps it", name, kept.parent)
+    _logger.info("converting %s for openvino, once; it is cached in %s", name, kept.parent)
     packed = _packed(_convert(program, name))
     # Kept or not, it is what was written and read that computes, or the first run might differ
     # from the others in a last bit.
@@ -189,7 +193,7 @@ def _converted(backbone: Backbone) -> Any:
     try:
         _keep(kept, packed)
     except (KarmmaError, OSError) as error:
-        _logger.warning("%s: converted again at the next start, for %s", name, error)
+        _logger.warning("%s: will be converted again at the next start, because %s", name, error)
     return model
 
 
@@ -286,5 +290,5 @@ def _compare(model: Any, backbone: Backbone, x: Tensor) -> None:
         wanted = backbone(x)[0].float()
     if found.shape != wanted.shape or not (found - wanted).norm() <= _TOLERANCE * wanted.norm():
         raise ConfigError(
-            f"{name}: engine openvino gives other tokens than torch; set engine: torch."
+            f"{name}: the tokens of engine openvino differ from torch's; set engine: torch."
         )

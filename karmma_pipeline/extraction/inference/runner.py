@@ -36,16 +36,18 @@ class ComputeConfig(Recipe):
     Stores record it; the memory format is called ``layout`` there.
     """
 
-    precision: Precision = Field("float32", description="Of convolutions and products.")
+    precision: Precision = Field(
+        "float32", description="Precision of convolutions and matrix\nproducts."
+    )
     memory_format: MemoryFormat = Field(
         "contiguous",
         validation_alias=AliasChoices("memory_format", "layout"),
         serialization_alias="layout",
-        description="Of weights and activations.",
+        description="Memory format of weights and activations.",
     )
-    compile: bool = Field(False, description="Whether torch.compile made the code.")
-    batch_size: PositiveInt = Field(1, description="Clips at once.")
-    chosen: str = Field("by the recipe", description="By whom, and on which device.")
+    compile: bool = Field(False, description="Whether torch.compile is used.")
+    batch_size: PositiveInt = Field(1, description="Clips per forward pass.")
+    chosen: str = Field("by the recipe", description="How these were chosen, and on which device.")
 
     def __str__(self) -> str:
         compiled = ", compiled" if self.compile else ""
@@ -154,7 +156,7 @@ class Network:
         # Outside of the handler: the error's traceback holds the tensors that filled the memory.
         if len(clips) == 1:
             raise KarmmaError(
-                f"{self.backbone.choice.name}: one clip alone does not fit into the memory of "
+                f"{self.backbone.choice.name}: a single clip does not fit into the memory of "
                 f"{self.device}; use another device, fewer frames or a smaller size."
             )
         if self.device.type == "cuda":
@@ -176,8 +178,8 @@ class Network:
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ConfigError(
-                    f"compile=true: torch.compile cannot build {self.backbone.choice.name} here "
-                    f"({reason}); leave compile out."
+                    f"compile=true: torch.compile failed for {self.backbone.choice.name} "
+                    f"({reason}); set compile: false."
                 ) from error
             return tokens.float()
 

@@ -153,7 +153,7 @@ def _decoded(path: Path, info: StreamInfo, rate: int, damaged: list[Span]) -> It
     if stream is None:
         # A recorder that is muted may open a track and write nothing into it.
         reason = Reason.DECODE_ERROR if damaged or info.claimed else Reason.NO_STREAM
-        raise MediaFaultError(reason, f"{path}: no sound in its track")
+        raise MediaFaultError(reason, f"{path}: its audio track is empty")
     yield stream.resample_chunk(waiting.taken(), last=True)
 
 
@@ -206,7 +206,7 @@ class _Timeline:
             return 0
         start_s = frame.time - self._zero_s
         if start_s > LONGEST_S:
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{self._path}: damaged sound")
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{self._path}: damaged audio")
         hole = round(start_s * self._native) - self._length
         if hole < -_JUMP_S * self._native:
             self._zero_s += hole / self._native
@@ -218,7 +218,7 @@ class _Timeline:
             stream = container.streams[self._stream]
             if stream.codec_context is None:
                 raise MediaFaultError(
-                    Reason.DECODE_ERROR, f"{self._path}: sound in an unknown codec"
+                    Reason.DECODE_ERROR, f"{self._path}: audio in an unknown codec"
                 )
             _set_order(stream.codec_context)
             for packet in until_end(container.demux(stream)):

@@ -32,11 +32,12 @@ _PLAYLIST = re.compile(
 # How files begin that often lie where a video should.
 _NO_MEDIA = {
     re.compile(rb"$"): "an empty file: download it again",
-    re.compile(rb"\xff\xd8\xff|\x89PNG"): "a picture: pictures go into a folder, column frames",
+    re.compile(rb"\xff\xd8\xff|\x89PNG"): "an image: put images into a folder and name it in "
+    "the column frames",
     re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive: unpack it",
     re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page: download it again",
     re.compile(rb"version https://git-lfs"): "a Git LFS pointer: git lfs pull fetches the file",
-    re.compile(rb"\0{64}"): "zero bytes: its download or copy was cut off",
+    re.compile(rb"\0{64}"): "zero bytes: its download or copy was interrupted",
 }
 
 
@@ -95,7 +96,7 @@ def open_container(path: Path) -> "av.container.InputContainer":
     try:
         with path.open("rb") as file:
             if _PLAYLIST.match(file.read(4096)):
-                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: a list of files, not a video")
+                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: a playlist, not a video")
         # Titles in the character set of the recorder's country are no reason to refuse a video.
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")

@@ -59,7 +59,7 @@ class DecordVideo:
         if fault := _unproved(path, info, index):
             raise MediaFaultError(
                 Reason.DECODE_ERROR,
-                f"{path}: decord may give other pictures, as {fault}; use video_decoder: pyav",
+                f"{path}: decord may return wrong frames, as {fault}; use video_decoder: pyav",
             )
         # One thread: the pool has a process per CPU, and decord's threads would not stop on a
         # fault. `fault_tol` counts frames that it replaces by a neighbour, by default silently.
@@ -70,7 +70,9 @@ class DecordVideo:
         except _ERRORS as error:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {first_line(error)}") from None
         if len(self._reader) != len(index.times):
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: decord counts other frames")
+            raise MediaFaultError(
+                Reason.DECODE_ERROR, f"{path}: decord reports a different number of frames"
+            )
         self.starts: Times = index.times * info.tick_s - info.first_s + info.delay_s
         self.stop_s = end_of(self.starts, index.last * info.tick_s)
 
@@ -104,9 +106,9 @@ class DecordVideo:
 def _unproved(path: Path, info: StreamInfo, index: PacketIndex) -> str | None:
     """Say what keeps a file from being proved clean by its packets; None: it is."""
     if not info.default:
-        return "it knows the default stream alone"
+        return "it reads the default stream only"
     if not index.is_clean:
-        return "times of packets do not prove every key frame a clean entry"
+        return "the packet timestamps do not prove that seeking to every key frame is exact"
     with open_container(path) as container:
         stream = container.streams[info.index]
         if len(container.streams.video) > 1:
@@ -120,5 +122,5 @@ def _unproved(path: Path, info: StreamInfo, index: PacketIndex) -> str | None:
         keep = BitStreamFilterContext(_RESTARTS[name], stream)
         for packet in container.demux(stream):
             if packet.size and packet.is_keyframe and not keep.filter(packet):
-                return "a key frame may build on pictures before it"
+                return "a key frame may depend on earlier frames"
     return None

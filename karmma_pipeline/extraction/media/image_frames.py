@@ -121,7 +121,9 @@ class ImageFrames(MediaReader):
             for n in np.unique(numbers).tolist():
                 planes = [reader.picture(self._table[n], p, cv2.IMREAD_GRAYSCALE) for p in (0, 1)]
                 if planes[0].shape != planes[1].shape:
-                    raise MediaFaultError(Reason.DECODE_ERROR, f"{self.path}: u and v differ")
+                    raise MediaFaultError(
+                        Reason.DECODE_ERROR, f"{self.path}: u and v differ in size"
+                    )
                 fields[n] = np.stack(planes)
         data = np.stack([fields[n] for n in numbers.tolist()]).astype(np.float32)
         bound = self.source.bound_px
@@ -168,7 +170,7 @@ class _Reader:
         if self._tar is None:
             path = self._source.path / name
             if path.stat().st_size > _LARGEST:
-                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: larger than any picture")
+                raise MediaFaultError(Reason.UNSAFE_FILE, f"{path}: implausibly large for an image")
             return path.read_bytes()
         offset, size = row[1 + 2 * plane : 3 + 2 * plane].tolist()
         self._tar.seek(offset)
@@ -226,7 +228,7 @@ def _resolved(path: Path, places: Places, names: tuple[str, ...]) -> Found:
         if len(table):
             return some, table
     pictures = [name for name in places if _PICTURE.fullmatch(name)]
-    holds = f"{len(pictures):,} others such as {min(pictures)}" if pictures else "no pictures"
+    holds = f"{len(pictures):,} others such as {min(pictures)}" if pictures else "no images"
     raise MediaFaultError(Reason.FILE_MISSING, f"{path}: no {names[0]}; it holds {holds}")
 
 
@@ -306,11 +308,13 @@ def _read_tar(path: Path) -> Places:
     except (tarfile.TarError, OSError, ValueError) as error:
         how = next((how for mark, how in _COMPRESSED.items() if head.startswith(mark)), None)
         why = (
-            f"compressed with {how}, so that no picture can be read alone; unpack that"
+            f"compressed with {how}, so single images cannot be read; decompress it"
             if how
             else error
         )
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no plain tar ({why})") from None
+        raise MediaFaultError(
+            Reason.DECODE_ERROR, f"{path}: not an uncompressed tar ({why})"
+        ) from None
     return places
 
 

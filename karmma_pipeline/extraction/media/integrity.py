@@ -99,7 +99,9 @@ def check_sources(
                 checks[key] = next(found)
             except (TimeoutError, ProcessExpired) as error:
                 died = isinstance(error, ProcessExpired)
-                why = "it kills the library that opens it" if died else "opening it took too long"
+                why = (
+                    "the library crashes when opening it" if died else ("opening it took too long")
+                )
                 checks[key] = SourceCheck("damaged", why)
             bar.update()
     return checks

@@ -90,7 +90,7 @@ class MediaReader:
 
     def span(self, first: int, last: int) -> tuple[float, float]:
         """Return the seconds that numbered pictures ``first`` to ``last``, both included, take."""
-        raise self._lacks("numbered pictures")
+        raise self._lacks("numbered images")
 
     def motion(self, numbers: Numbers) -> npt.NDArray[np.float32]:
         """Return flow that is stored as pictures, float32 [T, 2, H, W]: px per pair of frames.
@@ -98,12 +98,12 @@ class MediaReader:
         Raises:
             MediaFaultError: a picture is damaged.
         """
-        raise self._lacks("pictures of flow")
+        raise self._lacks("flow images")
 
     @property
     def gap_s(self) -> float:
         """Seconds between the two frames of a stored picture of flow."""
-        raise self._lacks("pictures of flow")
+        raise self._lacks("flow images")
 
     @property
     def audio_rate(self) -> int | None:

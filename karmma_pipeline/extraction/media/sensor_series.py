@@ -132,7 +132,7 @@ class SensorSeries:
             return
         rate = 1 / float(np.median(np.diff(times)))
         if abs(rate / stated - 1) > self._sensor.rate_tolerance:
-            detail = f"{rate:.4g} Hz by its time stamps from {times[0]:.3f} s on, not {stated:g}"
+            detail = f"{rate:.4g} Hz by its timestamps from {times[0]:.3f} s on, not {stated:g}"
             raise MediaFaultError(Reason.BAD_CLOCK, f"{self.path}: {detail}")
 
 
@@ -155,7 +155,7 @@ def _clock(path: Path, sensor: Sensor, samples: int, stamps: Values | None) -> T
     if len(wrong) and samples > 1:
         n = int(wrong[0])
         before = times[n - 1] if n else times[0]
-        detail = f"{path}: sample {n + 1}: time {times[n]:.6g} s after {before:.6g} s"
+        detail = f"{path}: sample {n + 1}: timestamp {times[n]:.6g} s after {before:.6g} s"
         raise MediaFaultError(Reason.BAD_CLOCK, detail)
     first_s = times[0] if sensor.from_first and samples else 0.0
     return times - first_s + sensor.offset_s

@@ -189,7 +189,7 @@ def _is_dataset(file: h5py.File, name: str) -> bool:
 def _loaded(file: h5py.File, path: Path, name: str) -> Array:
     dataset = plain_dataset(file, path, name, Reason.NO_CHANNEL)
     if dataset.size * dataset.dtype.itemsize > _MOST_BYTES:
-        detail = f"{path}: {name!r}: claims {dataset.size:,} values"
+        detail = f"{path}: {name!r}: has an implausible number of values, {dataset.size:,}"
         raise MediaFaultError(Reason.UNSAFE_FILE, detail)
     # MATLAB's axes run the other way round.
     return dataset[()].T if "MATLAB_class" in dataset.attrs else dataset[()]
@@ -216,7 +216,7 @@ def plain_dataset(
     if not isinstance(at, h5py.Dataset):
         raise MediaFaultError(missing, f"{where}: a group")
     if at.external or at.is_virtual:
-        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: kept in another file")
+        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: stored in another file")
     return at
 
 
@@ -230,7 +230,7 @@ def _among(path: Path, arrays: Mapping[str, Array], sensor: Sensor) -> _Columns:
     usable = {n: a for n, a in arrays.items() if n not in others and _is_table(a)}
     if len(usable) != 1:
         named = ", ".join(usable) or "none"
-        raise _lacks(path, f"name one of its arrays as variable: {named}"[:250])
+        raise _lacks(path, f"set variable to one of its arrays: {named}"[:250])
     return _of_array(path, next(iter(usable.values())), sensor, others)
 
 
@@ -244,7 +244,7 @@ def _of_array(path: Path, array: Array, sensor: Sensor, others: Mapping[str, Arr
         fields = [np.asarray(array[name], np.float64) for name in names]
         return _Columns(len(names), names, lambda i: np.stack([fields[k] for k in i], 1), others)
     if not _is_table(array) or not -array.ndim <= sensor.axis < array.ndim:
-        raise _lacks(path, f"{array.shape} {array.dtype} is no array of numbers over time")
+        raise _lacks(path, f"{array.shape} {array.dtype} is not a numeric array over time")
     rows = np.moveaxis(array, sensor.axis, 0)
     table = np.asarray(rows, np.float64).reshape(len(rows), -1)
     return _Columns(table.shape[1], (), lambda i: table[:, list(i)], others)

@@ -41,83 +41,87 @@ class BackboneChoice(Recipe):
     """Which frozen network turns a modality into tokens, and how."""
 
     name: str = Field(
-        description="A name of `karmma backbones list`, timm:NAME, hf:ID or hf:FOLDER, or your\n"
-        "own as package.module:factory.",
+        description="A name from `karmma backbones list`, timm:NAME, hf:ID, hf:FOLDER, or a\n"
+        "custom one as package.module:factory.",
         examples=["swin3d_t"],
     )
     weights: str = Field(
         "DEFAULT",
-        description="A torchvision weight (DEFAULT, KINETICS400_V1, ...), the path of a\n"
-        "state dict, or random:SEED. DEFAULT of timm: and hf: are the weights of that name.",
+        description="Published weights (DEFAULT, KINETICS400_V1, ...), the path of a state\n"
+        "dict, or random:SEED. With timm: and hf:, DEFAULT means the published weights of\n"
+        "that name.",
     )
     key_map: tuple[tuple[str, str], ...] = Field(
         (),
-        description="For a state dict of another code base: [regex, replacement] pairs that turn\n"
-        "its names into this network's, each applied to every name in this order (re.sub).",
+        description="For state dicts of other code bases: [regex, replacement] pairs that map\n"
+        "its parameter names to this network's; all are applied to each name, in order\n"
+        "(re.sub).",
     )
     frames: PositiveInt | None = Field(
         None,
-        description="Frames T per clip; null: the network's own. Networks of a fixed number take\n"
-        "a multiple of it, in parts.",
+        description="Frames T per clip; null: the network's default. Networks with a fixed\n"
+        "number of frames accept multiples of it, computed in parts.",
     )
     size: PositiveInt | None = Field(
         None,
-        description="Crop in px; null: that of the weights' own transform. Another size shows\n"
-        "the same part of the picture: the resize before the crop scales with it.",
+        description="Crop size in px; null: that of the weights' transform. The resize before\n"
+        "the crop scales with it, so the field of view stays the same.",
     )
     image: tuple[PositiveInt, PositiveInt] | None = Field(
         None,
-        description="Height and width of the log-mel image (audio networks for images); null: as\n"
-        "the network's own spectrogram has them.",
+        description="Height and width of the log-mel image (image networks on audio); null:\n"
+        "those of the network's spectrogram.",
     )
     audio: Audio | None = Field(
         None,
-        description="The spectrogram of this network, if it is another than the recipe's audio\n"
-        "or, of a network that states its own, than that.",
+        description="Spectrogram settings of this network; override the recipe's `audio` or\n"
+        "the network's own.",
     )
     tokens: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
-        description="Pool the output to this grid (time, height, width), such as\n"
-        "[12, 5, 5] = 300; null keeps the network's own grid.",
+        description="Pool the output to this grid (time, height, width), such as [12, 5, 5] =\n"
+        "300 tokens; null: the network's grid.",
     )
     class_tokens: Literal["drop", "keep"] = Field(
         "drop",
-        description="Class and register tokens, timm: and hf: only. keep: of each frame or clip,\n"
-        "before the tokens of the grid.",
+        description="Class and register tokens, for timm: and hf: only. keep: store those of\n"
+        "each frame or clip before the grid tokens.",
     )
     layer: int | str | None = Field(
         None,
-        description="Take the output of this block (0 is the first, -1 the last) or module (by\n"
-        "its name), before any norm that follows; the rest is not computed. null: the last one,\n"
-        "normed.",
+        description="Use the output of this block (0 is the first, -1 the last) or module (by\n"
+        "name), before any norm that follows. null: the last one, with its norm.",
     )
     cut: str | None = Field(
         None,
-        description="Where what is stored ends and what a training changes begins: a stage of the\n"
-        "network (its input is stored), or input (prepared pictures, a spectrogram); null: the\n"
-        "tokens are stored and nothing of the network trains. docs/cut.md has the stages.",
+        description="Where the frozen prefix ends and the trained suffix begins: a stage of\n"
+        "the network (its input is stored), or input (the prepared frames or spectrogram are\n"
+        "stored). null: tokens are stored and the backbone is frozen. See docs/cut.md.",
     )
     series: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
-        description="Sensors: windows N, samples of each, channels; a recipe's sensors fill it in.",
+        description="Sensors: number of windows N, samples per window, channels; filled in\n"
+        "from `sensors`.",
     )
 
     engine: Engine = Field(
         "torch",
-        description="What computes it. openvino: on CPUs, convolutional networks and Swin faster\n"
-        "(docs/extraction.md); pip install 'karmma-pipeline[openvino]'.",
+        description="Inference engine. openvino: faster for convolutional networks and Swin\n"
+        "on CPUs (docs/extraction.md); needs pip install 'karmma-pipeline[openvino]'.",
     )
 
     @model_validator(mode="after")
     def _fits_shipped_network(self) -> Self:
         """Find faults when the recipe is read; a package.module:factory is imported later."""
         if self.engine != "torch" and self.name in WITHOUT_WEIGHTS:
-            raise ValueError(f"engine={self.engine!r}: {self.name} computes nothing; leave it out")
+            raise ValueError(
+                f"engine={self.engine!r}: {self.name} does not compute anything; remove engine"
+            )
         if self.cut is not None:
             self._check_cut(self.cut)
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
-            raise ValueError(f"key_map: weights={self.weights!r} has no names to change")
+            raise ValueError(f"key_map: weights={self.weights!r} has no parameter names to map")
         for pattern, replacement in self.key_map:
             _check_pair(pattern, replacement)
         if self.name in names.FREE:
@@ -128,11 +132,13 @@ class BackboneChoice(Recipe):
 
     def _check_cut(self, cut: str) -> None:
         if self.name in WITHOUT_WEIGHTS:
-            raise ValueError(f"cut={cut!r}: {self.name} has nothing to train; leave it out")
+            raise ValueError(f"cut={cut!r}: {self.name} has no trainable parameters; remove cut")
         if self.engine != "torch":
-            raise ValueError(f"cut={cut!r}: is for engine torch; leave engine={self.engine!r} out")
+            raise ValueError(f"cut={cut!r}: only for engine torch; remove engine={self.engine!r}")
         if self.layer is not None and cut != INPUT:
-            raise ValueError(f"cut={cut!r} and layer={self.layer!r}: give one, or cut: input")
+            raise ValueError(
+                f"cut={cut!r} and layer={self.layer!r}: give only one of them, or cut: input"
+            )
 
     @field_serializer("audio")
     def _as_stated(self, audio: Audio | None) -> dict[str, Any] | None:
@@ -195,8 +201,9 @@ class BackboneChoice(Recipe):
         if path.suffix in _FILES or len(path.parts) > 1 or path.is_file():
             return "file"
         raise ConfigError(
-            f"weights={self.weights!r}: neither a file nor a published weight of {self.name}; "
-            f"known: {', '.join(['random:SEED', 'a path', *state_dicts.known(self.architecture)])}."
+            f"weights={self.weights!r}: neither a file nor published weights of {self.name}; "
+            "known: "
+            f"{', '.join(['random:SEED', 'a path', *state_dicts.known(self.architecture)])}."
         )
 
     @property
@@ -230,8 +237,8 @@ class BackboneChoice(Recipe):
             return of_weights(member.transforms())
         if architecture.transform is None:
             raise ConfigError(
-                f"name={self.name!r}: its Architecture needs transform=FrameTransform(...), since "
-                "no published weights state how to prepare video frames."
+                f"name={self.name!r}: its Architecture needs transform=FrameTransform(...), "
+                "since no published weights define how to preprocess video frames."
             )
         return architecture.transform
 
@@ -250,8 +257,8 @@ class BackboneChoice(Recipe):
         if self.architecture.kind == "series":
             if self.series is None:
                 raise ConfigError(
-                    f"name={self.name!r}: takes the windows of a sensor; describe the modality "
-                    "under sensors in the recipe, or give series: [windows, samples, channels]."
+                    f"name={self.name!r}: takes windows of a sensor; define the modality under "
+                    "sensors in the recipe, or set series: [windows, samples, channels]."
                 )
             return self.series
         image = self.image or (self.own_audio.image if self.own_audio else None)
@@ -270,14 +277,14 @@ class BackboneChoice(Recipe):
             return
         if self.series is not None:
             raise ConfigError(
-                f"name={self.name!r}: does not take a sensor's series; windows does, or your own "
+                f"name={self.name!r}: does not take sensor series; use windows, or a custom "
                 "network of kind series."
             )
         if kind == "boxes":
             if self.size is not None or self.image is not None or self.weights != "DEFAULT":
                 raise ConfigError(
-                    f"name={self.name!r}: takes object boxes and has no weights; give frames and "
-                    "tokens alone."
+                    f"name={self.name!r}: takes object boxes and has no weights; only frames "
+                    "and tokens can be set."
                 )
             return
         if kind == "image":
@@ -286,30 +293,31 @@ class BackboneChoice(Recipe):
                 raise ConfigError(f"name={self.name!r}: needs image: [height, width].")
             if self.frames is not None or self.size is not None:
                 raise ConfigError(
-                    f"name={self.name!r}: takes images; give image: [height, width] alone, "
-                    "without frames and size."
+                    f"name={self.name!r}: takes images; set image: [height, width], and remove "
+                    "frames and size."
                 )
         elif self.image is not None:
             raise ConfigError(
-                f"image={list(self.image)}: {self.name} takes video frames; give frames and size."
+                f"image={list(self.image)}: {self.name} takes video frames; set frames and size "
+                "instead."
             )
 
     def _check_series(self) -> None:
         if self.frames is not None or self.size is not None or self.image is not None:
             raise ConfigError(
-                f"name={self.name!r}: takes a sensor's windows; their number and length stand "
-                "under sensors, and frames, size and image mean nothing here."
+                f"name={self.name!r}: takes windows of a sensor, which are defined under "
+                "sensors; remove frames, size and image."
             )
         if self.name == "windows" and (self.weights != "DEFAULT" or self.key_map):
-            raise ConfigError(f"name={self.name!r}: has no weights; leave them out.")
+            raise ConfigError(f"name={self.name!r}: has no weights; remove the key.")
 
     def _check_fixed(self, architecture: Architecture) -> None:
         side = self._own_transform().crop[0]
         if self.frame_count % architecture.frames or self.size not in {None, side}:
             raise ConfigError(
                 f"frames={self.frame_count}, size={self.size}: {self.name} takes "
-                f"{architecture.frames} frames of {side} px only, or a multiple of them in parts; "
-                "leave both out."
+                f"{architecture.frames} frames of {side} px only, or a multiple of these "
+                "frames; remove both keys."
             )
 
     @property
@@ -333,8 +341,8 @@ class BackboneChoice(Recipe):
             return raw
         if any(wanted > there for wanted, there in zip(self.tokens, raw, strict=True)):
             raise ConfigError(
-                f"tokens={list(self.tokens)}: finer than the grid {list(raw)} that {self.name} "
-                f"gives for an input {list(self.input_shape)}; ask for at most that."
+                f"tokens={list(self.tokens)}: finer than the grid {list(raw)} of {self.name} "
+                f"for an input {list(self.input_shape)}; use at most this grid."
             )
         return self.tokens
 
@@ -442,7 +450,7 @@ def _check_pair(pattern: str, replacement: str) -> None:
         re.sub(f"(?:{pattern})?", replacement, "")  # the replacement is parsed even so
     except re.error as error:
         raise ValueError(
-            f"key_map: [{pattern!r}, {replacement!r}] is no regular expression and its "
+            f"key_map: [{pattern!r}, {replacement!r}] is not a valid regular expression and "
             f"replacement ({error})"
         ) from None
 
@@ -460,5 +468,5 @@ def parse_seed(weights: str) -> int | None:
     except ValueError:
         seed = 2**64
     if not -(2**63) <= seed < 2**64:  # what PyTorch takes
-        raise ConfigError(f"weights={weights!r}: write random:SEED with a whole number.")
+        raise ConfigError(f"weights={weights!r}: write random:SEED, where SEED is an integer.")
     return seed

@@ -34,18 +34,19 @@ ANTIALIAS = False
 class FrameTransform(Recipe):
     """Resize, centre crop, scale to [0, 1], normalise; frozen, picklable, JSON-plain."""
 
-    resize: tuple[int, ...] = Field(description="Short side, or (height, width), in px.")
+    resize: tuple[int, ...] = Field(description="Resize: short side, or (height, width), in px.")
     crop: tuple[int, int] = Field(description="Centre crop (height, width) in px.")
     mean: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
     std: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
-    interpolation: str = Field("bilinear", description="Of the resize.")
+    interpolation: str = Field("bilinear", description="Interpolation of the resize.")
     floor: bool = Field(
         False,
-        description="Where picture and crop differ by an odd number of px, begin half a px before\n"
-        "the middle, as transformers does; else where rounding to even leads.",
+        description="If frame and crop differ by an odd number of px, round the offset down,\n"
+        "as transformers does; else round to even.",
     )
     antialias: bool = Field(
-        ANTIALIAS, description="Whether the resize smooths first, as PIL, timm and transformers do."
+        ANTIALIAS,
+        description="Whether the resize is antialiased, as in PIL, timm and\ntransformers.",
     )
 
     def scaled(self, crop: int) -> "FrameTransform":

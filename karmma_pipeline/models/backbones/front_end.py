@@ -66,38 +66,48 @@ class Audio(Recipe):
 
     front_end: FrontEnd = Field(
         "radevski",
-        description="Whose spectrogram; it also sets the keys below that are left out. radevski\n"
-        "(ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + 0.01), 125 to\n"
-        "7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: log(magnitude + 1e-6).\n"
-        "whisper: log10 of power, at most 8 below its peak. clap: dB of power, short sound is\n"
-        "repeated. waveform: the samples; standardised_waveform: with mean 0 and variance 1.",
+        description="Spectrogram implementation; it also sets the defaults of the keys below.\n"
+        "radevski (ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude +\n"
+        "0.01), 125 to 7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast:\n"
+        "log(magnitude + 1e-6). whisper: log10 of power, at most 8 below its peak. clap: dB\n"
+        "of power, short sound is repeated. waveform: the samples; standardised_waveform:\n"
+        "with mean 0 and variance 1.",
     )
-    sample_rate: int = Field(24_000, gt=0, description="Hz; the track is resampled to it.")
+    sample_rate: int = Field(
+        24_000, gt=0, description="Sample rate in Hz; the audio is\nresampled to it."
+    )
     n_fft: int = Field(1024, gt=0, description="FFT length in samples.")
     win_length: int = Field(160, gt=0, description="Window length in samples.")
     hop_length: int = Field(80, gt=0, description="Hop in samples.")
     mels: int = Field(128, gt=0, description="Mel bands.")
     low_hz: float | None = Field(
-        None, ge=0, description="Lowest frequency of the bands; clap and whisper only."
+        None, ge=0, description="Lowest frequency of the mel bands, Hz; clap and whisper only."
     )
     high_hz: float | None = Field(
-        None, gt=0, description="Highest one; null: half of the sample rate. clap and whisper only."
+        None,
+        gt=0,
+        description="Highest frequency, Hz; null: half of the sample rate; clap\nand whisper only.",
     )
     hops: int | None = Field(
         None,
         gt=0,
-        description="Hops of a spectrogram: shorter sound is padded as the front end does (ast:\n"
-        "zeros, auditory_slowfast: the last hop, vggish and whisper: silence), of longer sound\n"
-        "the middle is taken; null: as many as the sound has.",
+        description="Length of the spectrogram in hops. Shorter audio is padded as in the\n"
+        "original (ast: zeros, auditory_slowfast: last hop, vggish and whisper: silence),\n"
+        "longer audio is cropped to its centre; null: the length of the audio.",
     )
     window_s: float | None = Field(
-        None, gt=0, description="Seconds around the clip's centre for an image; null: the clip."
+        None,
+        gt=0,
+        description="Seconds around the centre of the clip, for image networks;\n"
+        "null: the whole clip.",
     )
     frame_s: float = Field(
         1.116, gt=0, description="Seconds around each frame, for video networks."
     )
-    mean: float = Field(-28.1125, description="Subtracted from the log-mel values ...")
-    std: float = Field(16.5627, gt=0, description="... which are then divided by this.")
+    mean: float = Field(-28.1125, description="Mean that is subtracted from the log-mel values.")
+    std: float = Field(
+        16.5627, gt=0, description="Standard deviation by which the log-mel\nvalues are divided."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -110,9 +120,7 @@ class Audio(Recipe):
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
         if self.win_length > self.n_fft:
-            raise ValueError(
-                f"win_length={self.win_length} is above n_fft={self.n_fft}; allowed is up to n_fft"
-            )
+            raise ValueError(f"win_length={self.win_length} must not exceed n_fft={self.n_fft}")
         return self
 
     @property

@@ -95,8 +95,8 @@ def _ast(processor: Any) -> dict[str, Any]:
 def _clap(processor: Any) -> dict[str, Any]:
     if (processor.truncation, processor.padding) != ("rand_trunc", "repeatpad"):
         raise ConfigError(
-            f"CLAP with truncation={processor.truncation!r} (several crops of long sound at once) "
-            "is not supported; take an unfused one, such as laion/clap-htsat-unfused."
+            f"CLAP with truncation={processor.truncation!r} (several crops of long sound at "
+            "once) is not supported; use an unfused model, such as laion/clap-htsat-unfused."
         )
     samples = processor.max_length_s * processor.sampling_rate
     return {
@@ -206,8 +206,9 @@ def architecture(where: str) -> Architecture:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"name='hf:{where}': model_type={config.model_type!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}; others by an Architecture of your own (docs/extending.md)."
+            f"name='hf:{where}': model_type={config.model_type!r} is not supported; supported "
+            f"are {', '.join(FAMILIES)}; for others, define a custom Architecture "
+            "(docs/extending.md)."
         )
     processor = _read(getattr(transformers, family.processor), folder, where)
     config = getattr(config, family.part, config)
@@ -240,7 +241,9 @@ def _folder(where: str) -> Path:
     if Path(where).is_dir():
         return Path(where)
     if where.startswith(("/", "./", "../", "~")) or where.count("/") != 1:
-        raise CheckpointError(f"hf:{where}: no such folder; or write hf:OWNER/NAME of the hub.")
+        raise CheckpointError(
+            f"hf:{where}: no such folder; for a model of the hub, write hf:OWNER/NAME."
+        )
     return hub.cached(where, "config.json", f"hf:{where}").parent
 
 
@@ -281,16 +284,17 @@ def _pretrained(family: Family, folder: Path, where: str) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error, 300)
         raise CheckpointError(
-            f"hf:{where}: its weights cannot be read ({reason}); `karmma backbones fetch` gets "
-            "them, in safetensors."
+            f"hf:{where}: its weights cannot be read ({reason}); `karmma backbones fetch` "
+            "downloads them as safetensors."
         ) from None
     part = net.get_submodule(attribute) if attribute else net
     names = {f"{attribute}.{name}" if attribute else name for name, _ in part.named_parameters()}
     missing = names & set(found["missing_keys"])
     if len(missing) > (1 - ENOUGH) * len(names):
         raise CheckpointError(
-            f"hf:{where}: {len(missing)} of {len(names)} tensors of {type(part).__name__} are not "
-            f"in its files, such as {min(missing)}; are they another network's?"
+            f"hf:{where}: {len(missing)} of {len(names)} tensors of {type(part).__name__} are "
+            f"missing in its files, such as {min(missing)}; are these the weights of another "
+            "network?"
         )
     return part
 
@@ -325,8 +329,8 @@ def _view(processor: Any, where: str) -> FrameTransform:
     final = (crop["height"], crop["width"]) if cropped else whole
     if not processor.do_resize or not processor.do_rescale or not all(final):
         raise ConfigError(
-            f"name='hf:{where}': its processor gives pictures of no fixed size ({size}); give it a "
-            "size of height and width, or a centre crop, in preprocessor_config.json."
+            f"name='hf:{where}': its processor has no fixed image size ({size}); set a size "
+            "with height and width, or a centre crop, in preprocessor_config.json."
         )
     mode: Any = processor.resample
     # u in [0, 1] becomes (gain u - shift - mean) / std.

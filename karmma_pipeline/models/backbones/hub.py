@@ -75,9 +75,9 @@ def cached(repository: str, file: str, name: str) -> Path:
     found = library("huggingface_hub").try_to_load_from_cache(repository, file)
     if not isinstance(found, str):
         raise CheckpointError(
-            f"{name}: {file} of {repository} is not in the cache; where there is network, run "
-            f"`karmma backbones fetch {name}`, on a cluster with HF_HOME set to a folder that the "
-            "compute nodes see."
+            f"{name}: {file} of {repository} is not in the cache; run `karmma backbones fetch "
+            f"{name}` on a machine with internet access (on a cluster, with HF_HOME set to a "
+            "folder that the compute nodes can read)."
         )
     return Path(found)
 
@@ -101,23 +101,23 @@ def fetch(repository: str, name: str, folder: Path | None = None) -> Path:
         reason = one_line(error, 300)
         if isinstance(error, hub.errors.RepositoryNotFoundError):
             raise CheckpointError(
-                f"{name}: the hub shows no such repository{names.near(name)}; one that "
-                "asks for consent needs it first, and HF_TOKEN."
+                f"{name}: no such repository on the hub{names.near(name)}; a gated repository "
+                "needs accepted terms and HF_TOKEN."
             ) from None
         raise CheckpointError(
             f"{repository}: the download failed ({type(error).__name__}: {reason}); run `karmma "
-            f"backbones fetch {name}` again, it goes on where it ended."
+            f"backbones fetch {name}` again to resume."
         ) from None
     for file in listed:
         path, stored = where / file.rfilename, file.lfs
         if stored is not None and path.is_file() and files.sha256(path) != stored.sha256:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
-            raise CheckpointError(f"{path}: is damaged, and was removed; fetch it again.")
+            raise CheckpointError(f"{path}: was damaged and has been removed; fetch it again.")
     if not any(where.glob(_WEIGHTS)):
         raise CheckpointError(
-            f"{repository}: has no model.safetensors, and other files of weights may run code; "
-            "convert them once, or take another repository."
+            f"{repository}: has no model.safetensors, and other formats may execute code; "
+            "convert the weights, or use another repository."
         )
     return where
 

@@ -35,7 +35,7 @@ class Reached(Exception):  # noqa: N818  (no error: the pass ends here)
     """Ends a pass; ``output`` is what the layer gave."""
 
     def __init__(self, output: Any) -> None:
-        super().__init__("the layer that was asked for")
+        super().__init__("the requested layer")
         self.output = output
 
 
@@ -87,8 +87,8 @@ def _find(net: nn.Module, layer: int | str) -> nn.Module:
     if not -len(blocks) <= layer < len(blocks):
         count = f"it has {len(blocks)}" if blocks else "its blocks are not in a list"
         raise ConfigError(
-            f"layer={layer}: {type(net).__name__} has no such block, {count}; or give the name of "
-            "a module."
+            f"layer={layer}: {type(net).__name__} has no such block, {count}; use another index "
+            "or the name of a module."
         )
     return blocks[layer]
 
@@ -114,8 +114,8 @@ def as_map(net: nn.Module, output: Any, x: Tensor) -> Tensor:
         return output.unsqueeze(2)
     shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise ConfigError(
-        f"layer: a module of {type(net).__name__} gave {shape}, which is no map; choose another, "
-        "or state how by `arrange` of the Architecture."
+        f"layer: a module of {type(net).__name__} returned {shape}, which is not a feature map; "
+        "choose another module, or set `arrange` of the Architecture."
     )
 
 
@@ -148,6 +148,6 @@ def with_grid(y: Tensor, frames: tuple[int, int], grid: tuple[int, int]) -> Part
     """
     extra = y.shape[1] - grid[0] * grid[1]
     if extra < 0:
-        raise ConfigError(f"{list(y.shape)} are fewer tokens than the grid {list(grid)} has.")
+        raise ConfigError(f"{list(y.shape)} has fewer tokens than the grid {list(grid)}.")
     whole = maps(torch.unflatten(y[:, extra:].transpose(1, 2), 2, grid), frames)
     return Parts(whole, torch.unflatten(y[:, :extra], 0, frames).flatten(1, 2) if extra else None)

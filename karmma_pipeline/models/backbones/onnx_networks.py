@@ -51,8 +51,8 @@ class OnnxFile:
             ) from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise CheckpointError(
-                f"{self.path}: was changed or damaged, its digest is not the one that the folder "
-                "records; copy the folder again or export anew."
+                f"{self.path}: changed or damaged: its checksum differs from the recorded one; "
+                "copy the folder or export again."
             )
         return data
 
@@ -93,7 +93,7 @@ class OnnxSession:
             return dict(zip(names, self._session.run(names, used), strict=True))
         except Exception as error:  # of its own classes, which derive from Exception alone
             reason = one_line(error, 300)
-            raise CheckpointError(f"{self.file.path}: cannot be computed ({reason}).") from None
+            raise CheckpointError(f"{self.file.path}: inference failed ({reason}).") from None
 
 
 def _session(file: OnnxFile, threads: int) -> Any:

@@ -294,7 +294,7 @@ def find(name: str) -> Architecture:
     known = [*ARCHITECTURES, *sorted(entry_points(group=ENTRY_POINTS).names)]
     raise ConfigError(
         f"name={name!r}: unknown backbone{names.near(name)}; known: {', '.join(known)}, "
-        "timm:NAME, hf:ID, or your own as package.module:factory."
+        "timm:NAME, hf:ID, or a custom one as package.module:factory."
     )
 
 
@@ -305,8 +305,8 @@ def _own(name: str, load: Callable[[], Any]) -> Architecture:
         raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"name={name!r}: cannot be imported ({error}){names.near(name)}; is its package "
-            "installed in this environment, or its file in the working folder or in PYTHONPATH?"
+            f"name={name!r}: cannot be imported ({error}){names.near(name)}; install its "
+            "package in this environment, or put its file into the working folder or PYTHONPATH."
         ) from error
     if callable(made):
         try:
@@ -316,7 +316,7 @@ def _own(name: str, load: Callable[[], Any]) -> Architecture:
             raise ConfigError(f"name={name!r}: its factory failed ({reason}).") from error
     if not isinstance(made, Architecture):
         raise ConfigError(
-            f"name={name!r}: gave a {type(made).__name__}; a factory returns a "
+            f"name={name!r}: returned a {type(made).__name__}; a factory must return a "
             "karmma_pipeline.models.backbones.Architecture."
         )
     return made
@@ -340,12 +340,12 @@ def map_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, 
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = one_line(error)
         raise ConfigError(
-            f"input {list(shape)}: the backbone cannot take it ({reason}); "
-            "a larger size or more frames may help."
+            f"input {list(shape)}: the backbone does not accept it ({reason}); try a larger "
+            "size or more frames."
         ) from error
     if features.dim() != 5:
         raise ConfigError(
-            f"feature_map gave the shape {list(features.shape)}; it must give [B, D, t, h, w]."
+            f"feature_map returned the shape {list(features.shape)}; expected [B, D, t, h, w]."
         )
     _, D, t, h, w = features.shape
     return D, t, h, w, 0 if extra is None else extra.shape[1]
@@ -385,7 +385,7 @@ def stages(architecture: Architecture, shape: tuple[int, ...]) -> Stages | Chain
         if (chain := named.watch(net, shape, architecture.pass_frames)).modules:
             return chain
     if not isinstance(named, Stages) or architecture.fixed:
-        raise ConfigError("cut: this network has no named stages; allowed is input.")
+        raise ConfigError("cut: this network has no named stages; the only choice is input.")
     return named
 
 

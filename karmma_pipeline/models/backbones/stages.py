@@ -61,7 +61,7 @@ class Stages:
         """
         names = list(self.modules)
         if cut not in names:
-            raise ConfigError(f"cut={cut!r}: allowed are {', '.join(['input', *names[1:]])}.")
+            raise ConfigError(f"cut={cut!r}: allowed: {', '.join(['input', *names[1:]])}.")
         paths = [[*self.modules[name]] for name in names]
         at = names.index(cut)
         return [*chain(*paths[:at])], [*chain(*paths[at:])]

@@ -94,15 +94,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from None
     except Exception as error:  # torch raises whatever the bytes provoke
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({_reason(error)}); save it again with torch.save(model.state_dict(), ...) or as "
-            "safetensors."
+            f"{path}: rejected, because it is damaged or contains more than tensors and plain "
+            f"values ({_reason(error)}); save it again with torch.save(model.state_dict(), ...) "
+            "or as safetensors."
         ) from None
     content = _innermost(content)
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(
-            f"{path}: holds no state dict; found {sorted(map(str, content))[:8]}."
+            f"{path}: contains no state dict; found {sorted(map(str, content))[:8]}."
         )
     return tensors
 
@@ -144,7 +144,7 @@ def renamed(
             new = re.sub(pattern, replacement, new)
         if new in named:
             raise CheckpointError(
-                f"{where}: key_map gives {origin[new]!r} and {old!r} the same name {new!r}."
+                f"{where}: key_map maps both {origin[new]!r} and {old!r} to {new!r}."
             )
         named[new], origin[new] = tensor, old
     return named
@@ -176,8 +176,8 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Loaded:
     )
     if loaded.matched < ENOUGH * len(needed):
         raise CheckpointError(
-            f"{where}: only {loaded.matched} of {len(needed)} tensors fit this backbone; "
-            f"{loaded.report()}; is it another network?"
+            f"{where}: only {loaded.matched} of {len(needed)} tensors match this backbone; "
+            f"{loaded.report()}. Are these the weights of another network?"
         )
     net.load_state_dict(fitting, strict=False)
     return Loaded(**{**vars(loaded), "digest": digest(net.state_dict())})
@@ -193,8 +193,8 @@ def _prefix(tensors: Mapping[str, Tensor], wanted: set[str], where: str) -> str:
     best = hits.most_common(2)
     if len(best) == 2 and best[0][1] == best[1][1] > len(wanted) / 2:
         raise CheckpointError(
-            f"{where}: holds this network more than once (under "
-            f"{best[0][0]!r} and {best[1][0]!r}); save the one that you mean by itself."
+            f"{where}: contains this network more than once (under {best[0][0]!r} and "
+            f"{best[1][0]!r}); save the one to use separately."
         )
     return best[0][0] if best else ""
 
@@ -236,9 +236,10 @@ def read_published(member: Any, backbone: str) -> dict[str, Tensor]:
     path = cached_file(member)
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: the weights {member} are not there; where there is network, run "
-            f"`karmma backbones fetch {backbone} {member}`, on a cluster with TORCH_HOME set to a "
-            f"folder that the compute nodes see (or --to DIR, and weights: DIR/{path.name})."
+            f"{path}: the weights {member} are missing; run `karmma backbones fetch {backbone} "
+            f"{member}` on a machine with internet access (on a cluster, with TORCH_HOME set to "
+            "a folder that the compute nodes can read, or --to DIR and weights: "
+            f"DIR/{path.name})."
         )
     return read_file(path)
 
@@ -285,7 +286,8 @@ def _check_hash(path: Path) -> None:
     sha = files.sha256(path)
     if not sha.startswith(_hash_prefix(path)):
         raise CheckpointError(
-            f"{path}: its sha256 {sha[:8]} is not the one in its name; remove it and fetch again."
+            f"{path}: its sha256 {sha[:8]} does not match its file name; remove it and fetch it "
+            "again."
         )
 
 
@@ -297,8 +299,9 @@ def _download(url: str, path: Path, command: str) -> None:
             torch.hub.download_url_to_file(url, str(temporary), _hash_prefix(path) or None)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{url}: the download failed ({error}); without network here, run `{command}` where "
-            f"there is, with the same TORCH_HOME or --to, or copy the file to {path} yourself."
+            f"{url}: the download failed ({error}); without internet access here, run "
+            f"`{command}` elsewhere with the same TORCH_HOME or --to, or copy the file to "
+            f"{path}."
         ) from None
     finally:
         socket.setdefaulttimeout(patience)

@@ -134,7 +134,8 @@ def weights_behind(facts: Mapping[str, Any], weights: str | None = None) -> dict
     backbone = Backbone(BackboneChoice.model_validate(tree))
     if backbone.loaded.digest != facts["weights_sha256"]:
         raise CheckpointError(
-            f"weights={tree['weights']!r}: have the digest {backbone.loaded.digest[:12]}, and the "
-            f"store was made with {facts['weights_sha256'][:12]}; name the file that made it."
+            f"weights={tree['weights']!r}: their digest is {backbone.loaded.digest[:12]}, but "
+            f"the store was made with {facts['weights_sha256'][:12]}; pass the file it was made "
+            "with."
         )
     return backbone.net.state_dict()

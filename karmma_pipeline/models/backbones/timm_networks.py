@@ -33,7 +33,7 @@ def architecture(name: str) -> Architecture:
     """
     timm = _library()
     if not timm.is_model(name):
-        raise ConfigError(f"name='timm:{name}': timm has no such network; {_near(timm, name)}.")
+        raise ConfigError(f"name='timm:{name}': not a timm model; {_near(timm, name)}.")
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -61,7 +61,7 @@ def repository(name: str) -> str:
     """
     published = _library().get_pretrained_cfg(name)
     if published is None or not published.hf_hub_id:
-        raise ConfigError(f"weights='DEFAULT': timm publishes none for {name} on the hub.")
+        raise ConfigError(f"weights='DEFAULT': timm publishes no weights of {name} on the hub.")
     repo: str = published.hf_hub_id
     return repo
 
@@ -74,7 +74,7 @@ def _near(timm: ModuleType, name: str) -> str:
     arch, _, tag = name.partition(".")
     known = timm.list_models(pretrained=True) if tag else timm.list_models()
     near = difflib.get_close_matches(name if tag else arch, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}" if near else "timm.list_models() names all"
+    return f"did you mean {', '.join(near)}" if near else "timm.list_models() lists all"
 
 
 def _build(name: str, weights: None) -> nn.Module:
@@ -100,7 +100,7 @@ def _view(timm: ModuleType, name: str, settings: dict[str, Any]) -> FrameTransfo
     if channels != 3 or data["crop_mode"] not in {"center", "squash"}:
         raise ConfigError(
             f"name='timm:{name}': takes {channels} channels and crops by {data['crop_mode']!r}; "
-            "networks on three channels with centre crops are supported."
+            "only networks with three channels and centre crops are supported."
         )
     # As timm.data.create_transform computes it for evaluation.
     sides = [math.floor(side / data["crop_pct"]) for side in (height, width)]
@@ -128,5 +128,5 @@ def _arrange(net: Any, output: Any, x: Tensor) -> Parts:
         return Parts(maps(y.movedim(-1, 1) if last else y, frames))
     patches: Any = getattr(net, "patch_embed", None)
     if y.dim() != 3 or not hasattr(patches, "dynamic_feat_size"):
-        raise ConfigError(f"{type(net).__name__}: gave {list(y.shape)}, tokens without a grid.")
+        raise ConfigError(f"{type(net).__name__}: returned {list(y.shape)}, tokens without a grid.")
     return with_grid(y, frames, patches.dynamic_feat_size(tuple(x.shape[-2:])))

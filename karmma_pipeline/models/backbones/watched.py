@@ -119,7 +119,7 @@ class Chain:
         except Reached as reached:
             made: Tensor = reached.output
             return torch.unflatten(made, 0, (len(x), -1))
-        raise ConfigError(f"cut={cut!r}: {type(net).__name__} has not come to it.")
+        raise ConfigError(f"cut={cut!r}: {type(net).__name__} does not reach this module.")
 
     def after(self, net: nn.Module, cut: str, x: Tensor, save_memory: bool = False) -> Parts:
         """Return the map of what goes into a stage, [B, P, ...]; see `Stages.after`."""
@@ -139,7 +139,7 @@ class Chain:
         """Return the paths of the modules before and behind a cut; see `Stages.split`."""
         names = list(self.modules)
         if cut not in names:
-            raise ConfigError(f"cut={cut!r}: allowed are {', '.join(['input', *names])}.")
+            raise ConfigError(f"cut={cut!r}: allowed: {', '.join(['input', *names])}.")
         at = names.index(cut)
         return names[:at], names[at:]
 

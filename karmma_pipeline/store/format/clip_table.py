@@ -144,14 +144,14 @@ def parse_record(path: Path, data: bytes, spec: StoreSpec, clips: int) -> Record
         )
     )
     if not fits:
-        raise StoreError(f"{path}: does not fit the store's clips and modalities.")
+        raise StoreError(f"{path}: does not match the store's clips and modalities.")
     if own != [crc32c(record.content())] or record.reason.max(initial=0) > max(Reason):
-        raise _damaged(path, "bytes have changed")
+        raise _damaged(path, "checksum mismatch")
     return record
 
 
 def _damaged(path: Path, why: str) -> StoreError:
     return StoreError(
-        f"{path}: the commit record is damaged ({why}); remove it and "
-        "extract again, only that shard is made anew."
+        f"{path}: the commit record is damaged ({why}); remove it and extract again; only that "
+        "shard is rebuilt."
     )

@@ -18,7 +18,7 @@ def shard_faults(path: Path, array: StoredArray, rows: int) -> Iterator[str]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             if list(file) != [array.name]:
-                yield f"the HDF5 file holds {sorted(file)}, not [{array.name!r}]"
+                yield f"the HDF5 file contains {sorted(file)}, not [{array.name!r}]"
                 return
             yield from _faults(file, array.name)
             dataset = file[array.name]
@@ -26,7 +26,7 @@ def shard_faults(path: Path, array: StoredArray, rows: int) -> Iterator[str]:
                 if dataset.shape != (rows, array.width) or dataset.dtype != array.dtype:
                     yield f"the HDF5 dataset is {dataset.dtype} {dataset.shape}"
                 elif dataset.id.get_offset() != layout.PAYLOAD_OFFSET:
-                    yield f"the HDF5 dataset lies at {dataset.id.get_offset()}"
+                    yield f"the HDF5 dataset has the offset {dataset.id.get_offset()}"
     except (OSError, KeyError, RuntimeError) as error:
         yield f"truncated or not an HDF5 file ({error})"
 
@@ -55,7 +55,7 @@ def _faults(file: h5py.File, name: str, sources: set[str] | None = None) -> Iter
     # The link itself, not what it leads to: opening a hostile one would already follow it.
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
-        yield f"{name} is an HDF5 {type(link).__name__}, which may lead to any file"
+        yield f"{name} is an HDF5 {type(link).__name__}, which may refer to any file"
         return
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):

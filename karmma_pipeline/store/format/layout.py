@@ -128,16 +128,16 @@ def open_name(root: str, name: str) -> int:
 
 
 def _linked(path: str) -> StoreError:
-    return StoreError(f"{path}: is a link or no regular file; a store holds only files.")
+    return StoreError(
+        f"{path}: is a link or not a regular file; a store contains only regular files."
+    )
 
 
 def read_bytes(root: Path, path: Path) -> bytes:
     """Read a small file of a store whole; see `open_inside`."""
     with os.fdopen(open_inside(root, path), "rb") as file:
         if os.fstat(file.fileno()).st_size > _MAX_JSON:
-            raise StoreError(
-                f"{path}: is larger than {_MAX_JSON >> 20} MB; no such file of a store is."
-            )
+            raise StoreError(f"{path}: is larger than {_MAX_JSON >> 20} MB, which is implausible.")
         return file.read()
 
 
@@ -167,8 +167,8 @@ def check_version(path: Path, description: dict[str, Any]) -> None:
         raise StoreError(f"{path}: format {name!r} version {version!r} is not {FORMAT!r}.")
     if version > VERSION_CUT:
         raise StoreError(
-            f"{path}: a newer program wrote this store (format version {version}; this one reads "
-            f"up to {VERSION_CUT}); update karmma-pipeline, or use the program that wrote it."
+            f"{path}: written by a newer version (store format {version}; this version reads up "
+            f"to {VERSION_CUT}); update karmma-pipeline."
         )
     if version < _OLDEST:
         raise StoreError(
@@ -190,8 +190,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise StoreError(
-            f"{root}: the store is not complete; `karmma extract` with the same recipe "
-            "makes what is missing, `karmma store finalize` joins the parts."
+            f"{root}: the store is not complete; run `karmma extract` with the same recipe to "
+            "extract what is missing, or `karmma store finalize` if all parts are done."
         )
     try:
         data = read_bytes(root, path)
@@ -206,8 +206,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: the file is damaged ({error}).") from None
     if not whole:
         raise StoreError(
-            f"{path}: the file is damaged; `karmma store verify --repair` and then "
-            "`karmma store finalize` make it anew."
+            f"{path}: the file is damaged; run `karmma store verify --repair`, then `karmma "
+            "store finalize` to rebuild it."
         )
     return manifest
 
@@ -263,7 +263,9 @@ def create_shard_file(path: Path, array: StoredArray, clips_per_shard: int, clip
         dataset = h5py.h5d.create(file.id, array.name.encode(), kind, space, plan)
         offset = dataset.get_offset()
     if offset != PAYLOAD_OFFSET:
-        raise RuntimeError(f"HDF5 put the tokens at {offset}, the format wants {PAYLOAD_OFFSET}")
+        raise RuntimeError(
+            f"HDF5 wrote the tokens at offset {offset}, but the format requires {PAYLOAD_OFFSET}"
+        )
     # The user block is written last and past HDF5, which neither reads nor checks it.
     with path.open("r+b") as raw:
         raw.write(shard_index(array, clips_per_shard, clips))
@@ -331,5 +333,5 @@ def check_outside(path: Path, here: bool = True) -> None:
     for folder in [whole, *whole.parents] if here else whole.parents:
         if (folder / SPEC).is_file() and (folder / ROOT).is_file():
             raise StoreError(
-                f"{path}: the feature store {folder} lies there; choose a folder outside."
+                f"{path}: is inside the feature store {folder}; choose another folder."
             )

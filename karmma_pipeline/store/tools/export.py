@@ -53,7 +53,7 @@ def export(store: Path, out: Path, layout: ExportLayout, stop: StopFlag | None =
         for column, m in enumerate(opened.modalities):
             clips = np.flatnonzero(opened.present[:, column])
             for start in range(0, len(clips), _CLIPS):
-                stop.check("the files that are written are kept")
+                stop.check("the files written so far are kept")
                 piece = clips[start : start + _CLIPS]
                 encoded = read_encoded(opened, m, piece)
                 for clip, arrays in zip(piece, encoded, strict=True):

@@ -57,7 +57,7 @@ def import_features(
     there = {path.name: _files(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     there = {modality: paths for modality, paths in there.items() if paths}
     if not there:
-        raise StoreError(f"{folder}: no folder in it holds .npy or .npz files.")
+        raise StoreError(f"{folder}: contains no folder with .npy or .npz files.")
     rows, heads = _read_clips(clips, there)
     spec = StoreSpec(
         modalities={m: _spec(paths, source, dtype) for m, paths in there.items()},
@@ -70,7 +70,7 @@ def import_features(
         for shard in sorted(set(range(catalog.shards)) - catalog.committed()):
             with ShardWriter(out, shard) as writer:
                 for clip_id in writer.clip_ids[writer.next :]:
-                    stop.check("the clips that are written are kept")
+                    stop.check("the clips written so far are kept")
                     tokens, reasons = _read(clip_id, there, spec)
                     writer.append(clip_id, tokens, reasons, {})
                     bar.update()
@@ -91,9 +91,9 @@ def _read_clips(
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: the list of clips cannot be read ({error}).") from None
+        raise ManifestError(f"{path}: the CSV cannot be read ({error}).") from None
     if not table or "clip_id" not in table[0]:
-        raise ManifestError(f"{path}: needs a column clip_id and a row per clip.")
+        raise ManifestError(f"{path}: needs a column clip_id and one row per clip.")
     names = [c for c in table[0] if c and c not in _COLUMNS and c not in modalities]
     heads = {h: tuple(sorted({row[h] for row in table if row[h]})) for h in names}
     number = {head: {name: k for k, name in enumerate(of)} for head, of in heads.items()}
@@ -144,8 +144,9 @@ def _read(
         values = _array(path)
         if values.shape != (one.tokens, one.width):
             raise StoreError(
-                f"{path}: has the shape {list(values.shape)}, the first file of {modality} "
-                f"[{one.tokens}, {one.width}]; all clips of a modality need one shape."
+                f"{path}: has the shape {list(values.shape)}, but the first file of {modality} "
+                f"has [{one.tokens}, {one.width}]; all clips of a modality must have the same "
+                "shape."
             )
         if not one.holds(values):
             raise StoreError(
@@ -165,7 +166,7 @@ def _array(path: Path) -> npt.NDArray[np.float32]:
             content = content["feats" if "feats" in names or len(names) != 1 else names[0]]
         values = np.asarray(content, np.float32)
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise StoreError(f"{path}: holds no array of numbers ({error}).") from None
+        raise StoreError(f"{path}: does not contain a numeric array ({error}).") from None
     if values.ndim not in {1, 2} or not values.size:
-        raise StoreError(f"{path}: has the shape {list(values.shape)}; tokens are [N, D] or [D].")
+        raise StoreError(f"{path}: has the shape {list(values.shape)}; expected [N, D] or [D].")
     return np.atleast_2d(values)

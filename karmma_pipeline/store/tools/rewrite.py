@@ -86,9 +86,7 @@ def select(store: Path, out: Path, clip_ids: Sequence[str], stop: StopFlag | Non
         clip_ids = [row for clip_id in clip_ids for row in opened.views.names(clip_id)]
     missing = [clip_id for clip_id in clip_ids if clip_id.encode() not in place]
     if missing:
-        raise StoreError(
-            f"{store}: is missing {len(missing)} of the clips: {', '.join(missing[:5])}."
-        )
+        raise StoreError(f"{store}: lacks {len(missing)} of the clips: {', '.join(missing[:5])}.")
     clips = np.array([place[clip_id.encode()] for clip_id in clip_ids], np.int64)
     rewrite(opened, out, opened.spec, clips, {}, stop)
 
@@ -119,13 +117,13 @@ def convert(
     specs, changes = {}, {}
     unknown = sorted(set(pool or {}) - set(opened.modalities))
     if unknown:
-        raise StoreError(f"{store}: pool: no modality {', '.join(unknown)} is there.")
+        raise StoreError(f"{store}: pool: no modality {', '.join(unknown)}.")
     for m, one in opened.specs.items():
         grid = (pool or {}).get(m)
         if one.is_cut and (grid is not None or (one.dtype == "uint8" and dtype is not None)):
             raise StoreError(
-                f"{store}: {m} is what goes into {one.provenance['cut'].get('before')} of its "
-                "backbone; it is neither pooled nor, as pictures, given another type."
+                f"{store}: {m} contains the input of {one.provenance['cut'].get('before')} of "
+                "its backbone; it cannot be pooled or, for frames, converted."
             )
         specs[m] = _converted(store, m, one, dtype or one.dtype, grid)
         if specs[m] != one:
@@ -148,8 +146,8 @@ def _converted(
         )
         if not fits:
             raise StoreError(
-                f"{store}: pool: {modality} has the token grid {list(old)}, which does not "
-                f"divide into {list(grid)}."
+                f"{store}: pool: {modality} has the token grid {list(old)}, which is not "
+                f"divisible by {list(grid)}."
             )
         tokens = math.prod(grid)
         provenance |= {"token_grid": list(grid), "pooled_from": list(old)}
@@ -195,7 +193,7 @@ def rewrite(
                 mine = clips[catalog.shard_range(shard)][writer.next :]
                 bar.update(writer.next)
                 for start in range(0, len(mine), _CLIPS):
-                    stop.check("finished shards and clips are kept")
+                    stop.check("finished shards and clips are saved")
                     _append(source, writer, mine[start : start + _CLIPS], changes)
                     bar.update(len(mine[start : start + _CLIPS]))
                 writer.commit()

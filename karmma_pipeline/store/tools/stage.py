@@ -87,8 +87,8 @@ def _make(store: Path, place: Path, stop: StopFlag) -> None:
     if damages:
         forget(place)
         raise StoreError(
-            f"{place}: the copy of {store} is damaged ({damages[0]}); it was taken "
-            "away. Check the store with `karmma store verify`."
+            f"{place}: the copy of {store} is damaged ({damages[0]}) and was removed. Check the "
+            "store with `karmma store verify`."
         )
     files.write_json(
         _done(place), {"manifest": files.sha256(store / layout.MANIFEST), "files": states}
@@ -161,7 +161,7 @@ def _copy(store: Path, place: Path, stop: StopFlag) -> bool:
                 temporary.open("wb") as target,
             ):
                 while data := source.read(_PIECE):
-                    stop.check("the files that are copied are kept")
+                    stop.check("the files copied so far are kept")
                     target.write(data)
                     bar.update(len(data))
     return len(missing) < len(sizes)
@@ -199,14 +199,14 @@ def decompress(archive: Path, out: Path, stop: StopFlag | None = None) -> None:
         listed = layout.read_json(archive, archive / LIST)["files"]
         sizes = {name: int(one["bytes"]) for name, one in listed.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{archive / LIST}: no archive, or damaged ({error}).") from None
+        raise StoreError(f"{archive / LIST}: not an archive, or damaged ({error}).") from None
     for name in sizes:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise StoreError(f"{archive / LIST}: {name!r} leads out of the store.")
+            raise StoreError(f"{archive / LIST}: {name!r} is outside the store.")
     out.mkdir(parents=True, exist_ok=True)
     files.check_space(out, sum(sizes.values()), 4 * len(sizes))
     for name, size in progress_bar(sizes.items(), "decompress", unit="file"):
-        stop.check("the files that are there are kept")
+        stop.check("the files unpacked so far are kept")
         target = out / name
         if not (target.is_file() and files.sha256(target) == listed[name]["sha256"]):
             _decompress_file(archive, archive / f"{name}.zst", target, size, listed[name]["sha256"])
