@@ -278,9 +278,7 @@ def test_frames_and_tokens_are_those_of_timm(tmp_path: Path, timm: Any) -> None:
     settings = timm.data.resolve_data_config({}, model=net)
     transform = timm.data.create_transform(**settings, is_training=False)
     given = torch.stack([transform(Image.fromarray(frame)) for frame in clip])
-    off = (x[0].transpose(0, 1) - given).abs() * min(settings["std"])
-    assert off.mean() <= 1 / 255
-    assert off.max() <= 8 / 255
+    torch.testing.assert_close(x[0].transpose(0, 1), given, rtol=0, atol=1e-5)  # the same pixels
 
     with torch.inference_mode():
         theirs = net.forward_features(x[0].transpose(0, 1))
@@ -352,6 +350,24 @@ def test_blocks_of_timm_behind_a_cut_give_the_bits_of_all(
     whole = BackboneChoice.model_validate(tree)
     assert list(whole.cuts) == ["input", *stages]
     assert_same_bits(whole, Backbone(whole).net, (stages[0], stages[-2]))
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "test_vit_relpos", "mvitv2_tiny"])
+def test_tokens_without_a_stated_grid_lie_where_timm_has_them(name: str, timm: Any) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    choice = BackboneChoice(name=f"timm:{name}", frames=1)
+    x = torch.randn(1, *choice.input_shape)
+    with torch.inference_mode():
+        ours = choice.architecture.parts(net, x).map[:, :, 0]
+        (theirs,) = net.forward_intermediates(x[:, :, 0], 1, norm=True, intermediates_only=True)
+    same(ours.flatten(2)[0].T, theirs.flatten(2)[0].T)
+
+
+def test_networks_without_one_map_are_refused(timm: Any) -> None:
+    for name, gave in {"pit_ti_224": "tokens without a grid", "coat_tiny": "returned a list"}.items():
+        with pytest.raises(ConfigError, match=gave):
+            _ = BackboneChoice(name=f"timm:{name}", weights="random:0").raw_grid
 
 
 def test_a_typo_in_a_timm_name_gets_the_nearest_names(timm: Any) -> None:

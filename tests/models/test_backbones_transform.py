@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice, FrameTransform
@@ -34,31 +35,60 @@ def test_preprocessing_equals_torchvisions_but_for_ties(
         assert (levels.abs() > 0.01).float().mean() < 0.005
 
 
+SHAPES = {
+    "shape": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    "resize": st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple),
+    "crop": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    resize=st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple),
-    crop=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    **SHAPES,
     interpolation=st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic"]),
-    antialias=st.booleans(),
     dtype=st.sampled_from([np.uint8, np.float32]),
 )
 def test_resize_and_crop_equal_torchvisions(
     shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: str,
-    antialias: bool, dtype: type[np.uint8] | type[np.float32],
+    dtype: type[np.uint8] | type[np.float32],
 ) -> None:  # fmt: skip
     pictures: Any = np.random.default_rng(0).integers(0, 256, (2, 3, *shape)).astype(dtype)
     transform = FrameTransform(
-        resize=resize, crop=crop, mean=(0,), std=(1,), interpolation=interpolation,
-        antialias=antialias,
-    )  # fmt: skip
+        resize=resize, crop=crop, mean=(0,), std=(1,), interpolation=interpolation
+    )
     theirs = functional.resize(
-        torch.from_numpy(pictures), list(resize), InterpolationMode(interpolation),
-        antialias=antialias,
-    )  # fmt: skip
+        torch.from_numpy(pictures), list(resize), InterpolationMode(interpolation), antialias=False
+    )
     ours = transform.resized(pictures)
     assert np.array_equal(ours, theirs.numpy())
     assert np.array_equal(transform.cropped(ours), functional.center_crop(theirs, list(crop)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    **SHAPES,
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]),
+)
+def test_smooth_resizing_and_crop_equal_torchvisions_of_pillow_pictures(
+    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: str
+) -> None:
+    """Which are what timm's own transform and the processors of transformers before 5 take."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), np.uint8)
+    transform = FrameTransform(
+        resize=resize, crop=crop, mean=(0,), std=(1,), interpolation=interpolation, antialias=True
+    )
+    ours, mode = transform.apply(frames), InterpolationMode(interpolation)
+    for mine, frame in zip(ours, frames, strict=True):
+        whole = functional.resize(Image.fromarray(frame), list(resize), mode)
+        theirs = functional.center_crop(whole, list(crop))
+        assert np.array_equal(mine.transpose(1, 2, 0), np.asarray(theirs))
+
+
+def test_a_store_says_what_smoothed_its_pictures() -> None:
+    """Those that lack it were made otherwise, and are no source for the same models."""
+    plain = BackboneChoice(name="swin3d_t", weights="random:0").transform
+    smooth = plain.model_copy(update={"antialias": True})
+    assert smooth.facts() == {**plain.facts(), "antialias": True, "smoothed_by": "Pillow"}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def dis_flow(settings: Flow, first: Pictures, second: Pictures) -> Motion:
 def resized(flow: Motion, transform: FrameTransform, side: Side = None) -> Motion:
     """Resize and crop flow [T, 2, H, W] as frames are, its values in px of the new size."""
     before = flow.shape[-2:]
-    field = transform.model_copy(update={"antialias": False}).resized(flow)
+    field = transform.resized(flow)
     # The resized side may be rounded: motion is scaled by what it has become, not by what was
     # asked for.
     after = field.shape[-2:]

@@ -3,7 +3,8 @@
 It equals torchvision's ``transforms()``, in two halves: resize and crop act on uint8 where frames
 are decoded, the rest where the network runs. Bilinear resizing is OpenCV's, four times as fast on
 one thread; where torchvision lands on the middle between two grey levels, to a rounding error of
-float32, the two may choose differently.
+float32, the two may choose differently. Resizing that smooths is Pillow's, bit for bit, as timm's
+own is.
 
 Every decode process imports this module. torch and torchvision take seconds and 600 MB to import,
 so it does without torchvision, and imports torch where a resize needs it: most do not.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from pydantic import Field
 
 from karmma_pipeline.config import Recipe
@@ -29,6 +31,12 @@ _Number = TypeVar("_Number", np.uint8, np.float32)
 
 #: torchvision's video weights were made without antialiasing (its ``_presets.py``).
 ANTIALIAS = False
+
+#: What smooths, as stores record it. Where they do not, torch did in float32: colours differ by 3
+#: grey levels at most.
+SMOOTHED_BY = "Pillow"
+
+_OF_TORCH = {"nearest", "nearest-exact", "bilinear", "bicubic"}
 
 
 class FrameTransform(Recipe):
@@ -67,27 +75,37 @@ class FrameTransform(Recipe):
             side: the end of their longer side at which they are cropped: 0 left or above, 1 right
                 or below; None: the middle.
         """
-        if self.interpolation == "bilinear" and not self.antialias:
-            size = self._size(*frames.shape[1:3])
-            resized = np.stack([_bilinear(frame, size) for frame in frames]).transpose(0, 3, 1, 2)
-        else:
+        size = self._size(*frames.shape[1:3])
+        if size == frames.shape[1:3] or (self.interpolation != "bilinear" and not self.antialias):
             resized = self.resized(frames.transpose(0, 3, 1, 2))
+        else:
+            resize = self._smoothed if self.antialias else _bilinear
+            resized = np.stack([resize(frame, size) for frame in frames]).transpose(0, 3, 1, 2)
         return np.ascontiguousarray(self.cropped(resized, side))
 
+    def _smoothed(
+        self, frame: npt.NDArray[np.uint8], size: tuple[int, int]
+    ) -> npt.NDArray[np.uint8]:
+        """Resize a frame [H, W, 3] to a size (height, width)."""
+        mode = Image.Resampling[self.interpolation.upper()]
+        return np.asarray(Image.fromarray(frame).resize(size[::-1], mode))
+
     def resized(self, pictures: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
-        """Resize pictures [T, C, H, W], uint8 (rounded) or float32, as torchvision's ``resize``."""
+        """Resize pictures [T, C, H, W], uint8 (rounded) or float32, without smoothing.
+
+        As torchvision's ``resize`` does; of what that does not have, cubic instead.
+        """
         size = self._size(*pictures.shape[-2:])
         if size == pictures.shape[-2:]:
             return pictures
         import torch
 
-        smooth = self.interpolation in {"bilinear", "bicubic"}
+        mode = self.interpolation if self.interpolation in _OF_TORCH else "bicubic"
         scaled = torch.nn.functional.interpolate(
             torch.from_numpy(pictures).float(),
             size,
-            mode=self.interpolation,
-            align_corners=False if smooth else None,
-            antialias=self.antialias and smooth,
+            mode=mode,
+            align_corners=None if "nearest" in mode else False,
         ).numpy()
         if pictures.dtype == np.uint8:  # cubic ones overshoot
             scaled = scaled.clip(0, 255).round()
@@ -137,6 +155,8 @@ class FrameTransform(Recipe):
         facts = self.model_dump(mode="json")
         if not self.floor:  # earlier stores have no such key
             del facts["floor"]
+        if self.antialias:
+            facts["smoothed_by"] = SMOOTHED_BY
         return facts
 
 

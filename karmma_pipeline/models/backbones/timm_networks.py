@@ -123,10 +123,22 @@ def _arrange(net: Any, output: Any, x: Tensor) -> Parts:
     """Turn tokens [B T, p + h w, D] or maps [B T, D, h, w] or [B T, h, w, D] into maps."""
     frames = x.shape[0], x.shape[2]
     y = output[0] if isinstance(output, tuple) else output
+    if not isinstance(y, Tensor):
+        raise ConfigError(f"{type(net).__name__}: returned a {type(y).__name__}, several maps at once.")
     if y.dim() == 4:
         last = str(getattr(net, "output_fmt", "NCHW")) == "NHWC"
         return Parts(maps(y.movedim(-1, 1) if last else y, frames))
+    return with_grid(y, frames, _grid(net, y, x))
+
+
+def _grid(net: Any, y: Tensor, x: Tensor) -> tuple[int, int]:
+    """Return the grid (h, w) of tokens [B T, p + h w, D]."""
     patches: Any = getattr(net, "patch_embed", None)
-    if y.dim() != 3 or not hasattr(patches, "dynamic_feat_size"):
+    if y.dim() == 3 and hasattr(patches, "dynamic_feat_size"):
+        grid: tuple[int, int] = patches.dynamic_feat_size(tuple(x.shape[-2:]))
+        return grid
+    # Networks that do not say it, such as XCiT: of a square picture, and at most a class token.
+    side = math.isqrt(y.shape[1]) if y.dim() == 3 else 0
+    if side < 2 or y.shape[1] - side**2 > 1 or x.shape[-2] != x.shape[-1]:
         raise ConfigError(f"{type(net).__name__}: returned {list(y.shape)}, tokens without a grid.")
-    return with_grid(y, frames, patches.dynamic_feat_size(tuple(x.shape[-2:])))
+    return side, side
