@@ -220,8 +220,9 @@ def test_what_will_be_missing_is_told_before_the_queue(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
     chain = write_chain(extract=None)
-    assert "teacher: features/teacher is not there and no stage of the chain makes it" in faults(
-        chain
+    assert (
+        "teacher, student, report: features/teacher is not there and no stage of the chain makes it"
+        in faults(chain)
     )
     chain = write_chain()
     published = {"audio": {"name": "resnet18", "weights": "DEFAULT", "image": [32, 32]}}
