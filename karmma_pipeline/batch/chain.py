@@ -11,6 +11,7 @@ from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.recipes import recipe_model
+from karmma_pipeline.runs import MODELS
 from karmma_pipeline.training.recipe import DistillRecipe, TrainRecipe
 
 
@@ -86,13 +87,20 @@ def folders(recipe: Recipe) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     if isinstance(recipe, ExtractRecipe):
         return (), tuple(recipe.out / name for name in recipe.sets)
     if isinstance(recipe, EvaluateRecipe):
-        return (*recipe.runs, *recipe.stores), (recipe.out,)
-    if isinstance(recipe, DistillRecipe):
-        theirs = (path for one in recipe.teacher_store for path in paths(one))
-        return (*paths(recipe.store), *recipe.teacher, *theirs), (recipe.out,)
+        return (*map(_run_of, recipe.runs), *recipe.stores), (recipe.out,)
     if isinstance(recipe, TrainRecipe):
-        return paths(recipe.store), (recipe.out,)
+        reads = [*paths(recipe.store)]
+        if isinstance(recipe, DistillRecipe):
+            reads += [*recipe.teacher, *(path for s in recipe.teacher_store for path in paths(s))]
+        if recipe.init_from is not None and not (recipe.out / "state").is_dir():
+            reads.append(_run_of(recipe.init_from))  # one that has begun needs it no more
+        return tuple(reads), (recipe.out,)
     raise TypeError(type(recipe).__name__)
+
+
+def _run_of(path: Path) -> Path:
+    """Return the run, given its folder or that of a model in it."""
+    return path.parent if path.name in MODELS else path
 
 
 def paths(one_or_more: Path | tuple[Path, ...]) -> tuple[Path, ...]:

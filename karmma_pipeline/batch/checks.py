@@ -2,15 +2,21 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from karmma_pipeline.batch.chain import ChainStage
+from karmma_pipeline import own_code
+from karmma_pipeline.batch.chain import ChainStage, paths
 from karmma_pipeline.batch.progress import StageProgress
-from karmma_pipeline.errors import ConfigError, KarmmaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
+from karmma_pipeline.evaluation.preconditions import check_settings, named_files
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.backbones.state_dicts import cached_file, enum_member
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.store.joined import open_joined
+from karmma_pipeline.training.clips import check_recipe
 from karmma_pipeline.training.recipe import TrainRecipe
 
 
@@ -26,13 +32,25 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
         ConfigError: all faults in one message.
     """
     made = {path.absolute() for stage in stages for path in stage.writes}
-    faults = list(_writable(folder))
+    faults = {fault: [""] for fault in _writable(folder)}
     for stage, progress in zip(stages, progresses, strict=True):
         if not progress.done:
-            found = (*_faults(stage, made), *_changed(stage, progress))
-            faults += [f"{stage.name}: {fault}" for fault in found]
+            of_stage = (
+                *_faults(stage, made),
+                *_settings(stage, stages),
+                *_changed(stage, progress),
+            )
+            for fault in dict.fromkeys(of_stage):
+                faults.setdefault(fault, []).append(stage.name)
     if faults:
-        raise ConfigError(f"nothing was submitted: {'; '.join(dict.fromkeys(faults))}.")
+        told = (f"{_names(names)}{fault}" for fault, names in faults.items())
+        raise ConfigError(f"nothing was submitted: {'; '.join(told)}.")
+
+
+def _names(stages: list[str]) -> str:
+    """Name the stages that a fault is in: of a sweep it may be in every run."""
+    more = f" and {len(stages) - 3} more" if len(stages) > 3 else ""
+    return f"{', '.join(stages[:3])}{more}: " if stages[0] else ""
 
 
 def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
@@ -44,8 +62,40 @@ def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
     if isinstance(stage.recipe, ExtractRecipe):
         yield from _extraction(stage.recipe)
     if isinstance(stage.recipe, EvaluateRecipe):
-        files = [stage.recipe.groups.unseen, *stage.recipe.groups.tail.values()]
-        yield from (f"{path} does not exist" for path in files if path and not path.is_file())
+        files = named_files(stage.recipe)
+        yield from (f"{path} does not exist" for path in files if not path.is_file())
+
+
+def _settings(stage: ChainStage, stages: Sequence[ChainStage]) -> Iterator[str]:
+    """Say what the stores that are there already do not fit, hours before it is its turn."""
+    recipe = stage.recipe
+    try:
+        if isinstance(recipe, TrainRecipe):
+            for key, name in recipe.own.items():
+                own_code.find(name, key)
+            for store in _opened(recipe):
+                check_recipe(recipe, store)
+        if isinstance(recipe, EvaluateRecipe) and all(p.is_file() for p in named_files(recipe)):
+            for store in _evaluated(recipe, stages):
+                check_settings(recipe, store)
+    except KarmmaError as error:
+        yield str(error).rstrip(".")
+
+
+def _evaluated(recipe: EvaluateRecipe, stages: Sequence[ChainStage]) -> Iterator[TokenSource]:
+    """Yield the stores that runs of the chain are trained on, if they are evaluated on these."""
+    trained = {s.recipe.out: s.recipe for s in stages if isinstance(s.recipe, TrainRecipe)}
+    of_runs = [trained[run] for run in recipe.runs if run in trained]
+    once = {paths(one.store): one for one in of_runs}
+    for stores, one in once.items():
+        if not recipe.stores or {*stores} <= {*recipe.stores}:
+            yield from _opened(one)
+
+
+def _opened(recipe: TrainRecipe) -> Iterator[TokenSource]:
+    """Yield the store of a training if it is complete: another stage may be making it."""
+    with suppress(StoreError):
+        yield open_joined(paths(recipe.store), recipe.loader.label_spaces)
 
 
 def _changed(stage: ChainStage, progress: StageProgress) -> Iterator[str]:

@@ -19,7 +19,7 @@ from karmma_pipeline import files
 from karmma_pipeline.batch.chain import ChainStage, job_name
 from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site, Sweep
-from karmma_pipeline.errors import KarmmaError, one_line
+from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, PARTS, without
 from karmma_pipeline.store.format import layout
@@ -256,7 +256,11 @@ def queue() -> list[QueuedJob]:
         KarmmaError: Slurm does not answer.
     """
     # -r: one line for each array task. Names come last, for they alone could hold a bar.
-    fields = _run(["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%j"])
+    try:
+        fields = _run(["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%j"])
+    except _FailedError as error:
+        # It says in several lines which of its ways to the controller failed, the cause last.
+        raise KarmmaError(f"Slurm does not answer: {error.lines[-1].rstrip('.')}.") from None
     return [QueuedJob(*line.split("|", 3)) for line in fields.splitlines() if line.count("|") >= 3]
 
 
@@ -429,6 +433,19 @@ def _run(command: Sequence[str]) -> str:
             "--launcher local."
         ) from None
     except subprocess.CalledProcessError as error:
-        reason = one_line(error.stderr) or f"exit code {error.returncode}"
-        raise KarmmaError(f"{shlex.join(command)}: {reason}.") from None
+        raise _FailedError(command[0], error) from None
     return done.stdout
+
+
+class _FailedError(KarmmaError):
+    """A command of Slurm's that failed.
+
+    Attributes:
+        lines: what it said, without its name in front.
+    """
+
+    def __init__(self, program: str, error: subprocess.CalledProcessError) -> None:
+        said = [line.removeprefix(f"{program}: ") for line in error.stderr.splitlines()]
+        said = [line.removeprefix("error: ").strip() for line in said]
+        self.lines = [line for line in said if line] or [f"exit code {error.returncode}"]
+        super().__init__(f"{program}: {'; '.join(self.lines).rstrip('.')}.")

@@ -17,6 +17,8 @@ from karmma_pipeline.evaluation.comparison import (
 )
 from karmma_pipeline.evaluation.complete_view import best_answers
 from karmma_pipeline.evaluation.drop_curve import Correct
+from karmma_pipeline.evaluation.features import features_for
+from karmma_pipeline.evaluation.preconditions import check_runs
 from karmma_pipeline.evaluation.predict import NOTHING_KEPT, SubsetLogits, align, predict
 from karmma_pipeline.evaluation.predictions import html_table
 from karmma_pipeline.evaluation.probe import probe_all
@@ -79,8 +81,13 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
         folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]
         cards = [(run, read_card(f)) for run, f in zip(recipe.runs, folders, strict=True)]
         named = [(run, recipe.names.get(str(run), card.name), card) for run, card in cards]
-        by_name = group_by_name(named)  # refuses before anything is computed
-        predictions = align([predict(run, recipe, device, stop) for run in recipe.runs])
+        by_name = group_by_name(named)
+        stores = {run: features_for(card, run, recipe.stores) for run, card in cards}
+        check_runs(recipe, stores)
+        # All that can be refused has been: from here on there is work to lose.
+        predictions = align(
+            [predict(run, store, recipe, device, stop) for run, store in stores.items()]
+        )
         results = _score(predictions, by_name, recipe, device, stop)
         warnings = (*split_warnings(predictions, recipe.split), *warn_of_runs(named))
         results = results.model_copy(update={"warnings": warnings})
@@ -143,7 +150,8 @@ def _write_predictions(predictions: list[SubsetLogits], recipe: EvaluateRecipe) 
         run.save(recipe.out / "logits" / f"{file_name}.safetensors")
         files.write_text(recipe.out / "predictions" / f"{file_name}.csv", run.to_csv())
         if recipe.submission is not None:
-            folder, groups = recipe.out / "submission", find_groups(run, recipe.groups)
+            groups = find_groups(run.store, run.clips, recipe.groups)
+            folder = recipe.out / "submission"
             write_submission(folder, file_name, run, recipe.submission, groups)
 
 

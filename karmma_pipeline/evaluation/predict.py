@@ -28,8 +28,6 @@ from karmma_pipeline.data.loading.clips import (
 )
 from karmma_pipeline.data.loading.loader import Batch, FeatureLoader
 from karmma_pipeline.data.loading.masks import clip_keys, sized_masks
-from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.evaluation.features import features_for
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
@@ -117,20 +115,25 @@ class SubsetLogits:
 
 
 def predict(
-    run: Path, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
+    run: Path, store: TokenSource, recipe: EvaluateRecipe, device: torch.device, stop: StopFlag
 ) -> SubsetLogits:
     """Run a saved model over the split, once per subset of its modalities; says how often.
 
     Of a store with views, logits are the mean over a clip's views.
 
+    Args:
+        run: folder of the run.
+        store: what it is run on, see `features_for`.
+        recipe: which clips, in what batches, with how many draws.
+        device: where the model runs.
+        stop: asks for a stop.
+
     Raises:
-        StoreError: none of the stores is the one that the run was trained on, or a clip has tokens
-            that are NaN or infinite.
+        StoreError: a clip has tokens that are NaN or infinite.
         ManifestError: the split is empty.
     """
     folder = saved_folder(run, recipe.checkpoint)
     model, card = load_model(folder)
-    store = features_for(card, run, recipe.stores)
     rows = clips_of_split(store, recipe.split, recipe.exclude)
     clips, V = store.view_rows(rows), store.view_count
     present = np.asarray(store.present[rows].reshape(len(clips), V, -1).any(axis=1))
@@ -219,23 +222,8 @@ def _masks(
 
 
 def align(runs: list[SubsetLogits]) -> list[SubsetLogits]:
-    """Return the runs with their clips in the order of the first.
-
-    Raises:
-        ConfigError: the runs' stores hold other clips, labels or modalities.
-    """
+    """Return the runs, which share their clips, with these in the order of the first."""
     first = runs[0]
-    for other in runs[1:]:
-        same = (
-            first.subsets == other.subsets
-            and first.card.heads == other.card.heads
-            and np.array_equal(np.sort(first.clip_ids), np.sort(other.clip_ids))
-        )
-        if not same:
-            raise ConfigError(
-                f"runs {first.name!r} and {other.name!r} differ in clips, classes or "
-                "modalities; evaluate them in separate reports."
-            )
     return [first, *(_in_order(run, first.clip_ids) for run in runs[1:])]
 
 

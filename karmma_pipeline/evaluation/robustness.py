@@ -11,7 +11,6 @@ the same ones, and those of a smaller share are among those of a larger one.
 N clips, M modalities.
 """
 
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,17 +19,20 @@ import numpy.typing as npt
 import torch
 
 from karmma_pipeline.data.loading.clips import averaged
+from karmma_pipeline.data.loading.dropout import read_patterns
 from karmma_pipeline.data.loading.masks import clip_keys, draws
-from karmma_pipeline.errors import ConfigError, ManifestError
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.evaluation.drop_curve import Bools, Correct
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Robustness, RobustnessPoint
 from karmma_pipeline.evaluation.score import score
 from karmma_pipeline.metrics import metric_correct
-from karmma_pipeline.modalities import parse_label
+from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO
 from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.runs import saved_folder
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.store.spec import ClipNumbers
 
 _STREAM = 1009  # of draws, one more for each modality: no other use of the seed has it
 
@@ -50,9 +52,6 @@ def robustness(
         recipe: with the tests, the seed and the batch size.
         device: where the run's model runs.
         check: called before each pass of a batch, may raise.
-
-    Raises:
-        ManifestError: a list of patterns cannot be used.
     """
     tests = recipe.robustness
     if tests is None:
@@ -106,55 +105,37 @@ def _without(correct: Correct, modality: str) -> dict[str, Bools]:
 
 
 def _pattern(correct: Correct, path: Path) -> tuple[dict[str, Bools], Bools]:
-    """Return what is right where clips lack what a list says, and which clips it names, [N].
-
-    Raises:
-        ManifestError: see `_missing_of`.
-        ConfigError: there are so many modalities that not all subsets are evaluated.
-    """
-    if not correct.every_subset:
-        raise ConfigError(
-            f"{path}: patterns need the logits of every subset; with "
-            f"{len(correct.run.store.modalities)} modalities only some subsets are evaluated."
-        )
-    missing = _missing_of(path, correct)
-    kept = correct.run.present & ~missing
+    """Return what is right where clips lack what a list says, and which clips it hits, [N]."""
+    run = correct.run
+    missing = lacking(path, run.store, run.clips)
+    kept = run.present & ~missing
     number, rows = correct.subset_number(kept), np.arange(len(kept))
     seen = kept.any(axis=1)
     under = {m: correct.table[m, 1][number, rows] & seen for m in correct.metrics}
     return under, np.asarray(missing.any(axis=1))
 
 
-def _missing_of(path: Path, correct: Correct) -> Bools:
-    """Read which modalities clips lack, bool [N, M], from a CSV: ``clip_id``, ``missing``.
-
-    Several modalities have a + between them. Clips that it does not name lack none; it may name
-    others than those evaluated.
+def lacking(path: Path, store: TokenSource, clips: ClipNumbers) -> Bools:
+    """Return which modalities clips lack by a list, bool [N, M]; those it does not name lack none.
 
     Raises:
-        ManifestError: a column is not there, or a modality is unknown.
+        ConfigError: the list cannot be read, names a clip or modality that the store does not have,
+            or epochs; or the store has so many modalities that not all subsets are evaluated.
     """
-    modalities = correct.run.store.modalities
-    place = {clip_id.decode(): row for row, clip_id in enumerate(correct.run.clip_ids.tolist())}
-    missing = np.zeros((len(place), len(modalities)), bool)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: the CSV cannot be read ({error}).") from None
-    for line, row in enumerate(rows, 2):
-        clip_id, names = row.get("clip_id"), row.get("missing")
-        if clip_id is None or names is None:
-            raise ManifestError(f"{path}: line {line}: needs the columns clip_id and missing.")
-        for name in parse_label(names):
-            if name not in modalities:
-                raise ManifestError(
-                    f"{path}: line {line}: missing={name!r}: the modalities are "
-                    f"{', '.join(modalities)}; join several with +."
-                )
-            if clip_id in place:
-                missing[place[clip_id], modalities.index(name)] = True
-    return missing
+    if len(store.modalities) > ALL_SUBSETS_UP_TO:
+        raise ConfigError(
+            f"robustness.patterns={str(path)!r}: patterns need the logits of every subset, which "
+            f"are evaluated of up to {ALL_SUBSETS_UP_TO} modalities; {store.path} has "
+            f"{len(store.modalities)}."
+        )
+    patterns = read_patterns(path, store, "robustness.patterns")
+    if epochs := [epoch for epoch in patterns if epoch]:
+        raise ConfigError(
+            f"{path}: epoch={epochs[0]}: an evaluation has no epochs; leave it empty."
+        )
+    every = np.ones(len(store.modalities), bool)
+    left = [patterns.get(0, {}).get(name.decode(), every) for name in store.names(clips).tolist()]
+    return ~np.stack(left)
 
 
 def before(

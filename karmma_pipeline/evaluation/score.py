@@ -23,6 +23,8 @@ from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe, GroupFiles, data_name
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store import TokenSource
+from karmma_pipeline.store.spec import ClipNumbers
 
 Bools = npt.NDArray[np.bool_]
 _MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
@@ -119,7 +121,7 @@ def run_result(
         chosen_on=chosen_on(run),
         model_digest=card.weights_sha256,
         store_digest=run.store.digest,
-        subsets=tuple(subset_scores(correct, find_groups(run, recipe.groups))),
+        subsets=tuple(subset_scores(correct, find_groups(run.store, run.clips, recipe.groups))),
         drop=tuple(drop_curves(correct, recipe)),
         costs=tuple(model_costs(card, device, recipe.memory, stop)) if recipe.costs else (),
         cost_note=_MEMORY_NOTE if recipe.costs and recipe.memory else "",
@@ -207,42 +209,45 @@ def subset_scores(correct: Correct, groups: dict[str, Bools]) -> Iterator[result
             )
 
 
-def find_groups(run: SubsetLogits, lists: GroupFiles) -> dict[str, Bools]:
+def find_groups(store: TokenSource, clips: ClipNumbers, lists: GroupFiles) -> dict[str, Bools]:
     """Return ``unseen_HEAD`` and ``tail_HEAD`` masks [N], as EPIC-KITCHENS-100 defines them.
 
     A tail action has a tail class in any head (the official evaluator's OR). Where the recipe
     names no lists, those of the data set count, which extraction has left beside the store.
+
+    Raises:
+        ManifestError: a list cannot be read, or names a head or class that the store does not have.
     """
-    published = _published(run.store.path.parent / SIDECAR)
+    published = _published(store.path.parent / SIDECAR)
+    labels = {head: np.asarray(of)[clips] for head, of in store.labels.items()}
     groups: dict[str, Bools] = {}
     participants = _first_column(lists.unseen) if lists.unseen else published.get("unseen", [])
     if participants:
-        unseen = np.isin(run.store.group[run.clips], participants)
-        groups |= {f"unseen_{name}": unseen for name in results.metric_names(run.labels)}
+        unseen = np.isin(store.group[clips], participants)
+        groups |= {f"unseen_{name}": unseen for name in results.metric_names(labels)}
     tails = []
-    for head, ids in _tail_ids(run, lists, published).items():
-        groups[f"tail_{head}"] = np.isin(run.labels[head], ids)
+    for head, ids in _tail_ids(store, lists, published).items():
+        groups[f"tail_{head}"] = np.isin(labels[head], ids)
         tails.append(groups[f"tail_{head}"])
-    if len(run.labels) > 1 and tails:
+    if len(labels) > 1 and tails:
         groups[f"tail_{metrics.ACTION}"] = np.logical_or.reduce(tails)
     return groups
 
 
 def _tail_ids(
-    run: SubsetLogits, lists: GroupFiles, published: dict[str, Any]
+    store: TokenSource, lists: GroupFiles, published: dict[str, Any]
 ) -> dict[str, list[int]]:
+    heads = store.heads
     if not lists.tail:
-        return {head: ids for head, ids in published.get("tail", {}).items() if head in run.labels}
-    class_ids = {}
-    for head, path in lists.tail.items():
-        if head not in run.labels:
-            raise ManifestError(
-                f"groups.tail: head {head!r} is unknown; the heads are {list(run.labels)}."
-            )
-        class_ids[head] = [
-            _class_id(path, cell, run.card.heads[head]) for cell in _first_column(path)
-        ]
-    return class_ids
+        return {head: ids for head, ids in published.get("tail", {}).items() if head in heads}
+    if unknown := [head for head in lists.tail if head not in heads]:
+        raise ManifestError(
+            f"groups.tail: head {unknown[0]!r} is unknown; the heads are {[*heads]}."
+        )
+    return {
+        head: [_class_id(path, cell, heads[head]) for cell in _first_column(path)]
+        for head, path in lists.tail.items()
+    }
 
 
 def _published(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ softmax over all clips at once, which underflows where clips have logits of very
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -41,16 +41,7 @@ def write_submission(
     Both hold what the run says with every modality that a clip natively has. Where all clips have
     labels, ``NAME.json`` holds what the evaluator makes of it.
 
-    Raises:
-        ConfigError: the run's label space is not that of EPIC-KITCHENS-100.
     """
-    sizes = {head: scores.shape[2] for head, scores in run.logits.items()}
-    if sizes != CLASSES:
-        raise ConfigError(
-            f"submission: run {run.name!r} has the heads and classes {sizes}; the challenge "
-            f"requires {CLASSES} with the official ids, as in a store made from the official "
-            "CSV."
-        )
     ids = [clip_id.decode() for clip_id in run.clip_ids]
     # The largest subset comes first.
     verbs, nouns = (_log_softmax(run.logits[head][0]) for head in CLASSES)
@@ -59,6 +50,20 @@ def write_submission(
     if all((run.labels[head] >= 0).all() for head in CLASSES):
         numbers = official_accuracy(verbs, nouns, run.labels, groups)
         files.write_json(folder / f"{name}.json", numbers)
+
+
+def check_label_space(heads: Mapping[str, Sequence[str]]) -> None:
+    """Check that a label space is that of EPIC-KITCHENS-100.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    sizes = {head: len(names) for head, names in heads.items()}
+    if sizes != CLASSES:
+        raise ConfigError(
+            f"submission: the heads and classes are {sizes}; the challenge requires {CLASSES} with "
+            "the official ids, which a store made from the official CSV has."
+        )
 
 
 def _log_softmax(logits: Rows) -> Rows:

@@ -78,6 +78,20 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
     return f"{len(reasons) // store.view_count} clips{views}; {'; '.join(parts)}{left_out}"
 
 
+def check_recipe(recipe: TrainRecipe, store: TokenSource) -> None:
+    """Check what a recipe asks of a store, as its training will, but now.
+
+    Raises:
+        ConfigError: a list or `select_by` names what the store does not have.
+        ManifestError: a split lacks clips or labels.
+    """
+    train = usable_clips(recipe, store, recipe.train_split)
+    val = usable_clips(recipe, store, recipe.val_split, middle=True)
+    for _ in check_labels(recipe, store, train, val):
+        pass  # what a reader should know, its log will say
+    make_masks(recipe.modality_dropout, recipe.seed, store, store.view_rows(train, 0))
+
+
 def check_labels(
     recipe: TrainRecipe,
     store: TokenSource,

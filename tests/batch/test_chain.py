@@ -221,7 +221,8 @@ def test_what_will_be_missing_is_told_before_the_queue(
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
     chain = write_chain(extract=None)
     assert (
-        "teacher: features/teacher does not exist, and no stage of the chain writes it"
+        "teacher, student, report: features/teacher does not exist, and no stage of the chain "
+        "writes it"
         in faults(chain)
     )
     chain = write_chain()

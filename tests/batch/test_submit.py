@@ -100,7 +100,7 @@ def test_slurm_that_refuses_is_one_sentence(here: Path, slurm: FakeSlurm) -> Non
     sbatch.write_text("#!/bin/sh\necho 'error: invalid account' >&2\nexit 1\n")
     result = run("submit", "chain.yaml")
     assert result.exit_code == 1
-    assert "error: invalid account" in result.output
+    assert "Error: sbatch: invalid account.\n" in result.output
     assert "Traceback" not in result.output
 
 
@@ -159,12 +159,20 @@ def stand_in(path: Path, said: Path) -> Path:
 
 def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: FakeSlurm) -> None:
     write_chain()
-    (slurm.queue.parent / "squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    said = [
+        "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host",
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+    ]
+    commands = "".join(f"echo '{line}' >&2\n" for line in said)
+    (slurm.queue.parent / "squeue").write_text(f"#!/bin/sh\n{commands}exit 1\n")
     Path("jobs/logs").mkdir(parents=True)
     Path("jobs/logs/teacher.5.log").write_text("x\n 10%\rError: the disk is full.\n\n")
     result = run("status", "chain.yaml")
     assert result.exit_code == 0
-    assert "the queue could not be read: squeue" in result.output
+    assert result.output.endswith(
+        "\n(the queue could not be read: Slurm does not answer: slurm_load_jobs error: Unable to "
+        "contact slurm controller (connect failure).)\n"
+    )
     assert "teacher.5.log ends with: Error: the disk is full." in result.output
 
 

@@ -365,7 +365,10 @@ def test_tokens_without_a_stated_grid_lie_where_timm_has_them(name: str, timm: A
 
 
 def test_networks_without_one_map_are_refused(timm: Any) -> None:
-    for name, gave in {"pit_ti_224": "tokens without a grid", "coat_tiny": "returned a list"}.items():
+    for name, gave in {
+        "pit_ti_224": "tokens without a grid",
+        "coat_tiny": "returned a list",
+    }.items():
         with pytest.raises(ConfigError, match=gave):
             _ = BackboneChoice(name=f"timm:{name}", weights="random:0").raw_grid
 

@@ -47,8 +47,10 @@ def test_logits_are_the_mean_of_those_of_six_stores_of_one_view(
     alone = []
     for view in range(6):
         one = fill_store(tmp_path / f"v{view}", absent=ABSENT, like=f".v{view}")
-        alone.append(predict(run, EvaluateRecipe(stores=(one,), **recipe), CPU, StopFlag()))
-    found = predict(run, EvaluateRecipe(stores=(store,), **recipe), CPU, StopFlag())
+        asked = EvaluateRecipe(stores=(one,), **recipe)
+        alone.append(predict(run, FeatureStore.open(one), asked, CPU, StopFlag()))
+    asked = EvaluateRecipe(stores=(store,), **recipe)
+    found = predict(run, FeatureStore.open(store), asked, CPU, StopFlag())
     assert found.clip_ids.tolist() == alone[0].clip_ids.tolist()
     wanted = np.stack([one.logits["verb"] for one in alone])  # [V, subsets, N, C]
     seen = np.stack([[one.present[:, [m in s for m in one.store.modalities]].any(axis=1)
@@ -71,7 +73,7 @@ def test_a_stale_sensor_is_stale_in_every_view(store: Path, tmp_path: Path) -> N
         runs=(run,), stores=(store,), out=tmp_path / "o", split="", batch_size=13,
         robustness=RobustnessTests(missing=[], stale=[1.0]),
     )  # fmt: skip
-    found = predict(run, recipe, CPU, StopFlag())
+    found = predict(run, FeatureStore.open(store), recipe, CPU, StopFlag())
     model, opened = load_model(run / "best")[0], FeatureStore.open(store)
     right = []
     for clip in range(12):

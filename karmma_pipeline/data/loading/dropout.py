@@ -218,13 +218,16 @@ def _from_patterns(
     return masks
 
 
-def read_patterns(path: Path, store: TokenSource) -> dict[int, Mapping[str, Bools]]:
+def read_patterns(
+    path: Path, store: TokenSource, key: str = "modality_dropout.patterns"
+) -> dict[int, Mapping[str, Bools]]:
     """Read which modalities clips are to lack.
 
     Args:
         path: CSV with the columns ``clip_id`` and ``missing``, names joined by ``+``, and perhaps
             ``epoch``, from 1.
         store: whose clips and modalities they are.
+        key: of the recipe, for the message.
 
     Returns:
         Epoch, 0 where a row states none, to clip id to what is left, bool [M].
@@ -249,7 +252,7 @@ def read_patterns(path: Path, store: TokenSource) -> dict[int, Mapping[str, Bool
                     raise ConfigError(f"{where}: {clip_id!r} is listed twice.")
                 read[epoch][clip_id] = left
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"modality_dropout.patterns={str(path)!r}: {error}.") from None
+        raise ConfigError(f"{key}={str(path)!r}: {error}.") from None
     return dict(read)
 
 

@@ -124,7 +124,9 @@ def _arrange(net: Any, output: Any, x: Tensor) -> Parts:
     frames = x.shape[0], x.shape[2]
     y = output[0] if isinstance(output, tuple) else output
     if not isinstance(y, Tensor):
-        raise ConfigError(f"{type(net).__name__}: returned a {type(y).__name__}, several maps at once.")
+        raise ConfigError(
+            f"{type(net).__name__}: returned a {type(y).__name__}, several maps at once."
+        )
     if y.dim() == 4:
         last = str(getattr(net, "output_fmt", "NCHW")) == "NHWC"
         return Parts(maps(y.movedim(-1, 1) if last else y, frames))
