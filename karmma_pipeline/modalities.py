@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 #: Stands in place of a class, in tables, for clips without any modality.
-NOTHING = "no modality"
+NOTHING = "nothing to see"
 
 #: Canonical order: a mask's column is the modality's place in this order.
 KNOWN = ("rgb", "flow", "audio", "boxes")

@@ -154,7 +154,7 @@ def test_a_clip_with_nothing_to_see_gets_no_class_and_counts_as_wrong(
     blind = [(NEW[2], m) for m in BOTH]
     report = ask(run, videos(tmp_path / "store", absent=blind))
     rows = {row["clip_id"]: row for row in table(report)}
-    assert rows[NEW[2]]["seen"] == rows[NEW[2]]["verb"] == "no modality"
+    assert rows[NEW[2]]["seen"] == rows[NEW[2]]["verb"] == "nothing to see"
     assert rows[NEW[3]]["seen"] == "rgb+audio"
     right = sum(row["verb"] == row["verb_label"] for row in rows.values())
     top1 = report.results.runs[0].subsets[0].scores["verb_top1"]

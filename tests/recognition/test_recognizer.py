@@ -182,10 +182,10 @@ def test_a_clip_of_which_nothing_is_left_gets_no_class(
     with PredictionWriter(tmp_path, ["verb", "noun"], truth=False) as writer:
         writer.write(row)
     (written,) = rows(tmp_path)
-    assert written["verb"] == written["action"] == "no modality"
+    assert written["verb"] == written["action"] == "nothing to see"
     assert written["verb_probability"] == ""
     assert written["absent"] == "rgb: dropped; flow: dropped; audio: dropped"
-    assert "no modality" in row.sentence()
+    assert "nothing to see" in row.sentence()
 
 
 def run(*arguments: object, code: int = 0) -> str:
