@@ -34,7 +34,7 @@ def recipe_reference() -> str:
     from karmma_pipeline.cli.init import STAGES
     from karmma_pipeline.recipes import recipe_model
 
-    text = "# Recipe reference\n\nEvery key with its meaning and default, as `karmma init STAGE` prints it.\n"
+    text = "# Recipe reference\n\nEvery key and its default, as `karmma init STAGE` prints them.\n"
     for stage, (use, what) in STAGES.items():
         text += f"\n## {stage}\n\nFor `{use}`: {what}.\n\n"
         text += f"```yaml\n{config.template(recipe_model(stage))}```\n"
