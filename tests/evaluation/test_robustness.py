@@ -124,7 +124,7 @@ def test_the_report_shows_every_test(place: Path, found: Results) -> None:
     ("text", "message"),
     [
         ("clip,missing\na,rgb\n", "line 2: needs the columns clip_id and missing"),
-        ("clip_id,missing\na,sound\n", "missing='sound': there are rgb, flow, audio"),
+        ("clip_id,missing\na,sound\n", "missing='sound': the modalities are rgb, flow, audio"),
     ],
 )
 def test_a_wrong_list_is_named_by_its_line(place: Path, text: str, message: str) -> None:
