@@ -1,18 +1,18 @@
 """KARMMA: egocentric action recognition that stays accurate under missing modalities.
 
-Clips become tokens once (`extract`), tokens become models many times (`train_teacher`, `distill`),
-models become tables, pictures and predictions (`evaluate`, `predict`). Paper: arXiv 2504.08578.
+`extract` converts clips to tokens, once. `train_teacher`, `train_baseline` and `distill` train
+models on the tokens; `evaluate` writes a report, `predict` returns predictions. Paper: arXiv
+2504.08578.
 
-The names in ``__all__`` are the public API; modules below this one may change in any release.
-Each function is what the ``karmma`` command of its name does. A recipe is the path of a YAML
-file, a dict, or a recipe object; keywords set its keys to other values, ``optimiser__lr=3e-4`` the
-key ``lr`` of the section ``optimiser``. Relative paths are relative to the working folder. Log
-lines go through `logging`, bars are drawn if ``progress`` asks for them. Work that was
-interrupted goes on when the same function is called again.
+The public API is ``__all__``; all other modules may change in any release. Each function does what
+the ``karmma`` command of that name does. A recipe is the path of a YAML file, a dict or a recipe
+object; keyword arguments override its keys, ``optimiser__lr=3e-4`` the key ``lr`` of the section
+``optimiser``. Relative paths are relative to the working folder. Messages go through `logging`;
+``progress=True`` shows progress bars. Call an interrupted function again to resume it.
 
-Importing this package loads nothing heavy: torch comes with the first call that needs it.
+Importing this package is fast: torch is imported by the first function that needs it.
 
-Examples are run in the folder that ``karmma init project --size tiny`` writes, as `km`.
+Examples assume ``import karmma_pipeline as km`` in a folder of ``karmma init project --size tiny``.
 """
 
 from __future__ import annotations
@@ -86,20 +86,22 @@ def extract(
 ) -> ExtractReport:
     """Turn the clips of a manifest into feature stores, one per backbone set.
 
-    Clips that are done already are not done again. Decoders run in processes that import the script
-    which calls this: there, call it under ``if __name__ == "__main__":``.
+    Clips that are already in the stores are skipped. Decode processes import the calling script, so
+    call this function under ``if __name__ == "__main__":`` there.
 
     Args:
         recipe: path, dict or `ExtractRecipe`.
-        progress: draw a bar, in a notebook the notebook's.
-        changes: keys of the recipe that get other values.
+        progress: show a progress bar (in notebooks, a widget).
+        changes: keys of the recipe to override.
 
     Returns:
-        What was done: ``stores`` by name, ``clips`` of this call, ``failed``.
+        A report with ``stores`` (name to path), the number of ``clips`` extracted by this call, and
+        the number that ``failed``.
 
     Raises:
-        KarmmaError: see the message. `TooManyFailuresError`, one of them: the stores are complete,
-            but more clips lost a modality to an error than ``max_failures`` allows.
+        KarmmaError: invalid recipe or inputs; see the message. Its subclass `TooManyFailuresError`:
+            the stores are complete, but more clips lost a modality to an error than
+            ``max_failures`` allows.
 
     Examples:
         >>> report = km.extract("extract.yaml")
@@ -124,15 +126,15 @@ def train_teacher(
 
     Args:
         recipe: path, dict or `TeacherRecipe`.
-        progress: draw a bar, in a notebook the notebook's.
-        changes: keys of the recipe that get other values.
+        progress: show a progress bar (in notebooks, a widget).
+        changes: keys of the recipe to override.
 
     Returns:
-        Where the run lies (``run``), its ``epochs``, and ``best``, the metrics of its best epoch:
-        accuracies in percent.
+        A report with the folder of the ``run``, the number of ``epochs``, and ``best``, the metrics
+        of the best epoch (accuracies in percent).
 
     Raises:
-        KarmmaError: see the message.
+        KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
         >>> report = km.train_teacher("teacher.yaml", epochs=2)
@@ -155,18 +157,18 @@ def train_baseline(
 ) -> TrainReport:
     """Train the student's architecture without a teacher, the paper's Baseline.
 
-    With ``modality_dropout`` above 0 it is the paper's Baseline w/ delta.
+    With ``modality_dropout`` > 0, this is the paper's Baseline w/ delta.
 
     Args:
         recipe: path, dict or `BaselineRecipe`.
-        progress: draw a bar, in a notebook the notebook's.
-        changes: keys of the recipe that get other values.
+        progress: show a progress bar (in notebooks, a widget).
+        changes: keys of the recipe to override.
 
     Returns:
-        As `train_teacher`.
+        As for `train_teacher`.
 
     Raises:
-        KarmmaError: see the message.
+        KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
         >>> report = km.train_baseline("baseline.yaml", epochs=2)
@@ -187,18 +189,18 @@ def distill(
     progress: bool = False,
     **changes: Any,
 ) -> TrainReport:
-    """Train a student to follow a teacher under the same missing modalities (arXiv 2504.08578).
+    """Distil a teacher into a student, both under the same missing modalities (arXiv 2504.08578).
 
     Args:
         recipe: path, dict or `DistillRecipe`.
-        progress: draw a bar, in a notebook the notebook's.
-        changes: keys of the recipe that get other values.
+        progress: show a progress bar (in notebooks, a widget).
+        changes: keys of the recipe to override.
 
     Returns:
-        As `train_teacher`.
+        As for `train_teacher`.
 
     Raises:
-        KarmmaError: see the message, such as of a teacher that is not trained yet.
+        KarmmaError: invalid recipe or inputs, such as an unfinished teacher; see the message.
 
     Examples:
         >>> report = km.distill("student.yaml", epochs=2, optimiser__lr=3e-4)
@@ -222,16 +224,16 @@ def evaluate(
     """Measure accuracy on every subset of modalities and under dropout, and write a report.
 
     Args:
-        recipe: path, dict or `EvaluateRecipe`; without it ``runs`` and more are keywords.
-        progress: draw a bar, in a notebook the notebook's.
-        changes: keys of the recipe that get other values. Without ``stores`` each run is evaluated
-            on the store that it was trained on.
+        recipe: path, dict or `EvaluateRecipe`; None: set its keys, such as ``runs``, by keyword.
+        progress: show a progress bar (in notebooks, a widget).
+        changes: keys of the recipe to override. Without ``stores``, each run is evaluated on the
+            store that it was trained on.
 
     Returns:
-        Where the report lies (``folder``), and all its numbers (``results``).
+        A report with its ``folder`` and all numbers, ``results``.
 
     Raises:
-        KarmmaError: see the message.
+        KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
         >>> report = km.evaluate(runs=["runs/teacher", "runs/student"], out="report", costs=False)
@@ -247,18 +249,18 @@ def evaluate(
 
 
 def load_model(path: str | Path, *, checkpoint: str = "best") -> TrainedModel:
-    """Load a trained model, in evaluation mode and on the CPU. Never runs code of the file.
+    """Load a trained model on the CPU, in evaluation mode, without executing code of the file.
 
     Args:
-        path: a run, such as ``runs/student``, a folder in it, such as ``runs/student/best``, an
-            exported model (`karmma export`), or ``hf:USER/NAME``, the same on the hub.
-        checkpoint: which one of a run: ``best`` or ``last``.
+        path: a run such as ``runs/student``, a checkpoint such as ``runs/student/best``, an
+            exported model (`karmma export`), or ``hf:USER/NAME``, an exported model on the hub.
+        checkpoint: checkpoint of a run, ``best`` or ``last``.
 
     Returns:
-        The model; ``network`` is its `torch.nn.Module`, ``card`` says what it takes and gives.
+        The model; ``network`` is its `torch.nn.Module`, ``card`` describes its inputs and outputs.
 
     Raises:
-        KarmmaError: no model is there, or it is damaged.
+        KarmmaError: there is no model, or it is damaged.
 
     Examples:
         >>> model = km.load_model("runs/student")
@@ -280,25 +282,25 @@ def predict(
     device: str = "auto",
     progress: bool = False,
 ) -> Predictions:
-    """Say what a model takes the clips of a feature store for.
+    """Predict the classes of the clips of a feature store.
 
-    Classes are matched by name: a store may have other classes than the model, or no labels at all.
+    Classes are matched by name; a store may have different classes than the model, or no labels.
 
     Args:
-        model: of `load_model`, or its path.
-        store: of `FeatureStore.open`, or its path; its tokens must be made as those that the model
-            was trained on.
-        split: clips of this split only; empty: every clip.
-        without: modalities that the model is not shown, as if their sensors were missing.
+        model: a model of `load_model`, or its path.
+        store: a store of `FeatureStore.open`, or its path; extracted with the same settings as the
+            training store.
+        split: predict the clips of this split; empty: all clips.
+        without: modalities to treat as missing.
         batch_size: clips per forward pass.
         device: auto, cpu, cuda or cuda:N.
-        progress: draw a bar, in a notebook the notebook's.
+        progress: show a progress bar (in notebooks, a widget).
 
     Returns:
-        Logits, labels and masks of the clips; ``top1(head)``, ``to_pandas()``.
+        Logits, labels and masks of the clips, with ``top1(head)`` and ``to_pandas()``.
 
     Raises:
-        KarmmaError: see the message.
+        KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
         >>> preds = km.predict("runs/student", "features/student", split="val", without=["audio"])

@@ -7,6 +7,7 @@ is also the comment that ``karmma init`` writes beside it.
 import copy
 import difflib
 import logging
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -417,8 +418,14 @@ def template(model: type[Recipe], values: Recipe | None = None) -> str:
 def _template_lines(model: type[BaseModel], default: BaseModel | None, depth: int) -> Iterator[str]:
     pad = "  " * depth
     for name, field in model.model_fields.items():
-        for line in (field.description or "").splitlines():
-            yield f"{pad}# {line}"
+        yield from textwrap.wrap(
+            " ".join((field.description or "").split()),
+            80,
+            initial_indent=f"{pad}# ",
+            subsequent_indent=f"{pad}# ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         nested = _unwrap(field.annotation)
         value = _template_value(field) if default is None else getattr(default, name)
         plain = value is None or isinstance(value, float)  # of a key that may be either

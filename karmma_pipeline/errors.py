@@ -27,17 +27,17 @@ def named_line(error: BaseException) -> str:
 
 
 class KarmmaError(ValueError):
-    """Base of all errors that are the input's, not the program's.
+    """Base class of all errors that the user can fix, such as invalid inputs.
 
     Attributes:
-        exit_code: how a ``karmma`` command ends that meets it.
+        exit_code: exit code of ``karmma`` commands with this error.
 
     Examples:
         >>> try:
         ...     km.load_model("runs/nobody")
         ... except km.KarmmaError as error:
         ...     print(error)
-        runs/nobody: no trained model is there; runs has the runs baseline, student,
+        runs/nobody: no trained model found; runs contains the runs baseline, student,
         teacher. Train it first.
     """
 

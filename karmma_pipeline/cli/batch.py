@@ -55,7 +55,7 @@ def submit(chain: Path, site: Path | None, dry_run: bool, launcher: str) -> None
 def status(chain: Path) -> None:
     """Show the progress of each stage of a chain.
 
-    Looks at the outputs on disk and at the Slurm queue.
+    Checks the outputs on disk and the Slurm queue.
     """
     from karmma_pipeline.batch import launch
 

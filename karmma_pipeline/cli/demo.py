@@ -20,7 +20,7 @@ import click
 def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool) -> None:
     """Run all stages on generated clips and write a report.
 
-    Takes a few minutes on a CPU. Each stage is one printed command that can be run by itself;
+    Takes a few minutes on a CPU. Each stage is a printed command that can be run by itself;
     running the demo again skips finished stages. Models are trained with three seeds and reported
     on a held-out test split.
     """
@@ -49,9 +49,9 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
 )
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
-    """Generate labelled videos with sound.
+    """Generate a labelled data set of videos with audio.
 
-    The clips are "digits in motion": written digits that move across the picture.
+    The clips show handwritten digits that move across the frame.
     """
     from karmma_pipeline.data.sample import write_sample
     from karmma_pipeline.jobs import StopFlag

@@ -31,8 +31,8 @@ def export(
 
     One file per backbone, one for the fusion model, export.json and a model card (README.md).
     `karmma predict` and `karmma live` load the folder on any machine, without the run, its store or
-    PyTorch weights. Logits on every subset of modalities are compared with PyTorch's first: a model
-    that differs by more than 1e-4 is not written.
+    PyTorch weights. Nothing is written if logits differ from PyTorch's by more than 1e-4 on any
+    subset of modalities.
     """
     from karmma_pipeline.cli.options import finish
     from karmma_pipeline.recognition.backbones import parse_weights

@@ -163,9 +163,9 @@ def backbones_list() -> None:
 def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> None:
     """Print input, tokens and cost of a backbone.
 
-    --set changes its settings, such as --set frames=32 --set size=224.
+    --set overrides settings of the backbone, such as --set frames=32.
 
-    --clip needs weights (--set weights=...); where they include a classification head, the top-5
+    --clip needs weights (--set weights=...). If they include a classification head, the top-5
     classes are printed too.
     """
     import yaml
@@ -200,8 +200,8 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
 def backbones_fetch(name: str, weights: str, to: Path | None) -> None:
     """Download published weights, for nodes without internet.
 
-    timm:NAME and hf:OWNER/NAME come from the Hugging Face hub (or HF_ENDPOINT) into its cache
-    (HF_HOME), safetensors only; interrupted downloads resume.
+    timm:NAME and hf:OWNER/NAME are downloaded from the Hugging Face hub (or HF_ENDPOINT) to its
+    cache (HF_HOME), safetensors only. Interrupted downloads resume.
     """
     from karmma_pipeline.models.backbones import fetch
 

@@ -52,8 +52,8 @@ def init() -> None:
 def init_project(folder: Path, manifest: Path, size: Any) -> None:
     """Write the recipes of a whole project.
 
-    Recipes for extraction, teacher, baselines, student, evaluation and a chain of them all, with
-    matching paths; run them inside FOLDER.
+    Recipes for extraction, teacher, baselines, student, evaluation and a chain of all stages, with
+    matching paths. Run the commands inside FOLDER.
     """
     from karmma_pipeline.recipes import COMMANDS, project
 

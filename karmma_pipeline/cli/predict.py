@@ -71,8 +71,8 @@ def predict(
 ) -> None:
     """Recognise actions in videos with a trained model.
 
-    INPUTS are videos, manifests as of `karmma extract`, with or without labels, or ROS 2 bags in
-    MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
+    INPUTS are videos, manifests (the CSV of `karmma extract`; labels are optional), or ROS 2 bags
+    in MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
     and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html.
     """
     from karmma_pipeline.jobs import StopFlag

@@ -93,7 +93,7 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
 def store_stage(store: Path, folder: Path) -> None:
     """Copy a store to a local disk and verify the copy.
 
-    A copy that is there already is verified too.
+    An existing copy is verified again.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store import stage

@@ -71,7 +71,7 @@ def train_baseline(
 def distill(recipe: Path, overrides: tuple[str, ...], stage: Path | None, check: bool) -> None:
     """Distill the teacher into a student.
 
-    Both see the same modalities of each clip, after the same modality dropout.
+    Modality dropout removes the same modalities for teacher and student.
     """
     resolved = load_recipe("distill", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages

@@ -39,11 +39,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True, repr=False)
 class Predictions:
-    """What a model says of N clips.
+    """Predictions of a model for N clips.
 
-    A notebook shows the first clips as a table. A clip of which the model could see nothing, since
-    each of its modalities is absent or left out, has logits but no predicted class, and counts as
-    wrong, as in the report of `evaluate`.
+    Notebooks display the first clips as a table. A clip without any modality (all are absent or
+    excluded) has logits but no predicted class, and counts as wrong, as in `evaluate`.
 
     Examples:
         >>> preds = km.predict("runs/student", "features/student", split="val")
@@ -54,12 +53,12 @@ class Predictions:
 
     Attributes:
         model: name of the model.
-        clip_ids: of the clips, in the order of the store.
+        clip_ids: ids of the clips, in the order of the store.
         heads: head to its C class names.
-        logits: head to float32 [N, C], as the model gives them, before any softmax.
+        logits: head to float32 [N, C], before softmax.
         labels: head to int64 [N], index of the true class, -1 unknown.
         modalities: the columns of `mask`.
-        mask: bool [N, M], what the model could see of each clip.
+        mask: bool [N, M], the modalities used for each clip.
     """
 
     model: str
@@ -74,14 +73,14 @@ class Predictions:
         return len(self.clip_ids)
 
     def top1(self, head: str | None = None) -> float:
-        """Return the top-1 accuracy in percent, over the clips whose label is known.
+        """Return the top-1 accuracy in percent over the clips with a known label.
 
         Args:
-            head: one of `heads`, or ``action``: every head right. Without it ``action``, or the
+            head: one of `heads`, or ``action`` (all heads correct). Default: ``action``, or the
                 only head.
 
         Raises:
-            ConfigError: there is no such head, or no clip has a known label of it.
+            ConfigError: there is no such head, or no clip has a known label.
         """
         names = metric_names(self.heads)
         head = names[-1] if head is None else head
@@ -97,7 +96,7 @@ class Predictions:
         return 100 * float((right & self.mask.any(axis=1))[known].mean())
 
     def classes(self, head: str) -> list[str | None]:
-        """Return the most likely class of each clip by name; None where nothing could be seen.
+        """Return the predicted class name of each clip; None for clips without any modality.
 
         Raises:
             ConfigError: there is no such head.
@@ -110,7 +109,7 @@ class Predictions:
         return [names[k] if s else None for k, s in zip(best, seen, strict=True)]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a table, a row per clip: true and predicted class of each head, modalities.
+        """Return a table with a row per clip: true and predicted class of each head, modalities.
 
         Raises:
             ConfigError: pandas is not installed.

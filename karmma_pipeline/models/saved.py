@@ -144,7 +144,7 @@ class ModelCard(Recipe):
 
 @dataclass(frozen=True, repr=False)
 class TrainedModel:
-    """A saved model in evaluation mode and its card, as `karmma_pipeline.load_model` gives it.
+    """A trained model in evaluation mode and its model card; see `karmma_pipeline.load_model`.
 
     Examples:
         >>> model = km.load_model("runs/student")
@@ -154,10 +154,10 @@ class TrainedModel:
         True
 
     Attributes:
-        network: a `torch.nn.Module`. It takes tokens, modality to [B, N, D], and a mask, bool
-            [B, M] in the order of ``network.modalities``, and gives logits, head to [B, C].
-        card: what it is and where it comes from: ``card.modalities``, ``card.heads``, ...
-        path: the folder it was read from.
+        network: a `torch.nn.Module`. Inputs: tokens, modality to float32 [B, N, D], and a mask,
+            bool [B, M] in the order of ``network.modalities``. Output: logits, head to [B, C].
+        card: model card with ``modalities``, ``heads``, provenance, ...
+        path: folder of the model.
     """
 
     network: TokenModel
@@ -166,7 +166,7 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        """Its name in legends."""
+        """Name of the model in legends."""
         return self.card.name
 
     def __repr__(self) -> str:

@@ -58,7 +58,8 @@ class Row:
     def sentence(self) -> str:
         """Return the row as a line for people."""
         stop = "" if self.stop_s is None else f"-{self.stop_s:.2f}"
-        said = ", ".join(f"{of[0].name} {of[0].probability:.2f}" for of in self.top.values())
+        best = {head: of[0] for head, of in self.top.items()}
+        said = ", ".join(f"{head} {of.name} {of.probability:.2f}" for head, of in best.items())
         missing = "".join(f"; no {m}: {why}" for m, why in self.reasons.items())
         return f"{self.source.name} {self.start_s:.2f}{stop} s: {said or NOTHING}{missing}"
 

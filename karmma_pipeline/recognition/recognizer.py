@@ -47,10 +47,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Recognizer:
-    """A trained model together with the backbones that it was trained on, for raw video.
+    """A trained model with its backbones, for prediction on raw video.
 
-    In a script, keep the call of `predict` and `video` under ``if __name__ == "__main__":``, since
-    decoding runs in processes of its own; or decode in this one, with ``workers=0``.
+    Decode processes import the calling script, so call `predict` and `video` under
+    ``if __name__ == "__main__":`` there; or decode in the same process with ``workers=0``.
 
     Example:
         >>> recognizer = km.Recognizer.load("runs/student")
@@ -64,10 +64,10 @@ class Recognizer:
 
     Attributes:
         model: in evaluation mode, on the device.
-        card: what it is.
-        modalities: that it takes, in the order of a mask's columns.
-        decode_settings: what is decoded of a clip.
-        notes: what a user should know, such as libraries of other versions.
+        card: the model card.
+        modalities: its modalities, in the order of the columns of a mask.
+        decode_settings: sampling and preprocessing of clips.
+        notes: messages for the user, such as different library versions.
     """
 
     def __init__(self, model: TokenModel, card: ModelCard, networks: Networks) -> None:
@@ -100,15 +100,14 @@ class Recognizer:
         Args:
             run: folder of a run, of one of its checkpoints or of an exported model, or
                 ``hf:USER/NAME``.
-            device: ``auto``, ``cpu``, ``cuda``, ...; exported models are computed on the CPU.
-            weights: modality to a file of backbone weights that has moved since.
-            engine: ``torch`` or ``openvino``, for all backbones; None: as the tokens of the
-                training were computed.
+            device: ``auto``, ``cpu``, ``cuda``, ...; exported models run on the CPU.
+            weights: modality to the file of its backbone weights, if it has moved.
+            engine: ``torch`` or ``openvino``, for all backbones; None: as in training.
 
         Raises:
-            CheckpointError: no model is there, it is damaged, or weights are missing.
-            ConfigError: the backbones cannot be set up as they were, or the engine cannot
-                compute them here.
+            CheckpointError: there is no model, it is damaged, or weights are missing.
+            ConfigError: the backbones cannot be rebuilt, or the engine does not support
+                them.
         """
         return cls.of(open_model(run), device, weights, engine)
 
@@ -137,20 +136,20 @@ class Recognizer:
         without: tuple[str, ...] = (),
         workers: int | None = None,
     ) -> Iterator[Prediction]:
-        """Yield a prediction of a video, or of each window that slides over it.
+        """Yield a prediction for a video, or for each sliding window.
 
         Args:
             path: the file.
-            start_s: seconds, where to begin.
-            stop_s: seconds, where to end; None: the file's end.
-            window_s: length of a window; None: it is one clip.
-            hop_s: from one window to the next; None: ``window_s``.
-            without: modalities that are left out.
-            workers: as of `predict`.
+            start_s: start within the video, seconds.
+            stop_s: stop within the video, seconds; None: its end.
+            window_s: length of a window in seconds; None: the video is one clip.
+            hop_s: seconds between windows; None: ``window_s``.
+            without: modalities to exclude.
+            workers: see `predict`.
 
         Raises:
-            MediaError: the file is missing, or holds neither pictures nor sound.
-            ConfigError: times or modalities make no sense.
+            MediaError: the file is missing, or has neither video nor audio.
+            ConfigError: invalid times or modalities.
         """
         spans = Spans(start_s, stop_s, window_s, hop_s)
         clips = wanted_clips([Path(path)], spans).clips
@@ -163,22 +162,21 @@ class Recognizer:
         stop: StopFlag | None = None,
         workers: int | None = None,
     ) -> Iterator[Prediction]:
-        """Yield a prediction per clip, in order; decoding runs ahead in processes of its own.
+        """Yield a prediction per clip, in order; other processes decode ahead.
 
-        Clips are taken as they are needed, so that there may be any number of them. Clips of one
-        video that follow one another are decoded together, each frame once per sixteen of them.
+        Clips are consumed lazily. Up to sixteen consecutive clips of a video are decoded
+        together, each frame once.
 
         Args:
-            clips: whose labels are not looked at.
-            dropout: what is left out on purpose.
-            stop: asks for an end between batches.
-            workers: decode processes; None: as many as an extraction has. 0 decodes in this
-                process: nothing has to be started, but a file that hangs or crashes its decoder
-                ends the program.
+            clips: clips to classify; their labels are ignored.
+            dropout: modalities to exclude.
+            stop: flag that ends the iteration between batches.
+            workers: number of decode processes; None: as in an extraction; 0: decode in this
+                process, where a file that hangs or crashes its decoder affects the program.
 
         Raises:
-            ConfigError: ``dropout`` names a modality that the model does not take.
-            StoppedError: a stop was asked for.
+            ConfigError: ``dropout`` contains an unknown modality.
+            StoppedError: ``stop`` was set.
         """
         dropout, stop = dropout or Dropout(), stop or StopFlag()
         if unknown := [m for m in dropout.without if m not in self.modalities]:
@@ -203,23 +201,23 @@ class Recognizer:
         audio_hz: int | None = None,
         limits: Mapping[str, tuple[float, float]] | None = None,
     ) -> Stream:
-        """Return what live sensors push into, and what answers for the newest window.
+        """Return a stream that takes samples of live sensors and predicts the newest window.
 
         Args:
-            window_s: seconds that are recognised at a time.
-            hop_s: from one window to the next.
-            deadline_s: age of a sensor's newest sample beyond which its modalities are absent
-                (``stale``), for all sensors or by name. A picture stands for no longer than that.
-            tolerance_s: how late samples may come; windows end that long before now.
-            share: part of a window that a sensor must cover; else it is absent (``gap``).
-            frozen_s: a camera that sends the very same picture for so long is absent (``frozen``);
-                None: that is allowed.
-            audio_hz: rate of the pushed sound; None: that of the model's spectrograms.
-            limits: sensor to the lowest and the highest value that it may send; with others in a
-                window it is absent (``out_of_range``).
+            window_s: length of a window in seconds.
+            hop_s: seconds between windows.
+            deadline_s: maximum age of a sensor's newest sample in seconds, for all sensors or by
+                name; beyond, its modalities are absent (``stale``).
+            tolerance_s: maximum delay of samples in seconds; windows end this long before now.
+            share: minimum share of a window that a sensor must cover; else it is absent (``gap``).
+            frozen_s: seconds of identical frames after which the camera is absent (``frozen``);
+                None: no limit.
+            audio_hz: sample rate of the pushed audio; None: that of the model's spectrograms.
+            limits: sensor to its valid range (low, high); with other values in a window, it is
+                absent (``out_of_range``).
 
         Raises:
-            ConfigError: a setting makes no sense.
+            ConfigError: a setting is invalid.
 
         Examples:
             >>> stream = recognizer.stream(window_s=2, hop_s=0.5)
@@ -236,7 +234,7 @@ class Recognizer:
         return Stream(settings, self.decode_settings, self.modalities, self.answer)
 
     def answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
-        """Return what is said of one clip. All threads work on it: its answer is waited for."""
+        """Return the prediction for one clip, using all threads for minimum latency."""
         plan = BatchPlan(0, [clip], (SET,), last=False)
         batch = collate(plan, [decoded], pin=self.networks.device.type == "cuda")
         (prediction,) = self._answers(self.networks.compute(batch), Dropout())

@@ -20,17 +20,17 @@ from karmma_pipeline.views import are_whole
 
 
 class FeatureStore(MappedStore):
-    """A complete feature store, read-only. Pickles as its path.
+    """A complete feature store, opened read-only. It is pickled as its path.
 
     Attributes:
         modalities: names in canonical order, the columns of `present` and `reasons`.
         clip_ids: fixed-width ASCII bytes [clips].
         labels: head to int32 [clips], -1 unknown.
         reasons: uint8 [clips, M], see `Reason`; present: bool [clips, M].
-        digest: changes when any clip, label, token or setting changes.
+        digest: hash of all clips, labels, tokens and settings.
 
     Raises:
-        StoreError: there is no store, it is not complete, or files are missing or cut.
+        StoreError: there is no store, it is incomplete, or files are missing or truncated.
 
     Examples:
         >>> store = km.FeatureStore.open("features/student")
@@ -68,7 +68,14 @@ class FeatureStore(MappedStore):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a store; nothing but its tables is read before it is asked for."""
+        """Open a store. Only its tables are read; tokens are memory-mapped when they are needed.
+
+        Args:
+            path: folder of the store.
+
+        Raises:
+            StoreError: there is no store, it is incomplete, or files are missing or truncated.
+        """
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,7 +125,11 @@ class FeatureStore(MappedStore):
         )
 
     def times(self, modality: str) -> npt.NDArray[np.float64]:
-        """Return the sampled times [clips, 2, T]: requested and real seconds, NaN if absent."""
+        """Return the sampling times of a modality in seconds.
+
+        Returns:
+            float64 [clips, 2, T]: requested and actual times, NaN if absent.
+        """
         frames = self.spec.modalities[modality].frames
         return self._catalog.column(f"times_{modality}", "<f8", 2, frames)
 
@@ -127,7 +138,7 @@ class FeatureStore(MappedStore):
         return np.asarray(self.times(modality)[clips])
 
     def seconds(self, column: str) -> npt.NDArray[np.float64]:
-        """Return ``start_s`` or ``stop_s`` of each clip [clips]; NaN is the file's end."""
+        """Return ``start_s`` or ``stop_s`` of the clips, float64 [clips]; NaN: end of the file."""
         return self._catalog.column(column, "<f8")
 
     def _check_is_current(self) -> None:

@@ -105,7 +105,7 @@ class TokenSource(ABC):
         return {m: self.specs[m].provenance for m in self.modalities}
 
     def shape(self, modality: str) -> tuple[int, int]:
-        """Return tokens N and width D of a modality."""
+        """Return the number of tokens N and the width D of a modality."""
         return self.specs[modality].tokens, self.specs[modality].width
 
     def parts(self, modality: str) -> tuple[StoredTensor, ...]:
@@ -140,15 +140,15 @@ class TokenSource(ABC):
     def tokens(self, modality: str, clip_id: str | bytes) -> npt.NDArray[np.float32]:
         """Return the tokens of one clip, [N, D].
 
-        For training use `FeatureLoader`, which gathers whole batches ahead.
+        For training, use `FeatureLoader`, which prefetches batches.
 
         Args:
             modality: one of `modalities`.
             clip_id: one of `clip_ids`.
 
         Raises:
-            StoreError: there is no such modality or clip, or the clip lacks the modality; the
-                message says why.
+            StoreError: there is no such modality or clip, or the clip lacks the modality (with
+                the reason).
         """
         import torch
 

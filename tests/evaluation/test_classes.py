@@ -136,7 +136,7 @@ def test_tables_for_papers_escape_names(report: EvaluateReport) -> None:
 def test_the_page_says_what_is_shown_and_what_is_not(report: EvaluateReport) -> None:
     page = (report.folder / "index.html").read_text()
     assert "these 15 clips, 2 seeds" in page
-    assert "is better than" in page or "predict the same" in page
+    assert re.search("is better than|predict the same|is not significant", page)
     assert "this is what their best epoch was chosen on" in page
     assert "<script" not in page
     assert (report.folder / "figures/confusion_verb_1.pdf").read_bytes()[:4] == b"%PDF"

@@ -92,7 +92,7 @@ def test_classes_meet_by_name(
     assert {name: n for name, n in zip(("open", "shut"), counts, strict=True) if n} == known
     strange = sorted({*classes} - {"open", "shut"})
     if strange:
-        assert f"that the model does not know ({', '.join(strange)})" in report.summary()
+        assert f"that the model was not trained on ({', '.join(strange)})" in report.summary()
 
 
 def test_other_heads_are_no_labels_of_this_model(run: Path, tmp_path: Path) -> None:
@@ -119,10 +119,12 @@ def test_a_modality_that_the_model_lacks_is_left_out(run: Path, tmp_path: Path) 
 
 def test_other_features_are_refused_and_what_is_other_is_named(run: Path, tmp_path: Path) -> None:
     other = videos(tmp_path / "a", provenance={"backbone": "y", "weights": "random:3"})
-    with pytest.raises(StoreError, match=r"other features \(.*rgb\.backbone is 'y' there"):
+    with pytest.raises(StoreError, match=r"different features \(.*rgb\.backbone is 'y' there"):
         ask(run, other)
     wide = videos(tmp_path / "b", modalities={"rgb": (4, 7)})
-    with pytest.raises(StoreError, match=r"rgb: tokens of \(4, 7\) there and \(4, 6\) here"):
+    with pytest.raises(
+        StoreError, match=r"rgb: token shape \(4, 7\) in the store and \(4, 6\) in the model"
+    ):
         ask(run, wide)
     gaze = videos(tmp_path / "c", modalities={"gaze": (3, 2)})
     with pytest.raises(StoreError, match="has none of rgb, audio"):

@@ -276,7 +276,7 @@ def test_an_evaluation_ends_between_two_passes(place: Path, tmp_path: Path, look
 
 
 def test_an_unknown_split_names_the_known_ones(place: Path) -> None:
-    with pytest.raises(ManifestError, match="there are: train, val"):
+    with pytest.raises(ManifestError, match="its splits: train, val"):
         evaluate(make_recipe(place, split="test"))
 
 

@@ -68,7 +68,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "model.json").read_text())
     other = {**card, "size": make_card(dim=16).size.model_dump()}
     (tmp_path / "model.json").write_text(json.dumps(other))
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match"):
         load_model(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()

@@ -67,7 +67,7 @@ def test_a_moved_teacher_and_its_moved_store_are_known_again(
     assert results(done.run) == results(tmp_path / "whole")
     train_teacher(teacher_recipe(store, tmp_path / "t2", epochs=1, seed=7))
     other = student_recipe(store, tmp_path / "t2", tmp_path / "s", epochs=3)
-    with pytest.raises(CheckpointError, match="began with teacher of"):  # finished, all the same
+    with pytest.raises(CheckpointError, match="started with teacher of"):  # finished, all the same
         distill(other)
 
 
@@ -75,11 +75,11 @@ def test_what_changes_numbers_is_refused_and_named(store: Path, tmp_path: Path) 
     recipe = teacher_recipe(store, tmp_path / "r", epochs=3)
     halt(recipe)
     for change in ({"epochs": 4}, {"seed": 1}, {"precision": "bfloat16"}):
-        with pytest.raises(ConfigError, match=f"another recipe \\({next(iter(change))} is"):
+        with pytest.raises(ConfigError, match=f"different recipe \\({next(iter(change))} is"):
             train_teacher(teacher_recipe(store, tmp_path / "r", **({"epochs": 3} | change)))
     (tmp_path / "list").write_text("c001\n")
     fewer = teacher_recipe(store, tmp_path / "r", epochs=3, exclude=str(tmp_path / "list"))
-    with pytest.raises(CheckpointError, match=r"started with exclude not set, but .*list.* is now"):
+    with pytest.raises(CheckpointError, match=r"started with exclude not set, now there is .*list"):
         train_teacher(fewer)
 
 

@@ -262,7 +262,9 @@ def test_a_source_that_has_changed_is_told_and_not_trained_on(
     with pytest.raises(StoppedError):
         train_baseline(recipe, StopAt(12))
     project.write_text(f"{METHOD}\n# another thought\n")
-    with pytest.raises(CheckpointError, match=rf"began with model of .* now {project.stem}:Net"):
+    with pytest.raises(
+        CheckpointError, match=rf"started with model of .* now there is {project.stem}:Net"
+    ):
         train_baseline(recipe)
     with caplog.at_level(logging.WARNING):
         load_model(tmp_path / "r/last")
@@ -284,7 +286,7 @@ def test_a_model_whose_architecture_is_not_there_is_refused(
     with pytest.raises(CheckpointError, match=r"r/best: model='elsewhere:Net': cannot be imported"):
         km.load_model(tmp_path / "r")
     path.write_text(json.dumps({**card, "model": ""}))
-    with pytest.raises(CheckpointError, match=r"does not fit model\.json"):  # and not as ours
+    with pytest.raises(CheckpointError, match=r"does not match model\.json"):  # and not as ours
         km.load_model(tmp_path / "r")
 
 
@@ -304,7 +306,7 @@ def test_patterns_of_a_list_are_the_runs_and_their_content_decides(
         teacher_recipe(store, tmp_path / "r", epochs=2, modality_dropout={"patterns": str(moved)})
     )
     moved.write_text("clip_id,missing\nc001,audio\n")
-    with pytest.raises(CheckpointError, match=r"began with patterns of .* now .*moved\.csv"):
+    with pytest.raises(CheckpointError, match=r"started with patterns of .* now .*moved\.csv"):
         train_teacher(
             teacher_recipe(
                 store, tmp_path / "r", epochs=2, modality_dropout={"patterns": str(moved)}

@@ -39,7 +39,7 @@ from karmma_pipeline.training.stages import distill, train_teacher
 NAN, INF = float("nan"), float("inf")
 BAD = {("c001", "rgb"): NAN, ("c007", "audio"): INF, ("c008", "flow"): -INF}
 IN_VAL = "c012"  # its verb is class 0, which NaN logits would choose
-SENTENCE = r"clips have tokens that are NaN or infinite: .* one clip id per line\."
+SENTENCE = r"tokens of these clips are NaN or infinite: .* one clip id per line\."
 
 
 def sentence(error: BaseException) -> str:
@@ -64,7 +64,7 @@ def test_clips_that_cannot_be_used_are_named_and_left_out_as_the_message_says(
     named = re.findall(r"(c\d+) \((\w+)\)", str(caught.value))
     assert named
     assert set(named) <= set(BAD)
-    assert f"{store}: clips have tokens" in str(caught.value)
+    assert f"{store}: tokens of these clips are NaN or infinite" in str(caught.value)
     assert not (tmp_path / "r/best").exists()
     (tmp_path / "bad.txt").write_text("\n".join(clip for clip, _ in BAD) + "\n")
     report = train_teacher(
@@ -149,7 +149,7 @@ def test_a_teacher_is_not_asked_about_clips_that_cannot_be_used(tmp_path: Path) 
     mine, other = (FeatureStore.open(of).digest for of in (store, spoilt))
     card.write_text(card.read_text().replace(mine, other))
     recipe = student_recipe(spoilt, tmp_path / "teacher", tmp_path / "student", standardise=False)
-    with pytest.raises(StoreError, match=rf"{spoilt}: clips .* c001 \(rgb\)"):
+    with pytest.raises(StoreError, match=rf"{spoilt}: tokens of these clips .* c001 \(rgb\)"):
         distill(recipe)
 
 
@@ -181,7 +181,7 @@ def test_a_list_of_excluded_clips_is_checked(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         train_teacher(recipe, stop=StopAt(5))
     path.write_text("c002\n")
-    with pytest.raises(CheckpointError, match=r"began with exclude .*bad\.txt of digest"):
+    with pytest.raises(CheckpointError, match=r"started with exclude .*bad\.txt of digest"):
         train_teacher(recipe)
 
 
