@@ -10,8 +10,9 @@ In one run, interleaved, on generated H.264 clips with sound (or --video FILE ..
 
 Then what the rule for computing loses against the fastest memory format and batch size, of every
 network; what each way of computing gains and how far it strays from plain float32; and the peak
-memory over a small and a ten times larger data set. --loss prints the losses alone. Random
-weights: speed does not depend on them, deviations do a little (--weights DEFAULT after
+memory over a small and a ten times larger data set. --loss prints the losses alone, --bars the
+ratios to the bare passes and how far an engine strays alone: a few minutes of an idle machine.
+Random weights: speed does not depend on them, deviations do a little (--weights DEFAULT after
 `karmma backbones fetch`).
 """
 
@@ -76,13 +77,14 @@ def main() -> None:
         for case, sets in cases(arguments, folder).items():
             for row in compare(folder, manifest, case, sets, arguments):
                 print(row, flush=True)
-        print_losses(device, arguments)
+        if not arguments.bars:
+            print_losses(device, arguments)
         print("\n| backbone | way | time : float32 | least cosine of a token | largest error |")
         print("|---|---|---:|---:|---:|")
         for choice in singles(arguments).values():
             for row in deviations(manifest, choice, device, arguments):
                 print(row, flush=True)
-        if not arguments.no_memory:
+        if not arguments.no_memory and not arguments.bars:
             print(f"\n{peak_memory(folder, arguments)}")
 
 
@@ -100,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
     parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
     parser.add_argument("--precisions", action="store_true", help="try bfloat16 and tf32, too")
+    parser.add_argument("--bars", action="store_true", help="extract : bare, nothing else of it")
     parser.add_argument("--loss", action="store_true", help="what the rule loses, nothing else")
     arguments = parser.parse_args()
     arguments.clips = arguments.clips or (8 if arguments.quick else 24)
@@ -246,7 +249,8 @@ def compare(
             reports[engine] = extract(of_engine)
         workers = max(report.forward_workers for report in reports.values())
         bare, bare_cpu = time_bare(networks, batches, workers)
-        loop = time_loop(recipe, clips[: max(1, len(clips) // 4)], folder)
+        few = clips[: max(1, len(clips) // 4)]
+        loop = float("nan") if arguments.bars else time_loop(recipe, few, folder)
         for engine, report in reports.items():
             one, cpu = report.total_s / report.clips, report.cpu_s + report.decode_s
             ratios = (one / bare * len(clips), cpu / bare_cpu, loop / one)
@@ -349,6 +353,8 @@ def deviations(
     network = Network(Backbone(choice), device, ComputeConfig())
     folded = "norms folded in, oneDNN" if device.type == "cpu" else "norms folded in"
     ways = {folded: ComputeConfig(), "channels_last": ComputeConfig(memory_format="channels_last")}
+    if arguments.bars:
+        ways = {}
     if arguments.precisions:  # bfloat16 is 22 to 33 times slower on a CPU that lacks it
         ways["bfloat16"] = ComputeConfig(precision="bfloat16")
         ways["bfloat16, channels_last"] = ComputeConfig(

@@ -102,7 +102,9 @@ def test_store_commands_tell_whole_from_damaged(tmp_path: Path) -> None:
 
 
 def test_backbones_are_listed_and_described() -> None:
-    assert "swin3d_b" in run("backbones", "list").output
+    listed = run("backbones", "list").output
+    assert "swin3d_b" in listed
+    assert "videomae-base video    CC BY-NC 4.0 (non-commercial)" in listed
     shown = run("backbones", "show", "swin3d_t", "--set", "frames=32", "--set", "tokens=[12,5,5]")
     assert "tokens: 300" in shown.output
     assert "gflops: 175.527" in shown.output

@@ -173,13 +173,13 @@ def backbones_show(name: str, clip: Path | None, overrides: tuple[str, ...]) -> 
     from karmma_pipeline import config
     from karmma_pipeline.models.backbones import BackboneChoice
     from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS
-    from karmma_pipeline.models.backbones.describe import describe
+    from karmma_pipeline.models.backbones.describe import describe, digest
 
     drawn = clip is None and name not in WITHOUT_WEIGHTS
     weights = "random:0" if drawn else "DEFAULT"
     choice = config.build(BackboneChoice, {"name": name, "weights": weights}, name, overrides)
     if clip is None:
-        facts = describe(choice)
+        facts = {**describe(choice), **digest(choice)}
     else:
         from karmma_pipeline.extraction.preview import show_clip
 

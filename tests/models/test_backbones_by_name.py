@@ -1,16 +1,25 @@
 """Networks of timm and transformers by name, against the libraries themselves; all are tiny."""
 
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from support.cut_store import assert_same_bits
 from torch import Tensor, nn
 
+from karmma_pipeline.cli import main
+from karmma_pipeline.data.manifest import Clip, FileSource
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
+from karmma_pipeline.extraction.decode.worker import decode_clips
+from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
+from karmma_pipeline.extraction.types import DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.backbones.describe import describe
 
@@ -261,6 +270,48 @@ def test_sound_and_tokens_are_those_of_transformers(
     extra = 2 if family == "AST" else 0
     theirs = theirs.flatten(2).transpose(1, 2)[0] if theirs.dim() == 4 else theirs[0, extra:]
     same(ours, theirs)
+
+
+def test_two_networks_for_sound_hear_one_clip_each_as_its_library_does(
+    tmp_path: Path, transformers: Any
+) -> None:
+    """In one pass, at sample rates of 16 and 48 kHz, in spectrograms that share nothing."""
+    rng = np.random.default_rng(0)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 48_000, 0, "NONE", ""))
+        file.writeframes((rng.normal(0, 3000, 48_000)).astype("<i2").tobytes())
+    wanted, processors = [], []
+    for family in ("AST", "ClapAudio"):
+        name, settings, processor_name, of_processor = SOUNDS[family]
+        processors.append(getattr(transformers, processor_name)(**of_processor))
+        saved(transformers, tmp_path / family, name, settings, processors[-1])
+        wanted.append(input_spec("audio", BackboneChoice(name=f"hf:{tmp_path / family}")))
+    source = FileSource(tmp_path / "sound.wav")
+    clip = Clip("c", {"audio": source}, 0.25, 0.65, {}, "train")
+    settings = DecodeSettings(Sampling(), Flow(), Audio(), tuple(wanted))
+    (decoded,) = decode_clips([clip], settings)
+    for spec, processor in zip(wanted, processors, strict=True):
+        rate = processor.sampling_rate
+        sound = MediaFile(source.path).sound(0.25, 0.65, rate)
+        given = processor(sound, sampling_rate=rate, return_tensors="np")
+        (theirs,) = (value.squeeze().T for value in given.values() if value.ndim > 2)
+        off = np.abs(decoded.arrays[spec] - theirs) / np.ptp(theirs)
+        assert off.mean() <= 1 / 255
+        assert off.max() <= 8 / 255
+    assert [spec.image for spec in wanted] == [(32, 64), (16, 101)]
+
+
+def test_a_backbones_licence_and_digest_are_shown(tmp_path: Path, transformers: Any) -> None:
+    name, settings, processor, of_processor, _ = PICTURES["ViT"]
+    saved(transformers, tmp_path, name, settings, getattr(transformers, processor)(**of_processor))
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Tiny\n")
+    network = f"hf:{tmp_path}"
+    shown = CliRunner().invoke(main, ["backbones", "show", network])
+    facts = yaml.safe_load(shown.output)
+    assert (facts["licence"], facts["non_commercial"]) == ("cc-by-nc-4.0", True)
+    recorded = Backbone(BackboneChoice(name=network)).provenance()
+    assert facts["weights_sha256"] == recorded["weights_sha256"]
+    assert facts["licence"] == recorded["licence"]
 
 
 def test_frames_and_tokens_are_those_of_timm(tmp_path: Path, timm: Any) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.backbones import hub, state_dicts
-from karmma_pipeline.models.backbones.backbone import read_weights
+from karmma_pipeline.models.backbones.backbone import Backbone, read_weights
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.names import ENTRY_POINTS, PUBLISHED
 from karmma_pipeline.models.backbones.registry import ARCHITECTURES, Architecture
@@ -72,6 +72,23 @@ def describe(choice: BackboneChoice) -> dict[str, Any]:
         **choice.architecture.facts,
         **_warned(choice.architecture.facts.get("licence", "")),
     }
+
+
+def digest(choice: BackboneChoice) -> dict[str, str]:
+    """Return the digest of the weights, as stores record it, or that they are to be fetched.
+
+    Where a choice draws its own, it is that of `DEFAULT`; nothing, where there are no weights.
+    """
+    if choice.source == "none":
+        return {}
+    if choice.source == "random":
+        choice = choice.model_copy(update={"weights": "DEFAULT"})
+    try:
+        return {"weights_sha256": Backbone(choice).loaded.digest}
+    except CheckpointError:
+        return {"weights_sha256": "not fetched"}
+    except ConfigError:  # one's own network publishes none
+        return {}
 
 
 def _warned(licence: str) -> dict[str, Any]:
