@@ -118,7 +118,8 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: the recipe cannot be read ({error.strerror}); `karmma init` writes one."
+            f"{path}: the recipe cannot be read ({error.strerror}{files.looked_in(path)}); "
+            "`karmma init` writes one."
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the recipe is not UTF-8 text.") from None

@@ -213,5 +213,6 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
         )
     beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
-    there = f"; {path.parent} has the runs {', '.join(beside)}" if beside else ""
+    has = f"; {path.parent} has the runs {', '.join(beside)}"
+    there = has if beside else files.looked_in(path)
     raise CheckpointError(f"{path}: no trained model is there{there}. Train it first.")

@@ -354,7 +354,10 @@ class Catalog:
             inside = ", ".join(sorted(p.parent.name for p in root.glob(f"*/{layout.SPEC}")))
             if inside:
                 raise StoreError(f"{root}: is no feature store, it holds the stores {inside}.")
-            raise StoreError(f"{root}: no feature store is there; `karmma extract` makes one.")
+            where = files.looked_in(root)
+            raise StoreError(
+                f"{root}: no feature store is there{where}; `karmma extract` makes one."
+            )
         try:
             description = layout.read_json(root, path)
             layout.check_version(path, description)
