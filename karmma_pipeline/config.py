@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -69,6 +76,15 @@ def _may_be_path(model: type[BaseModel], key: Any) -> bool:
     field = model.model_fields.get(key)
     return field is not None and Path in (field.annotation, *typing.get_args(field.annotation))
 
+
+def _line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable text")
+    return text
+
+
+Line = typing.Annotated[str, AfterValidator(_line)]
+"""Text that a table, a legend or a script can hold."""
 
 VERSION = 2
 """Version of the recipes that are saved; 1 is any without a version."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Line, Recipe
 
 Command = Literal["extract", "train-teacher", "train-baseline", "distill", "evaluate"]
 
@@ -19,14 +19,7 @@ def _name(text: str) -> str:
     return text
 
 
-def _line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must be one line of printable text")
-    return text
-
-
 Name = Annotated[str, AfterValidator(_name)]
-Line = Annotated[str, AfterValidator(_line)]
 
 
 class Resources(Recipe):
@@ -34,9 +27,14 @@ class Resources(Recipe):
 
     cpus: PositiveInt = Field(8, description="CPUs of a task; also its number of threads.")
     gpus: int = Field(1, ge=0, description="GPUs of a task (of a node, for several nodes).")
-    memory_gb: float = Field(32, gt=0, description="Memory of a node in GB (2^30 bytes).")
+    memory_gb: float = Field(
+        32, gt=0, allow_inf_nan=False, description="Memory of a node in GB (2^30 bytes)."
+    )
     hours: float = Field(
-        4, ge=1 / 60, description="Time limit; a task that reaches it is requeued and goes on."
+        4,
+        ge=1 / 60,
+        allow_inf_nan=False,
+        description="Time limit; a task that reaches it is requeued and goes on.",
     )
 
 
