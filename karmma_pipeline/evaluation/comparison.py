@@ -306,7 +306,7 @@ class _Comparison:
             "units": "groups" if self.grouped else "clips",
             "clips": len(by_clip),
             "by_group": of_group,
-            "groups_agree": int(agree) if of_group else None,
+            "groups_agree": int(agree) if of_group and found.value else None,  # with no difference
         }
 
     def _covers(self, common: int, counts: Sequence[int]) -> str:
