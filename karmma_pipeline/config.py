@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -71,6 +78,15 @@ def _may_be_path(model: type[BaseModel], key: Any) -> bool:
     return field is not None and Path in (field.annotation, *typing.get_args(field.annotation))
 
 
+def _line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable text")
+    return text
+
+
+Line = typing.Annotated[str, AfterValidator(_line)]
+"""Text that a table, a legend or a script can hold."""
+
 VERSION = 2
 """Version of the recipes that are saved; 1 is any without a version."""
 
@@ -119,7 +135,8 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: the recipe cannot be read ({error.strerror}); `karmma init` writes one."
+            f"{path}: the recipe cannot be read ({error.strerror}{files.looked_in(path)}); "
+            "`karmma init` writes one."
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the recipe is not UTF-8 text.") from None

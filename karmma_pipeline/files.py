@@ -37,6 +37,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def looked_in(path: Path) -> str:
+    """Return where a path was looked for, to end a sentence: relative ones begin at this folder."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -18,10 +18,11 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 
 PACKAGES = ("karmma-pipeline", "torch", "torchvision", "numpy", "zarr", "h5py")
 RECIPE, ENVIRONMENT, LOG, METRICS = "recipe.yaml", "environment.json", "log.txt", "metrics.jsonl"
+CLIPS = "clips.json"  # that a run learns from
 CARD = "model.json"  # of a saved model, in a folder of the run
 EXPORT = "export.json"  # of an exported model
 MODELS = ("best", "last")
-_STARTED, _MADE = {ENVIRONMENT, LOG, METRICS}, {"state", "tensorboard", "teacher_table"}
+_STARTED, _MADE = {ENVIRONMENT, LOG, METRICS}, {CLIPS, "state", "tensorboard", "teacher_table"}
 _LOCK = ".lock"
 ELSE = "choose another folder with --set out=FOLDER"
 _logger = logging.getLogger(__name__)
@@ -213,5 +214,6 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: this run has not saved a model {checkpoint!r} yet; finish its training."
         )
     beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
-    there = f"; {path.parent} contains the runs {', '.join(beside)}" if beside else ""
+    has = f"; {path.parent} contains the runs {', '.join(beside)}"
+    there = has if beside else files.looked_in(path)
     raise CheckpointError(f"{path}: no trained model found{there}. Train it first.")

@@ -87,6 +87,21 @@ def test_a_missing_store_is_exit_code_1(tmp_path: Path) -> None:
     assert "no feature store found" in result.output
 
 
+def test_of_a_relative_path_it_is_said_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "project/teacher.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("store: features\nout: run\n")
+    monkeypatch.chdir(tmp_path)  # beside the recipe's folder, not in it
+    for words, message in (
+        (["train-teacher", recipe], f"features: no feature store is there in {tmp_path};"),
+        (["train-teacher", "nope.yaml"], f"(No such file or directory in {tmp_path});"),
+        (["evaluate", "runs/x"], f"runs/x: no trained model is there in {tmp_path}."),
+    ):
+        assert message in run(*words).output
+
+
 def test_store_commands_tell_whole_from_damaged(tmp_path: Path) -> None:
     root = write_store(tmp_path / "s", clips=8)
     assert "clips: 8" in run("store", "info", root).output

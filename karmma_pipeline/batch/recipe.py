@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Line, Recipe
 
 Command = Literal["extract", "train-teacher", "train-baseline", "distill", "evaluate"]
 
@@ -21,14 +21,7 @@ def _name(text: str) -> str:
     return text
 
 
-def _line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must be one line of printable text")
-    return text
-
-
 Name = Annotated[str, AfterValidator(_name)]
-Line = Annotated[str, AfterValidator(_line)]
 
 
 class Resources(Recipe):
@@ -36,10 +29,13 @@ class Resources(Recipe):
 
     cpus: PositiveInt = Field(8, description="CPUs per task; also the number of threads.")
     gpus: int = Field(1, ge=0, description="GPUs per task (per node with several nodes).")
-    memory_gb: float = Field(32, gt=0, description="Memory per node in GB (2^30 bytes).")
+    memory_gb: float = Field(
+        32, gt=0, allow_inf_nan=False, description="Memory per node in GB (2^30 bytes)."
+    )
     hours: float = Field(
         4,
         ge=1 / 60,
+        allow_inf_nan=False,
         description="Time limit; a task that reaches it saves, is requeued and\nresumes.",
     )
 

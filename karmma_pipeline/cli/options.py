@@ -121,12 +121,16 @@ def _check_inputs(recipe: Any) -> None:
 
     A run that has begun is not asked for its inputs: a finished one needs none of them.
     """
+    from karmma_pipeline import files
     from karmma_pipeline.runs import RECIPE, saved_folder
     from karmma_pipeline.store.catalog import Catalog
 
     manifest = getattr(recipe, "manifest", None)
     if manifest is not None and not manifest.is_file():
-        raise ManifestError(f"{manifest}: no such file; set manifest to the CSV with the clips.")
+        where = files.looked_in(manifest)
+        raise ManifestError(
+            f"{manifest}: no such file{where}; set manifest to the CSV with the clips."
+        )
     for run in getattr(recipe, "runs", ()):
         saved_folder(run, recipe.checkpoint)
     if (recipe.out / RECIPE).is_file() or manifest is not None:

@@ -193,7 +193,7 @@ def _text(path: Path, what: str) -> str:
             )
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
+        raise _unreadable(path, what, error) from None
     except UnicodeDecodeError as error:
         line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
         cell = data.count(b",", start, error.start) + 1
@@ -237,6 +237,11 @@ def _whole_cells(line: str, separator: str) -> int:
     return count
 
 
+def _unreadable(path: Path, what: str, error: OSError) -> ManifestError:
+    reason = f"{error.strerror}{files.looked_in(path)}"
+    return ManifestError(f"{path}: the {what} cannot be read ({reason}).")
+
+
 def read_json(path: Path, kind: type[T], what: str) -> T:
     """Read a JSON file whose outermost value is of a kind (dict or list).
 
@@ -247,7 +252,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ManifestError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
+        raise _unreadable(path, what, error) from None
     except (ValueError, RecursionError) as error:
         reason = one_line(error)
         raise ManifestError(f"{path}: not a JSON file ({reason}).") from None

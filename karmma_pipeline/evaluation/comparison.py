@@ -27,6 +27,7 @@ from karmma_pipeline.evaluation.results import (
     Protocol,
     RunResult,
 )
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.models.saved import ModelCard
 
 Floats = npt.NDArray[np.float64]
@@ -221,7 +222,8 @@ def compare(
         chosen = [*range(len(subsets)), *([values.shape[1] - 1] if curve else [])]
         comparison = _Comparison(values[:, chosen], groups[rows], recipe.seed, check)
         names = [*subsets, *([()] if curve else [])]
-        for earlier, later in combinations(methods, 2):
+        pairs = [*combinations(methods, 2)]
+        for earlier, later in progress_bar(pairs, f"compare {head}", unit="pair"):
             yield from comparison.of(later, earlier, head, names)
 
 
@@ -304,7 +306,7 @@ class _Comparison:
             "units": "groups" if self.grouped else "clips",
             "clips": len(by_clip),
             "by_group": of_group,
-            "groups_agree": int(agree) if of_group else None,
+            "groups_agree": int(agree) if of_group and found.value else None,  # with no difference
         }
 
     def _covers(self, common: int, counts: Sequence[int]) -> str:

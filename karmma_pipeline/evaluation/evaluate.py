@@ -34,6 +34,7 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.saved import read_card
 from karmma_pipeline.runs import saved_folder
+from karmma_pipeline.store.format import layout
 
 _SAID = 6  # comparisons that the command prints
 _ANSWERS = "predictions.csv"
@@ -76,6 +77,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     """
     stop, recipe = stop or StopFlag(), with_stores(recipe)
     device = pick_device(recipe.device)
+    layout.check_outside(recipe.out)
     runs.check_output(recipe.out, _OURS, "and is not a report folder")
     with locks.locked(recipe.out / ".lock", "writes a report into this folder", runs.ELSE):
         folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]

@@ -19,6 +19,7 @@ from karmma_pipeline.evaluation.predict import SubsetLogits
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Probe
 from karmma_pipeline.evaluation.score import score
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import label
 from karmma_pipeline.store import TokenSource
@@ -58,7 +59,7 @@ def probe_all(
             continue
         modalities = run.store.modalities
         subsets = [(m,) for m in modalities] + ([modalities] if len(modalities) > 1 else [])
-        for subset in subsets:
+        for subset in progress_bar(subsets, "probe", unit="probe"):
             check()
             width = sum(int(np.prod(run.store.shape(m))) for m in subset)
             size = 4 * width * sum(map(len, (*clips, run.clips)))

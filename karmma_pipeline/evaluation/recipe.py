@@ -1,22 +1,15 @@
 """The recipe of an evaluation: which models, on which clips, and what is measured."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from karmma_pipeline import config
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Line, Recipe
 from karmma_pipeline.errors import ConfigError
 
-
-def _printable(name: str) -> str:
-    if not name.isprintable() or not name.strip():
-        raise ValueError("a name must be one line of printable text")
-    return name
-
-
-Name = Annotated[str, Field(max_length=60), AfterValidator(_printable)]
+Name = Annotated[Line, Field(max_length=60, pattern=r"\S")]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -99,7 +92,7 @@ class EvaluateRecipe(Recipe):
         description="Run folder as written in `runs` -> name in the legend; "
         "default: the name in the saved model.",
     )
-    checkpoint: str = Field("best", description="Which saved model of a run: best or last.")
+    checkpoint: Literal["best", "last"] = Field("best", description="Which saved model of a run.")
     title: Annotated[str, Field(max_length=120)] = Field(
         "", description="Name of the data in titles; default: that of the manifest or data set."
     )

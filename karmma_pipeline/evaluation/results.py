@@ -274,7 +274,7 @@ class Difference(Recipe):
         {}, description="Difference in every group, where there are 2 or more of them."
     )
     groups_agree: int | None = Field(
-        None, description="Groups whose difference has the sign of `value`."
+        None, description="Groups whose difference has the sign of `value`; null where that is 0."
     )
 
 

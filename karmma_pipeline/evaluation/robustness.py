@@ -26,6 +26,7 @@ from karmma_pipeline.evaluation.drop_curve import Bools, Correct
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.evaluation.results import Robustness, RobustnessPoint
 from karmma_pipeline.evaluation.score import score
+from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.metrics import metric_correct
 from karmma_pipeline.modalities import ALL_SUBSETS_UP_TO
 from karmma_pipeline.models.fusion import TokenModel
@@ -181,7 +182,8 @@ def _stale(
     V = run.store.view_count
     views = np.arange(V) - run.store.middle_view  # where a clip's rows lie, from its middle one
     size = max(1, recipe.batch_size // V)
-    for start in range(0, len(run.clips), size):
+    starts = range(0, len(run.clips), size)
+    for start in progress_bar(starts, f"stale {modality}, {run.name}", unit="batch"):
         check()
         rows = slice(start, start + size)
         shown = dict.fromkeys(run.store.modalities, run.clips[rows])

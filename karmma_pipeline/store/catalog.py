@@ -357,7 +357,10 @@ class Catalog:
                 raise StoreError(
                     f"{root}: not a feature store, but it contains the stores {inside}."
                 )
-            raise StoreError(f"{root}: no feature store found; `karmma extract` creates one.")
+            where = files.looked_in(root)
+            raise StoreError(
+                f"{root}: no feature store found{where}; `karmma extract` creates one."
+            )
         try:
             description = layout.read_json(root, path)
             layout.check_version(path, description)

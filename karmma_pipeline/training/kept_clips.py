@@ -14,17 +14,15 @@ import numpy.typing as npt
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError
+from karmma_pipeline.runs import CLIPS
 from karmma_pipeline.store import TokenSource
 from karmma_pipeline.store.source import PartOfStore
-
-#: In the folder of a run: its store's digest, class names, and the digest of each of its clips.
-CLIPS = "clips.json"
 
 _NAMED = 5
 
 
 def note_clips(out: Path, store: TokenSource, clips: npt.NDArray[np.int64]) -> None:
-    """Note what a run that begins learns from.
+    """Note what a run that begins learns from: its store's digest, class names, digests of clips.
 
     Args:
         out: the folder of the run.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from karmma_pipeline import own_code
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Line, Recipe
 from karmma_pipeline.data.loading.dropout import ModalityDropout
 from karmma_pipeline.data.loading.settings import LoaderSettings
 from karmma_pipeline.models.size import MODELS, FusionSize
@@ -21,7 +21,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Optimiser(Recipe):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate (ours).")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Peak learning rate (ours).")
     weight_decay: float = Field(0.05, ge=0, description="Weight decay of weight matrices (ours).")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas.")
     warmup: float = Field(
@@ -110,7 +110,7 @@ class TrainRecipe(Recipe):
     store: Store = _store("features/student")
     loader: LoaderSettings = Field(LoaderSettings(), description="Settings of the data loader.")
     out: Path = _out("runs/student")
-    name: str = Field("", description="Name in legends; empty: the name of the run folder.")
+    name: Line = Field("", description="Name in legends; empty: the name of the run folder.")
     train_split: str = Field("train", description="Split to train on.")
     val_split: str = Field("val", description="Split on which the best epoch is chosen.")
     exclude: Path | None = Field(

@@ -21,6 +21,7 @@ from karmma_pipeline.models.fusion import FusionModel, TokenModel
 from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
 from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
+from karmma_pipeline.store.format import layout
 from karmma_pipeline.training import suffixes
 from karmma_pipeline.training.clips import (
     check_labels,
@@ -72,6 +73,7 @@ def distill(recipe: DistillRecipe, stop: StopFlag | None = None) -> TrainReport:
 
 
 def _run(recipe: TrainRecipe, kind: RunKind, stop: StopFlag) -> TrainReport:
+    layout.check_outside(recipe.out)
     device = pick_device(recipe.device, Ranks.from_environment().local_rank)
     with joined(device) as ranks, RunFolder(recipe.out, recipe, writes=ranks.main) as run:
         ranks.agree_to_stop(stop)  # nobody looks into the folder before the first rank has it

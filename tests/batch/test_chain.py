@@ -222,8 +222,7 @@ def test_what_will_be_missing_is_told_before_the_queue(
     chain = write_chain(extract=None)
     assert (
         "teacher, student, report: features/teacher does not exist, and no stage of the chain "
-        "writes it"
-        in faults(chain)
+        "writes it" in faults(chain)
     )
     chain = write_chain()
     published = {"audio": {"name": "resnet18", "weights": "DEFAULT", "image": [32, 32]}}

@@ -61,6 +61,7 @@ def test_a_list_of_patterns(place: Path, name: str, message: str) -> None:
         ({"groups": {"tail": {"tool": "class.csv"}}}, "groups.tail: head 'tool' is unknown"),
         ({"groups": {"tail": {"verb": "class.csv"}}}, "'no such verb' is neither a class id nor"),
         ({"exclude": "nowhere.txt"}, "exclude='nowhere.txt': cannot be read"),
+        ({"out": "store/report"}, "the feature store {} lies there"),
         ({"split": "tset"}, "no clip is in split='tset'"),
         ({"runs": ["run0", "other"], "stores": ["store", "others"]}, "differ in clips"),
     ],
@@ -71,7 +72,7 @@ def test_what_does_not_fit_the_clips(
     monkeypatch.chdir(place)
     if "runs" in changes and not Path("others").exists():
         save_run(Path("other"), write_store(Path("others"), clips=9), name="Other")
-    refused(place, message, **changes)
+    refused(place, message.replace("{}", str(place / "store")), **changes)
 
 
 def test_patterns_of_more_modalities_than_all_subsets_are_evaluated_of(tmp_path: Path) -> None:

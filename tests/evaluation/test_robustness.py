@@ -10,6 +10,7 @@ import torch
 from support.evaluation import make_recipe, save_run
 from support.tiny_store import write_store
 
+from karmma_pipeline import logs
 from karmma_pipeline.evaluation.evaluate import evaluate
 from karmma_pipeline.evaluation.results import Results, Robustness
 from karmma_pipeline.evaluation.robustness import before
@@ -117,3 +118,14 @@ def test_the_report_shows_every_test(place: Path, found: Results) -> None:
     assert table.count("\n") == 2 + 3 * len(SHARES) * 2 + 1
     assert (place / "report/figures/robustness.svg").is_file()
     assert "clips hit" in (place / "report/index.html").read_text()
+
+
+def test_long_steps_after_the_passes_show_bars_too(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = {"missing": [], "stale": [1.0]}
+    with logs.bars(shown=True):
+        evaluate(make_recipe(place, robustness=tests, out=str(tmp_path / "r"), **QUICK))
+    said = capsys.readouterr().err
+    for bar in ("stale audio, r1", "compare verb"):
+        assert f"{bar}: 100%" in said

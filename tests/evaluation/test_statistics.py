@@ -1,6 +1,7 @@
 """Runs that are one method, differences between methods, and whether intervals cover the truth."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,18 @@ def test_intervals_cover_the_known_difference(apart: float, rest: float) -> None
 def test_models_that_answer_alike_differ_by_nothing() -> None:
     found = statistics.estimate([np.zeros((3, 20))])
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_groups_agree_with_a_difference_and_with_none_there_is_nothing_to_agree_with(
+    place: Path, tmp_path: Path
+) -> None:
+    runs = [place / "late0", tmp_path / "again"]
+    shutil.copytree(*runs)
+    names = {str(run): run.name for run in runs}
+    recipe = make_recipe(
+        place, runs=[*map(str, runs)], names=names, out=str(tmp_path / "r"), **FAST
+    )
+    for one in evaluate(recipe).results.differences:
+        assert (one.value, one.groups_agree) == (0, None)
+        assert set(one.by_group.values()) == {0}
+    assert "agree |" not in (tmp_path / "r/tables/differences.md").read_text()

@@ -119,7 +119,7 @@ def _extract(folder: Path) -> list[str]:
         "decode": {"workers": 1},
         "batch_size": 2,
         "precision": "float32",
-        "layout": "contiguous",
+        "memory_format": "contiguous",
         "max_failures": 1.0,
     }
     return ["extract", recipe(folder, tree)]

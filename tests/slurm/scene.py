@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decode": {"workers": 1, "timeout_s": 30, "stall_s": 10},  # a poisoned clip sleeps
         "batch_size": 2,
         "precision": "float32",
-        "layout": "contiguous",
+        "memory_format": "contiguous",
     },
     "teacher": {**TRAINING, "store": "features/teacher", "out": "runs/teacher"},
     "baseline": {**TRAINING, "store": "features/student", "out": "runs/baseline"},

@@ -113,8 +113,13 @@ def test_a_failed_start_leaves_nothing_and_the_corrected_one_begins(
     bad = write_store(tmp_path / "bad", non_finite={("c001", "rgb"): float("nan")})
     with pytest.raises(StoreError, match="NaN"):
         train_teacher(teacher_recipe(bad, out, epochs=1))
-    train_teacher(teacher_recipe(store, out, epochs=1))
-    assert (out / "recipe.yaml").is_file()
+    wild = {"lr": 1e30, "warmup": 0.0}
+    with pytest.raises(KarmmaError, match=r"epoch 1, .* Lower optimiser\.lr"):
+        train_teacher(teacher_recipe(store, out, optimiser=wild))
+    train_teacher(teacher_recipe(store, out, epochs=1))  # the folder holds nothing that was learned
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["optimiser"]["lr"] < 1
+    with pytest.raises(StoreError, match=r"the feature store .* lies there"):
+        train_teacher(teacher_recipe(store, store / "run"))
 
 
 def test_a_start_that_an_older_program_let_fail_is_taken_over(store: Path, tmp_path: Path) -> None:

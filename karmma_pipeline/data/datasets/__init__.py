@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets import (
     ego4d,
@@ -68,8 +69,7 @@ def read_dataset(dataset: Dataset, sensors: Collection[str] = ()) -> Manifest:
     """
     root = getattr(dataset, "root", None)
     if root is not None and not root.is_dir():
-        where = "" if root.is_absolute() else f" in {Path.cwd()}"
-        raise ManifestError(f"dataset.root={root}: no such folder{where}.")
+        raise ManifestError(f"dataset.root={root}: no such folder{files.looked_in(root)}.")
     match dataset:
         case CsvList():
             return read_manifest(dataset.path, dataset.pictures, dataset.heads, sensors)

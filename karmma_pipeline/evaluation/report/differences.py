@@ -42,7 +42,12 @@ def _of_groups(one: Difference, sign: int) -> str:
     if not one.by_group or one.units == "groups":
         return ""
     each = ", ".join(f"{name} {sign * value + 0.0:+.1f}" for name, value in one.by_group.items())
-    return f"{one.groups_agree} of {len(one.by_group)} groups agree ({each})."
+    return f"{_agreeing(one, 'groups agree')} ({each}).".lstrip()
+
+
+def _agreeing(one: Difference, agree: str) -> str:
+    count = one.groups_agree
+    return "" if count is None else f"{count} of {len(one.by_group)} {agree}"
 
 
 def difference_table(results: Results) -> Table:
@@ -86,8 +91,7 @@ def _ends(low: float | None, high: float | None) -> str:
 
 def _details(one: Difference) -> Cells:
     seeds = " ".join(f"{value:+.1f}" for value in one.by_seed)
-    agree = f"{one.groups_agree} of {len(one.by_group)} agree" if one.by_group else ""
-    return seeds, agree, one.covers
+    return seeds, _agreeing(one, "agree"), one.covers
 
 
 def group_table(results: Results) -> Table:
