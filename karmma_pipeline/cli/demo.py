@@ -12,7 +12,9 @@ import click
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
 @click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the data.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the data."
+)
 @click.option("--end-to-end", is_flag=True, help="Also train a student with its small networks.")
 @click.pass_context
 def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool) -> None:
@@ -40,7 +42,13 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--clips", default=1000, show_default=True, help="Clips of train and val.")
 @click.option("--test", default=0, show_default=True, help="Clips of test, by unseen writers.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same files.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="The same seed gives the same files.",
+)
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
     """Generate labelled videos with sound.
 

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from karmma_pipeline.recognition.stream import Stream
 
 _TOO_LATE = (
-    "answers come up to {:.3g} s late, more than a window of {:g} s: skipped windows do not help, "
-    "since one answer takes that long; name a smaller model, a faster device or a longer --window"
+    "answers come up to {:.3g} s late, more than a window of {:g} s: skipped windows do not help "
+    "where one answer takes that long; name a smaller model, a faster device or a longer --window"
 )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="Video to play in real time.")
-@click.option("--camera", type=int, help="Camera index; no sound.")
+@click.option("--camera", type=click.IntRange(0, 99), help="Camera index; no sound.")
 @click.option("--window", "window_s", type=float, default=2.0, show_default=True,
               help="Length of a window, seconds.")  # fmt: skip
 @click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
@@ -38,7 +38,7 @@ _TOO_LATE = (
 )
 @click.option("--chaos", type=float, default=0.0,
               help="Probability per second that a sensor fails or recovers.")  # fmt: skip
-@click.option("--seed", type=int, default=0, help="Seed of --chaos.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --chaos.")
 @click.option("--fast", is_flag=True, help="Play --source as fast as inference allows.")
 @click.option("--measure", is_flag=True,
               help="Measure latency on synthetic input, per subset of modalities.")  # fmt: skip
