@@ -172,11 +172,12 @@ def _graphs(
 ) -> Iterator[tuple[str, dict[str, Any], Mapping[str, Tensor]]]:
     """Yield each file with inputs, and what PyTorch on the CPU makes of them."""
     jobs, model = recognizer.networks.jobs(SET), recognizer.model
-    for modality, one in traced.backbones.items():
+    files = {one.file: modality for modality, one in traced.backbones.items()}
+    for file, modality in files.items():  # modalities may share one
         backbone = recognizer.networks.all[jobs[modality].network].backbone
         with torch.inference_mode():
             x = backbone.prepare(traced.inputs[modality])
-        yield one.file, {INPUT: x.numpy()}, {TOKENS: traced.tokens[modality]}
+        yield file, {INPUT: x.numpy()}, {TOKENS: traced.tokens[modality]}
     tokens = typical(model)
     mask = torch.ones(len(next(iter(tokens.values()))), len(tokens), dtype=torch.bool)
     with torch.inference_mode():

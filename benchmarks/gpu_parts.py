@@ -136,7 +136,9 @@ def losses(bench: Bench) -> Iterator[Row]:
     """Compare the losses of the first training steps with those of the CPU."""
     steps = bench.pick(50, 5)
     case = replace(training.SMALL_CASE, steps=steps)
-    store = training.write_store(bench.folder / "store", case, case.batch * steps)
+    store = training.write_store(
+        bench.folder / "store", training.token_specs(case), case.batch * steps
+    )
     found = {
         device.type: list(_losses(case, store, bench.folder / device.type, device))
         for device in (torch.device("cpu"), torch.device(bench.device.type, bench.device.index))
@@ -175,7 +177,9 @@ class _StopAfter(StopFlag):
 def resume(bench: Bench) -> Iterator[Row]:
     """Stop trainings and go on, on the same device and on the other one."""
     case = replace(training.SMALL_CASE, steps=6)
-    store = training.write_store(bench.folder / "store", case, case.batch * case.steps)
+    store = training.write_store(
+        bench.folder / "store", training.token_specs(case), case.batch * case.steps
+    )
     here = str(bench.device)
     ways = {
         "stopped and resumed": (here, here),
@@ -405,7 +409,9 @@ def train(bench: Bench) -> Iterator[Row]:
     """Train the paper's models at the scale of EPIC-KITCHENS-100, beside a bare loop."""
     for kind, width in (("teacher", 1024), ("student", 768)):
         case = _case(bench, kind, 300, width)
-        store = training.write_store(bench.folder / f"{kind}-store", case, 2 * case.batch)
+        store = training.write_store(
+            bench.folder / f"{kind}-store", training.token_specs(case), 2 * case.batch
+        )
         trainer = training.make_trainer(case, store, bench.folder / kind, bench.device, Ranks())
         noise = OnDevice(store, bench.device, case.batch, case.steps)
         trainer.setup = replace(trainer.setup, train=noise)
@@ -491,7 +497,7 @@ class _Table:
 def distill(bench: Bench) -> Iterator[Row]:
     """Compare a step of distillation with one of the labels alone."""
     case = _case(bench, "student", 300, 768)
-    store = training.write_store(bench.folder / "store", case, 2 * case.batch)
+    store = training.write_store(bench.folder / "store", training.token_specs(case), 2 * case.batch)
     trainer = training.make_trainer(case, store, bench.folder / "run", bench.device, Ranks())
     noise = OnDevice(store, bench.device, case.batch, case.steps // 4)
     trainer.setup = replace(trainer.setup, train=noise)

@@ -12,7 +12,13 @@ import click
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
 @click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the generated data.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the generated data.",
+)
 @click.option(
     "--end-to-end", is_flag=True, help="Also train a student end to end, backbones included."
 )
@@ -47,7 +53,13 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
     show_default=True,
     help="Number of test clips, with digits of unseen writers.",
 )
-@click.option("--seed", default=0, show_default=True, help="Random seed.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Random seed.",
+)
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
     """Generate a labelled data set of videos with audio.
 

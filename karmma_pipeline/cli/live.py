@@ -27,7 +27,7 @@ _TOO_LATE = (
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="Video to play in real time.")
-@click.option("--camera", type=int, help="Camera index (without audio).")
+@click.option("--camera", type=click.IntRange(0, 99), help="Camera index (without audio).")
 @click.option("--window", "window_s", type=float, default=2.0, show_default=True,
               help="Window length, seconds.")  # fmt: skip
 @click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
@@ -39,7 +39,7 @@ _TOO_LATE = (
 )
 @click.option("--chaos", type=float, default=0.0,
               help="Probability per second that a sensor fails or recovers.")  # fmt: skip
-@click.option("--seed", type=int, default=0, help="Seed of --chaos.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --chaos.")
 @click.option("--fast", is_flag=True, help="Process --source as fast as inference allows.")
 @click.option("--measure", is_flag=True,
               help="Measure latency on synthetic input, per subset of modalities.")  # fmt: skip

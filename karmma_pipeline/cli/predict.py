@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from karmma_pipeline.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     "--without", multiple=True, metavar="MODALITY", help="Modality to leave out; repeatable."
 )
 @click.option("--drop", type=float, default=0.0, help="Probability of dropping each modality.")
-@click.option("--seed", type=int, default=0, help="Seed of --drop.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --drop.")
 @click.option("--top", type=click.IntRange(1, 100), default=5, help="Top classes to write.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
               show_default=True, help="Output folder.")  # fmt: skip
@@ -75,6 +77,8 @@ def predict(
     in MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
     and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; choose a folder.")
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.backbones import parse_weights, sensors_of
     from karmma_pipeline.recognition.clips import Spans, wanted_clips
@@ -109,8 +113,6 @@ def _unpacked(
     clock: Clock,
 ) -> dict[Path, Recording]:
     """Write the topics of bags as files into the folder of the answers."""
-    from karmma_pipeline.errors import ConfigError
-
     bags = [path for path in inputs if path.suffix.lower() == ".mcap"]
     if topics and not bags:
         raise ConfigError(f"--topic {topics[0]}: none of the inputs is a bag (.mcap).")
@@ -143,11 +145,17 @@ def _answers(
 
 
 def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> None:
-    from karmma_pipeline.recognition.overlay import write_overlay
+    from karmma_pipeline.recognition.overlay import has_pictures, write_overlay
 
     sources = dict.fromkeys(row.source for row in rows)
     for number, source in enumerate(sources):
+        if not has_pictures(source):
+            click.echo(f"no video: {source} has no pictures", err=True)
+            continue
         some = sorted((r for r in rows if r.source == source), key=lambda row: row.start_s)
-        name = f"{number:03d}_{source.stem}.mp4" if len(sources) > 1 else f"{source.stem}.mp4"
-        write_overlay(source, some, out / name, stop)
-        click.echo(f"video: {out / name}")
+        name = f"{number:03d}_{source.stem}" if len(sources) > 1 else source.stem
+        path = out / f"{name}.mp4"
+        if any(path.resolve() == other.resolve() for other in sources):  # out holds the videos
+            path = out / f"{name}.predictions.mp4"
+        write_overlay(source, some, path, stop)
+        click.echo(f"video: {path}")

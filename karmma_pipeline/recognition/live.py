@@ -36,7 +36,9 @@ def video_events(media: OpenMedia, path: Path, rate: int) -> Iterator[Event]:
     Raises:
         MediaError: the file is missing, or holds neither pictures nor sound.
     """
-    if not path.is_file():
+    if path.is_dir():
+        raise MediaError(f"--source {path}: is a folder; give a video.")
+    if not path.exists():  # a pipe is no regular file, but can be played
         raise MediaError(f"--source {path}: no such file.")
     reader = media.of(FileSource(path))
     sensors, fault = [], None
@@ -151,8 +153,8 @@ def simulated(
     hop_s = stream.settings.hop_s
     now_s = stream.settings.window_s + stream.settings.tolerance_s
     for there_s, sensor, at_s, values in events:
-        stop.check("all predictions so far have been printed")
         while there_s > now_s:
+            stop.check("all predictions so far have been printed")
             if (prediction := stream.step(now_s)) is not None:
                 yield Answered(prediction, stream.lag_s)
             now_s += hop_s

@@ -19,7 +19,7 @@ from karmma_pipeline.errors import MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import NOTHING
+from karmma_pipeline.modalities import NOTHING, Reason
 from karmma_pipeline.recognition.output import Row, shown_spans
 
 Picture = npt.NDArray[np.uint8]
@@ -27,6 +27,16 @@ Picture = npt.NDArray[np.uint8]
 _CLOCK = Fraction(1, 90_000)
 _READABLE = 320  # px; narrower pictures are enlarged
 _DARK, _LIGHT, _SEEN, _ABSENT = (16, 18, 22), (240, 240, 240), (46, 200, 110), (120, 120, 120)
+
+
+def has_pictures(source: Path) -> bool:
+    """Tell whether a file has any; one that cannot be read counts as if it had."""
+    with OpenMedia() as media:
+        try:
+            media.of(FileSource(source)).frame_starts  # noqa: B018  (it is looked up)
+        except MediaFaultError as fault:
+            return fault.reason is not Reason.NO_STREAM
+    return True
 
 
 def write_overlay(source: Path, rows: Sequence[Row], out: Path, stop: StopFlag) -> None:
@@ -129,7 +139,7 @@ def _drawn(
         draw.rectangle(
             (0, y, round(probability * width), y + round(1.3 * size)), fill=(38, 70, 104)
         )
-        draw.text((size // 2, y), text, fill=_LIGHT, font=font)
+        draw.text((size // 2, y), _fitting(text, font, width - size), fill=_LIGHT, font=font)
         y += round(1.5 * size)
     x = size // 2
     for modality in (*row.seen, *row.reasons):
@@ -150,6 +160,16 @@ def _lines(row: Row) -> list[tuple[str, float]]:
         said = "" if truth is None else f"  (true: {truth})"
         lines.append((f"{head}: {best.name} {best.probability:.2f}{said}", best.probability))
     return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a text, shortened in its middle where it is wider than so many pixels."""
+    kept = len(text)
+    shown = text
+    while font.getlength(shown) > width and kept > 2:
+        kept -= 1
+        shown = f"{text[: kept // 2]}…{text[len(text) - kept // 2 :]}"
+    return shown
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

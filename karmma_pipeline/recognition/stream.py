@@ -6,6 +6,8 @@ that `karmma predict` gives to the same window of the same signals.
 
 import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,8 +55,14 @@ Answer = Callable[[Clip, DecodedClip], Prediction]
 # How long nobody may ask before what is sent meanwhile is no longer kept, seconds.
 _PAUSE_S = 10.0
 
+# Of a window and of a hop, seconds: no machine holds a shorter one.
+_SHORTEST_S = 0.001
+
 # Two moments that are one but for rounding, in hops.
 _ROUNDING = 1e-6
+
+# The longest of so many last answers is how long the next one is thought to take.
+_REMEMBERED = 8
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,10 @@ class StreamSettings:
     def __post_init__(self) -> None:
         deadlines = self.deadline_s
         named = deadlines if isinstance(deadlines, Mapping) else {"": deadlines}
-        above = {"window_s": self.window_s, "hop_s": self.hop_s, "frozen_s": self.frozen_s}
-        above |= {"audio_hz": self.audio_hz}
+        for key, value in {"window_s": self.window_s, "hop_s": self.hop_s}.items():
+            if not _SHORTEST_S <= value < math.inf:
+                raise ConfigError(f"{key}={value}: seconds from {_SHORTEST_S} on are allowed.")
+        above = {"frozen_s": self.frozen_s, "audio_hz": self.audio_hz}
         above |= {f"deadline_s {name}".strip(): value for name, value in named.items()}
         for key, value in above.items():
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -120,7 +130,7 @@ class Stream:
     Attributes:
         settings: how it looks at its sensors.
         modalities: that the model takes.
-        skipped: windows that passed while nobody asked for them.
+        skipped: windows that passed while nobody asked for them, or that were let go, see `step`.
         lag_s: how long before the last answered step its window ended: at most a hop and the
             tolerance where `step` is called whenever the last answer is there, however long that
             took. The answer's own time is not in it.
@@ -146,6 +156,8 @@ class Stream:
         self._check_names()
         self._frames, self._stepping = LiveFrames(), threading.Lock()
         self._last: int | None = None
+        self._took = deque[float](maxlen=_REMEMBERED)
+        self._let_go = False
         self.skipped, self.lag_s = 0, 0.0
 
     def push(
@@ -230,13 +242,16 @@ class Stream:
         for sensor, time_s, values in other.noise().until(now_s):
             other.push(sensor, time_s, values)
         other.step(now_s)
+        self._took.extend(other._took)
 
     def step(self, now_s: float) -> Prediction | None:
-        """Answer for the newest window; None if it has been answered already.
+        """Answer for the newest window; None if it has been answered already or is let go.
 
         The window ends at least ``tolerance_s`` before ``now_s``. Windows before it that nobody
-        asked for are skipped and counted. Where the clock goes back by more than a window, all
-        begins anew.
+        asked for are skipped and counted. So is one that would be answered more than a window's
+        length after its end, going by how long the last answers took, where the next one, begun as
+        soon as it is due, would not. Where the clock goes back by more than a window, all begins
+        anew.
 
         Raises:
             ConfigError: ``now_s`` is no number.
@@ -253,11 +268,26 @@ class Stream:
                 self._begin_anew()
             if self._last is not None:
                 self.skipped += place - self._last - 1
-            self._last = place
-            start_s = place * settings.hop_s
-            prediction = self._window(start_s, start_s + settings.window_s, now_s)
-            self.lag_s = now_s - start_s - settings.window_s
+            self._last, start_s = place, place * settings.hop_s
+            stop_s = start_s + settings.window_s
+            # Not two in a row, or who asks once per hop, and late each time, would get no answer.
+            self._let_go = not self._let_go and self._is_too_late(now_s - stop_s)
+            if self._let_go:
+                self.skipped += 1
+                return None
+            began_s = time.perf_counter()
+            prediction = self._window(start_s, stop_s, now_s)
+            self._took.append(time.perf_counter() - began_s)
+            self.lag_s = now_s - stop_s
             return prediction
+
+    def _is_too_late(self, lag_s: float) -> bool:
+        """Tell whether an answer begun so long after its window comes late, and the next in time.
+
+        Late is what comes more than a window's length after the window.
+        """
+        room_s = self.settings.window_s - max(self._took, default=0.0)
+        return self.settings.tolerance_s <= room_s < lag_s
 
     def _begin_anew(self) -> None:
         self._camera.forget()

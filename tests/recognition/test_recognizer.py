@@ -27,6 +27,7 @@ from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.recognition.backbones import recipe_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
 from karmma_pipeline.recognition.output import PredictionWriter, row_of
+from karmma_pipeline.recognition.overlay import _fitting, _font
 from karmma_pipeline.recognition.prediction import Dropout, Prediction
 from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.training.recipe import BaselineRecipe
@@ -145,6 +146,8 @@ def test_windows_cover_the_video_and_end_with_it(root: Path) -> None:
     assert starts(video, 0.5, 2.5, 1.0) == [0.5, 1.5]
     assert starts(video, 0.5, 2.7, 1.0) == pytest.approx([0.5, 1.5, 1.7])
     assert starts(video) == [0.0]
+    short = [wanted_clips([video], spans).clips for spans in (Spans(1, 2, 5), Spans(window_s=99))]
+    assert [[clip.stop_s for clip in clips] for clips in short] == [[2.0], [None]]
 
 
 def test_a_video_without_sound_is_answered_without_it(
@@ -235,6 +238,35 @@ def test_the_video_keeps_its_pictures_their_times_and_its_sound(root: Path, out:
         assert bool(one.streams.audio) == bool(other.streams.audio)
     assert [t for t, _ in after] == pytest.approx([t for t, _ in before], abs=0.002)
     assert after[0][1] > before[0][1]  # the answers stand below the picture
+
+
+@pytest.mark.slow
+def test_a_video_beside_the_answers_is_never_replaced_and_sound_has_none(
+    root: Path, tmp_path: Path
+) -> None:
+    source = sorted((root / "clips/videos").glob("*.mp4"))[0]
+    video, sound = tmp_path / "kitchen.mp4", tmp_path / "sound.mp4"
+    video.write_bytes(source.read_bytes())
+    with av.open(source) as one, av.open(sound, "w") as other:
+        copy = other.add_stream_from_template(one.streams.audio[0])
+        for packet in one.demux(audio=0):
+            packet.stream = copy
+            other.mux(packet)
+    run("predict", root / "run", video, "--out", tmp_path, "--video")
+    assert video.read_bytes() == source.read_bytes()
+    with av.open(tmp_path / "kitchen.predictions.mp4") as file:
+        assert file.streams.video
+    told = run("predict", root / "run", sound, "--out", tmp_path / "out", "--video")
+    assert f"no video: {sound} has no pictures" in told
+    assert not [*(tmp_path / "out").glob("*.mp4")]
+
+
+def test_long_names_of_classes_are_shortened_in_their_middle() -> None:
+    font = _font(16)
+    shown = _fitting("noun: " + "washing " * 20 + "(true: cup)", font, 300)
+    assert font.getlength(shown) <= 300
+    assert (shown[:5], shown[-11:]) == ("noun:", "(true: cup)")
+    assert _fitting("noun: cup", font, 300) == "noun: cup"
 
 
 def test_rows_with_labels_show_the_truth(root: Path, tmp_path: Path) -> None:

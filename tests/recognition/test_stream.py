@@ -1,5 +1,6 @@
 """Live sensors get the answers that files get, and their failures cost only themselves."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.live import Signals, offline, tiny_recognizer
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode import flow
 from karmma_pipeline.recognition import sensors
+from karmma_pipeline.recognition import stream as stream_module
 from karmma_pipeline.recognition.recognizer import Recognizer
 
 HZ = 16_000
@@ -143,6 +145,38 @@ def test_a_window_waits_for_no_longer_than_a_hop_however_long_answers_take(
     assert (stream.skipped == 0) == (takes_s < hop_s)
 
 
+@pytest.mark.parametrize("takes_s", [0.1, 0.7, 1.3, 1.6, 1.85, 5.0])
+def test_no_answer_is_later_than_a_window_unless_it_takes_that_long(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch, takes_s: float
+) -> None:
+    window_s, hop_s, tolerance_s, poll_s = 2.0, 0.5, 0.1, 0.01
+    clock, real = [0.0], recognizer.answer
+
+    def answer(*arguments: Any) -> Any:
+        clock[0] += takes_s
+        return real(*arguments)
+
+    monkeypatch.setattr(recognizer, "answer", answer)
+    monkeypatch.setattr(stream_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    stream = recognizer.stream(window_s, hop_s, tolerance_s=tolerance_s)
+    stream.warm_up()
+    clock[0] = window_s + tolerance_s + 0.37
+    late_s, places = list[float](), list[int]()
+    while len(places) < 20:
+        prediction = stream.step(clock[0])
+        if prediction is None:
+            clock[0] += poll_s
+            continue
+        late_s.append(clock[0] - (prediction.clip.stop_s or 0.0))
+        places.append(round((prediction.clip.start_s or 0.0) / hop_s))
+    if takes_s + tolerance_s + poll_s <= window_s:
+        assert max(late_s) <= window_s
+    else:  # no window is let go where that helps nothing
+        assert max(late_s) <= takes_s + tolerance_s + hop_s + poll_s
+    assert stream.skipped == places[-1] + 1 - len(places)
+    assert max(np.diff(places)) * hop_s <= takes_s + hop_s + 1e-6
+
+
 def test_absent_modalities_cost_no_pass_and_pairs_are_measured_once(
     recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +229,7 @@ def test_a_clock_that_goes_back_begins_anew(recognizer: Recognizer) -> None:
     ("call", "says"),
     [
         (lambda r: r.stream(window_s=0), "window_s=0"),
+        (lambda r: r.stream(hop_s=float("nan")), "hop_s=nan"),
         (lambda r: r.stream(deadline_s={"imu": 1}), "no sensor 'imu'"),
         (lambda r: r.stream(share=2), "share=2"),
         (lambda r: r.stream(tolerance_s=-1), "tolerance_s=-1"),
