@@ -67,6 +67,11 @@ class SuffixSettings(Recipe):
         False,
         description="cut: input: half of the clips are mirrored; not where left and right matter.",
     )
+    jitter: bool = Field(
+        True,
+        description="cut: input: where a set stores more frames than its network takes\n"
+        "(stored_frames), other ones in each epoch; false: always the middle ones.",
+    )
     save_memory: bool = Field(
         False,
         description="Keep only what lies between the modules of a suffix for the backward pass\n"

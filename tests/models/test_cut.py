@@ -73,8 +73,15 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     with pytest.raises(ConfigError, match="no named stages; allowed is input"):
         own.stored_shape()
     assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
+    few = BackboneChoice.model_validate({**small("swin3d_t"), "cut": "input", "stored_frames": 3})
+    with pytest.raises(ConfigError, match="takes 4 frames; store as many or more"):
+        few.stored_shape()
+    sound = {**small("resnet18"), "cut": "input", "stored_frames": 3}
+    with pytest.raises(ConfigError, match="resnet18 takes no frames"):
+        BackboneChoice.model_validate(sound).stored_shape()
     for change, said in (
         ({"name": "windows", "cut": "input"}, "nothing to train"),
+        ({"cut": "stage4", "stored_frames": 12}, "stored_frames=12: is for cut: input"),
         ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
         ({"cut": "stage4", "layer": -1}, "give one"),
     ):

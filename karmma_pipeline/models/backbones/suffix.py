@@ -16,6 +16,7 @@ from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
 from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
 from karmma_pipeline.models.backbones.layers import Parts
 from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.views import middle_frames
 
 #: The third channel of a picture of flow, which says nothing and is not stored.
 _NO_FLOW = 128
@@ -76,9 +77,13 @@ class Suffix(nn.Module):
     def forward(self, stored: Tensor, views: RandomViews | None = None) -> Tensor:
         """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D'].
 
-        ``views``: of clips whose pictures are stored; see `takes_views`.
+        Args:
+            stored: rows; of more frames than the network takes all, or a window of them.
+            views: of clips whose pictures are stored; see `takes_views`.
         """
         if self.cut == INPUT:
+            if stored.shape[1] == self.choice.stored_frames:
+                stored = stored[:, middle_frames(stored.shape[1], self.choice.frame_count)]
             x = prepare(self.choice, self._input(stored))
             if views is not None:
                 is_flow = stored.shape[2] == 2 * math.prod(self.choice.input_shape[-2:])
