@@ -129,6 +129,48 @@ def test_other_weights_than_those_before_the_cut_are_refused(tmp_path: Path) -> 
         weights_behind(store.provenance["rgb"], "random:7")
 
 
+OF_DEMO = "karmma_pipeline.demo.networks:student_rgb"
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        (OF_DEMO, "input"),
+        (OF_DEMO, "space"),
+        pytest.param("r3d_18", "input", marks=pytest.mark.slow),
+        pytest.param("mvit_v2_s", "input", marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", "input", marks=pytest.mark.extra),
+        pytest.param("timm:test_vit", "blocks.2", marks=pytest.mark.extra),
+    ],
+)
+def test_less_memory_is_kept_for_a_backward_pass_with_the_same_gradient(
+    name: str, cut: str
+) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    size = {"frames": 16} if name == "mvit_v2_s" else {"frames": 2, "size": 64}
+    choice = BackboneChoice.model_validate({"name": name, "weights": "random:0", "cut": cut} | size)
+    stored = torch.rand(1, *choice.stored_shape("rgb"))
+    stored = (255 * stored).byte() if cut == "input" else stored
+    kept, gradients = [0, 0], []
+    for save_memory in (False, True):
+        torch.manual_seed(0)
+        suffix = Suffix(choice)
+        suffix.adapt(freeze_norm=True, stochastic=False, save_memory=save_memory)
+
+        def count(tensor: torch.Tensor, save_memory: bool = save_memory) -> torch.Tensor:
+            kept[save_memory] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = suffix.train()(stored).square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in suffix.parameters() if p.grad is not None])
+    assert kept[True] < 0.6 * kept[False]
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 def test_a_suffix_is_in_evaluation_mode_but_for_what_is_to_train() -> None:
     suffix = Suffix(cut_store.choices("body")["rgb"]).train()
     body = list(suffix.net.get_submodule("body").children())
