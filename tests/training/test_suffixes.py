@@ -26,7 +26,7 @@ from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.augment import Augmentation, RandomViews
 from karmma_pipeline.models.backbones import Backbone
-from karmma_pipeline.models.backbones.suffix import Suffix
+from karmma_pipeline.models.backbones.suffix import Suffix, weights_behind
 from karmma_pipeline.models.cut import CutModel, suffixes_of
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
@@ -117,6 +117,51 @@ def plain_losses(recipe: TrainRecipe, cached: FeatureStore, cut: str) -> list[fl
     return losses
 
 
+@pytest.mark.parametrize("dtype", slow_unless({"int8"}, ["float16", "bfloat16", "int8"]))
+def test_activations_in_fewer_bits_are_nearly_those_of_all(
+    dtype: Any, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = write_cut_store(tmp_path / "few", "body", dtype)
+    index = torch.arange(24)
+    for m, choice in choices("body").items():
+        suffix = Suffix(choice)
+        whole = weights_behind(FeatureStore.open(few).provenance[m])
+        suffix.net.load_state_dict({k: whole[k] for k in suffix.net.state_dict()})
+        with torch.inference_mode():
+            one, two = (
+                suffix(FeatureStore.open(s).gather(m, index)) for s in (few, stores["body"])
+            )
+        alike = torch.nn.functional.cosine_similarity(one, two, dim=-1)
+        assert alike[two.norm(dim=-1) > 0].min() > 0.99
+    settings: dict[str, Any] = {"suffix": {"lr": 1e-3}, "epochs": 2, "batch_size": 6}
+    losses = [
+        losses_of(
+            baseline_recipe(at, tmp_path / f"run-{at.name}", **settings),
+            train_baseline,
+            monkeypatch,
+        )
+        for at in (stores["body"], few)
+    ]
+    np.testing.assert_allclose(*losses, rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_backbones_nearly_as_float32_does(
+    stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"suffix": {"lr": 1e-3, "crop": 0.7, "save_memory": True}}
+    losses = [
+        losses_of(
+            baseline_recipe(stores["input"], tmp_path / p, epochs=2, precision=p, **settings),
+            train_baseline,
+            monkeypatch,
+        )
+        for p in ("float32", "bfloat16")
+    ]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0, atol=0.1)
+
+
 ALL: dict[str, Any] = {
     "size": {**SIZE, "dropout": 0.2},
     "ema": 0.9,
@@ -129,11 +174,11 @@ ALL: dict[str, Any] = {
 def test_a_stopped_student_whose_backbones_train_goes_on_exactly(
     stores: dict[str | None, Path], tmp_path: Path
 ) -> None:
-    """Its teacher, too, and its batch norms learn."""
-    train_teacher(teacher_recipe(stores[None], tmp_path / "teacher", epochs=1))
+    """Its teacher, too, and its batch norms learn; the teacher's backbones have trained before."""
+    train_teacher(teacher_recipe(stores["input"], tmp_path / "teacher", epochs=1))
     whole, parts = (
         student_recipe(stores["body"], tmp_path / "teacher", tmp_path / n,
-                       teacher_store=str(stores[None]), **ALL)
+                       teacher_store=str(stores["input"]), **ALL)
         for n in ("whole", "parts")
     )  # fmt: skip
     distill(whole)
