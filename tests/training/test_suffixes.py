@@ -1,6 +1,7 @@
 """Backbones that are cut: what lies behind the cut trains with the model of its tokens."""
 
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,22 @@ def test_bfloat16_trains_backbones_nearly_as_float32_does(
     ]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0, atol=0.1)
+
+
+def test_a_store_of_format_version_4_trains_as_one_of_today(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    """That of `write_cut_store` before a store could hold more frames than a network takes."""
+    with tarfile.open(Path(__file__).parents[1] / "fixtures/cut/0b4a63b.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert '"version": 4' in (tmp_path / "cut/spec.json").read_text()
+    of_stores = {"a": tmp_path / "cut", "b": stores["input"]}
+    for name, store in of_stores.items():
+        train_baseline(
+            baseline_recipe(store, tmp_path / name, epochs=1, suffix={"lr": 1e-3}, batch_size=6)
+        )
+    models = [load_model(tmp_path / name / "last")[0].state_dict() for name in of_stores]
+    assert all(torch.equal(of, models[1][key]) for key, of in models[0].items())
 
 
 ALL: dict[str, Any] = {
