@@ -18,6 +18,7 @@ from karmma_pipeline.config import Recipe
 _MARK = ".v"
 
 Ids = npt.NDArray[np.bytes_]
+Numbers = npt.NDArray[np.int64]
 #: The end of the longer side of pictures at which they are cropped; None: the middle.
 Side = Literal[0, 1] | None
 
@@ -92,6 +93,29 @@ class Views(Recipe):
     def names(self, clip_id: str) -> list[str]:
         """Return the ids of a clip's rows."""
         return [f"{clip_id}{_MARK}{view}" for view in range(self.count)]
+
+
+def frame_windows(stored: int, taken: int) -> Numbers:
+    """Return the numbers of the frames that each window of a view's stored frames takes, [W, T].
+
+    Windows are as long as they can be, their frames evenly spaced, and each begins a frame later
+    than the one before. Of three times as many frames at the centres of equal parts the middle
+    window has those of ``taken`` parts.
+
+    Args:
+        stored: frames of a view.
+        taken: T frames, not more.
+    """
+    stride = stored // taken
+    first = np.arange(stored - stride * (taken - 1), dtype=np.int64)
+    return first[:, None] + stride * np.arange(taken, dtype=np.int64)
+
+
+def middle_frames(stored: int, taken: int) -> slice:
+    """Return the frames of the window that is taken where none is drawn, see `frame_windows`."""
+    windows = frame_windows(stored, taken)
+    first, last = windows[(len(windows) - 1) // 2][[0, -1]].tolist()
+    return slice(first, last + 1, stored // taken)
 
 
 def clip_names(row_ids: Ids, views: Views | None) -> Ids:

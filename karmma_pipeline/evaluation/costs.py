@@ -142,4 +142,4 @@ def _choice(facts: Mapping[str, Any]) -> BackboneChoice:
     All of it, wherever it is cut.
     """
     weights = "DEFAULT" if facts["backbone"] in {"boxes", "windows"} else "random:0"
-    return BackboneChoice.model_validate({**recorded(facts), "weights": weights, "cut": None})
+    return BackboneChoice.model_validate({**recorded(facts), "weights": weights}).cut_at(None)

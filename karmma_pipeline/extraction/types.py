@@ -110,12 +110,12 @@ def input_spec(modality: str, choice: BackboneChoice, flow: Flow | None = None) 
     video = choice.architecture.kind == "video"
     height, width = choice.input_shape[-2:]
     if modality == "audio":
-        frames = choice.frame_count if video else 1
+        frames = choice.decoded_frames if video else 1
         size = (height, width)
         return InputSpec(modality, frames, None, size, per_frame=video, audio=choice.own_audio)
     pairs = modality == "flow" and flow is not None and flow.source != "dis"
     size = (height, width)
-    return InputSpec(modality, choice.frame_count, choice.transform, size, True, pairs)
+    return InputSpec(modality, choice.decoded_frames, choice.transform, size, True, pairs)
 
 
 def stored_as(modality: str, choice: BackboneChoice, dtype: StoredDtype) -> StoredRows:

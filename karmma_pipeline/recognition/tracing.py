@@ -44,6 +44,7 @@ from karmma_pipeline.models.fusion import TokenModel
 from karmma_pipeline.models.saved import ModelCard
 from karmma_pipeline.recognition.backbones import SET
 from karmma_pipeline.recognition.recognizer import Recognizer
+from karmma_pipeline.views import middle_frames
 
 #: Version of ONNX's operators: in every onnxruntime since 1.12 (2022).
 OPSET = 17
@@ -72,14 +73,18 @@ class Traced:
 
 
 class _Tokens(nn.Module):
-    """A backbone as it is traced: what ONNX lacks is said in other operators."""
+    """A backbone as it is traced: what ONNX lacks is said in other operators.
 
-    def __init__(self, backbone: Backbone) -> None:
+    ``frames``: of its input, the middle ones of which the network takes; None: as many.
+    """
+
+    def __init__(self, backbone: Backbone, frames: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         choice = backbone.choice
         grids = (choice.raw_grid, choice.tokens) if choice.tokens else ()
         self.pools = [_averages(n, o) if n != o else None for n, o in zip(*grids, strict=True)]
+        self.frames = slice(None) if frames is None else middle_frames(frames, choice.frame_count)
 
     def forward(self, x: Tensor) -> Tensor:
         architecture = self.backbone.architecture
@@ -87,6 +92,7 @@ class _Tokens(nn.Module):
             made = architecture.feature_map(self.backbone.net, x)
             tokens = made if isinstance(made, Tensor) else made.map
             return tokens.unsqueeze(1) if tokens.dim() == 2 else tokens
+        x = x if self.frames == slice(None) else x[:, :, self.frames]
         features, extra = architecture.parts(self.backbone.net, x)
         for axis, average in enumerate(self.pools, start=2):
             if average is not None:
@@ -140,11 +146,13 @@ def write_backbones(folder: Path, recognizer: Recognizer) -> Traced:
         clips = example(spec, _CLIPS)
         with torch.no_grad():
             x = backbone.prepare(clips)
-            traced.inputs[modality], traced.tokens[modality] = clips, backbone(x).float()
+            module = _Tokens(backbone, choices[modality].stored_frames).eval()
+            made = backbone(x[:, :, module.frames]).float()
+            traced.inputs[modality], traced.tokens[modality] = clips, made
             rows = x.flatten(0, 1) if choice.series is not None else x
-            module = _Tokens(backbone).eval()
             _, N, D = module(rows[:1]).shape
-        one = _fed(f"{BACKBONES}/{first}.onnx", choice, spec, (N, D))
+        # Not the choice's own shape: the file picks its frames of those that are stored.
+        one = _fed(f"{BACKBONES}/{first}.onnx", choice, tuple(x.shape[1:]), spec, (N, D))
         traced.backbones[modality] = one
         if first == modality:
             about = one.model_dump(mode="json") | {
@@ -155,12 +163,16 @@ def write_backbones(folder: Path, recognizer: Recognizer) -> Traced:
 
 
 def _fed(
-    file: str, choice: BackboneChoice, spec: InputSpec, row_shape: tuple[int, int]
+    file: str,
+    choice: BackboneChoice,
+    input_shape: tuple[int, ...],
+    spec: InputSpec,
+    row_shape: tuple[int, int],
 ) -> ExportedBackbone:
     return ExportedBackbone(
         file=file,
         kind=choice.architecture.kind,
-        input=choice.input_shape,
+        input=input_shape,
         row_shape=row_shape,
         transform=spec.transform,
         audio=spec.audio,

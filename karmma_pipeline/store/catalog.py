@@ -294,6 +294,8 @@ def _describe(
 
 
 def _version(spec: StoreSpec, *, grown: bool) -> int:
+    if any(len(one.windows) > 1 for one in spec.modalities.values()):
+        return layout.VERSION_FRAMES
     if any(one.is_cut for one in spec.modalities.values()):
         return layout.VERSION_CUT
     return layout.VERSION_GROWN if grown else layout.VERSION

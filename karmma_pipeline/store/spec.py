@@ -11,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.modalities import canonical
-from karmma_pipeline.views import Views
+from karmma_pipeline.views import Views, frame_windows
 
 _STEPS = 127
 #: The largest magnitude that can be held.
@@ -130,6 +130,17 @@ class ModalitySpec(Recipe):
     def is_cut(self) -> bool:
         """Whether rows are no tokens yet: a part of the backbone is to follow."""
         return isinstance(self.provenance.get("cut"), dict)
+
+    @property
+    def windows(self) -> npt.NDArray[np.int64]:
+        """The rows [W, T] that a network may take at a time, `frame_windows`; all unless more are.
+
+        More frames than it takes are stored before a network that is cut at its input.
+        """
+        facts, taken = self.provenance, self.tokens
+        if self.is_cut and facts["cut"]["before"] == "input" and len(facts["input"]) == 4:
+            taken = facts["input"][1]
+        return frame_windows(self.tokens, taken)
 
     @property
     def clip_bytes(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non_finite_error
 from karmma_pipeline.data.loading.dropout import make_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.data.loading.masks import ORDER, VIEW, clip_keys, draws
+from karmma_pipeline.data.loading.masks import FRAMES, ORDER, VIEW, clip_keys, draws
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import Reason
@@ -198,6 +198,7 @@ def make_loaders(
             shuffle=True,
             order=order,
             rows=rows,
+            frames=drawn_frames(recipe.seed, store, train) if recipe.suffix.jitter else None,
             **shared,
         ),
         FeatureLoader(store, val, recipe.batch_size, **shared),
@@ -216,6 +217,25 @@ def drawn_views(seed: int, store: TokenSource, clips: ClipNumbers) -> Callable[[
     """
     V, keys = np.uint64(store.view_count), clip_keys(store.names(clips))
     return lambda epoch: clips + (draws(seed, epoch, keys, VIEW) % V).astype(np.int64)
+
+
+def drawn_frames(
+    seed: int, store: TokenSource, clips: ClipNumbers
+) -> Callable[[int], dict[str, ClipNumbers]] | None:
+    """Return the function that draws which stored frames an epoch takes, see `FeatureLoader`.
+
+    A pure function of (seed, epoch, clip). Modalities with as many windows share a draw, so that
+    the flow of a clip is that of its pictures. None where no more are stored than are taken.
+    """
+    every = {m: store.specs[m].windows for m in store.modalities}
+    windows = {m: of for m, of in every.items() if len(of) > 1}
+    keys = clip_keys(store.names(clips))
+
+    def frames(epoch: int) -> dict[str, ClipNumbers]:
+        words = draws(seed, epoch, keys, FRAMES)
+        return {m: of[(words % np.uint64(len(of))).astype(np.int64)] for m, of in windows.items()}
+
+    return frames if windows else None
 
 
 def balanced_order(

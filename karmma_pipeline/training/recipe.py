@@ -69,6 +69,11 @@ class SuffixSettings(Recipe):
         description="cut: input only: random horizontal flip; not for classes that\n"
         "distinguish left and right.",
     )
+    jitter: bool = Field(
+        True,
+        description="cut: input: where a set stores more frames than its network takes\n"
+        "(stored_frames), other ones in each epoch; false: always the middle ones.",
+    )
     save_memory: bool = Field(
         False,
         description="Activation checkpointing between the modules of a suffix: less memory,\n"

@@ -73,8 +73,15 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     with pytest.raises(ConfigError, match="no named stages; the only choice is input"):
         own.stored_shape()
     assert mvit.cut_at("input").stored_shape("rgb") == (16, 3 * 224 * 224)
+    few = BackboneChoice.model_validate({**small("swin3d_t"), "cut": "input", "stored_frames": 3})
+    with pytest.raises(ConfigError, match="takes 4 frames; store as many or more"):
+        few.stored_shape()
+    sound = {**small("resnet18"), "cut": "input", "stored_frames": 3}
+    with pytest.raises(ConfigError, match="resnet18 takes no frames"):
+        BackboneChoice.model_validate(sound).stored_shape()
     for change, said in (
         ({"name": "windows", "cut": "input"}, "no trainable parameters"),
+        ({"cut": "stage4", "stored_frames": 12}, "stored_frames=12: is for cut: input"),
         ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
         ({"cut": "stage4", "layer": -1}, "give one"),
     ):
@@ -120,6 +127,48 @@ def test_other_weights_than_those_before_the_cut_are_refused(tmp_path: Path) -> 
     store = FeatureStore.open(cut_store.write_cut_store(tmp_path / "s", "body"))
     with pytest.raises(CheckpointError, match="weights='random:7': their digest is"):
         weights_behind(store.provenance["rgb"], "random:7")
+
+
+OF_DEMO = "karmma_pipeline.demo.networks:student_rgb"
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        (OF_DEMO, "input"),
+        (OF_DEMO, "space"),
+        pytest.param("r3d_18", "input", marks=pytest.mark.slow),
+        pytest.param("mvit_v2_s", "input", marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", "input", marks=pytest.mark.extra),
+        pytest.param("timm:test_vit", "blocks.2", marks=pytest.mark.extra),
+    ],
+)
+def test_less_memory_is_kept_for_a_backward_pass_with_the_same_gradient(
+    name: str, cut: str
+) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    size = {"frames": 16} if name == "mvit_v2_s" else {"frames": 2, "size": 64}
+    choice = BackboneChoice.model_validate({"name": name, "weights": "random:0", "cut": cut} | size)
+    stored = torch.rand(1, *choice.stored_shape("rgb"))
+    stored = (255 * stored).byte() if cut == "input" else stored
+    kept, gradients = [0, 0], []
+    for save_memory in (False, True):
+        torch.manual_seed(0)
+        suffix = Suffix(choice)
+        suffix.adapt(freeze_norm=True, stochastic=False, save_memory=save_memory)
+
+        def count(tensor: torch.Tensor, save_memory: bool = save_memory) -> torch.Tensor:
+            kept[save_memory] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = suffix.train()(stored).square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in suffix.parameters() if p.grad is not None])
+    assert kept[True] < 0.6 * kept[False]
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_a_suffix_is_in_evaluation_mode_but_for_what_is_to_train() -> None:

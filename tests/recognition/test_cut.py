@@ -19,6 +19,7 @@ from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag
+from karmma_pipeline.models.backbones.suffix import Suffix, weights_behind
 from karmma_pipeline.models.cut import suffixes_of
 from karmma_pipeline.models.saved import load_model, save_model
 from karmma_pipeline.recognition.export import export_model
@@ -64,7 +65,7 @@ def recipe(root: Path) -> ExtractRecipe:
             "plain": {"rgb": NET, "flow": NET, "audio": SOUND},
             "cut": {
                 "rgb": NET | {"cut": "layer4"},
-                "flow": NET | {"cut": "input"},
+                "flow": NET | {"cut": "input", "stored_frames": 6},
                 "audio": SOUND | {"cut": "layer3"},
             },
         },
@@ -76,7 +77,7 @@ def test_a_store_of_cut_backbones_holds_activations_and_pictures(root: Path) -> 
     store = FeatureStore.open(root / "features/cut")
     assert {m: (store.shape(m), store.specs[m].dtype) for m in store.modalities} == {
         "rgb": ((16, 256), "float16"),
-        "flow": ((2, 2 * 32 * 32), "uint8"),
+        "flow": ((6, 2 * 32 * 32), "uint8"),
         "audio": ((16, 128), "float16"),
     }
     assert store.specs["rgb"].grid == (1, 4, 4)
@@ -87,6 +88,20 @@ def test_a_store_of_cut_backbones_holds_activations_and_pictures(root: Path) -> 
     assert sizes["layer4"] == store.specs["rgb"].clip_bytes == 2 * 16 * 256
     assert sizes["tokens"] == 2 * 4 * 512
     assert "cut.rgb: a clip takes 6.14kB (input)" in text(plan, recipe(root), root / "m.yaml")
+    assert plan["cuts"]["cut.flow"]["input"] == 6 * 2 * 32 * 32
+
+
+def test_the_middle_of_three_times_as_many_frames_are_those_of_a_network_that_is_not_cut(
+    root: Path,
+) -> None:
+    store, plain = (FeatureStore.open(root / "features" / name) for name in ("cut", "plain"))
+    index = torch.arange(len(store))
+    suffix = Suffix(recipe(root).sets["cut"]["flow"])
+    suffix.net.load_state_dict(weights_behind(store.provenance["flow"]))
+    with torch.inference_mode():
+        made = suffix(store.gather("flow", index))
+    assert store.times("flow").shape == (4, 2, 6)
+    torch.testing.assert_close(made, plain.gather("flow", index).float(), rtol=1e-2, atol=1e-2)
 
 
 def test_views_of_cut_backbones_train_and_are_averaged(root: Path) -> None:

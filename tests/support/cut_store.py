@@ -54,8 +54,10 @@ def image() -> Architecture:
     return Architecture("image", lambda weights: Net(video=False), None, _STAGES, ())
 
 
-def choices(cut: str | None) -> dict[str, BackboneChoice]:
-    of_video = BackboneChoice(name="support.cut_store:video", weights="random:1", cut=cut)
+def choices(cut: str | None, frames: int | None = None) -> dict[str, BackboneChoice]:
+    """Networks before that cut; of ``frames`` pictures where all of them are stored."""
+    more = {} if frames is None else {"frames": frames, "stored_frames": FRAMES}
+    of_video = BackboneChoice(name="support.cut_store:video", weights="random:1", cut=cut, **more)
     sound = BackboneChoice(name="support.cut_store:image", weights="random:2", image=IMAGE, cut=cut)
     return {"rgb": of_video, "flow": of_video, "audio": sound}
 
@@ -90,10 +92,12 @@ def decoded(clips: int = 24) -> dict[str, torch.Tensor]:
     return {"rgb": rgb, "flow": flow, "audio": sound.half().float()}
 
 
-def write_cut_store(root: Path, cut: str | None, dtype: Dtype = "float32") -> Path:
+def write_cut_store(
+    root: Path, cut: str | None, dtype: Dtype = "float32", frames: int | None = None
+) -> Path:
     """Every fifth clip has no sound; clips are in the order of `decoded`."""
     clips, specs, rows = decoded(), {}, {}
-    for m, choice in choices(cut).items():
+    for m, choice in choices(cut, frames).items():
         backbone = Backbone(choice)
         with torch.inference_mode():
             if cut == "input":

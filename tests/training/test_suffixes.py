@@ -1,6 +1,7 @@
 """Backbones that are cut: what lies behind the cut trains with the model of its tokens."""
 
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.augment import Augmentation, RandomViews
 from karmma_pipeline.models.backbones import Backbone
-from karmma_pipeline.models.backbones.suffix import Suffix
+from karmma_pipeline.models.backbones.suffix import Suffix, weights_behind
 from karmma_pipeline.models.cut import CutModel, suffixes_of
 from karmma_pipeline.models.saved import load_model, read_card
 from karmma_pipeline.store import FeatureStore
@@ -117,6 +118,67 @@ def plain_losses(recipe: TrainRecipe, cached: FeatureStore, cut: str) -> list[fl
     return losses
 
 
+@pytest.mark.parametrize("dtype", slow_unless({"int8"}, ["float16", "bfloat16", "int8"]))
+def test_activations_in_fewer_bits_are_nearly_those_of_all(
+    dtype: Any, stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = write_cut_store(tmp_path / "few", "body", dtype)
+    index = torch.arange(24)
+    for m, choice in choices("body").items():
+        suffix = Suffix(choice)
+        whole = weights_behind(FeatureStore.open(few).provenance[m])
+        suffix.net.load_state_dict({k: whole[k] for k in suffix.net.state_dict()})
+        with torch.inference_mode():
+            one, two = (
+                suffix(FeatureStore.open(s).gather(m, index)) for s in (few, stores["body"])
+            )
+        alike = torch.nn.functional.cosine_similarity(one, two, dim=-1)
+        assert alike[two.norm(dim=-1) > 0].min() > 0.99
+    settings: dict[str, Any] = {"suffix": {"lr": 1e-3}, "epochs": 2, "batch_size": 6}
+    losses = [
+        losses_of(
+            baseline_recipe(at, tmp_path / f"run-{at.name}", **settings),
+            train_baseline,
+            monkeypatch,
+        )
+        for at in (stores["body"], few)
+    ]
+    np.testing.assert_allclose(*losses, rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_backbones_nearly_as_float32_does(
+    stores: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"suffix": {"lr": 1e-3, "crop": 0.7, "save_memory": True}}
+    losses = [
+        losses_of(
+            baseline_recipe(stores["input"], tmp_path / p, epochs=2, precision=p, **settings),
+            train_baseline,
+            monkeypatch,
+        )
+        for p in ("float32", "bfloat16")
+    ]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0, atol=0.1)
+
+
+def test_a_store_of_format_version_4_trains_as_one_of_today(
+    stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    """That of `write_cut_store` before a store could hold more frames than a network takes."""
+    with tarfile.open(Path(__file__).parents[1] / "fixtures/cut/0b4a63b.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert '"version": 4' in (tmp_path / "cut/spec.json").read_text()
+    of_stores = {"a": tmp_path / "cut", "b": stores["input"]}
+    for name, store in of_stores.items():
+        train_baseline(
+            baseline_recipe(store, tmp_path / name, epochs=1, suffix={"lr": 1e-3}, batch_size=6)
+        )
+    models = [load_model(tmp_path / name / "last")[0].state_dict() for name in of_stores]
+    assert all(torch.equal(of, models[1][key]) for key, of in models[0].items())
+
+
 ALL: dict[str, Any] = {
     "size": {**SIZE, "dropout": 0.2},
     "ema": 0.9,
@@ -129,11 +191,11 @@ ALL: dict[str, Any] = {
 def test_a_stopped_student_whose_backbones_train_goes_on_exactly(
     stores: dict[str | None, Path], tmp_path: Path
 ) -> None:
-    """Its teacher, too, and its batch norms learn."""
-    train_teacher(teacher_recipe(stores[None], tmp_path / "teacher", epochs=1))
+    """Its teacher, too, and its batch norms learn; the teacher's backbones have trained before."""
+    train_teacher(teacher_recipe(stores["input"], tmp_path / "teacher", epochs=1))
     whole, parts = (
         student_recipe(stores["body"], tmp_path / "teacher", tmp_path / n,
-                       teacher_store=str(stores[None]), **ALL)
+                       teacher_store=str(stores["input"]), **ALL)
         for n in ("whole", "parts")
     )  # fmt: skip
     distill(whole)
@@ -201,15 +263,18 @@ def test_views_are_drawn_inside_of_the_picture_and_for_training_alone(
         train_baseline(body)
 
 
-@pytest.mark.slow
-def test_less_memory_changes_no_gradient(stores: dict[str | None, Path], tmp_path: Path) -> None:
-    settings = {"lr": 1e-2}
-    for name, more in (("a", {}), ("b", {"save_memory": True})):
+@pytest.mark.parametrize("cut", slow_unless({"body"}, ["body", "input"]))
+def test_less_memory_changes_no_weight_no_average_and_no_norm(
+    cut: str, stores: dict[str | None, Path], tmp_path: Path
+) -> None:
+    for name, save_memory in (("a", False), ("b", True)):
+        settings = {"lr": 1e-2, "freeze_norm": False, "save_memory": save_memory}
         recipe = baseline_recipe(
-            stores["input"], tmp_path / name, suffix={**settings, **more}, **FEW
+            stores[cut], tmp_path / name, suffix=settings, epochs=2, batch_size=6, ema=0.5
         )
         train_baseline(recipe)
-    assert torch.equal(*(says(tmp_path / name, stores["input"]) for name in ("a", "b")))
+    models = [load_model(tmp_path / name / "last")[0].state_dict() for name in ("a", "b")]
+    assert all(torch.equal(of, models[1][key]) for key, of in models[0].items())
 
 
 def test_a_suffix_runs_for_clips_whose_modality_is_let_through_and_for_no_other(

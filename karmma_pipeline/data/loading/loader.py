@@ -29,6 +29,7 @@ class Batch:
     tokens: modality to [B, N, D] as stored. scales: float16 [B, N, 1] for those in int8.
     present and mask: bool [B, M], what clips natively have and what is left after modality
     dropout. labels: head to int64 [B]. clip_index: int64 [B], the clips' place in the store.
+    frames: int64 [B, T], the rows that are taken of modalities of which more frames are stored.
     All lie on the CPU, with the cache on the device tokens and scales lie there.
     """
 
@@ -38,6 +39,7 @@ class Batch:
     labels: dict[str, Tensor]
     clip_index: Tensor
     scales: dict[str, Tensor] = field(default_factory=dict)
+    frames: dict[str, Tensor] = field(default_factory=dict)
     slot: Slot | None = field(default=None, repr=False)
 
     def tokens_on(self, device: torch.device) -> dict[str, Tensor]:
@@ -50,6 +52,9 @@ class Batch:
         for m, tokens in self.tokens.items():
             stored = [tokens, self.scales[m]] if m in self.scales else [tokens]
             on_device[m] = dense([copy_to(part, device, self.slot) for part in stored])
+        for m, frames in self.frames.items():
+            clips = torch.arange(len(frames), device=device)[:, None]
+            on_device[m] = on_device[m][clips, frames.to(device)]
         return on_device
 
     def rows(self, rows: slice) -> "Batch":
@@ -58,6 +63,7 @@ class Batch:
             self,
             tokens={m: t[rows] for m, t in self.tokens.items()},
             scales={m: t[rows] for m, t in self.scales.items()},
+            frames={m: t[rows] for m, t in self.frames.items()},
             present=self.present[rows],
             mask=self.mask[rows],
             labels={h: of[rows] for h, of in self.labels.items()},
@@ -79,6 +85,8 @@ class FeatureLoader:
         draw_masks: draws masks instead: an epoch's number to bool [indices, M].
         rows: draws the row of the store that is read of each of ``indices``: an epoch's number to
             int64 [indices]; None: these.
+        frames: draws which of them is taken where more frames are stored than a network takes: an
+            epoch's number to modality to int64 [indices, T]; None: all are handed out.
         threads: that gather ahead; 0 gathers when asked.
         ahead: batches that are gathered before they are asked for.
         rank, world_size: this process takes every ``world_size``-th clip of each batch; no
@@ -99,6 +107,7 @@ class FeatureLoader:
         order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         draw_masks: Callable[[int], npt.NDArray[np.bool_]] | None = None,
         rows: Callable[[int], npt.NDArray[np.int64]] | None = None,
+        frames: Callable[[int], dict[str, npt.NDArray[np.int64]]] | None = None,
         threads: int = 1,
         ahead: int = 2,
         rank: int = 0,
@@ -109,7 +118,7 @@ class FeatureLoader:
         self.store, self.indices = store, np.asarray(indices, np.int64)
         self.batch_size, self.seed, self.p = batch_size, seed, p
         self.shuffle, self.order, self._draw_masks = shuffle, order, draw_masks
-        self._rows = rows
+        self._rows, self._frames = rows, frames
         self.threads, self.ahead = threads, max(1, ahead)
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self._keys = clip_keys(store.names(self.indices))
@@ -152,11 +161,12 @@ class FeatureLoader:
     def _begin(self, epoch: int, start_batch: int) -> "_Stream":
         self.store.check_files()
         places, masks, rows = self.places(epoch), self.masks(epoch), self.rows(epoch)
+        frames = {} if self._frames is None else self._frames(epoch)
         parts = (
             places[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size]
             for b in range(start_batch, len(self))
         )
-        loads = (partial(self._load, part, masks, rows) for part in parts)
+        loads = (partial(self._load, part, masks, rows, frames) for part in parts)
         return _Stream((epoch, start_batch), loads, self.threads, self.ahead)
 
     def places(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -186,6 +196,7 @@ class FeatureLoader:
         places: npt.NDArray[np.int64],
         masks: npt.NDArray[np.bool_],
         rows: npt.NDArray[np.int64],
+        frames: dict[str, npt.NDArray[np.int64]],
     ) -> Batch:
         clips = rows[places]
         index = torch.from_numpy(clips)
@@ -201,6 +212,7 @@ class FeatureLoader:
             labels,
             index,
             {m: of[1] for m, of in parts.items() if len(of) > 1},
+            {m: torch.from_numpy(of.take(places, axis=0)) for m, of in frames.items()},
             slot,
         )
 

@@ -24,6 +24,8 @@ ORDER = 2**32 + 1
 _SIZE = 2**32 + 5
 #: Stream of `draws` that chooses a clip's view in an epoch.
 VIEW = 2**32 + 7
+#: Stream of `draws` that chooses which of a clip's stored frames an epoch takes.
+FRAMES = 2**32 + 8
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

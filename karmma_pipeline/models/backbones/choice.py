@@ -62,6 +62,12 @@ class BackboneChoice(Recipe):
         description="Frames T per clip; null: the network's default. Networks with a fixed\n"
         "number of frames accept multiples of it, computed in parts.",
     )
+    stored_frames: PositiveInt | None = Field(
+        None,
+        description="cut: input: frames that are stored of a clip, as many as `frames` or more. A\n"
+        "training takes other `frames` of them in each epoch, everything else the middle ones;\n"
+        "three times as many are best under sampling.mode uniform. null: `frames`.",
+    )
     size: PositiveInt | None = Field(
         None,
         description="Crop size in px; null: that of the weights' transform. The resize before\n"
@@ -119,6 +125,8 @@ class BackboneChoice(Recipe):
             )
         if self.cut is not None:
             self._check_cut(self.cut)
+        if self.stored_frames is not None and self.cut != INPUT:
+            raise ValueError(f"stored_frames={self.stored_frames}: is for cut: input; leave it out")
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no parameter names to map")
@@ -214,6 +222,11 @@ class BackboneChoice(Recipe):
         return self.frames or self.architecture.frames
 
     @property
+    def decoded_frames(self) -> int:
+        """Frames that are decoded of a clip: more than one input has where more are stored."""
+        return self.stored_frames or self.frame_count
+
+    @property
     def transform(self) -> FrameTransform:
         """Resize, crop and normalisation of video frames, at ``size``.
 
@@ -270,6 +283,17 @@ class BackboneChoice(Recipe):
         self._check_kind(architecture.kind, bool(architecture.audio))
         if architecture.fixed and architecture.kind == "video":
             self._check_fixed(architecture)
+        if self.stored_frames is None:
+            return
+        if architecture.kind != "video":
+            raise ConfigError(
+                f"stored_frames={self.stored_frames}: {self.name} takes no frames; leave it out."
+            )
+        if self.stored_frames < self.frame_count:
+            raise ConfigError(
+                f"stored_frames={self.stored_frames}: {self.name} takes {self.frame_count} frames; "
+                "store as many or more."
+            )
 
     def _check_kind(self, kind: Kind, own_audio: bool = False) -> None:
         if kind == "series":
@@ -366,7 +390,8 @@ class BackboneChoice(Recipe):
 
     def cut_at(self, cut: str | None) -> Self:
         """Return the choice with another cut, or without one."""
-        return self.model_copy(update={"cut": cut})
+        stored = self.stored_frames if cut == INPUT else None
+        return self.model_copy(update={"cut": cut, "stored_frames": stored})
 
     @property
     def stored_grid(self) -> tuple[int, ...]:
@@ -378,7 +403,8 @@ class BackboneChoice(Recipe):
         if self.cut is None:
             return self.grid
         if self.cut == INPUT:
-            return self.input_shape[1:2]  # frames, or the bands of one spectrogram
+            # Frames, or the bands of one spectrogram.
+            return (self.stored_frames or self.input_shape[1],)
         return self._activation[0]
 
     def stored_shape(self, modality: str = "") -> tuple[int, int]:
@@ -401,7 +427,7 @@ class BackboneChoice(Recipe):
         if kind == "image":
             return shape[1], shape[2]
         channels = {"audio": 1, "flow": 2}.get(modality, 3)
-        return shape[1], channels * math.prod(shape[2:])
+        return self.stored_frames or shape[1], channels * math.prod(shape[2:])
 
     @property
     def _activation(self) -> tuple[tuple[int, ...], int]:
@@ -439,9 +465,12 @@ def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
         "video": {"frames": shape[1], "size": shape[-1]},
     }
     kept = {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
+    kind = registry.find(facts["backbone"]).kind
     if "cut" in facts:
         kept["cut"] = facts["cut"]["before"]
-    kind = registry.find(facts["backbone"]).kind
+        stored = facts["cut"]["grid"][0]
+        if kept["cut"] == INPUT and kind == "video" and stored != shape[1]:
+            kept["stored_frames"] = stored
     return {"name": facts["backbone"], "tokens": facts["token_grid"], **kept, **of_input[kind]}
 
 

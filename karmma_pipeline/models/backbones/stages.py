@@ -12,7 +12,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones.layers import as_map
@@ -39,18 +38,16 @@ class Stages:
         frozen, _ = self.split(cut)
         return _run(_modules(net, frozen), x)
 
-    def after(self, net: nn.Module, cut: str, x: Tensor, save_memory: bool = False) -> Tensor:
+    def after(self, net: nn.Module, cut: str, x: Tensor) -> Tensor:
         """Return the map [B, D, t, h, w] of what goes into a stage.
 
         Args:
             net: the network; its stages before the cut are not looked at.
             cut: name of the stage.
             x: as `before` gives it.
-            save_memory: keep what lies between modules for the backward pass and no more; the rest
-                is computed again.
         """
         _, rest = self.split(cut)
-        y = _run(_modules(net, rest), x, save_memory)
+        y = _run(_modules(net, rest), x)
         return as_map(net, y.movedim(-1, 1) if self.channels_last else y, x)
 
     def split(self, cut: str) -> tuple[list[str], list[str]]:
@@ -93,7 +90,7 @@ def _modules(net: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
     return (net.get_submodule(path) for path in paths)
 
 
-def _run(modules: Iterable[nn.Module], x: Tensor, save_memory: bool = False) -> Tensor:
+def _run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     for module in modules:
-        x = checkpoint(module, x, use_reentrant=False) if save_memory else module(x)
+        x = module(x)
     return x

@@ -5,6 +5,7 @@ B clips in a batch, N rows of D numbers as a store holds them, N' tokens of widt
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.models.augment import RandomViews
 from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
+from karmma_pipeline.models.backbones.checkpointing import compute_again
 from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
-from karmma_pipeline.models.backbones.layers import Parts
 from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.watched import Blocks
+from karmma_pipeline.views import middle_frames
 
 #: The third channel of a picture of flow, which says nothing and is not stored.
 _NO_FLOW = 128
@@ -30,9 +33,6 @@ class Suffix(nn.Module):
 
     Args:
         choice: the network, with its cut.
-
-    Attributes:
-        save_memory: whether the backward pass computes anew what lies inside of modules.
     """
 
     def __init__(self, choice: BackboneChoice) -> None:
@@ -42,7 +42,6 @@ class Suffix(nn.Module):
         self.net = self.architecture.headless()
         if self.cut != INPUT:
             choice.stages.drop_before(self.net, self.cut)
-        self.save_memory = False
         self._moves: tuple[bool, bool] = (False, False)
         self.train(mode=False)
 
@@ -52,12 +51,24 @@ class Suffix(nn.Module):
         Args:
             freeze_norm: batch norms keep their statistics, scale and shift.
             stochastic: dropout and stochastic depth act as in the network's own training.
-            save_memory: see the class.
+            save_memory: the backward pass computes anew what lies inside of its stages or blocks.
         """
-        self.save_memory, self._moves = save_memory, (not freeze_norm, stochastic)
+        self._moves = not freeze_norm, stochastic
+        if save_memory:
+            for path in self.stages():
+                compute_again(self.net.get_submodule(path))
         for norm in self.norms():
             norm.requires_grad_(requires_grad=not freeze_norm)
         self.train(self.training)
+
+    def stages(self) -> list[str]:
+        """Return the paths of its stages or blocks; none if it is not made of such."""
+        named = self.architecture.feature_map
+        if self.cut != INPUT:
+            return self.choice.stages.split(self.cut)[1]
+        if isinstance(named, Stages):
+            return [*chain(*named.modules.values())]
+        return named.paths(self.net) if isinstance(named, Blocks) else []
 
     def norms(self) -> list[nn.Module]:
         """Return its batch norms, whose statistics depend on which clips share a pass."""
@@ -76,30 +87,26 @@ class Suffix(nn.Module):
     def forward(self, stored: Tensor, views: RandomViews | None = None) -> Tensor:
         """Turn what is stored [B, N, D] into the tokens of the whole network, [B, N', D'].
 
-        ``views``: of clips whose pictures are stored; see `takes_views`.
+        Args:
+            stored: rows; of more frames than the network takes all, or a window of them.
+            views: of clips whose pictures are stored; see `takes_views`.
         """
         if self.cut == INPUT:
+            if stored.shape[1] == self.choice.stored_frames:
+                stored = stored[:, middle_frames(stored.shape[1], self.choice.frame_count)]
             x = prepare(self.choice, self._input(stored))
             if views is not None:
                 is_flow = stored.shape[2] == 2 * math.prod(self.choice.input_shape[-2:])
                 x = views.apply(x, self.choice.transform, is_flow)
-            return pooled(self.choice, self._parts(x))
+            return pooled(self.choice, self.architecture.parts(self.net, x))
         of_net = self.choice.stages
         x = of_net.of_tokens(stored.float(), self.choice.stored_grid)
-        save_memory = self.save_memory and torch.is_grad_enabled()
-        made = of_net.after(self.net, self.cut, x, save_memory)
+        made = of_net.after(self.net, self.cut, x)
         return pooled(self.choice, self.architecture.kept(made))
 
     def takes_views(self, stored: Tensor) -> bool:
         """Tell whether pictures are stored, which may be seen in random views."""
         return self.cut == INPUT and stored.dtype == torch.uint8
-
-    def _parts(self, x: Tensor) -> Parts:
-        """Run the whole network, stage by stage where it has some and memory is to be saved."""
-        named = self.architecture.feature_map
-        if not (self.save_memory and torch.is_grad_enabled() and isinstance(named, Stages)):
-            return self.architecture.parts(self.net, x)
-        return Parts(named.after(self.net, next(iter(named.modules)), x, save_memory=True))
 
     def _input(self, stored: Tensor) -> Tensor:
         """Turn rows into what the decoder gave."""

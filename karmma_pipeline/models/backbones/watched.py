@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones.layers import Parts, Reached, block_paths
@@ -54,11 +53,15 @@ class Blocks:
         """
         x = in_passes(torch.empty(1, *shape, device="meta"), frames)
         calls, end = _watch(net, lambda: self.call(net, x))
-        blocks = [path for path in self.names or block_paths(net) if path in calls]
+        blocks = [path for path in self.paths(net) if path in calls]
         chain = {path: calls[path] for path in _chain(blocks, calls, end)}
         last = getattr(net, "output_fmt", "") == "NHWC"
         last |= any(call.given.dim() == 3 for call in chain.values())
         return Chain(self, chain, tuple(x.shape[1:]), frames, len(x), last)
+
+    def paths(self, net: nn.Module) -> list[str]:
+        """Return the paths of the blocks; none if they are in no list."""
+        return [*self.names] or block_paths(net)
 
 
 class _Call(NamedTuple):
@@ -121,16 +124,12 @@ class Chain:
             return torch.unflatten(made, 0, (len(x), -1))
         raise ConfigError(f"cut={cut!r}: {type(net).__name__} does not reach this module.")
 
-    def after(self, net: nn.Module, cut: str, x: Tensor, save_memory: bool = False) -> Parts:
+    def after(self, net: nn.Module, cut: str, x: Tensor) -> Parts:
         """Return the map of what goes into a stage, [B, P, ...]; see `Stages.after`."""
         y: Any = x.flatten(0, 1)
         for path in self.split(cut)[1]:
             module, call = net.get_submodule(path), self.modules[path]
-            y = _first(y)
-            if save_memory:
-                y = checkpoint(module, y, *call.rest, use_reentrant=False, **call.named)
-            else:
-                y = module(y, *call.rest, **call.named)
+            y = module(_first(y), *call.rest, **call.named)
         seen = torch.empty(len(x) * self.parts, *self.shape, device="meta")
         made = self.blocks.finish(net, y, seen)
         return of_passes(made if isinstance(made, Parts) else Parts(made), self.parts)
