@@ -282,9 +282,9 @@ def test_two_networks_for_sound_hear_one_clip_each_as_its_library_does(
         file.writeframes((rng.normal(0, 3000, 48_000)).astype("<i2").tobytes())
     wanted, processors = [], []
     for family in ("AST", "ClapAudio"):
-        name, settings, processor_name, of_processor = SOUNDS[family]
+        name, config, processor_name, of_processor = SOUNDS[family]
         processors.append(getattr(transformers, processor_name)(**of_processor))
-        saved(transformers, tmp_path / family, name, settings, processors[-1])
+        saved(transformers, tmp_path / family, name, config, processors[-1])
         wanted.append(input_spec("audio", BackboneChoice(name=f"hf:{tmp_path / family}")))
     source = FileSource(tmp_path / "sound.wav")
     clip = Clip("c", {"audio": source}, 0.25, 0.65, {}, "train")
