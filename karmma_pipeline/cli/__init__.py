@@ -23,7 +23,7 @@ from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     # Click keeps the line breaks of a paragraph that a backspace opens.
     epilog="""\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
