@@ -294,7 +294,7 @@ def _head_columns(
             raise ManifestError(
                 f"{path}: unknown column {column!r}; did you mean "
                 f"{reserved}{' (seconds)' if reserved in TIMES else ''}? "
-                f"{'Write seconds into it and call' if other else 'Call'} it that, "
+                f"{'Convert it to seconds and rename' if other else 'Rename'} it, "
                 f"{_OR_ELSE.format(_NAMING.format(path, column))}"
             )
         if "start" in columns and "stop" not in columns and _LENGTH.fullmatch(_plain(column)):

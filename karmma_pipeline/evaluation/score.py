@@ -25,7 +25,7 @@ from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 
 Bools = npt.NDArray[np.bool_]
-_MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
+_MEMORY_NOTE = "Peak memory: one clip, float32, in a separate process. "
 _NO_LABELS = (
     "No clip of this split has a label; only logits and submission files are written, no "
     "accuracies."

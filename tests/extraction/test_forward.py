@@ -271,7 +271,7 @@ def test_a_store_keeps_to_the_choice_that_its_first_run_made(
         extract(make_recipe(clips, precision="bfloat16"))
 
 
-def test_a_clip_lost_to_an_error_leaves_the_batches_of_the_others_alone(tmp_path: Path) -> None:
+def test_a_clip_lost_to_an_error_set compiles_the_batches_of_the_others_alone(tmp_path: Path) -> None:
     """A decoder's bad day must not change the bytes of other clips; what was never there may."""
     recipe = make_recipe(tmp_path, precision="float32", layout="contiguous", batch_size=4)
     networks = Networks(recipe)
@@ -304,7 +304,7 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", broken)
     one = network(S3D, ComputeConfig(compile=True))
     with pytest.raises(
-        ConfigError, match=r"compile=true: .* s3d here \(no C\+\+ compiler\); leave"
+        ConfigError, match=r"compile=true: .* s3d \(no C\+\+ compiler\); set compile"
     ):
         one.tokens(example(input_spec("rgb", BackboneChoice(**S3D)), 1))
 
