@@ -271,7 +271,7 @@ def test_a_store_keeps_to_the_choice_that_its_first_run_made(
         extract(make_recipe(clips, precision="bfloat16"))
 
 
-def test_a_clip_lost_to_an_error_set compiles_the_batches_of_the_others_alone(tmp_path: Path) -> None:
+def test_a_clip_lost_to_an_error_leaves_the_batches_of_the_others_alone(tmp_path: Path) -> None:
     """A decoder's bad day must not change the bytes of other clips; what was never there may."""
     recipe = make_recipe(tmp_path, precision="float32", layout="contiguous", batch_size=4)
     networks = Networks(recipe)
