@@ -1,4 +1,4 @@
-"""The ``karmma`` command: load a recipe, call one function, say where the result lies.
+"""The ``karmma`` command: load a recipe, call a function, print where the result is.
 
 Stages are imported inside the commands, so that ``karmma --help`` answers at once.
 """

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one sentence, options, recipes and checks before the work."""
+"""Shared by the commands: one-line errors, options, recipes and checks before the work starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips, where their media lie, lists of them, and the CSV in which anybody can write such a list.
+"""Clips, their media, and manifests in CSV.
 
 Every data set is turned into a `Manifest` before anything is decoded. Columns of the CSV:
 ``clip_id, video, start, stop``, one per label set, ``split``, ``group`` (such as the
