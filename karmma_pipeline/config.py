@@ -164,7 +164,7 @@ def build(model: type[R], tree: dict[str, Any], where: str, overrides: Sequence[
             faults.setdefault(at, []).append(reason)
         # Of a union each member has a reason of its own.
         told = "; ".join(f"{at}: {', or '.join(reasons)}" for at, reasons in faults.items())
-        raise ConfigError(f"{where}: {told}.") from None
+        raise ConfigError(f"{where}: {told}{'' if told.endswith('?') else '.'}") from None
 
 
 def _take_version(model: type[Recipe], tree: dict[str, Any], where: str, without: int) -> int:

@@ -1,4 +1,4 @@
-"""Who writes into a folder: one rule for all commands, on any file system, across machines.
+"""Locks on folders, for all commands, on any file system, across machines.
 
 A lock is a file that names its holder. It needs no locks of the system, which network disks lack
 or keep to one machine (NFS, Lustre): of several processes that link a file to one name, one wins.

@@ -1,4 +1,4 @@
-"""Modalities: their names, their order, their subsets, and why one may be absent.
+"""Modalities: names, order, subsets, and reasons for absence.
 
 Nothing here assumes that there are three. ``rgb``, ``flow`` and ``audio`` are the
 paper's for EPIC-KITCHENS-100, ``boxes`` stand in for sound in Something-Something V2; a store

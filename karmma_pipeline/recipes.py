@@ -1,4 +1,4 @@
-"""Which recipe belongs to which command, and recipes of a whole project that fit each other.
+"""The recipe model of each command, and matching recipes for a whole project.
 
 Nothing heavy is imported before it is asked for.
 """

@@ -1,4 +1,4 @@
-"""Views of a clip: windows of its time and crops of its pictures, each extracted by itself.
+"""Views of a clip: temporal windows and spatial crops, each extracted separately.
 
 Views are rows of a store: those of a clip follow one another, window by window and in each crop by
 crop, and a row is called ``CLIP.v0``, ``CLIP.v1``, ... A store without views has a row per clip.

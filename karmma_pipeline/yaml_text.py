@@ -1,4 +1,4 @@
-"""YAML as recipes use it: read safely, without the guesses of YAML 1.1, and written so again."""
+"""YAML of recipes: safe, without the implicit conversions of YAML 1.1, for reading and writing."""
 
 import re
 from typing import Any

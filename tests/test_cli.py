@@ -256,10 +256,28 @@ def test_a_folder_without_rights_is_told_before_torch(folder: Path) -> None:
     assert ended == "1 []"
 
 
-def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("trian", "train-"), ("extarct", "extract"), ("store verfy", "verify")]
+)
+def test_an_unknown_command_is_answered_with_the_nearest(wrong: str, right: str) -> None:
+    result = run(*wrong.split())
+    assert result.exit_code == 2
+    assert f"Did you mean '{right}" in result.output
+
+
+def test_help_uses_a_wide_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "karmma_pipeline.cli", "extract", "--help"],
+        env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert 80 < max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("words", ["init train-teacher", "--help", "store info --help"])
+def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "karmma_pipeline.cli", "init", "train-teacher"],
+            [sys.executable, "-m", "karmma_pipeline.cli", *words.split()],
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1

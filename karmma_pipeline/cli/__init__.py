@@ -1,29 +1,33 @@
-"""The ``karmma`` command: load a recipe, call one function, say where the result lies.
+"""The ``karmma`` command: load a recipe, call a function, print where the result is.
 
 Stages are imported inside the commands, so that ``karmma --help`` answers at once.
 """
 
 import sys
 
-import click
+try:
+    import click
 
-from karmma_pipeline import __version__
-from karmma_pipeline.cli.batch import status, submit, sweep
-from karmma_pipeline.cli.demo import demo, sample
-from karmma_pipeline.cli.evaluate import costs, evaluate
-from karmma_pipeline.cli.export import export
-from karmma_pipeline.cli.extract import backbones, extract, plan
-from karmma_pipeline.cli.init import init
-from karmma_pipeline.cli.live import live
-from karmma_pipeline.cli.options import Commands
-from karmma_pipeline.cli.predict import predict
-from karmma_pipeline.cli.store import store
-from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
+    from karmma_pipeline import __version__
+    from karmma_pipeline.cli.batch import status, submit, sweep
+    from karmma_pipeline.cli.demo import demo, sample
+    from karmma_pipeline.cli.evaluate import costs, evaluate
+    from karmma_pipeline.cli.export import export
+    from karmma_pipeline.cli.extract import backbones, extract, plan
+    from karmma_pipeline.cli.init import init
+    from karmma_pipeline.cli.live import live
+    from karmma_pipeline.cli.options import Commands
+    from karmma_pipeline.cli.predict import predict
+    from karmma_pipeline.cli.store import store
+    from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
+except KeyboardInterrupt:  # Ctrl-C at once: before `main`, which says the same, is there
+    sys.stderr.write("Error: stopped by SIGINT; run the same command again to resume.\n")
+    sys.exit(75)
 
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     # Click keeps the line breaks of a paragraph that a backspace opens.
     epilog="""\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many

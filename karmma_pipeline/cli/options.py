@@ -1,7 +1,8 @@
-"""What the commands share: errors as one sentence, options, recipes and checks before the work."""
+"""Shared by the commands: one-line errors, options, recipes and checks before the work starts."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import shlex
@@ -59,12 +60,39 @@ class Commands(click.Group):
         except OSError as error:
             if error.filename is not None and error.strerror:
                 raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
-            # What commands write to files names its file; this is standard output.
-            if error.errno != errno.ENOSPC:
-                raise
-            raise click.ClickException(
-                f"the output could not be written ({os.strerror(error.errno)})."
-            ) from None
+            _raise_if_full(error)
+            raise
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse the command line; ``--help`` and ``--version`` print here already."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except OSError as error:
+            _raise_if_full(error)
+            raise
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name is answered with the nearest one."""
+        names = {part: name for name in self.commands for part in (name.split("-")[0], name)}
+        near = difflib.get_close_matches(args[0], names, 1)
+        if args[0] not in self.commands and near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {names[near[0]]!r}?")
+        return super().resolve_command(ctx, args)
+
+
+def _raise_if_full(error: OSError) -> None:
+    """What commands write to files names its file; an error without one is standard output's."""
+    if error.errno == errno.ENOSPC:
+        text = f"the output could not be written ({os.strerror(error.errno)})."
+        raise click.ClickException(text) from None
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))

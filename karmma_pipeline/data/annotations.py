@@ -1,4 +1,4 @@
-"""Annotation files as people publish them: CSV tables and JSON, read with every fault named.
+"""Annotation files: CSV tables and JSON, with precise error messages.
 
 A fault is said with its file, its line (or entry) and its column, the first ten at once.
 """

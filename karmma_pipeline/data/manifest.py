@@ -1,4 +1,4 @@
-"""Clips, where their media lie, lists of them, and the CSV in which anybody can write such a list.
+"""Clips, their media, and manifests in CSV.
 
 Every data set is turned into a `Manifest` before anything is decoded. Columns of the CSV:
 ``clip_id, video, start, stop``, one per label set, ``split``, ``group`` (such as the
@@ -294,7 +294,7 @@ def _head_columns(
             raise ManifestError(
                 f"{path}: unknown column {column!r}; did you mean "
                 f"{reserved}{' (seconds)' if reserved in TIMES else ''}? "
-                f"{'Write seconds into it and call' if other else 'Call'} it that, "
+                f"{'Convert it to seconds and rename' if other else 'Rename'} it, "
                 f"{_OR_ELSE.format(_NAMING.format(path, column))}"
             )
         if "start" in columns and "stop" not in columns and _LENGTH.fullmatch(_plain(column)):

@@ -41,7 +41,7 @@ class Sensor(Recipe):
         None,
         description="Name of the array in a MAT, HDF5 or NPZ file; null: its only numeric array.",
     )
-    axis: int = Field(0, description="Axis of time in an array; the others are channels.")
+    axis: int = Field(0, description="Time axis of an array; all other axes are channels.")
     time: Column | None = Field(
         None,
         description="Timestamps: a column by name or index, or another array of the file.\n"

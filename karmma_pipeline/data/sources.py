@@ -1,4 +1,4 @@
-"""Where the media of clips lie: a source per modality, which says where and never how.
+"""Sources: where the media of each modality of a clip are.
 
 Reading is the extraction's business. All sources are hashable and picklable, so that clips travel
 to decode processes.

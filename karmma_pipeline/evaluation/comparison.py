@@ -51,8 +51,8 @@ def group_by_name(cards: Sequence[tuple[Path, str, ModelCard]]) -> dict[str, lis
         first, _, other = cards[methods.setdefault(name, [number])[0]]
         if other.kind != card.kind:
             raise ConfigError(
-                f"runs {first} and {path} are both called {name!r}, but one is a {other.kind} "
-                f"and one a {card.kind}; rename one with `names`."
+                f"runs {first} and {path} both have the name {name!r}, but one is a "
+                f"{other.kind} and one a {card.kind}; rename one with `names`."
             )
         if (there := seen.setdefault((name, seed), number)) != number:
             same = cards[there][2].weights_sha256 == card.weights_sha256

@@ -142,8 +142,9 @@ class Robustness(Recipe):
     """One test beyond independent drops."""
 
     kind: Literal["missing", "pattern", "stale"] = Field(
-        description="missing: one modality is; pattern: what a list says is; stale: one modality's "
-        "tokens are those of the clip before, of the same group."
+        description="missing: one modality is absent; pattern: modalities listed in a CSV are\n"
+        "absent; stale: one modality repeats the tokens of the previous clip of the same\n"
+        "group."
     )
     what: str = Field(description="The modality, or the name of the list.")
     points: tuple[RobustnessPoint, ...] = Field(description="In the order of the recipe.")

@@ -27,7 +27,7 @@ from karmma_pipeline.store import TokenSource
 from karmma_pipeline.store.spec import ClipNumbers
 
 Bools = npt.NDArray[np.bool_]
-_MEMORY_NOTE = "Peak memory: one clip, float32, in a process of its own. "
+_MEMORY_NOTE = "Peak memory: one clip, float32, in a separate process. "
 _NO_LABELS = (
     "No clip of this split has a label; only logits and submission files are written, no "
     "accuracies."

@@ -1,4 +1,4 @@
-"""What an extraction makes again: clips whose files have changed, and those that it is asked for.
+"""Clips to extract again: those with changed files, and those selected by --retry.
 
 What was read of each clip lies in its note beside the stores (see `tables`): its span, and of each
 source the path, the size and digests of its first and last MiB. A source is another one if these

@@ -1,4 +1,4 @@
-"""Whole shards shared out among the tasks of an array, and what is still to do."""
+"""Assignment of shards to array tasks, and the remaining work."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

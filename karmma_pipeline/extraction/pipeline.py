@@ -1,4 +1,4 @@
-"""Extraction from manifest to stores: decode ahead, run the backbones, append, commit.
+"""Extraction from manifest to stores: prefetch, run the backbones, append, commit.
 
 One stream over all shards: decode processes, a thread that collates batches, the networks and a
 thread that writes work at the same time, with a bounded number of clips between them.

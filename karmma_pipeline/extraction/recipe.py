@@ -1,4 +1,4 @@
-"""The recipe of an extraction: clips, moments of them, networks, store; and reading its clips."""
+"""The recipe of an extraction: clips, sampling, backbones, store; and reading its clips."""
 
 import difflib
 import logging

@@ -1,4 +1,4 @@
-"""What an extraction did and where its time went: the bar, the closing lines, extract.json."""
+"""Progress and summary of an extraction: the bar, the closing lines, extract.json."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The tables beside the stores of an extraction: what failed and why, and what media were read.
+"""Tables next to the stores of an extraction: failures with reasons, and media that were read.
 
 Stores keep a reason per clip and modality and no more. The rest is noted in a file per shard
 before the shard's clips are stored, and becomes a table when all shards are there.

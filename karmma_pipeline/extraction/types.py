@@ -1,4 +1,4 @@
-"""What crosses the seams of an extraction, and the rule by which a moment names a frame.
+"""Types that the parts of an extraction exchange, and the rule that maps a time to a frame.
 
 Naming one of these types imports no decoder: libraries that open media are the business of
 `media` and `decode` alone. Nor does it import torch, so that a process which only opens media

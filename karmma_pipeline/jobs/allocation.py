@@ -1,4 +1,4 @@
-"""What a batch system gave this job: its part of the work, its CPUs and its memory.
+"""Resources of a job under a batch system: its part of the work, CPUs and memory.
 
 A machine's own size misleads on shared nodes: threads that outnumber the job's CPUs spin for
 one another, and a process that outgrows the cgroup is killed silently. So a job's limits are the

@@ -1,4 +1,4 @@
-"""Pools of worker processes that may be ended at any moment, also while one of them starts.
+"""Pools of worker processes that can be stopped at any time, even during their start.
 
 A spawned process is Python's own before it is ours: until it has unpickled what it is to do, it
 dies of a signal, or of a semaphore that is gone, with a traceback on the terminal, which looks like

@@ -1,4 +1,4 @@
-"""When to stop: signals of the batch system become a flag that loops look at."""
+"""Stopping: signals set a flag that loops check."""
 
 import multiprocessing
 import os

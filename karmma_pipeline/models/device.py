@@ -1,4 +1,4 @@
-"""Where networks run."""
+"""Selection of the device."""
 
 import platform
 

@@ -223,9 +223,9 @@ class _MediaWriter:
             return
         what = "video" if modality in _PICTURES else "audio"
         if what == "video" and not kind.endswith(("Image", "CompressedImage")):
-            raise _wrong(modality, self._of[modality], kind, "pictures")
+            raise _wrong(modality, self._of[modality], kind, "images")
         if what == "audio" and "Audio" not in kind:
-            raise _wrong(modality, self._of[modality], kind, "sound")
+            raise _wrong(modality, self._of[modality], kind, "audio")
         if self._file is None:
             self._waiting.append((what, at_s, message))
             needed = {"video" if m in _PICTURES else "audio" for m in self._of if m in _MEDIA}

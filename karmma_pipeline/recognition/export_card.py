@@ -79,10 +79,10 @@ def _what(card: ExportCard) -> str:
     modalities = ", ".join(canonical(card.model.modalities))
     return (
         f"A {card.model.kind} for action recognition from {modalities}, any of which may be "
-        "missing. Exported by `karmma export` of karmma-pipeline (after KARMMA, arXiv 2504.08578) "
-        f"as ONNX, opset {card.opset}: a file per backbone, run only if its modality is there, and "
-        "`fusion.onnx`, which takes the tokens of all modalities and a mask. `export.json` has "
-        "classes, front ends, sampling and the SHA-256 of each file."
+        "missing. Exported by `karmma export` of karmma-pipeline (after KARMMA, arXiv "
+        f"2504.08578) as ONNX, opset {card.opset}: a file per backbone, run only if its "
+        "modality is there, and `fusion.onnx`, which takes the tokens of all modalities and a "
+        "mask. `export.json` has classes, front ends, sampling and the SHA-256 of each file."
     )
 
 

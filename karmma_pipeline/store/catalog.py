@@ -1,4 +1,4 @@
-"""The list of clips of a store: made once before any job writes, the same for all of them."""
+"""The clips of a store: fixed before any job writes, and the same for all jobs."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

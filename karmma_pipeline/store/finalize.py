@@ -1,4 +1,4 @@
-"""Joins the shards of all jobs into a store that knows its clips without opening its shards."""
+"""Finalizes a store: combines the shards of all jobs and writes the clip table."""
 
 import hashlib
 import shutil

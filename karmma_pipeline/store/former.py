@@ -1,4 +1,4 @@
-"""A committed shard of which clips are made again: what it was until the new one replaces it.
+"""A committed shard whose clips are extracted again, until the new one replaces it.
 
 Its commit record moves into the spool, by one rename: from then on the shard counts as missing, and
 whatever is killed, the next run goes on with it. Its files stay, for the clips that are not made

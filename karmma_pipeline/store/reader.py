@@ -1,4 +1,4 @@
-"""Opens a complete store and gathers batches out of memory-mapped shards."""
+"""Opens a complete store and reads batches from memory-mapped shards."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What the loader and the trainings need of a store, whichever kind it is.
+"""The interface of stores for the loader and training.
 
 Torch is imported where tensors are made: to look at a store must not take seconds.
 """

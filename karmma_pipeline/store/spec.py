@@ -1,4 +1,4 @@
-"""What a feature store is made of: its modalities, label space and list of clips."""
+"""Specification of a feature store: modalities, label space and clips."""
 
 import math
 from collections.abc import Mapping

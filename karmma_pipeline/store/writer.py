@@ -1,4 +1,4 @@
-"""Writes one shard so that a job killed at any byte goes on and ends with the same bytes.
+"""Writes a shard; a killed job resumes at any point and ends with the same bytes.
 
 Tokens are appended to one spool per modality; after them a journal record with their
 checksum. What counts after a kill is the longest journal prefix whose tokens are whole.

@@ -163,7 +163,9 @@ def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
 
 
 def test_times_in_other_units_are_to_be_written_in_seconds(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"'start_frame'; .*Write seconds into it and call it"):
+    with pytest.raises(
+        ManifestError, match=r"'start_frame'; .*Convert it to seconds and rename it"
+    ):
         read(tmp_path, "clip_id,video,start_frame,stop,verb\na,v.mp4,0,1,x\n")
 
 

@@ -146,7 +146,7 @@ def test_random_clips_get_their_own_pictures_and_sound(
     ("begin", "what"),
     [
         (b"", "an empty file"),
-        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture: .*column frames"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "an image: .*column frames"),
         (b"PK\x03\x04\x14", "an archive: unpack it"),
         (b"\n<!DOCTYPE html><html>404", "a web page: download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ".*git lfs pull"),

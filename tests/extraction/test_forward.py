@@ -304,7 +304,7 @@ def test_a_compiler_that_fails_is_named_in_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", broken)
     one = network(S3D, ComputeConfig(compile=True))
     with pytest.raises(
-        ConfigError, match=r"compile=true: .* s3d here \(no C\+\+ compiler\); leave"
+        ConfigError, match=r"compile=true: .* s3d \(no C\+\+ compiler\); set compile"
     ):
         one.tokens(example(input_spec("rgb", BackboneChoice(**S3D)), 1))
 

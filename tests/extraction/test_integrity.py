@@ -137,7 +137,7 @@ def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
     }
     for name in ("pictures", "fine.tar", "open.tar"):
         assert (found[name].ends or {})["video"] == pytest.approx(1.1)
-    assert found["none"].detail == f"no {NAME}; it holds no pictures"
+    assert found["none"].detail == f"no {NAME}; it contains no images"
     assert 0.3 < ((found["cut.tar"].ends or {})["video"] or 0) < 0.9
 
 
@@ -145,8 +145,8 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
     (tmp_path / "P01_03.Mp4").touch()
     (tmp_path / "P01_01.MP4").mkdir()
     for name, said in (
-        ("P01_03.MP4", "there is P01_03.Mp4"),
-        ("P01_03.MOV", "there is P01_03.Mp4"),
+        ("P01_03.MP4", "did you mean P01_03.Mp4?"),
+        ("P01_03.MOV", "did you mean P01_03.Mp4?"),
         ("P01_01.MP4", "it is a folder, not a file"),
         ("gone/v.mp4", f"no such folder: {tmp_path / 'gone'}"),
         ("other.mp4", ""),

@@ -135,7 +135,7 @@ def test_decord_is_refused_where_it_would_give_other_pictures(tmp_path: Path) ->
     plain = MediaFile(whole, decoder="decord")
     assert read_counter(plain.frames(np.array([2.01]))[0][0]) == 50
     odd = {
-        "clean entry": copied(tmp_path / "cut.mp4", whole, shown_from=33),
+        "every key frame is exact": copied(tmp_path / "cut.mp4", whole, shown_from=33),
         "earlier frames": encode(tmp_path / "r.mp4", "libx264", bf="0", **REFRESH),
     }
     for why, path in odd.items():

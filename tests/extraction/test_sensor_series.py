@@ -216,7 +216,7 @@ def broken(name: str, folder: Path) -> tuple[Path, dict[str, Any], tuple[float, 
     [
         ("hole", Reason.GAP, "no sample from 2.990 s to 3.410 s"),
         ("nan", Reason.GAP, "NaN from 2.990 s to 3.400 s"),
-        ("back", Reason.BAD_CLOCK, "sample 401: time 3.5 s after 3.99 s"),
+        ("back", Reason.BAD_CLOCK, "sample 401: timestamp 3.5 s after 3.99 s"),
         ("twice", Reason.BAD_CLOCK, "sample 401: timestamp 3.99 s after 3.99 s"),
         ("rate", Reason.BAD_CLOCK, "100 Hz by its timestamps from 0.000 s on, not 90"),
         ("drift", Reason.BAD_CLOCK, "83.33 Hz by its timestamps"),
@@ -283,7 +283,7 @@ def test_hostile_and_damaged_files_cost_their_modality_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time": None}, "set time (the column of timestamps) or source_hz"),
+        ({"time": None}, r"set time \(the column of timestamps\) or source_hz"),
         ({"channels": ["a", "a"]}, "duplicate channel"),
         ({"centre": [0, 7]}, "the 2 channels are split into points"),
         ({"channels": []}, "name at least one"),

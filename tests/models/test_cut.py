@@ -62,10 +62,10 @@ def test_torchvisions_own_modules_are_the_stages_in_its_own_order() -> None:
 
 def test_what_cannot_be_cut_says_where_it_could_be() -> None:
     swin = BackboneChoice.model_validate({**small("swin3d_t"), "cut": "layer4"})
-    with pytest.raises(ConfigError, match=r"cut=.layer4.: allowed are input, stage1, .*, norm"):
+    with pytest.raises(ConfigError, match=r"cut=.layer4.: allowed: input, stage1, .*, norm"):
         swin.stored_shape()
     mvit = BackboneChoice.model_validate({"name": "mvit_v2_s", "cut": "stage4"})
-    with pytest.raises(ConfigError, match=r"cut=.stage4.: allowed are input, blocks\.0, .*\.15\."):
+    with pytest.raises(ConfigError, match=r"cut=.stage4.: allowed: input, blocks\.0, .*\.15\."):
         mvit.stored_shape()
     own = BackboneChoice.model_validate(
         {"name": "support.live:video_net", "weights": "random:1", "cut": "body"}

@@ -204,5 +204,5 @@ def test_a_wrong_key_map_is_found_when_the_recipe_is_read(
 def test_a_key_map_that_gives_one_name_twice_is_refused(tmp_path: Path) -> None:
     torch.save({"a1": torch.zeros(1), "a2": torch.zeros(1)}, tmp_path / "w.pt")
     choice = BackboneChoice(**SHAPES, weights=str(tmp_path / "w.pt"), key_map=((r"\d", ""),))
-    with pytest.raises(CheckpointError, match="'a1' and 'a2' the same name 'a'"):
+    with pytest.raises(CheckpointError, match="maps both 'a1' and 'a2' to 'a'"):
         Backbone(choice)

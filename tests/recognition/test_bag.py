@@ -151,8 +151,8 @@ def test_the_clock_of_the_recording_is_another(tmp_path: Path) -> None:
     [
         ((), r"select topics .* it has /camera \(sensor_msgs/msg/Image, 30 messages\); /imu"),
         (("rgb=/front",), r"rgb=/front: .*no such topic; it has /camera"),
-        (("rgb=/imu",), "sensor_msgs/msg/Imu holds no pictures"),
-        (("audio=/camera",), "sensor_msgs/msg/Image holds no sound"),
+        (("rgb=/imu",), "sensor_msgs/msg/Imu does not contain images"),
+        (("audio=/camera",), "sensor_msgs/msg/Image does not contain audio"),
         (
             ("imu=/imu",),
             r"takes 2 channels, the message has 3 numeric fields; choose some as /imu:FIELD",

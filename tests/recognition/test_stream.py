@@ -236,7 +236,7 @@ def test_a_clock_that_goes_back_begins_anew(recognizer: Recognizer) -> None:
         (lambda r: r.stream().push("imu", 0, np.zeros(3)), "sensors are rgb and audio"),
         (lambda r: r.stream().push("rgb", 0, np.zeros((4, 4), np.uint8)), r"\[H, W, 3\]"),
         (lambda r: r.stream().push("rgb", 0, np.zeros((4, 4, 1), np.uint8)), r"\(4, 4, 1\)"),
-        (lambda r: r.stream().push("audio", 0, np.zeros(3, np.int16)), r"float32 \[S\]"),
+        (lambda r: r.stream().push("audio", 0, np.zeros(3, np.int16)), r"float32 array \[S\]"),
         (lambda r: r.stream().push("audio", 0, np.zeros((3, 2), np.float32)), "mono"),
         (lambda r: r.stream().switch("imu", on=True), "the model takes rgb, flow, audio"),
         (lambda r: r.stream().step(float("nan")), "seconds on the sensors' clock"),

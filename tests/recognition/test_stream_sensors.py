@@ -169,7 +169,7 @@ def test_what_is_kept_is_a_window_and_what_its_filter_needs(recognizer: Recogniz
     [
         (lambda r: r.stream().push("gaze", 0, np.zeros(2)), "sensors are rgb, audio and imu"),
         (lambda r: r.stream().push("imu", 0, np.zeros(2)), r"expected \[3\] values"),
-        (lambda r: r.stream().push("imu", np.zeros(4), np.zeros((5, 3))), r"\(5, 3\) of \(4,\)"),
+        (lambda r: r.stream().push("imu", np.zeros(4), np.zeros((5, 3))), r"\(5, 3\) for \(4,\)"),
         (lambda r: r.stream().push("imu", 0, ["x", "y", "z"]), "expected numbers"),
         (lambda r: r.stream().push("audio", np.zeros(4), np.zeros(4)), "a single time"),
         (lambda r: r.stream(limits={"gaze": (0, 1)}), "limits: 'gaze'.* the model has imu"),

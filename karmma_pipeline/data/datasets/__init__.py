@@ -1,4 +1,4 @@
-"""Data sets as they are published: each recipe section names one, each module reads one."""
+"""Published data sets: a recipe section and a reader for each."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

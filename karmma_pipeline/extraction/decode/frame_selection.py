@@ -1,4 +1,4 @@
-"""Which moments of a clip a network sees, and their frames: each is decoded once for all.
+"""Selects the frames of a clip for each backbone; each frame is decoded once.
 
 T frames, h and w the network's input size.
 """

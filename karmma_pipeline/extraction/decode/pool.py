@@ -1,4 +1,4 @@
-"""Decoding in processes that may hang, crash or be killed: each costs its clip, never the run."""
+"""Pool of decode processes: a process that hangs or crashes costs its clip, never the run."""
 
 from __future__ import annotations
 

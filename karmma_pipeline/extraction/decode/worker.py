@@ -1,4 +1,4 @@
-"""What a decode process does: clips of one video in, network inputs in shared memory out.
+"""A decode process: clips of one video in, network inputs in shared memory out.
 
 Every frame of a clip is decoded once, for RGB and flow, every network and every backbone set.
 The memory is anonymous: it has no name that a killed run could leave behind, and no limit but

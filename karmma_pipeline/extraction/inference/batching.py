@@ -1,4 +1,4 @@
-"""Batches of clips on their way: planned, collated, prefetched, and written in the background.
+"""Batches of clips: planned, collated, prefetched, and written in the background.
 
 B clips in a batch. Where a clip lies in its shard decides with which others it is computed,
 so that a run that was killed and goes on writes the same bytes as one that was not.

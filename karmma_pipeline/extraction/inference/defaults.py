@@ -1,4 +1,4 @@
-"""How a network computes where the recipe leaves it open: a rule, or what a store has recorded.
+"""Default compute settings of a backbone: by a rule, or as recorded in the store.
 
 The rule looks at the network, the recipe and the kind of the device; at no clock and at no free
 memory. So parts of an extraction that start at the same time on different machines come to the

@@ -1,4 +1,4 @@
-"""One frozen network on one device, computing in the way that was settled for it."""
+"""Runs a frozen backbone on a device with fixed compute settings."""
 
 from collections import Counter
 from collections.abc import Iterator

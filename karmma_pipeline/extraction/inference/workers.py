@@ -1,4 +1,4 @@
-"""Batches that are computed at the same time, each on one CPU; on a GPU one worker feeds it.
+"""Forward workers: concurrent batches, each on one CPU; a single worker for a GPU.
 
 Threads inside of a pass wait for one another after every layer, longest where other work shares
 the CPUs, as decoding does. Passes beside one another do not: they take whatever the decoders

@@ -1,4 +1,4 @@
-"""Opens media files so that they cannot make us open others, and looks at their streams.
+"""Opens media files safely, without following references, and inspects their streams.
 
 The clock of a file is a player's: zero where the first of its streams starts.
 """

@@ -229,7 +229,7 @@ def _resolved(path: Path, places: Places, names: tuple[str, ...]) -> Found:
             return some, table
     pictures = [name for name in places if _PICTURE.fullmatch(name)]
     holds = f"{len(pictures):,} others such as {min(pictures)}" if pictures else "no images"
-    raise MediaFaultError(Reason.FILE_MISSING, f"{path}: no {names[0]}; it holds {holds}")
+    raise MediaFaultError(Reason.FILE_MISSING, f"{path}: no {names[0]}; it contains {holds}")
 
 
 def _as_they_are(places: Places, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -51,7 +51,7 @@ class MediaReader:
     stores_flow: bool = False
 
     def _lacks(self, what: str) -> MediaFaultError:
-        return MediaFaultError(Reason.NO_STREAM, f"{self.path}: holds no {what}")
+        return MediaFaultError(Reason.NO_STREAM, f"{self.path}: contains no {what}")
 
     @property
     def video_decoder(self) -> str:

@@ -1,4 +1,4 @@
-"""Reads frames and sound of a media file at real times, on one clock for both.
+"""Reads frames and audio of a media file by time, on a common clock.
 
 The clock is a player's: zero where the first stream of the file starts. PyAV reads everything;
 decord reads pictures where it is asked to and the file is one that it reads exactly.

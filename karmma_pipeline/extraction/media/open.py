@@ -1,4 +1,4 @@
-"""Opens the sources of clips: each once per task, whatever clips and modalities need it."""
+"""Opens the sources of clips, each once per task."""
 
 from pathlib import Path
 from types import TracebackType

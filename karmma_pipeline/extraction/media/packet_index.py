@@ -1,4 +1,4 @@
-"""Which packets a video stream has, in which order their pictures are shown, and when.
+"""Index of the packets of a video stream: display order and times of their frames.
 
 The truth is FFmpeg's linear scan. Where every packet carries a time stamp of its own, the packets
 tell; in containers that have none (AVI, program streams, raw streams) the bitstream's order does,

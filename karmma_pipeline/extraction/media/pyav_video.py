@@ -1,4 +1,4 @@
-"""The pictures of a media file, exactly as FFmpeg's linear scan of it gives them.
+"""Frames of a media file, identical to a linear scan by FFmpeg.
 
 A seek is a hint: where it has led is known by comparing packets with those of the scan. Decoding
 starts at a key frame that the decoder itself shows to be one, or at an earlier one. Frames that

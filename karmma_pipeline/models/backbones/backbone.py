@@ -1,4 +1,4 @@
-"""A frozen backbone: pre-processed clips in, pooled tokens out, with a record of what it is."""
+"""A frozen backbone: preprocessed clips in, pooled tokens out, with its provenance."""
 
 from pathlib import Path
 from typing import Any

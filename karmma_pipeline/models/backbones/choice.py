@@ -1,4 +1,4 @@
-"""What a recipe says about a frozen backbone, and what follows from it without any weights.
+"""The settings of a frozen backbone, and everything derived from them without weights.
 
 Torch is imported where a network is looked at: to read a recipe must not take seconds.
 """

@@ -1,4 +1,4 @@
-"""How frames become a video network's pictures: resize, crop, scale, normalise.
+"""Preprocessing of frames: resize, crop, scale, normalise.
 
 It equals torchvision's ``transforms()``, in two halves: resize and crop act on uint8 where frames
 are decoded, the rest where the network runs. Bilinear resizing is OpenCV's, four times as fast on

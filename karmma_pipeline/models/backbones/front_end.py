@@ -1,4 +1,4 @@
-"""Front ends as settings: whose spectrogram, and its numbers; the layout of object boxes.
+"""Settings of front ends: spectrogram implementations; the layout of object boxes.
 
 Torch is not imported.
 """

@@ -95,8 +95,8 @@ def _ast(processor: Any) -> dict[str, Any]:
 def _clap(processor: Any) -> dict[str, Any]:
     if (processor.truncation, processor.padding) != ("rand_trunc", "repeatpad"):
         raise ConfigError(
-            f"CLAP with truncation={processor.truncation!r} (several crops of long sound at "
-            "once) is not supported; use an unfused model, such as laion/clap-htsat-unfused."
+            f"CLAP with truncation={processor.truncation!r} (several crops of long audio) is "
+            "not supported; use an unfused model, such as laion/clap-htsat-unfused."
         )
     samples = processor.max_length_s * processor.sampling_rate
     return {

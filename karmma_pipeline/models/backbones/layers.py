@@ -1,4 +1,4 @@
-"""Tokens of any layer: a network ends behind it, and what would follow is not computed."""
+"""Tokens of any layer: later layers are removed and not computed."""
 
 import difflib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The networks that serve as frozen backbones, each cut before its head, and what they are fed.
+"""The built-in backbones, without their heads, and their inputs.
 
 A cut network gives its last feature map [B, D, t, h, w]; parameter names stay torchvision's,
 so that published weights load as they are.

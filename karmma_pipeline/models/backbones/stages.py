@@ -1,4 +1,4 @@
-"""A network as named stages, so that it can be cut between two of them.
+"""A network as a sequence of named stages, to cut it between two of them.
 
 What lies before a cut is frozen and computed once, what lies behind it is trained. Both parts run
 the very modules of the whole network in their order: prefix and suffix give its numbers.

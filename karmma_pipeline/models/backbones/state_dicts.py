@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: a file, what torchvision publishes, or a seed.
+"""Weights of a backbone: from a file, published by torchvision, or random from a seed.
 
 Files are read without running code and matched by name and shape: they come nested, prefixed,
 with heads that a backbone has no use for, in half precision. Published weights are looked for in

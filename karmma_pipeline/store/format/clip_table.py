@@ -1,4 +1,4 @@
-"""What a store keeps of each clip: the columns of its list, and the commit record of a shard.
+"""The clip table of a store, and the commit record of a shard.
 
 A column is a Zarr array of one raw chunk, which can be mapped. A commit record says what each clip
 of a shard has, why not, when, and checksums; a shard without one does not count.

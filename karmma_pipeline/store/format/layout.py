@@ -1,4 +1,4 @@
-"""How a store lies on disk: its files and their sizes, and the bytes of a shard.
+"""Layout of a store on disk: files, sizes, and the bytes of a shard.
 
 A shard file is a Zarr chunk store and an HDF5 file at once. Small files are read as a stranger's:
 inside the store only, and never larger than they can rightly be.
