@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from karmma_pipeline.models.backbones import (
     ENTRY_POINTS,
     Backbone,
     BackboneChoice,
-    registry,
 )
 from karmma_pipeline.models.backbones.describe import describe, list_backbones
 
@@ -252,16 +250,3 @@ def test_costs_agree_with_the_published_ones() -> None:
     assert facts["gflops"] == pytest.approx(4 * 43.882, rel=1e-4)
     assert facts["parameters"] == 27_850_470
     assert facts["grid"] == [16, 7, 7]
-
-
-@pytest.mark.parametrize(
-    ("name", "library", "extra"),
-    [("timm:test_vit", "timm", "timm"), ("hf:o/tiny", "transformers", "hf")],
-)
-def test_without_its_extra_one_sentence_says_what_to_install(
-    name: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry.find.cache_clear()
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ConfigError, match=rf"pip install 'karmma-pipeline\[{extra}\]'\.$"):
-        _ = BackboneChoice(name=name).architecture
