@@ -251,7 +251,7 @@ def test_groups_agree_with_a_difference_and_with_none_there_is_nothing_to_agree_
     place: Path, tmp_path: Path
 ) -> None:
     runs = [place / "late0", tmp_path / "again"]
-    shutil.copytree(*runs)
+    shutil.copytree(runs[0], runs[1])
     names = {str(run): run.name for run in runs}
     recipe = make_recipe(
         place, runs=[*map(str, runs)], names=names, out=str(tmp_path / "r"), **FAST
