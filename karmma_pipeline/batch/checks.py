@@ -32,19 +32,32 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
         ConfigError: all faults in one message.
     """
     made = {path.absolute() for stage in stages for path in stage.writes}
-    faults = {fault: [""] for fault in _writable(folder)}
+    found = [("", fault) for fault in _writable(folder)]
     for stage, progress in zip(stages, progresses, strict=True):
         if not progress.done:
-            of_stage = (
-                *_faults(stage, made),
-                *_settings(stage, stages),
-                *_changed(stage, progress),
-            )
-            for fault in dict.fromkeys(of_stage):
-                faults.setdefault(fault, []).append(stage.name)
+            faults = (*_faults(stage, made), *_settings(stage, stages), *_changed(stage, progress))
+            found += [(stage.name, fault) for fault in faults]
+    _refuse("nothing was submitted", found)
+
+
+def check_stores(stages: Sequence[ChainStage]) -> None:
+    """Look at what the stages ask of stores, once these are there.
+
+    Raises:
+        ConfigError: all faults in one message.
+    """
+    found = [(stage.name, fault) for stage in stages for fault in _settings(stage, stages)]
+    _refuse("nothing can be trained on what was extracted", found)
+
+
+def _refuse(what: str, found: Sequence[tuple[str, str]]) -> None:
+    """Raise an error that tells each fault once, given stages and what is wrong with them."""
+    faults: dict[str, list[str]] = {}
+    for stage, fault in dict.fromkeys(found):
+        faults.setdefault(fault, []).append(stage)
     if faults:
-        told = (f"{_names(names)}{fault}" for fault, names in faults.items())
-        raise ConfigError(f"nothing was submitted: {'; '.join(told)}.")
+        told = (f"{_names(stages)}{fault}" for fault, stages in faults.items())
+        raise ConfigError(f"{what}: {'; '.join(told)}.")
 
 
 def _names(stages: list[str]) -> str:

@@ -2,17 +2,22 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from karmma_pipeline import config, locks
 from karmma_pipeline.batch import checks
 from karmma_pipeline.batch.chain import ChainStage, folders, paths, with_waits
 from karmma_pipeline.batch.progress import StageProgress, stage_progress
 from karmma_pipeline.batch.recipe import Method, Stage, Sweep
+from karmma_pipeline.batch.slurm import threads
 from karmma_pipeline.errors import ConfigError, KarmmaError, TooManyFailuresError
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -233,7 +238,30 @@ def run_one(sweep: LoadedSweep, name: str, stop: StopFlag) -> str:
         return f"{name}: done ({progress.text})"
     if progress.changed and isinstance(stage.recipe, TrainRecipe):
         _put_aside(stage.recipe.out, sweep.settings.out)
-    return _execute(stage, stop)
+    with _threads_of(stage):
+        said = _execute(stage, stop)
+    if stage.name == EXTRACT:  # before it nobody knew what lies in the stores
+        checks.check_stores(sweep.stages)
+    return said
+
+
+@contextmanager
+def _threads_of(stage: ChainStage) -> Iterator[None]:
+    """Compute with the threads of a job of the sweep, for sums depend on them.
+
+    A launcher has said how many there are; whoever runs a stage by hand gets the same numbers.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    before, count = torch.get_num_threads(), threads(stage.settings.resources, 1)
+    os.environ["OMP_NUM_THREADS"] = str(count)  # of the processes that it starts
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        torch.set_num_threads(before)
 
 
 def _put_aside(run: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from batch.conftest import FakeSlurm
 from click.testing import CliRunner, Result
@@ -324,6 +325,37 @@ def test_nothing_is_trained_on_a_store_that_lost_too_much(
     assert "8 of 24 clips lost" in run("sweep", "sweep.yaml", "--run", "baseline/seed0").output
     assert "8 of 24 clips lost" in run("sweep", "sweep.yaml", "--status").output
     assert not Path("sw/baseline").exists()
+
+
+def test_what_does_not_fit_the_extracted_store_is_told_before_anything_is_trained(
+    here: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "DecodePool", HerePool)
+    write_recording()
+    tree = yaml.safe_load(Path("sweep.yaml").read_text())
+    tree["evaluate"]["set"]["split"] = "tset"
+    Path("sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    fault = "report: features/imu: no clip is in split='tset'; there are: train, val."
+    with pytest.raises(KarmmaError, match=r"1 failed: extract .*begun: baseline/seed0, report"):
+        launch(Path("sweep.yaml"))
+    assert fault in Path("sw/jobs/logs/extract.log").read_text()
+    with pytest.raises(ConfigError, match=re.escape(f"nothing was submitted: {fault}")):
+        launch(Path("sweep.yaml"))
+    assert not Path("sw/baseline").exists()
+
+
+def test_a_run_by_hand_has_the_threads_of_one_that_a_sweep_starts(
+    stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run_one(load_sweep(write_sweep()), "baseline/seed0", StopFlag())
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert '"threads": 1,' in Path("sw/baseline/seed0/metrics.jsonl").read_text()
 
 
 def test_slurm_is_handed_an_array_for_each_rank_of_dependence(
