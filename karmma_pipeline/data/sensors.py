@@ -74,8 +74,10 @@ class Sensor(Recipe):
         "line; one and a half samples always are. A clip with a longer one lacks the modality\n"
         "(gap), and so does one that reaches farther out of the series (out_of_range).",
     )
-    windows: PositiveInt = Field(16, description="Windows N of a clip; each is a token.")
-    window: PositiveInt = Field(description="Samples W of a window, at rate_hz.", examples=[25])
+    windows: PositiveInt = Field(16, le=4_096, description="Windows N of a clip; each is a token.")
+    window: PositiveInt = Field(
+        le=1_000_000, description="Samples W of a window, at rate_hz.", examples=[25]
+    )
     hop: PositiveInt | None = Field(
         None,
         description="Samples from the start of a window to that of the next, around the clip's\n"

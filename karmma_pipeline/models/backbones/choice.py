@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_serializer, model_validator
 
@@ -37,6 +37,11 @@ WITHOUT_WEIGHTS = frozenset(("boxes", "windows"))
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
 
+# More is a slip of the pen, and would end in an allocation that fails.
+Pixels = Annotated[int, Field(gt=0, le=8_192)]
+Count = Annotated[int, Field(gt=0, le=4_096)]
+
+
 class BackboneChoice(Recipe):
     """Which frozen network turns a modality into tokens, and how."""
 
@@ -55,17 +60,17 @@ class BackboneChoice(Recipe):
         description="For a state dict of another code base: [regex, replacement] pairs that turn\n"
         "its names into this network's, each applied to every name in this order (re.sub).",
     )
-    frames: PositiveInt | None = Field(
+    frames: Count | None = Field(
         None,
         description="Frames T per clip; null: the network's own. Networks of a fixed number take\n"
         "a multiple of it, in parts.",
     )
-    size: PositiveInt | None = Field(
+    size: Pixels | None = Field(
         None,
         description="Crop in px; null: that of the weights' own transform. Another size shows\n"
         "the same part of the picture: the resize before the crop scales with it.",
     )
-    image: tuple[PositiveInt, PositiveInt] | None = Field(
+    image: tuple[Pixels, Pixels] | None = Field(
         None,
         description="Height and width of the log-mel image (audio networks for images); null: as\n"
         "the network's own spectrogram has them.",
@@ -75,7 +80,7 @@ class BackboneChoice(Recipe):
         description="The spectrogram of this network, if it is another than the recipe's audio\n"
         "or, of a network that states its own, than that.",
     )
-    tokens: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+    tokens: tuple[Count, Count, Count] | None = Field(
         None,
         description="Pool the output to this grid (time, height, width), such as\n"
         "[12, 5, 5] = 300; null keeps the network's own grid.",
