@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ S = TypeVar("S")
 _SHOWN = 10
 
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,2}(?:\.\d{1,9})?)", re.ASCII)
-_WHOLE = re.compile(r"\d{1,9}", re.ASCII)
+_WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)  # 3.0 too, as tables with empty cells have it
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # What other kinds of files begin with.
 _OTHERS = {
@@ -114,9 +115,10 @@ class Row:
         text = self.get(column)
         if not text:
             return None
-        if not _WHOLE.fullmatch(text):
+        found = _WHOLE.fullmatch(text)
+        if not found:
             raise ValueError(f"{column}={text!r}: must be a non-negative integer")
-        return int(text)
+        return int(found[1])
 
     def span(self, start: str, stop: str) -> tuple[float, float | None]:
         """Return start and stop in seconds, the stop after the start or None."""
@@ -242,6 +244,21 @@ def _unreadable(path: Path, what: str, error: OSError) -> ManifestError:
     return ManifestError(f"{path}: the {what} cannot be read ({reason}).")
 
 
+class _Twice(dict[str, Any]):
+    """A JSON object in which a key stands twice: nobody knows which value is meant."""
+
+    keys_twice: tuple[str, ...] = ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) == len(pairs):
+        return table
+    odd = _Twice(table)
+    odd.keys_twice = tuple(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+    return odd
+
+
 def read_json(path: Path, kind: type[T], what: str) -> T:
     """Read a JSON file whose outermost value is of a kind (dict or list).
 
@@ -250,7 +267,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
             another kind of value.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except OSError as error:
         raise _unreadable(path, what, error) from None
     except (ValueError, RecursionError) as error:
@@ -258,6 +275,8 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         raise ManifestError(f"{path}: not a JSON file ({reason}).") from None
     if not isinstance(value, kind):
         raise ManifestError(f"{path}: the {what} must be a JSON {_called(kind)}.")
+    if isinstance(value, _Twice):
+        raise ManifestError(f"{path}: {value.keys_twice[0]!r:.90} stands twice in the {what}.")
     return value
 
 
@@ -271,19 +290,22 @@ def section(path: Path, table: Mapping[str, Any], key: str, kind: type[T]) -> T:
 
 def _called(kind: type) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "true or false"}
+    names[int] = "whole number"
     return names.get(kind, "number")
 
 
 def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
     """Return ``entry[key]`` of a JSON object, checked; a default makes it optional.
 
-    Whole numbers pass as float, and NaN or infinity never do.
+    Whole numbers pass as float, 3.0 as a whole number, and NaN or infinity never do.
 
     Raises:
         ValueError: the key is missing, or its value of another kind.
     """
     if not isinstance(entry, dict):
         raise ValueError(f"is not a JSON object: {entry!r:.60}")
+    if isinstance(entry, _Twice) and key in entry.keys_twice:
+        raise ValueError(f"{key} stands twice")
     value = entry.get(key)
     if value is None:
         if default is None:
@@ -291,6 +313,8 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**53 else math.inf
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}={value!r:.60}: must be a JSON {_called(kind)}")
     if isinstance(value, float) and not (math.isfinite(value) and value >= 0):

@@ -76,9 +76,11 @@ class Sensor(Recipe):
         "modality (gap), as do clips that extend farther beyond the series (out_of_range).",
     )
     windows: PositiveInt = Field(
-        16, description="Number of windows N per clip; each becomes\none token."
+        16, le=4_096, description="Number of windows N per clip; each becomes\none token."
     )
-    window: PositiveInt = Field(description="Samples W per window, at rate_hz.", examples=[25])
+    window: PositiveInt = Field(
+        le=1_000_000, description="Samples W per window, at rate_hz.", examples=[25]
+    )
     hop: PositiveInt | None = Field(
         None,
         description="Samples between the starts of consecutive windows, which are centred in\n"

@@ -20,11 +20,15 @@ ABSENT = ("learned", "zeros", "mean", "drop")
 MODELS = ("", "late_fusion")
 
 
+_MOST_WEIGHTS = 10**9
+"""Weights of the layers, 300 times those of KARMMA: more is a slip of the pen."""
+
+
 class FusionSize(Recipe):
     """Size of a fusion model and how it treats absence."""
 
     dim: int = Field(384, gt=0, description="Token width in the fusion block.")
-    layers: int = Field(1, gt=0, description="Transformer layers.")
+    layers: int = Field(1, gt=0, le=1_000, description="Transformer layers.")
     attention_heads: int = Field(6, gt=0, description="Attention heads; must divide dim.")
     ffn_width: int = Field(384, gt=0, description="Hidden width of the feed-forward networks.")
     head_width: int = Field(
@@ -56,6 +60,17 @@ class FusionSize(Recipe):
         if self.dim % self.attention_heads:
             raise ValueError(
                 f"dim={self.dim} must be divisible by attention_heads={self.attention_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_plausible(self) -> "FusionSize":
+        of_a_layer = 4 * self.dim**2 + 2 * self.dim * self.ffn_width
+        if (weights := self.layers * of_a_layer + self.dim * self.head_width) > _MOST_WEIGHTS:
+            raise ValueError(
+                f"dim={self.dim}, layers={self.layers}, ffn_width={self.ffn_width}, "
+                f"head_width={self.head_width} make {weights:.2g} weights, of {_MOST_WEIGHTS:.0e} "
+                "at most; make one of them smaller"
             )
         return self
 

@@ -49,6 +49,19 @@ def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
     assert "test: 1 clips of EPIC_100_test_timestamps.csv, without labels" in manifest.notes
 
 
+def test_classes_are_read_as_numbers_and_unknown_ones_are_told(tmp_path: Path) -> None:
+    cells = {"1.0": 1, "-1": -1, "-1.0": -1, "NA": -1, "nan": -1, "": -1}
+    rows = "".join(
+        f"P01_01_{n},P01,P01_01,,00:00:01,00:00:02,60.0,120.0,x,x,{cell},y,0,['y'],[0]\n"
+        for n, cell in enumerate(cells)
+    )
+    write_annotations(tmp_path / "annotations")
+    (tmp_path / "annotations/t.csv").write_text(HEADER + rows)
+    manifest = epic(tmp_path, splits={"train": Path("t.csv")})
+    assert [clip.labels["verb"] for clip in manifest.clips] == list(cells.values())
+    assert "clips whose verb or noun class is not given: 5" in manifest.notes
+
+
 def test_published_groups_are_kept_for_evaluation(tmp_path: Path) -> None:
     groups = epic(tmp_path).groups
     assert groups.unseen == ("P03",)
@@ -155,7 +168,10 @@ def test_what_was_found_is_said_and_mixtures_are_warned_of(tmp_path: Path) -> No
         ("00:00:01.89", "00:00:00.00", r"line 2: stop_timestamp='00:00:00.00' is not after"),
         (",1,113,", ",114,113,", r"line 2: stop_frame='113'"),
         ("take,2,pan", "take,3,pan", r"line 2: verb_class=3: the last class is 2"),
-        ("take,2,pan", "take,-1,pan", r"line 2: verb_class='-1'"),
+        ("take,2,pan", "take,-2,pan", r"line 2: verb_class='-2'"),
+        ("take,2,pan", "take,2.5,pan", r"line 2: verb_class='2.5'"),
+        (",00:00:00.00,", ",,", r"line 2: start_timestamp is empty"),
+        (",00:00:00.00,", ",00:60:00,", r"line 2: start_timestamp='00:60:00'"),
         ("P03,P03_02,", "P03,../../02,", r"line 2: video_id='../../02'"),
         ("P03_02_8,P03,P03_02", "P03_02_8,P03", r"line 3: 14 cells, but 15 columns"),
         ("start_frame", "start", r"no column start_frame"),

@@ -126,3 +126,16 @@ def test_text_that_is_no_json_is_named_with_line_and_column(tmp_path: Path) -> N
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ManifestError, match=r"b\.json: not a Something-Else annotation file"):
         read(tmp_path, boxes=(tmp_path / "b.json",))
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    entry = '{"id": "9", "template": "Holding [something]"}'
+    twice = '{"id": "1", "id": "2", "template": "Holding [something]"}'
+    (tmp_path / "something-something-v2-train.json").write_text(f"[{entry}, {twice}]")
+    manifest = read(tmp_path)
+    assert [clip.clip_id for clip in manifest.clips] == ["9"]
+    assert manifest.left_out[0].endswith("train.json: entry 2: id stands twice")
+    (tmp_path / "something-something-v2-labels.json").write_text('{"a": "0", "b": "1", "a": "1"}')
+    with pytest.raises(ManifestError, match="'a' stands twice in the label list"):
+        read(tmp_path)

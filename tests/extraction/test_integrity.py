@@ -3,19 +3,26 @@
 import gzip
 import struct
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import h5py
 import numpy as np
 import pytest
-from support.media_files import RATE, pack, write_frames, write_video
+from support.media_files import RATE, pack, remux, write_frames, write_video
 
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.container import read_info
-from karmma_pipeline.extraction.media.integrity import Kind, check_source, check_sources
+from karmma_pipeline.extraction.media.integrity import (
+    Kind,
+    SourceCheck,
+    check_source,
+    check_sources,
+)
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.media.packet_index import until_end
 
 NAME = "frame_{:010d}.jpg"
 
@@ -34,18 +41,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
         file.writeframes(np.random.default_rng(0).bytes(4 * RATE))
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def remux(source: Path, target: Path, options: dict[str, str]) -> None:
-    with (
-        av.open(str(source)) as read,
-        av.open(str(target), "w", options=options) as write,
-    ):
-        stream = write.add_stream_from_template(read.streams.video[0])
-        for packet in read.demux(read.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                write.mux(packet)
 
 
 NAMES = ("v.mp4", "fast.mp4", "pieces.mp4", "v.mkv", "v.avi", "v.ts", "v.m2ts", "s.wav")
@@ -177,3 +172,21 @@ def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
     states = ["missing", "empty", "damaged", "damaged", "missing", "damaged", "fine", "fine"]
     assert [check.state for check in found] == states
     assert [check.ends for check in found[-2:]] == [{"audio": 3.0}, {}]
+
+
+def _raises(source: FileSource) -> SourceCheck:
+    raise IndexError("list index out of range")
+
+
+def test_whatever_a_library_raises_costs_its_file_and_not_the_plan(tmp_path: Path) -> None:
+    (tmp_path / "v.ts").touch()
+    (check,) = check_sources({0: FileSource(tmp_path / "v.ts")}, _raises).values()
+    assert (check.state, check.detail) == ("damaged", "IndexError: list index out of range")
+
+
+def test_a_stream_that_begins_later_ends_no_other() -> None:
+    def demuxed() -> Iterator[int]:
+        yield from (1, 2)
+        raise IndexError("list index out of range")
+
+    assert list(until_end(demuxed())) == [1, 2]

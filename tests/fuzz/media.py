@@ -36,6 +36,7 @@ LONGEST_S = 900.0
 """A run that takes longer hangs: a clip may take its time limit three times."""
 
 MAX_FAILURES = 0.5
+REPOSITORY = Path(__file__).parents[2]
 NAME = "frame_{:010d}.jpg"
 TOKENS = [
     *(b"\x00" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x00\x00\x00\x01"),
@@ -197,6 +198,7 @@ class Batch:
 
     def _karmma(self, command: str, *options: str) -> int:
         home = {"HOME": self.folder / "home", "TMPDIR": self.folder / "tmp"}
+        home["PYTHONPATH"] = REPOSITORY  # not a copy that is installed
         environment = {**os.environ, **{k: str(v) for k, v in home.items()}}
         arguments = [
             sys.executable,

@@ -140,6 +140,7 @@ def test_the_record_of_a_backbone_is_plain_and_tells_choices_apart() -> None:
         ({"weights": "random:x"}, "whole number"),
         ({"image": None}, "needs image"),
         ({"image": [0, 32]}, "greater than 0"),
+        ({"image": [10**7, 32]}, r"image\.0=10000000: input should be less than or equal to 8192"),
         ({"tokens": [0, 1, 1]}, "greater than 0"),
         ({"size": 32}, "takes images; set image"),
         ({"name": "r3d_18"}, r"image=\[32, 32\]: r3d_18 takes video frames"),

@@ -190,6 +190,22 @@ def test_attention_heads_must_divide_the_width() -> None:
         FusionSize(dim=10, attention_heads=3)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"dim": 1_000_002},
+            "dim=1000002, layers=1, ffn_width=384, head_width=768 make 4e.12 weig",
+        ),
+        ({"head_width": 10**9}, "head_width=1000000000 make"),
+        ({"layers": 10**9}, "layers"),
+    ],
+)
+def test_a_size_that_no_memory_holds_is_refused_by_name(change: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FusionSize(**change)
+
+
 def test_position_tokens_are_scaled_and_nothing_else() -> None:
     plain, scaled = make_model("learned"), make_model("learned")
     plain.scale_positions(0.02)

@@ -2,6 +2,7 @@
 
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -184,3 +185,35 @@ def pack(folder: Path, tar: Path) -> Path:
     with tarfile.open(tar, "w") as archive:
         archive.add(folder, ".")
     return tar
+
+
+def remux(
+    source: Path,
+    target: Path,
+    options: dict[str, str] | None = None,
+    keep: Callable[[str, int], bool] = lambda kind, number: True,
+) -> Path:
+    """Copy packets into another container; ``keep`` tells by kind and number which."""
+    seen: Counter[str] = Counter()
+    with av.open(str(source)) as read, av.open(str(target), "w", options=options or {}) as write:
+        own = {s.index: write.add_stream_from_template(s) for s in read.streams}
+        for packet in read.demux():
+            if packet.dts is not None:
+                kind = packet.stream.type
+                seen[kind] += 1
+                packet.stream = own[packet.stream.index]
+                if keep(kind, seen[kind] - 1):
+                    write.mux(packet)
+    return target
+
+
+def write_sound(path: Path, codec: str, seconds: float = 2.0) -> Path:
+    """Write noise as a file of nothing but sound."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (1, round(seconds * RATE)))
+    with av.open(str(path), "w", format={".aac": "adts"}.get(path.suffix)) as container:
+        track: Any = container.add_stream(codec, rate=RATE, layout="mono")
+        samples = av.AudioFrame.from_ndarray(noise.astype(np.float32), format="fltp", layout="mono")
+        samples.sample_rate, samples.pts = RATE, 0
+        container.mux(track.encode(samples))
+        container.mux(track.encode())
+    return path

@@ -20,7 +20,7 @@ from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row
 from karmma_pipeline.data.datasets.epic_media import EpicMedia, Prefer, grid_fps
 from karmma_pipeline.data.datasets.listing import Listing
-from karmma_pipeline.data.manifest import UNKNOWN, Clip, Groups, Manifest, unique
+from karmma_pipeline.data.manifest import NOT_KNOWN, UNKNOWN, Clip, Groups, Manifest, unique
 from karmma_pipeline.errors import ManifestError
 
 REQUIRED = ("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp")
@@ -29,6 +29,7 @@ HEADS = ("verb", "noun")
 
 _VIDEO_ID = re.compile(r"P\d{2}_\d{2,3}", re.ASCII)
 _PARTICIPANT = re.compile(r"P\d{2}", re.ASCII)
+_UNKNOWN_CLASS = {"-1", "-1.0"}
 
 
 class EpicKitchens(Recipe):
@@ -136,7 +137,8 @@ def _groups(folder: Path, listing: Listing, heads: Mapping[str, tuple[str, ...]]
 
 
 def _class(row: Row, column: str, names: tuple[str, ...]) -> int:
-    number = row.whole(column)
+    unknown = row[column] in NOT_KNOWN or row[column] in _UNKNOWN_CLASS
+    number = None if unknown else row.whole(column)
     if number is None:
         return UNKNOWN
     if number >= len(names):
@@ -154,6 +156,7 @@ class _NarrationReader:
     clamped: int = 0
     apart: int = 0
     unlisted: int = 0
+    unlabelled: int = 0
 
     def clip(self, row: Row, split: str) -> Clip:
         clip_id, video = row.name("narration_id"), row.name("video_id", _VIDEO_ID)
@@ -164,8 +167,9 @@ class _NarrationReader:
             )
         start_s, stop_s = row.span("start_timestamp", "stop_timestamp")
         frames = self._frames(row)
-        if stop_s is None:
-            raise ValueError("stop_timestamp is empty")
+        if stop_s is None or not row["start_timestamp"]:
+            which = "stop" if stop_s is None else "start"
+            raise ValueError(f"{which}_timestamp is empty")
         fps = grid_fps(video)
         self.apart += any(
             abs(t * fps - frame) > 1.5 for t, frame in zip((start_s, stop_s), frames, strict=True)
@@ -176,6 +180,7 @@ class _NarrationReader:
             stop_s = end
             self.clamped += 1
         labels = {h: self._label(row, h) for h in HEADS}
+        self.unlabelled += UNKNOWN in labels.values() and f"{HEADS[0]}_class" in row
         sources = self.media.sources(participant, video, frames, end)
         return Clip(clip_id, sources, start_s, stop_s, labels, split, participant)
 
@@ -200,6 +205,8 @@ class _NarrationReader:
                 "clips whose times and frame numbers differ by more than a frame (videos use "
                 f"the times, frame folders the numbers): {self.apart:,}"
             )
+        if self.unlabelled:
+            lines.append(f"clips whose verb or noun class is not given: {self.unlabelled:,}")
         if self.unlisted:
             lines.append(f"clips whose video has no entry in video_info: {self.unlisted:,}")
         return lines

@@ -89,7 +89,7 @@ def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
         "found": plan["found"],
         "heads": describe_heads(plan["heads"]),
         "clips": _clips(plan),
-        "files": _files(plan["files"]),
+        "files": _files(plan),
         "present": _presence(plan, recipe),
         "short": _short(plan["shorter_than_window"], recipe),
         "duplicates": [same or "no two clips have the same video and span"],
@@ -125,12 +125,15 @@ def _clips(plan: Plan) -> list[str]:
     return lines
 
 
-def _files(files: Plan) -> list[str]:
+def _files(plan: Plan) -> list[str]:
+    files = plan["files"]
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in files["kinds"].items())
     bad = sum(len(paths) for paths in files["faulty"].values())
     good = f"{sum(files['kinds'].values()) - bad:,}" if bad else "all"
     looked = "opened and complete" if files["probed"] else "found (not opened)"
     lines = [f"{kinds}: {good} {looked}"]
+    if tried := plan["decoded"]["clips"]:
+        lines.append(f"{tried:,} clips decoded whose files do not prove to have them")
     for state, paths in files["faulty"].items():
         named = [f"{path} ({detail})" if detail else path for path, detail in paths.items()]
         lines.append(f"{len(paths):,} {state}: {_examples(named)}")
@@ -150,6 +153,9 @@ def _presence(plan: Plan, recipe: ExtractRecipe) -> list[str]:
     }.items():
         if plan[fate]:
             lines.append(f"{sentence}, {len(plan[fate]):,}: {_examples(plan[fate])}")
+    for reason, clips in plan["decoded"]["lost"].items():
+        named = _examples([f"{clip} ({detail})" for clip, detail in clips.items()])
+        lines.append(f"{reason} when decoded, {len(clips):,}: {named}")
     if plan["clips_lost_to_faults"]:
         lost = _share(plan["clips_lost_to_faults"], plan["clips"])
         verdict = f"{'more' if plan['too_many_lost'] else 'no more'} than max_failures"

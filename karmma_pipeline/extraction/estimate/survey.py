@@ -1,8 +1,9 @@
 """What is known of an extraction's clips and files before any of them is decoded."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from karmma_pipeline.data.manifest import (
 )
 from karmma_pipeline.extraction.decode.frame_selection import clamped
 from karmma_pipeline.extraction.decode.sensor_windows import SeriesProbe, check_series
+from karmma_pipeline.extraction.estimate.trial import TRIED, Outcomes, try_clips
 from karmma_pipeline.extraction.media.integrity import (
     Checks,
     Kind,
+    SourceCheck,
     Span,
     check_source,
     check_sources,
@@ -30,7 +33,8 @@ from karmma_pipeline.extraction.media.integrity import (
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import source_key
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import input_spec
+from karmma_pipeline.extraction.types import NATURAL, input_spec
+from karmma_pipeline.modalities import Reason
 
 # How much a clip may reach past its file's stated end before it is told.
 _NEAR_S = 0.1
@@ -39,6 +43,9 @@ PRESENT, ABSENT, NO_STREAM, FAULTY = "present", "absent", "no_stream", "faulty"
 STARTS_LATE, STOPS_LATE, CUT = "start_after_end", "stop_too_far_after_end", "stop_after_end"
 LOST = [FAULTY, STARTS_LATE, STOPS_LATE]
 """What becomes of a modality of a clip; a clip that is cut at its file's end is there."""
+
+# What is a file's fault, and not that of a clip's times.
+_DAMAGE = {Reason.DECODE_ERROR, Reason.CRASHED}
 
 LEAKS = ("videos_in_several_splits", "overlaps_between_splits")
 Presence = dict[str, npt.NDArray[np.bool_]]
@@ -74,13 +81,15 @@ def survey(
     }
     spans = [_span(clip, checks) for clip in clips]
     fates = {
-        modality: np.array([_fate(c, modality, checks, recipe.sampling.tolerance_s) for c in clips])
-        for modality in modalities
+        m: np.array([_fate(c, m, checks, recipe.sampling.tolerance_s) for c in clips], "U32")
+        for m in modalities
     }
+    tried = _try(recipe, clips, fates, checks) if probe else {}
     facts = {
         **_count_clips(clips, spans),
         "files": {"probed": probe, **_count_files(sources, checks)},
         **_count_fates(clips, fates),
+        "decoded": _count_outcomes(tried),
         "shorter_than_window": list(_windows(recipe, clips, spans, checks)),
         **_find_overlaps(clips, spans),
     }
@@ -169,6 +178,14 @@ def _count_fates(clips: Sequence[Clip], fates: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def _count_outcomes(outcomes: Outcomes) -> dict[str, Any]:
+    lost: dict[str, dict[str, str]] = defaultdict(dict)
+    for (clip_id, _), (reason, detail) in outcomes.items():
+        if reason not in NATURAL:
+            lost[reason.label][clip_id] = detail
+    return {"clips": len({clip_id for clip_id, _ in outcomes}), "lost": dict(sorted(lost.items()))}
+
+
 def _fate(clip: Clip, modality: str, checks: Checks, tolerance_s: float) -> str:
     """Tell what becomes of a modality of a clip: see `PRESENT` and the others."""
     source = clip.media.get(modality)
@@ -183,6 +200,8 @@ def _fate(clip: Clip, modality: str, checks: Checks, tolerance_s: float) -> str:
     if kind not in check.ends:
         return NO_STREAM
     start, stop, end = clip.start_s, clip.stop_s, check.ends[kind]
+    if end == 0:
+        return FAULTY
     if isinstance(source, FrameSource) and source.span:
         start, stop = source.start_s(source.span[0]), source.start_s(source.span[1] + 1)
     if end is None or (kind == "audio" and start < end):  # sound is padded
@@ -192,6 +211,59 @@ def _fate(clip: Clip, modality: str, checks: Checks, tolerance_s: float) -> str:
     except MediaFaultError:
         return STARTS_LATE if start >= end else STOPS_LATE
     return PRESENT if stop is None or stop <= end + _NEAR_S else CUT
+
+
+def _try(
+    recipe: ExtractRecipe,
+    clips: Sequence[Clip],
+    fates: Mapping[str, Any],
+    checks: dict[object, SourceCheck],
+) -> Outcomes:
+    """Decode clips that are in doubt, and put right what was foretold of them and their files."""
+    doubtful = ((c, _in_doubt(c, fates, checks, recipe.sampling.tolerance_s)) for c in clips)
+    some = islice((replace(clip, media=media) for clip, media in doubtful if media), TRIED)
+    outcomes, by_id = try_clips(recipe, list(some)), {c.clip_id: n for n, c in enumerate(clips)}
+    for (clip_id, modality), (reason, detail) in outcomes.items():
+        number, of = by_id[clip_id], fates[modality]
+        of[number] = _decoded_fate(reason, of[number])
+        source = clips[number].media[modality]
+        key = _key(modality, source)
+        if reason in _DAMAGE and checks[key].state == "fine":
+            said = detail.removeprefix(f"{source.path}: ")
+            checks[key] = replace(checks[key], state="damaged", detail=said)
+    return outcomes
+
+
+def _decoded_fate(reason: Reason, foretold: str) -> str:
+    if reason == Reason.PRESENT:
+        return CUT if foretold == CUT else PRESENT
+    if reason == Reason.NO_STREAM:
+        return NO_STREAM
+    return foretold if reason == Reason.OUT_OF_RANGE and foretold in LOST else FAULTY
+
+
+def _in_doubt(
+    clip: Clip, modalities: Iterable[str], checks: Checks, tolerance_s: float
+) -> dict[str, Source]:
+    """Return the media of a clip of which their headers do not tell whether they can be had."""
+    found = {}
+    for modality in modalities:
+        source = clip.media.get(modality)
+        check = checks[_key(modality, source)] if isinstance(source, FileSource) else None
+        if source is None or check is None or check.ends is None:
+            continue
+        kind = "audio" if modality == "audio" else "video"
+        begin, end = check.begins.get(kind, 0.0), check.ends.get(kind)
+        stop = clip.start_s if clip.stop_s is None else clip.stop_s
+        if kind == "audio":  # it is there if the middle is
+            first = last = (clip.start_s + stop) / 2
+        else:
+            first, last = clip.start_s + tolerance_s, stop - max(tolerance_s, _NEAR_S)
+        if not check.sure or (end is not None and (first < begin or max(last, first) > end)):
+            found[modality] = source
+    if "audio" in found and "rgb" in clip.media:  # whose span sound takes
+        found["rgb"] = clip.media["rgb"]
+    return found
 
 
 def _windows(

@@ -26,7 +26,7 @@ from karmma_pipeline.extraction.media.interface import (
     Sound,
     first_line,
 )
-from karmma_pipeline.extraction.media.packet_index import until_end
+from karmma_pipeline.extraction.media.packet_index import check_clear, until_end
 from karmma_pipeline.extraction.media.series_files import plain_dataset
 from karmma_pipeline.modalities import Reason
 
@@ -220,8 +220,9 @@ class _Timeline:
                 raise MediaFaultError(
                     Reason.DECODE_ERROR, f"{self._path}: audio in an unknown codec"
                 )
-            _set_order(stream.codec_context)
+            set_order(stream.codec_context)
             for packet in until_end(container.demux(stream)):
+                check_clear(packet, self._path)
                 try:
                     yield from packet.decode()
                 except (av.error.FFmpegError, ValueError):
@@ -230,7 +231,7 @@ class _Timeline:
                     self._damaged.append((at, at + length_s))
 
 
-def _set_order(codec: Any) -> None:
+def set_order(codec: Any) -> None:
     """Let channels that lie in an order of their own pass for the usual one: they are averaged.
 
     PyAV copies the map of such an order (7.1 in MOV and CAF) as a pointer, and each frame frees

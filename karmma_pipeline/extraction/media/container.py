@@ -52,7 +52,7 @@ class StreamInfo:
         rate: of sound, Hz.
         default: it is the one that a player would take.
         tick_s: unit of its time stamps, seconds.
-        claimed: the file says that it holds something: a length, or a number of packets.
+        claimed: the file says that it holds something: a number of packets, or a length.
     """
 
     index: int
@@ -157,7 +157,9 @@ def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
     known = stream.type == "audio" and stream.codec_context is not None
     rate = stream.sample_rate if known else None
     tick_s = float(stream.time_base or 1)
-    claimed = bool(stream.frames or stream.duration)
+    # FFmpeg gives a stream without a length of its own that of the file, which others may have.
+    alone = len(stream.container.streams) == 1
+    claimed = bool(stream.frames or (alone and stream.duration))
     place = (stream.index, _first_s(stream), delay_s, rate, stream is default)
     return StreamInfo(*place, tick_s, claimed)
 

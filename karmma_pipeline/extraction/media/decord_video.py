@@ -17,7 +17,7 @@ import decord  # isort: skip
 
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError, first_line
-from karmma_pipeline.extraction.media.packet_index import PacketIndex, read_index
+from karmma_pipeline.extraction.media.packet_index import PacketIndex, read_index, until_end
 from karmma_pipeline.extraction.types import Numbers, Times, end_of
 from karmma_pipeline.modalities import Reason
 
@@ -120,7 +120,7 @@ def _unproved(path: Path, info: StreamInfo, index: PacketIndex) -> str | None:
         if name not in _RESTARTS:
             return None
         keep = BitStreamFilterContext(_RESTARTS[name], stream)
-        for packet in container.demux(stream):
+        for packet in until_end(container.demux(stream)):
             if packet.size and packet.is_keyframe and not keep.filter(packet):
                 return "a key frame may depend on earlier frames"
     return None

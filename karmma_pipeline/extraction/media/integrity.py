@@ -1,25 +1,36 @@
 """Looks at sources cheaply: is it there, is it whole, how long, what is in it.
 
-They are opened by the code that extraction uses and not decoded, in processes of their own: FFmpeg
-has died on cut headers, and a network disk may hang. A cut file is told by the sizes that its own
-structure states; what is left of one is measured, by going through it once.
+They are opened by the code that extraction uses, in processes of their own: FFmpeg has died on cut
+headers, and a network disk may hang. A file is whole if it has the size that its own structure
+states, and if its first picture and first sound can be decoded; any other is measured, by going
+through it once.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import inf
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+import av
 from pebble import ProcessExpired
 
 from karmma_pipeline import jobs
 from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
-from karmma_pipeline.extraction.media.container import read_info
-from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
+from karmma_pipeline.extraction.media.audio_track import set_order
+from karmma_pipeline.extraction.media.container import (
+    MediaInfo,
+    StreamInfo,
+    open_container,
+    read_info,
+)
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line
 from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.packet_index import check_clear, prepare, until_end
 from karmma_pipeline.jobs.processes import WorkerPool
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
@@ -36,6 +47,15 @@ _MAX_PROCESSES = 8
 _BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx", b"styp"}
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
+# Packets among which the first picture and the first sound are looked for.
+_PROBED = 500
+
+# Packets after a seek to the end, zeros with which none ends, and seconds before the end in which
+# the last ones may lie.
+_PROBED_LAST = 5_000
+_ZEROS = 16
+_NEAR_S = 0.5
+
 # Sizes from here on are placeholders: whoever writes into a pipe does not know the real one.
 _OPEN_RIFF = 0x7FFF_0000
 
@@ -50,6 +70,8 @@ class SourceCheck:
             it does not say); None as a whole if it was not opened.
         fps: frames per second; None where it does not say.
         lost: of a sensor, the spans that cannot be had.
+        begins: kinds of stream of a media file, and where they begin.
+        sure: a file that proves to be whole; what others hold is known by decoding it.
     """
 
     state: State
@@ -57,6 +79,8 @@ class SourceCheck:
     ends: Mapping[str, float | None] | None = None
     fps: float | None = None
     lost: frozenset[Span] = frozenset()
+    begins: Mapping[str, float] = field(default_factory=dict)
+    sure: bool = True
 
 
 Checks = Mapping[object, SourceCheck]
@@ -103,6 +127,9 @@ def check_sources(
                     "the library crashes when opening it" if died else ("opening it took too long")
                 )
                 checks[key] = SourceCheck("damaged", why)
+            except Exception as error:  # whatever a library may raise, as extraction has it
+                said = f"{type(error).__name__}: {first_line(error)}"
+                checks[key] = SourceCheck("damaged", said)
             bar.update()
     return checks
 
@@ -116,16 +143,15 @@ def check_source(source: Source) -> SourceCheck:
             stated = stated_size(path, size)
         with OpenMedia("pyav") as media:
             if isinstance(source, FileSource):
-                info = read_info(path, source.stream)
-                # FFmpeg opens a file whose end is missing as if it were whole.
-                ends = _ends(media.of(source)) if stated > size else info.ends_s
-                check = SourceCheck("fine", "", ends, info.fps)
+                check = _check_file(source, media, whole=size - 1 <= stated <= size)
             elif not isinstance(source, BoxSource):
-                check = SourceCheck("fine", "", _ends(media.of(source)))
+                ends, fault = _ends(media.of(source))
+                if fault is not None:
+                    raise fault
+                check = SourceCheck("fine", "", ends)
     except MediaFaultError as fault:
-        detail = fault.detail.removeprefix(f"{path}").removeprefix(": ")
         missing = fault.reason == Reason.FILE_MISSING
-        check = SourceCheck("missing" if missing else "damaged", detail)
+        check = SourceCheck("missing" if missing else "damaged", _said(fault, path))
     except (OSError, ValueError) as error:
         check = SourceCheck("damaged", str(error))
     if size == 0:
@@ -134,23 +160,88 @@ def check_source(source: Source) -> SourceCheck:
     return replace(check, state="truncated", detail=cut) if stated > size else check
 
 
-def _ends(reader: MediaReader) -> dict[str, float | None]:
-    """Return where the streams of an open source really end: at 0 if it has one and it is damaged.
+def _said(fault: MediaFaultError, path: Path) -> str:
+    return fault.detail.removeprefix(f"{path}").removeprefix(": ")
 
-    Raises:
-        MediaFaultError: nothing in it can be read.
+
+def _check_file(source: FileSource, media: OpenMedia, *, whole: bool) -> SourceCheck:
+    info = read_info(source.path, source.stream)
+    begins: dict[str, float] = {kind: stream.delay_s for kind, stream in _streams(info)}
+    # FFmpeg opens a file whose end is missing as if it were whole.
+    if whole and None not in info.ends_s.values() and _is_sound(source.path, info):
+        return SourceCheck("fine", "", info.ends_s, info.fps, begins=begins)
+    ends, fault = _ends(media.of(source))
+    state: State = "fine" if fault is None else "damaged"
+    detail = "" if fault is None else _said(fault, source.path)
+    return SourceCheck(state, detail, ends, info.fps, begins=begins, sure=False)
+
+
+def _is_sound(path: Path, info: MediaInfo) -> bool:
+    """Tell whether a file's streams begin and end with what its header promises.
+
+    Not so if they are encrypted, if a track is empty or ends early, and if space was set aside for
+    a download that has not come.
     """
+    with open_container(path) as container:
+        chosen = {s.index: s for s in (info.video, info.audio) if s is not None}
+        streams = [container.streams[index] for index in chosen]
+        if any(stream.codec_context is None for stream in streams):
+            return False
+        for stream in streams:
+            set_order(stream.codec_context) if stream.type == "audio" else prepare(stream)
+        try:
+            return _begin(path, until_end(container.demux(streams)), set(chosen)) and _end(
+                container, info, streams
+            )
+        except (av.error.FFmpegError, OSError, ValueError, MediaFaultError):
+            return False
+
+
+def _begin(path: Path, packets: Iterator[Any], waiting: set[int]) -> bool:
+    """Tell whether a picture and a sound can be decoded from the first packets."""
+    for packet in islice(packets, _PROBED):
+        check_clear(packet, path)
+        frames = packet.decode()
+        if any(getattr(frame, "is_corrupt", False) for frame in frames):
+            return False
+        waiting -= {packet.stream_index} if frames else set()
+        if not waiting:
+            return True
+    return False
+
+
+def _end(container: Any, info: MediaInfo, streams: Sequence[Any]) -> bool:
+    """Tell whether the last packets lie where the header says that their streams end."""
+    stated = [(s, info.ends_s[kind]) for kind, s in _streams(info)]
+    waiting = {s.index: (end or 0) + s.first_s - s.delay_s - _NEAR_S for s, end in stated}
+    container.seek(int((min(waiting.values()) - _NEAR_S) * av.time_base))
+    for packet in islice(until_end(container.demux(streams)), _PROBED_LAST):
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if packet.size and not any(bytes(packet)[-_ZEROS:]):
+            return False
+        if packet.stream.type == "audio":  # pictures would ask for all since their key frame
+            packet.decode()
+        if stamp is not None and stamp * packet.time_base >= waiting.get(packet.stream_index, inf):
+            del waiting[packet.stream_index]
+    return not waiting
+
+
+def _streams(info: MediaInfo) -> list[tuple[Kind, StreamInfo]]:
+    both: dict[Kind, StreamInfo | None] = {"video": info.video, "audio": info.audio}
+    return [(kind, stream) for kind, stream in both.items() if stream is not None]
+
+
+def _ends(reader: MediaReader) -> tuple[dict[str, float | None], MediaFaultError | None]:
+    """Return where the streams of an open source really end, 0 if one is damaged, and its fault."""
     ends: dict[str, float | None] = {}
-    faults: dict[Kind, MediaFaultError] = {}
+    first: MediaFaultError | None = None
     for kind in _KINDS:
         try:
             ends[kind] = reader.stop_s if kind == "video" else reader.sound_span(16_000)[1]
         except MediaFaultError as fault:
             if fault.reason != Reason.NO_STREAM:
-                faults[kind] = fault
-    if faults and not ends:
-        raise next(iter(faults.values()))
-    return {**ends, **dict.fromkeys(faults, 0.0)}
+                ends[kind], first = 0.0, first or fault
+    return ends, first
 
 
 def stated_size(path: Path, size: int) -> int:
@@ -161,10 +252,11 @@ def stated_size(path: Path, size: int) -> int:
             return _segment_end(head)
         if head[:4] == b"RIFF" or head[4:8] in _BOXED:
             return _last_end(file.fileno(), size, riff=head[:4] == b"RIFF")
-    # Packets of transport streams begin with G, one in every 188 bytes, or 192, or 204.
+    # Packets of transport streams begin with G, one in every 188 bytes, or 192, or 204. How many
+    # they should be is not said.
     for packet, mark in ((188, 0), (192, 4), (204, 0)):
         if head[mark::packet][:3] == b"GGG":
-            return -(-size // packet) * packet
+            return size + packet - size % packet if size % packet else 0
     return -(-size // 512) * 512 if head[257:262] == b"ustar" else 0
 
 

@@ -40,6 +40,9 @@ _PROBED = 64
 # Packets at the end that are decoded to know their order: the filter is wrong about a few.
 _TAIL = 32
 
+#: What is said of a track that only the holder of a key can read (CENC, as streaming sites do).
+ENCRYPTED = "encrypted: get it decrypted, or a copy without DRM"
+
 # Seconds per frame where neither time stamps nor the stream tell.
 _FRAME_S = 0.04
 
@@ -138,7 +141,7 @@ def read_index(path: Path, stream: int) -> PacketIndex:
 def _read(path: Path, number: int, _key: tuple[int, int]) -> PacketIndex:
     with open_container(path) as container:
         stream = container.streams[number]
-        packets = _demuxed(container, stream)
+        packets = _demuxed(path, container, stream)
         if not any(packets.shown):
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
         codec: Any = stream.codec_context
@@ -180,11 +183,12 @@ def mark_of(packet: Any, timed: bool) -> int:
     return hash((packet.size, crc32(packet)))
 
 
-def _demuxed(container: Any, stream: Any) -> _Packets:
+def _demuxed(path: Path, container: Any, stream: Any) -> _Packets:
     names = set(container.format.name.split(","))
     found = _Packets(bool(_TIMED & names), "avi" in names)
     for packet in until_end(container.demux(stream)):
         if packet.size:
+            check_clear(packet, path)
             found.pts.append(
                 packet.pts if packet.pts is not None or not found.timed else packet.dts
             )
@@ -198,12 +202,24 @@ def _demuxed(container: Any, stream: Any) -> _Packets:
     return found
 
 
+def check_clear(packet: Any, path: Path) -> None:
+    """Refuse a packet that only the holder of a key can read; some decoders make noise of it.
+
+    Raises:
+        MediaFaultError: it is encrypted.
+    """
+    if packet.has_sidedata("encryption_info"):
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {ENCRYPTED}")
+
+
 def until_end(packets: Iterator[Any]) -> Iterator[Any]:
     """Yield packets up to where the file is cut or unreadable."""
     while True:
         try:
             packet = next(packets)
         except (StopIteration, av.error.FFmpegError, OSError):
+            return
+        except IndexError:  # a stream that began later: PyAV flushes it too, last, and has none
             return
         yield packet
 
@@ -256,7 +272,7 @@ class _Order:
             return told, frames, self._best_effort(frames, self._triggers(len(frames)))
         if self.codec in _PARSED:
             parsed = self._parsed()
-            if self._agrees(parsed):
+            if parsed is not None and self._agrees(parsed):
                 frames = self._shown(parsed)
                 return parsed, frames, self._best_effort(frames, self._triggers(len(frames)))
         return self._scanned()
@@ -323,8 +339,8 @@ class _Order:
                     continue
                 yield from ((tag_of(frame), frame, at) for frame in frames if tag_of(frame) >= 0)
 
-    def _parsed(self) -> Times:
-        """Return the order that the bitstream states, without decoding it."""
+    def _parsed(self) -> Times | None:
+        """Return the order that the bitstream states, undecoded; None if it is damaged."""
         packets = len(self.packets.pts)
         order = np.full(packets, inf)
         with open_container(self.path) as container:
@@ -332,7 +348,11 @@ class _Order:
             reorder = BitStreamFilterContext(_PARSED[self.codec], stream)
             for at, packet in enumerate(until_end(container.demux(stream))):
                 packet.pts, packet.dts = None, at
-                for done in reorder.filter(packet if packet.size else None):
+                try:
+                    parsed = reorder.filter(packet if packet.size else None)
+                except (av.error.FFmpegError, ValueError):
+                    return None
+                for done in parsed:
                     if done.pts is not None and done.dts is not None and done.dts < packets:
                         order[done.dts] = done.pts
         self._put_tail_right(order)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_serializer, model_validator
 
@@ -37,6 +37,11 @@ WITHOUT_WEIGHTS = frozenset(("boxes", "windows"))
 _FILES = {".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".pyth", ".tar"}
 
 
+# More is a slip of the pen, and would end in an allocation that fails.
+Pixels = Annotated[int, Field(gt=0, le=8_192)]
+Count = Annotated[int, Field(gt=0, le=4_096)]
+
+
 class BackboneChoice(Recipe):
     """Which frozen network turns a modality into tokens, and how."""
 
@@ -57,7 +62,7 @@ class BackboneChoice(Recipe):
         "its parameter names to this network's; all are applied to each name, in order\n"
         "(re.sub).",
     )
-    frames: PositiveInt | None = Field(
+    frames: Count | None = Field(
         None,
         description="Frames T per clip; null: the network's default. Networks with a fixed\n"
         "number of frames accept multiples of it, computed in parts.",
@@ -68,12 +73,12 @@ class BackboneChoice(Recipe):
         "training takes other `frames` of them in each epoch, everything else the middle ones;\n"
         "three times as many are best under sampling.mode uniform. null: `frames`.",
     )
-    size: PositiveInt | None = Field(
+    size: Pixels | None = Field(
         None,
         description="Crop size in px; null: that of the weights' transform. The resize before\n"
         "the crop scales with it, so the field of view stays the same.",
     )
-    image: tuple[PositiveInt, PositiveInt] | None = Field(
+    image: tuple[Pixels, Pixels] | None = Field(
         None,
         description="Height and width of the log-mel image (image networks on audio); null:\n"
         "those of the network's spectrogram.",
@@ -83,7 +88,7 @@ class BackboneChoice(Recipe):
         description="Spectrogram settings of this network; override the recipe's `audio` or\n"
         "the network's own.",
     )
-    tokens: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+    tokens: tuple[Count, Count, Count] | None = Field(
         None,
         description="Pool the output to this grid (time, height, width), such as [12, 5, 5] =\n"
         "300 tokens; null: the network's grid.",

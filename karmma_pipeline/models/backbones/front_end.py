@@ -74,12 +74,12 @@ class Audio(Recipe):
         "with mean 0 and variance 1.",
     )
     sample_rate: int = Field(
-        24_000, gt=0, description="Sample rate in Hz; the audio is\nresampled to it."
+        24_000, gt=0, le=1_000_000, description="Sample rate in Hz; the audio is\nresampled to it."
     )
-    n_fft: int = Field(1024, gt=0, description="FFT length in samples.")
-    win_length: int = Field(160, gt=0, description="Window length in samples.")
-    hop_length: int = Field(80, gt=0, description="Hop in samples.")
-    mels: int = Field(128, gt=0, description="Mel bands.")
+    n_fft: int = Field(1024, gt=0, le=1_000_000, description="FFT length in samples.")
+    win_length: int = Field(160, gt=0, le=1_000_000, description="Window length in samples.")
+    hop_length: int = Field(80, gt=0, le=1_000_000, description="Hop in samples.")
+    mels: int = Field(128, gt=0, le=4_096, description="Mel bands.")
     low_hz: float | None = Field(
         None, ge=0, description="Lowest frequency of the mel bands, Hz; clap and whisper only."
     )
