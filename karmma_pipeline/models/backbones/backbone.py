@@ -8,8 +8,9 @@ import torchvision
 from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, parse_seed
+from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice
 from karmma_pipeline.models.backbones.layers import Parts
+from karmma_pipeline.models.backbones.names import parse_seed
 
 
 class Backbone(nn.Module):

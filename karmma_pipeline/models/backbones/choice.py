@@ -18,6 +18,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones import names
 from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, Audio
+from karmma_pipeline.models.backbones.names import parse_seed
 
 if TYPE_CHECKING:
     from karmma_pipeline.models.backbones.names import Kind
@@ -487,20 +488,3 @@ def _check_pair(pattern: str, replacement: str) -> None:
             f"key_map: [{pattern!r}, {replacement!r}] is not a valid regular expression and "
             f"replacement ({error})"
         ) from None
-
-
-def parse_seed(weights: str) -> int | None:
-    """Return the seed of ``random:SEED``, None for any other source.
-
-    Raises:
-        ConfigError: what follows the colon is no whole number.
-    """
-    if not weights.startswith("random:"):
-        return None
-    try:
-        seed = int(weights.removeprefix("random:"))
-    except ValueError:
-        seed = 2**64
-    if not -(2**63) <= seed < 2**64:  # what PyTorch takes
-        raise ConfigError(f"weights={weights!r}: write random:SEED, where SEED is an integer.")
-    return seed
