@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,19 @@ def test_smooth_resizing_and_crop_equal_torchvisions_of_pillow_pictures(
         whole = functional.resize(Image.fromarray(frame), list(resize), mode)
         theirs = functional.center_crop(whole, list(crop))
         assert np.array_equal(mine.transpose(1, 2, 0), np.asarray(theirs))
+
+
+def test_smooth_resizing_needs_no_torch() -> None:
+    """Whose import costs a decode process seconds."""
+    program = """
+import sys
+import numpy as np
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform
+view = FrameTransform(resize=(9,), crop=(8, 8), mean=(0,), std=(1,), antialias=True)
+view.apply(np.zeros((1, 20, 30, 3), np.uint8))
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_store_says_what_smoothed_its_pictures() -> None:
