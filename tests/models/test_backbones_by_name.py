@@ -288,8 +288,8 @@ def test_two_networks_for_sound_hear_one_clip_each_as_its_library_does(
         wanted.append(input_spec("audio", BackboneChoice(name=f"hf:{tmp_path / family}")))
     source = FileSource(tmp_path / "sound.wav")
     clip = Clip("c", {"audio": source}, 0.25, 0.65, {}, "train")
-    settings = DecodeSettings(Sampling(), Flow(), Audio(), tuple(wanted))
-    (decoded,) = decode_clips([clip], settings)
+    of_both = DecodeSettings(Sampling(), Flow(), Audio(), tuple(wanted))
+    (decoded,) = decode_clips([clip], of_both)
     for spec, processor in zip(wanted, processors, strict=True):
         rate = processor.sampling_rate
         sound = MediaFile(source.path).sound(0.25, 0.65, rate)

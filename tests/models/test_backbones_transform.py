@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,7 @@ SHAPES = {
     dtype=st.sampled_from([np.uint8, np.float32]),
 )
 def test_resize_and_crop_equal_torchvisions(
-    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: str,
+    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: Any,
     dtype: type[np.uint8] | type[np.float32],
 ) -> None:  # fmt: skip
     pictures: Any = np.random.default_rng(0).integers(0, 256, (2, 3, *shape)).astype(dtype)
@@ -67,21 +69,37 @@ def test_resize_and_crop_equal_torchvisions(
 @settings(max_examples=60, deadline=None)
 @given(
     **SHAPES,
-    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]),
+    interpolation=st.sampled_from(
+        ["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+    ),
 )
 def test_smooth_resizing_and_crop_equal_torchvisions_of_pillow_pictures(
-    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: str
+    shape: tuple[int, int], resize: tuple[int, ...], crop: tuple[int, int], interpolation: Any
 ) -> None:
     """Which are what timm's own transform and the processors of transformers before 5 take."""
     frames = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), np.uint8)
     transform = FrameTransform(
         resize=resize, crop=crop, mean=(0,), std=(1,), interpolation=interpolation, antialias=True
     )
-    ours, mode = transform.apply(frames), InterpolationMode(interpolation)
+    ours = transform.apply(frames)
+    mode = InterpolationMode(interpolation.removesuffix("-exact"))  # Pillow's nearest is exact
     for mine, frame in zip(ours, frames, strict=True):
         whole = functional.resize(Image.fromarray(frame), list(resize), mode)
         theirs = functional.center_crop(whole, list(crop))
         assert np.array_equal(mine.transpose(1, 2, 0), np.asarray(theirs))
+
+
+def test_smooth_resizing_needs_no_torch() -> None:
+    """Whose import costs a decode process seconds."""
+    program = """
+import sys
+import numpy as np
+from karmma_pipeline.models.backbones.frame_transform import FrameTransform
+view = FrameTransform(resize=(9,), crop=(8, 8), mean=(0,), std=(1,), antialias=True)
+view.apply(np.zeros((1, 20, 30, 3), np.uint8))
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_store_says_what_smoothed_its_pictures() -> None:

@@ -13,7 +13,7 @@ T frames, H and W the file's height and width, h and w the network's, B clips in
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -36,6 +36,9 @@ ANTIALIAS = False
 #: grey levels at most.
 SMOOTHED_BY = "Pillow"
 
+Interpolation = Literal[
+    "nearest", "nearest-exact", "bilinear", "bicubic", "lanczos", "box", "hamming"
+]
 _OF_TORCH = {"nearest", "nearest-exact", "bilinear", "bicubic"}
 
 
@@ -46,7 +49,7 @@ class FrameTransform(Recipe):
     crop: tuple[int, int] = Field(description="Centre crop (height, width) in px.")
     mean: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
     std: tuple[float, ...] = Field(description="Per channel, after scaling to [0, 1].")
-    interpolation: str = Field("bilinear", description="Interpolation of the resize.")
+    interpolation: Interpolation = Field("bilinear", description="Interpolation of the resize.")
     floor: bool = Field(
         False,
         description="If frame and crop differ by an odd number of px, round the offset down,\n"
@@ -87,7 +90,7 @@ class FrameTransform(Recipe):
         self, frame: npt.NDArray[np.uint8], size: tuple[int, int]
     ) -> npt.NDArray[np.uint8]:
         """Resize a frame [H, W, 3] to a size (height, width)."""
-        mode = Image.Resampling[self.interpolation.upper()]
+        mode = Image.Resampling[self.interpolation.removesuffix("-exact").upper()]
         return np.asarray(Image.fromarray(frame).resize(size[::-1], mode))
 
     def resized(self, pictures: npt.NDArray[_Number]) -> npt.NDArray[_Number]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.backbones import hub
+from karmma_pipeline.models.backbones.frame_transform import Interpolation
 from karmma_pipeline.models.backbones.layers import Parts, with_grid
 from karmma_pipeline.models.backbones.registry import Architecture, Blocks, FrameTransform
 from karmma_pipeline.models.backbones.state_dicts import ENOUGH
@@ -318,7 +319,7 @@ def _arrange(family: Family, config: Any, net: Any, output: Any, x: Tensor) -> P
     return Parts(whole, extra)
 
 
-_PIL = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_PIL: tuple[Interpolation, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def _view(processor: Any, where: str) -> FrameTransform:
