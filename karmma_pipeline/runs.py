@@ -211,7 +211,8 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
         )
     if (path / RECIPE).is_file():
         raise CheckpointError(
-            f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."
+            f"{path}: this run has no model {checkpoint!r}; run its training to the end, or copy "
+            "the folder again."
         )
     beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
     has = f"; {path.parent} has the runs {', '.join(beside)}"
