@@ -211,7 +211,8 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
         )
     if (path / RECIPE).is_file():
         raise CheckpointError(
-            f"{path}: this run has not saved a model {checkpoint!r} yet; finish its training."
+            f"{path}: this run has no model {checkpoint!r}; finish its training, or copy "
+            "the folder again."
         )
     beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
     has = f"; {path.parent} contains the runs {', '.join(beside)}"

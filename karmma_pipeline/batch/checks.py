@@ -37,7 +37,7 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
         if not progress.done:
             faults = (*_faults(stage, made), *_settings(stage, stages), *_changed(stage, progress))
             found += [(stage.name, fault) for fault in faults]
-    _refuse("nothing was submitted", found)
+    _refuse("nothing was started", found)
 
 
 def check_stores(stages: Sequence[ChainStage]) -> None:

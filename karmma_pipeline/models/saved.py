@@ -228,6 +228,15 @@ def read_card(folder: Path) -> ModelCard:
         raise CheckpointError(f"{path}: the model card is damaged ({error}).") from None
 
 
+def check_whole(folder: Path) -> None:
+    """Check that a saved model is there, with the weights that its card names.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    _read_weights(folder, read_card(folder))
+
+
 def load_model(folder: Path) -> tuple[TokenModel, ModelCard]:
     """Load a model in evaluation mode, on the CPU; says if code of one's own has changed since.
 
@@ -389,4 +398,4 @@ def _read_weights(folder: Path, card: ModelCard) -> dict[str, Tensor]:
                 return {name: tensor.clone() for name, tensor in load(data).items()}
             except SafetensorError as error:
                 fault = f"is not a safetensors file ({error})"
-    raise CheckpointError(f"{path}: {fault}; train again or copy the folder again.")
+    raise CheckpointError(f"{path}: {fault}; copy the folder again, or train in another one.")

@@ -18,7 +18,7 @@ from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError, St
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.fusion import FusionModel, TokenModel
-from karmma_pipeline.models.saved import ModelCard, begin_from, read_card
+from karmma_pipeline.models.saved import ModelCard, begin_from, check_whole, read_card
 from karmma_pipeline.runs import METRICS, MODELS, RunFolder, saved_folder
 from karmma_pipeline.store import TokenSource, joined_digests
 from karmma_pipeline.store.format import layout
@@ -137,7 +137,13 @@ def _without_state(recipe: TrainRecipe) -> tuple[TrainingProgress, dict[str, str
 
 
 def _finished(recipe: TrainRecipe, done: TrainingProgress, began: dict[str, str]) -> TrainReport:
-    """Return the report of a run that needs neither its store nor its teacher any more."""
+    """Return the report of a run that needs neither its store nor its teacher any more.
+
+    Raises:
+        CheckpointError: a model of it is missing or damaged: to say that it is done would be wrong.
+    """
+    for name in MODELS:
+        check_whole(recipe.out / name)
     if now := _sources_now(recipe, began):
         _check_sources(recipe, began, now)
     early = done.epoch < recipe.epochs

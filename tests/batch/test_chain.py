@@ -210,7 +210,7 @@ def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> Non
 
 def faults(path: Path) -> str:
     chain, stages = load_chain(path)
-    with pytest.raises(ConfigError, match="nothing was submitted") as error:
+    with pytest.raises(ConfigError, match="nothing was started") as error:
         check(stages, [stage_progress(stage) for stage in stages], chain.folder)
     return str(error.value)
 

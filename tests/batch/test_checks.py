@@ -54,7 +54,7 @@ def test_of_the_report(settings: dict[str, Any], message: str) -> None:
     tree["evaluate"]["set"] |= settings
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     told = refused(path)
-    assert told.startswith("Error: nothing was submitted: report: ")
+    assert told.startswith("Error: nothing was started: report: ")
     assert message in told
 
 
@@ -75,7 +75,7 @@ def test_of_a_student_whose_teacher_would_be_trained_first(
 ) -> None:
     student = {**METHODS["student"], "grid": {}, "set": settings}
     told = refused(write_sweep(student=student))
-    assert told.startswith("Error: nothing was submitted: student/seed0, student/seed1: ")
+    assert told.startswith("Error: nothing was started: student/seed0, student/seed1: ")
     assert message in told
 
 

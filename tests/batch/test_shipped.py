@@ -53,7 +53,7 @@ def test_a_node_without_weights_or_network_says_so_before_anything_is_queued(
     result = run("submit", CHAIN)
     assert result.exit_code == 2
     assert slurm.jobs() == []
-    assert result.output.startswith("Error: nothing was submitted: extract: ")
+    assert result.output.startswith("Error: nothing was started: extract: ")
     named = re.findall(r"`karmma backbones fetch (\S+) (\S+)` with TORCH_HOME", result.output)
     assert named == fetched()
 

@@ -339,7 +339,7 @@ def test_what_does_not_fit_the_extracted_store_is_told_before_anything_is_traine
     with pytest.raises(KarmmaError, match=r"1 failed: extract .*begun: baseline/seed0, report"):
         launch(Path("sweep.yaml"))
     assert fault in Path("sw/jobs/logs/extract.log").read_text()
-    with pytest.raises(ConfigError, match=re.escape(f"nothing was submitted: {fault}")):
+    with pytest.raises(ConfigError, match=re.escape(f"nothing was started: {fault}")):
         launch(Path("sweep.yaml"))
     assert not Path("sw/baseline").exists()
 

@@ -166,6 +166,12 @@ def test_a_finished_run_without_its_states_is_done_and_a_half_one_is_not_trained
     shutil.rmtree(tmp_path / "r/state")
     again = train_teacher(recipe)
     assert (again.already_done, again.best) == (True, done.best)
+    weights = tmp_path / "r/best/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match=r"damaged .* copy the folder again, or train into"):
+        train_teacher(recipe)
+    weights.write_bytes(whole)
     metrics = tmp_path / "r/metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
     with pytest.raises(
