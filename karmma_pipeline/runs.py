@@ -208,6 +208,10 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: is an exported model, for predict, live and load_model; name the run that it "
             "was exported from."
         )
+    if (path / "spec.json").is_file():
+        raise CheckpointError(
+            f"{path}: is a feature store; name a run, the folder that a training has written."
+        )
     if (path / RECIPE).is_file():
         raise CheckpointError(
             f"{path}: this run has saved no model {checkpoint!r} yet; run its training to the end."

@@ -95,9 +95,9 @@ class StreamSettings:
     def __post_init__(self) -> None:
         deadlines = self.deadline_s
         named = deadlines if isinstance(deadlines, Mapping) else {"": deadlines}
-        for key, value in {"window_s": self.window_s, "hop_s": self.hop_s}.items():
-            if not _SHORTEST_S <= value < math.inf:
-                raise ConfigError(f"{key}={value}: seconds from {_SHORTEST_S} on are allowed.")
+        for key, seconds in {"window_s": self.window_s, "hop_s": self.hop_s}.items():
+            if not _SHORTEST_S <= seconds < math.inf:
+                raise ConfigError(f"{key}={seconds}: seconds from {_SHORTEST_S} on are allowed.")
         above = {"frozen_s": self.frozen_s, "audio_hz": self.audio_hz}
         above |= {f"deadline_s {name}".strip(): value for name, value in named.items()}
         for key, value in above.items():

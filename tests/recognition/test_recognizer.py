@@ -318,6 +318,7 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
     ("arguments", "code", "says"),
     [
         (["nowhere", "{video}"], 1, "no trained model is there"),
+        (["{store}", "{video}"], 1, "small: is a feature store; name a run"),
         (["{run}", "nowhere.mp4"], 1, "there is no such file"),
         (["{run}", "{store}"], 2, "is a feature store, which `karmma evaluate` takes"),
         (["{run}", "{run}"], 2, "is a folder; name videos"),
