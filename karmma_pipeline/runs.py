@@ -209,6 +209,10 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: is an exported model, for predict, live and load_model; give the run that "
             "it was exported from."
         )
+    if (path / "spec.json").is_file():
+        raise CheckpointError(
+            f"{path}: is a feature store; give a run folder, as written by a training."
+        )
     if (path / RECIPE).is_file():
         raise CheckpointError(
             f"{path}: this run has no model {checkpoint!r}; finish its training, or copy "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from karmma_pipeline import config
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import CheckpointError, ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.models.backbones import BackboneChoice, hub
 from karmma_pipeline.models.backbones.front_end import Audio
 from karmma_pipeline.models.backbones.onnx_networks import OnnxChoice, OnnxFile, OnnxSession
@@ -224,7 +224,10 @@ def read_export(folder: Path) -> ExportCard:
     """
     path = folder / EXPORT
     try:
-        card = config.build(ExportCard, json.loads(path.read_text(encoding="utf-8")), str(path))
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise TypeError(f"a mapping is wanted, this is {one_line(tree, 40)}")
+        card = config.build(ExportCard, tree, str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ConfigError, TypeError, ValueError, RecursionError) as error:

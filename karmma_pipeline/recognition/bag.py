@@ -150,7 +150,8 @@ def _opened(bag: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise MediaError(f"{bag}: no such file.") from None
     except (McapError, EOFError, OSError) as error:
-        raise MediaError(f"{bag}: not an MCAP bag, or damaged ({error}).") from None
+        reason = str(error) or "it ends too early"
+        raise MediaError(f"{bag}: not an MCAP bag, or damaged ({reason}).") from None
 
 
 def _check_topics(bag: Path, reader: Any, topics: Mapping[str, Topic]) -> None:

@@ -183,7 +183,7 @@ def _clips(
 ) -> Iterator[Clip]:
     last_s = recording.end_s if spans.stop_s is None else min(spans.stop_s, recording.end_s)
     for start_s in starts:
-        stop_s = None if spans.window_s is None else start_s + spans.window_s
-        if stop_s is None or stop_s > last_s + _SLACK_S:  # one clip, of what is there
-            stop_s = spans.stop_s
+        end_s = math.inf if spans.window_s is None else start_s + spans.window_s
+        # What is shorter than a window is one clip, of what is there.
+        stop_s = spans.stop_s if end_s > last_s + _SLACK_S else end_s
         yield Clip(f"{path.name}@{start_s:.3f}", dict(recording.media), start_s, stop_s, {})

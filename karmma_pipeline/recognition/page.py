@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         if place is None:
             return
         length = self.headers.get("Content-Length", "")
-        body = self.rfile.read(min(int(length), _MOST)) if length.isdigit() else b""
+        body = self.rfile.read(min(int(length), _MOST)) if length.isdecimal() else b""
         try:
             if place != "switch":
                 raise ConfigError(place)

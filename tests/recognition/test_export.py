@@ -256,6 +256,9 @@ def test_what_was_changed_is_refused(copy: Path) -> None:
     (copy / "fusion.onnx").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"fusion\.onnx: changed or damaged"):
         km.load_model(copy)
+    (copy / "export.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"export\.json: is damaged \(a mapping is wanted"):
+        km.load_model(copy)
 
 
 @pytest.fixture

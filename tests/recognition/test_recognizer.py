@@ -318,6 +318,7 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
     ("arguments", "code", "says"),
     [
         (["nowhere", "{video}"], 1, "no trained model found"),
+        (["{store}", "{video}"], 1, "small: is a feature store; give a run"),
         (["{run}", "nowhere.mp4"], 1, "no such file"),
         (["{run}", "{store}"], 2, "is a feature store; use `karmma evaluate`"),
         (["{run}", "{run}"], 2, "is a folder; give videos"),

@@ -108,7 +108,10 @@ def _session(file: OnnxFile, threads: int) -> Any:
         return library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own classes, which derive from Exception alone
         reason = one_line(error, 300)
-        raise CheckpointError(f"{file.path}: onnxruntime cannot load it ({reason}).") from None
+        raise CheckpointError(
+            f"{file.path}: onnxruntime {library.__version__} cannot load it ({reason}); update it, "
+            "or copy the whole folder again."
+        ) from None
 
 
 class OnnxNet(nn.Module):
