@@ -83,7 +83,7 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
         ({"name": "windows", "cut": "input"}, "no trainable parameters"),
         ({"cut": "stage4", "stored_frames": 12}, "stored_frames=12: is for cut: input"),
         ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
-        ({"cut": "stage4", "layer": -1}, "give one"),
+        ({"cut": "stage4", "layer": -1}, "give only one"),
     ):
         with pytest.raises(ValueError, match=said):
             BackboneChoice.model_validate({**small("swin3d_t"), **change})
