@@ -1,7 +1,7 @@
 """Evaluation of small trained models, and the report made from it."""
 
 import json
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from support.tiny_store import write_store
 from karmma_pipeline.errors import ConfigError, ManifestError, StoppedError, StoreError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.evaluate import evaluate
+from karmma_pipeline.evaluation.report import figures
 from karmma_pipeline.evaluation.report.page import write_report
 from karmma_pipeline.evaluation.results import Results, SubsetScores
 from karmma_pipeline.jobs import StopFlag
@@ -323,3 +324,15 @@ def test_results_of_another_version_are_refused(place: Path, tmp_path: Path) -> 
     (tmp_path / "results.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match="not readable as results of this version"):
         schema.read(tmp_path / "results.json")
+
+
+def test_long_names_of_subsets_have_room_beside_their_bars(tmp_path: Path) -> None:
+    sensors = {"accelerometer": (1, 2), "gyroscope": (1, 2), "skeleton": (1, 2)}
+    store = fill_store(tmp_path / "store", modalities=sensors, absent=())
+    save_run(tmp_path / "run0", store, name="Student", provenance={})
+    recipe = make_recipe(tmp_path, runs=[str(tmp_path / "run0")], costs=False, draws=0)
+    figure = figures.subset_bars(evaluate(recipe).results)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == 7
+    assert all(above.y0 > below.y1 for above, below in pairwise(boxes))

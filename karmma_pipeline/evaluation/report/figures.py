@@ -25,6 +25,8 @@ _ENDS = ("low", "high")
 _TALL = 5
 # Subsets whose names have room below upright bars.
 _MOST_UPRIGHT = 8
+# Letters of a subset's name that have room there.
+_MOST_LETTERS = 12
 _STYLE: Any = {
     "svg.hashsalt": "karmma",
     "font.size": 10,
@@ -156,7 +158,7 @@ def cost_bars(results: Results) -> Figure:
 
 
 class _SubsetBars:
-    """Bars of some models on each subset: upright, or lying where subsets are many.
+    """Bars of some models on each subset: upright, or lying where names have no room.
 
     Args:
         results: which subsets.
@@ -166,7 +168,8 @@ class _SubsetBars:
 
     def __init__(self, results: Results, count: int, height: float) -> None:
         self.results, self.count = results, count
-        self.lying = len(results.subsets) > _MOST_UPRIGHT
+        letters = max(len(label(s, results.modalities)) for s in results.subsets)
+        self.lying = len(results.subsets) > _MOST_UPRIGHT or letters > _MOST_LETTERS
         rows = len(results.subsets) * (0.1 + 0.12 * count)
         self.figure, self.axes = new_figure(7.5, 1.5 + rows if self.lying else height)
 
