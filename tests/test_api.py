@@ -198,7 +198,7 @@ def test_classes_meet_by_name_and_foreign_tokens_are_refused(trained: Path, tmp_
     with pytest.raises(km.KarmmaError, match="no clip has a label"):
         preds.top1("noun")
     write_store(tmp_path / "wide", clips=12, width=16)
-    with pytest.raises(km.KarmmaError, match="come from another network"):
+    with pytest.raises(km.KarmmaError, match="come from a different backbone"):
         km.predict(trained / "run", tmp_path / "wide")
     for without, message in ((["sound"], "no such modality"), (["rgb", "flow", "audio"], "leaves")):
         with pytest.raises(km.KarmmaError, match=message):

@@ -95,7 +95,7 @@ def test_of_a_relative_path_it_is_said_where_it_was_looked_for(
     recipe.write_text("store: features\nout: run\n")
     monkeypatch.chdir(tmp_path)  # beside the recipe's folder, not in it
     for words, message in (
-        (["train-teacher", recipe], f"features: no feature store is there in {tmp_path};"),
+        (["train-teacher", recipe], f"features: no feature store found in {tmp_path};"),
         (["train-teacher", "nope.yaml"], f"(No such file or directory in {tmp_path});"),
         (["evaluate", "runs/x"], f"runs/x: no trained model is there in {tmp_path}."),
     ):

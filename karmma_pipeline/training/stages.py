@@ -289,8 +289,7 @@ def _train(
 
 def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iterator[str]:
     """Say how many clips are trained on and choose the best epoch, too."""
-    both = len(np.intersect1d(train, val))
-    if both:
+    if both := len(np.intersect1d(train, val)):
         yield (
             f"val_split={recipe.val_split!r}: {both} of its {len(val)} clips are training "
             "clips; its accuracy says nothing about other clips"

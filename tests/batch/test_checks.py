@@ -36,14 +36,14 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"robustness": {"patterns": {"x": "no.csv"}}}, "report: no.csv is not there."),
+        ({"robustness": {"patterns": {"x": "no.csv"}}}, "report: no.csv does not exist."),
         (
             {"robustness": {"patterns": {"x": "modality.csv"}}},
-            "report: modality.csv, line 2: missing='sound' is no modality; there are rgb, flow, "
-            "audio, several joined by +.",
+            "report: modality.csv, line 2: missing='sound' is not a modality; the store has rgb, "
+            "flow, audio; join several with +.",
         ),
         ({"submission": {}}, "report: submission: the heads and classes are {'noun': 3"),
-        ({"split": "tset"}, "no clip is in split='tset'; there are: train, val."),
+        ({"split": "tset"}, "no clip is in split='tset'; its splits: train, val."),
         ({"exclude": "ids.txt"}, "has no clip 'nobody'; write one clip id per line."),
         ({"groups": {"tail": {"tool": "ids.txt"}}}, "groups.tail: head 'tool' is unknown"),
     ],
@@ -61,13 +61,19 @@ def test_of_the_report(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"select_by": "top1"}, "select_by='top1': allowed are noun_top1, verb_top1, action_top1"),
+        ({"select_by": "top1"}, "select_by='top1': must be one of noun_top1, verb_top1, action"),
         ({"val_split": "tset"}, "no clip is in split='tset'"),
         ({"exclude": "ids.txt"}, "has no clip 'nobody'"),
-        ({"modality_dropout": {"patterns": "modality.csv"}}, "missing='sound' is no modality"),
-        ({"modality_dropout": {"rate": {"sound": 0.5}}}, "modality_dropout.rate names 'sound'"),
+        ({"modality_dropout": {"patterns": "modality.csv"}}, "missing='sound' is not a modality"),
+        (
+            {"modality_dropout": {"rate": {"sound": 0.5}}},
+            "modality_dropout.rate: unknown modality 'sound'",
+        ),
         ({"objective": "broken:loss"}, "objective='broken:loss': cannot be imported (Mod"),
-        ({"init_from": "elsewhere"}, "elsewhere is not there and no stage of the chain makes it"),
+        (
+            {"init_from": "elsewhere"},
+            "elsewhere does not exist, and no stage of the chain writes it",
+        ),
     ],
 )
 def test_of_a_student_whose_teacher_would_be_trained_first(

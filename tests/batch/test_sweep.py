@@ -336,7 +336,9 @@ def test_what_does_not_fit_the_extracted_store_is_told_before_anything_is_traine
     tree["evaluate"]["set"]["split"] = "tset"
     Path("sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     fault = "report: features/imu: no clip is in split='tset'; there are: train, val."
-    with pytest.raises(KarmmaError, match=r"1 failed: extract .*begun: baseline/seed0, report"):
+    with pytest.raises(
+        KarmmaError, match=r"1 failed: extract .*not started .*: baseline/seed0, report"
+    ):
         launch(Path("sweep.yaml"))
     assert fault in Path("sw/jobs/logs/extract.log").read_text()
     with pytest.raises(ConfigError, match=re.escape(f"nothing was started: {fault}")):

@@ -43,7 +43,10 @@ def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nowhere.csv", "robustness.patterns='{}': [Errno 2]"),
         ("columns.csv", "{}: has no column 'clip_id'; it has ['clip', 'missing']"),
-        ("modality.csv", "{}, line 2: missing='sound' is no modality; there are rgb, flow, audio"),
+        (
+            "modality.csv",
+            "{}, line 2: missing='sound' is not a modality; the store has rgb, flow, audio",
+        ),
         ("clip.csv", "{}, line 3: "),
         ("epoch.csv", "{}: epoch=2: an evaluation has no epochs"),
     ],
@@ -61,7 +64,7 @@ def test_a_list_of_patterns(place: Path, name: str, message: str) -> None:
         ({"groups": {"tail": {"tool": "class.csv"}}}, "groups.tail: head 'tool' is unknown"),
         ({"groups": {"tail": {"verb": "class.csv"}}}, "'no such verb' is neither a class id nor"),
         ({"exclude": "nowhere.txt"}, "exclude='nowhere.txt': cannot be read"),
-        ({"out": "store/report"}, "the feature store {} lies there"),
+        ({"out": "store/report"}, "is inside the feature store {}"),
         ({"split": "tset"}, "no clip is in split='tset'"),
         ({"runs": ["run0", "other"], "stores": ["store", "others"]}, "differ in clips"),
     ],

@@ -118,7 +118,7 @@ def test_a_failed_start_leaves_nothing_and_the_corrected_one_begins(
         train_teacher(teacher_recipe(store, out, optimiser=wild))
     train_teacher(teacher_recipe(store, out, epochs=1))  # the folder holds nothing that was learned
     assert yaml.safe_load((out / "recipe.yaml").read_text())["optimiser"]["lr"] < 1
-    with pytest.raises(StoreError, match=r"the feature store .* lies there"):
+    with pytest.raises(StoreError, match=r"is inside the feature store"):
         train_teacher(teacher_recipe(store, store / "run"))
 
 
@@ -169,7 +169,7 @@ def test_a_finished_run_without_its_states_is_done_and_a_half_one_is_not_trained
     weights = tmp_path / "r/best/model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4])
-    with pytest.raises(CheckpointError, match=r"damaged .* copy the folder again, or train into"):
+    with pytest.raises(CheckpointError, match=r"damaged .* copy the folder again, or train in"):
         train_teacher(recipe)
     weights.write_bytes(whole)
     metrics = tmp_path / "r/metrics.jsonl"

@@ -263,7 +263,7 @@ def _row(
     if unknown := [name for name in missing if name not in modalities]:
         raise ConfigError(
             f"{where}: missing={unknown[0]!r} is not a modality; the store has "
-            f"{', '.join(modalities)}, join several with +."
+            f"{', '.join(modalities)}; join several with +."
         )
     epoch = (row.get("epoch") or "").strip()
     if epoch and not (epoch.isdecimal() and int(epoch) > 0):
