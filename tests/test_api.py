@@ -200,7 +200,10 @@ def test_classes_meet_by_name_and_foreign_tokens_are_refused(trained: Path, tmp_
     write_store(tmp_path / "wide", clips=12, width=16)
     with pytest.raises(km.KarmmaError, match="come from a different backbone"):
         km.predict(trained / "run", tmp_path / "wide")
-    for without, message in ((["sound"], "no such modality"), (["rgb", "flow", "audio"], "leaves")):
+    for without, message in (
+        (["sound"], "no such modality"),
+        (["rgb", "flow", "audio"], "no modality is left"),
+    ):
         with pytest.raises(km.KarmmaError, match=message):
             km.predict(trained / "run", trained / "s", without=without)
 

@@ -97,7 +97,7 @@ def test_of_a_relative_path_it_is_said_where_it_was_looked_for(
     for words, message in (
         (["train-teacher", recipe], f"features: no feature store found in {tmp_path};"),
         (["train-teacher", "nope.yaml"], f"(No such file or directory in {tmp_path});"),
-        (["evaluate", "runs/x"], f"runs/x: no trained model is there in {tmp_path}."),
+        (["evaluate", "runs/x"], f"runs/x: no trained model found in {tmp_path}."),
     ):
         assert message in run(*words).output
 

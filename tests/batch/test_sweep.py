@@ -335,7 +335,7 @@ def test_what_does_not_fit_the_extracted_store_is_told_before_anything_is_traine
     tree = yaml.safe_load(Path("sweep.yaml").read_text())
     tree["evaluate"]["set"]["split"] = "tset"
     Path("sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    fault = "report: features/imu: no clip is in split='tset'; there are: train, val."
+    fault = "report: features/imu: no clip is in split='tset'; its splits: train, val."
     with pytest.raises(
         KarmmaError, match=r"1 failed: extract .*not started .*: baseline/seed0, report"
     ):
