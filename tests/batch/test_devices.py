@@ -98,4 +98,4 @@ def test_two_devices_make_the_store_of_one(here: Path, monkeypatch: pytest.Monke
         stores.append(FeatureStore.open(out / "teacher"))
     assert stores[0].digest == stores[1].digest
     said = [Path(f"features/part{part}.log").read_text() for part in (1, 2)]
-    assert all(f"part {n}/2, as --part {n}/2 says" in text for n, text in enumerate(said, 1))
+    assert all(f"part {n}/2 (from --part {n}/2)" in text for n, text in enumerate(said, 1))

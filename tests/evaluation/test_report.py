@@ -111,7 +111,7 @@ def test_of_many_modalities_some_subsets_and_drawn_masks_are_evaluated(
     names = {"runs": [str(run)], "names": {}, "draws": 30, "drop_rates": [0.0, 0.3, 0.6, 0.9]}
     with caplog.at_level("INFO"):
         found = evaluate(make_recipe(tmp_path, **names)).results
-    assert "47 passes for each of 60 clips, 17 subsets and 30 drawn masks" in caplog.text
+    assert "47 passes for each of 60 clips, 17 subsets and 30 sampled masks" in caplog.text
     assert [len(s) for s in found.subsets] == [8] + [7] * 8 + [1] * 8
     for rate, exact in exact_curve(run, store, [0.0, 0.3, 0.6, 0.9]).items():
         curve = found.runs[0].curve("verb", "all")

@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_costs_only_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     clips = clips_of(TINY, 1)
     assert cosine(network(TINY).tokens(clips), plain(TINY, clips)) > 0.99999
-    assert "own_nets:tiny: converted again at the next start" in caplog.text
+    assert "own_nets:tiny: will be converted again at the next start" in caplog.text
 
 
 @pytest.fixture

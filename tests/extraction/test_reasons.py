@@ -82,7 +82,7 @@ def test_a_picture_that_is_too_large_gets_more_memory(folder: Path) -> None:
     list_clips("fine.mkv,0,1", "huge.avi,0,0.04")
     # Less than a decode process takes by itself: it is killed before it has a clip.
     too_little = {"c0 rgb": "out_of_memory", "c1 rgb": "out_of_memory"}
-    assert karmma(decode={"workers": 1, "memory_gb": 0.1}) == too_little
+    assert karmma(decode={"workers": 1, "memory_gb": 0.05}) == too_little
     # Its compressed picture fits; its pixels, which stay most of a second, do not.
     for limit_gb, lost in ((0.3, {"c1 rgb": "out_of_memory"}), (8, {})):
         decode = {"workers": 1, "memory_gb": limit_gb}

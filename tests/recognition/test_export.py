@@ -393,7 +393,7 @@ def test_bad_input_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: Any)
     assert "is only used with --int8" in command(
         "export", root / "run", "--out", out, "--clips", "x.csv"
     )
-    assert "which has its own" in command("predict", exported, video, "--weights", "rgb=x")
+    assert "which contains its weights" in command("predict", exported, video, "--weights", "rgb=x")
     assert "on the CPU" in command("predict", exported, video, "--device", "cuda")
     assert "which runs in onnxruntime" in command("predict", exported, video, "--engine", "torch")
     assert "is an exported model, for predict" in command("evaluate", exported, "--out", out)

@@ -78,7 +78,7 @@ def test_sensors_that_a_person_switches_off_are_absent(
     page.wait_for_function(
         "document.getElementById('picture').naturalWidth === 320", timeout=WAIT_MS
     )
-    assert "answered" in page.inner_text("#state")
+    assert "predicted" in page.inner_text("#state")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if folder := os.environ.get("KARMMA_PICTURES"):  # to look at
         page.screenshot(path=Path(folder) / f"live_{width}.png")

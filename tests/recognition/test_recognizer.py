@@ -124,7 +124,9 @@ def test_live_windows_of_a_files_signals_are_those_of_the_file(
         assert live is not None
         assert (live.clip.start_s, live.mask) == (window.clip.start_s, window.mask)
         for head, said in live.logits.items():
-            np.testing.assert_allclose(said, window.logits[head], atol=1e-5)
+            # Windows of a file are computed together, and on some processors a sum's last bit then
+            # turns the float16 to which a token is rounded.
+            np.testing.assert_allclose(said, window.logits[head], atol=2e-4)
 
 
 @pytest.mark.parametrize("span", [(np.nan, None), (np.inf, None), (0.0, np.nan), (0.0, np.inf)])
@@ -324,8 +326,8 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
         (["{run}", "{run}"], 2, "is a folder; give videos"),
         (["{run}", "{card}"], 1, "model.json"),
         (["{run}", "{video}", "--hop", "1"], 2, "needs --window"),
-        (["{run}", "{video}", "--window", "0.001"], 2, "from 0.01 on"),
-        (["nowhere", "{video}", "--drop", "2"], 2, "lies in 0..1"),
+        (["{run}", "{video}", "--window", "0.001"], 2, "must be at least 0.01"),
+        (["nowhere", "{video}", "--drop", "2"], 2, "must be a probability between 0 and 1"),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
         (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for this modality"),
@@ -350,9 +352,9 @@ def test_bad_input_is_one_sentence(
 def test_spans_that_make_no_sense_and_imported_features_are_refused(
     root: Path, recognizer: Recognizer
 ) -> None:
-    with pytest.raises(ConfigError, match=r"from 0\.01 on"):
+    with pytest.raises(ConfigError, match="must be at least"):
         Spans(window_s=0)
-    with pytest.raises(ConfigError, match="after the start"):
+    with pytest.raises(ConfigError, match="stop after it"):
         Spans(2, 1)
     with pytest.raises(ConfigError, match="rows of a manifest have their own"):
         wanted_clips([root / "clips/manifest.csv"], Spans(window_s=2))
