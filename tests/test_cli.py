@@ -353,6 +353,15 @@ def test_a_wrong_feature_file_is_named(tmp_path: Path, array: Any, message: str)
     assert message in " ".join(result.output.split())
 
 
+def test_imported_labels_are_not_called_as_their_composite(tmp_path: Path) -> None:
+    (tmp_path / "f/imu").mkdir(parents=True)
+    np.save(tmp_path / "f/imu/a.npy", np.zeros((2, 4)))
+    (tmp_path / "f/clips.csv").write_text("clip_id,verb,action\na,run,run home\n")
+    result = run("store", "import", tmp_path / "f", tmp_path / "s", "--source", "x")
+    assert result.exit_code == 1
+    assert "clips.csv: head 'action': with several heads" in result.output
+
+
 def test_a_store_without_labels_is_exported_for_actionformer(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", clips=8, heads={"action": ()})
     result = run("store", "export", store, tmp_path / "out", "--layout", "actionformer")

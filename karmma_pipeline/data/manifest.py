@@ -23,7 +23,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from karmma_pipeline import files
+from karmma_pipeline import files, metrics
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row, parse_time
@@ -306,6 +306,14 @@ def _head_columns(
     chosen = list(heads) if heads is not None else free
     for head in chosen:
         _check_head(path, head, chosen)
+    try:
+        metrics.check_head_names(chosen)
+    except ValueError as error:
+        others = ", ".join(head for head in chosen if head.casefold() != metrics.ACTION)
+        raise ManifestError(
+            f"{path}: {error}; rename the column, or list the other label columns in the recipe: "
+            f"{_NAMING.format(path, others)}."
+        ) from None
     unused = [*index, *(c for c in free if c not in chosen)]
     return chosen, [f"ignored columns: {', '.join(unused)}"] if unused else []
 

@@ -184,6 +184,16 @@ def test_heads_that_look_a_little_like_reserved_columns_are_heads(
     assert heads_of(tmp_path, head, ["x"]).heads == {head: ("x",)}
 
 
+@pytest.mark.parametrize("name", ["action", "Action"])
+def test_a_head_beside_others_is_not_called_as_their_composite(tmp_path: Path, name: str) -> None:
+    """Training would call the composite's accuracy so, and a report the head's."""
+    (tmp_path / "m.csv").write_text(f"clip_id,video,verb,{name}\na,v.mp4,open,open door\n")
+    with pytest.raises(ManifestError, match=r"composite; rename .*heads: \[verb\]\}"):
+        read_manifest(tmp_path / "m.csv")
+    assert read_manifest(tmp_path / "m.csv", heads=("verb",)).heads == {"verb": ("open",)}
+    assert read_manifest(tmp_path / "m.csv", heads=(name,)).heads == {name: ("open door",)}
+
+
 def test_a_head_of_any_name_can_be_asked_for(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("clip_id,video,set,remark,verb\na,v.mp4,1,so long,open\n")
     manifest = read_manifest(tmp_path / "m.csv", heads=("verb", "set"))

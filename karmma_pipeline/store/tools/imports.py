@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline import files
+from karmma_pipeline import files, metrics
 from karmma_pipeline.errors import ManifestError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
@@ -95,6 +95,10 @@ def _read_clips(
     if not table or "clip_id" not in table[0]:
         raise ManifestError(f"{path}: needs a column clip_id and one row per clip.")
     names = [c for c in table[0] if c and c not in _COLUMNS and c not in modalities]
+    try:
+        metrics.check_head_names(names)
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}; rename or delete the column.") from None
     heads = {h: tuple(sorted({row[h] for row in table if row[h]})) for h in names}
     number = {head: {name: k for k, name in enumerate(of)} for head, of in heads.items()}
     return [
