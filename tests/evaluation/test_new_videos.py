@@ -2,12 +2,14 @@
 
 import csv
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 from support.any_store import fill_store
 from support.evaluation import BACKBONE, make_recipe, save_run
@@ -15,6 +17,7 @@ from support.forks import ended
 from support.lanes import slow_unless
 from support.training import fork
 
+from karmma_pipeline.cli import main
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
 from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.evaluate import EvaluateReport, evaluate
@@ -62,6 +65,16 @@ def test_clips_without_labels_get_predictions_and_no_accuracy(run: Path, tmp_pat
     assert {row["verb_label"] for row in table(bare)} == {""}
     assert "Drop curve" not in (bare.folder / "index.html").read_text()
     assert schema.read(bare.folder / "results.json") == bare.results
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "no\xa0break", "[glob]*?", "Schüler δ"])
+def test_a_run_folder_may_have_any_name(run: Path, tmp_path: Path, name: str) -> None:
+    odd = shutil.copytree(run, tmp_path / name)
+    asked = ["evaluate", str(odd), "--store", str(videos(tmp_path / "store"))]
+    options = ["--out", str(tmp_path / "report"), "--set", "split=", "--set", "classes=false"]
+    result = CliRunner().invoke(main, [*asked, *options])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "report/index.html").is_file()
 
 
 def test_clips_that_are_partly_labelled_are_counted_as_far_as_they_are(
