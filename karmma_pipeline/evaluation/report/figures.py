@@ -115,9 +115,11 @@ def drop_curve(results: Results) -> Figure:
     axes.axhline(constant or 0.0, color="#777777", linewidth=1, linestyle=":")
     axes.annotate(
         "Majority class",
-        (0, constant or 0.0),
-        (2, 3),
+        (1, constant or 0.0),
+        (-4, 3),
+        xycoords=axes.get_yaxis_transform(),
         textcoords="offset points",
+        horizontalalignment="right",  # on the left the legend lies over it
         color="#777777",
         fontsize=8,
     )
