@@ -32,11 +32,11 @@ def check(stages: Sequence[ChainStage], progresses: Sequence[StageProgress], fol
         ConfigError: all faults in one message.
     """
     made = {path.absolute() for stage in stages for path in stage.writes}
-    found = [("", fault) for fault in _writable(folder)]
+    found, stores = [("", fault) for fault in _writable(folder)], _Stores()
     for stage, progress in zip(stages, progresses, strict=True):
         if not progress.done:
-            faults = (*_faults(stage, made), *_settings(stage, stages), *_changed(stage, progress))
-            found += [(stage.name, fault) for fault in faults]
+            faults = (*_faults(stage, made), *_settings(stage, stages, stores))
+            found += [(stage.name, fault) for fault in (*faults, *_changed(stage, progress))]
     _refuse("nothing was started", found)
 
 
@@ -46,7 +46,8 @@ def check_stores(stages: Sequence[ChainStage]) -> None:
     Raises:
         ConfigError: all faults in one message.
     """
-    found = [(stage.name, fault) for stage in stages for fault in _settings(stage, stages)]
+    stores = _Stores()
+    found = [(stage.name, fault) for stage in stages for fault in _settings(stage, stages, stores)]
     _refuse("nothing can be trained on what was extracted", found)
 
 
@@ -79,36 +80,48 @@ def _faults(stage: ChainStage, made: set[Path]) -> Iterator[str]:
         yield from (f"{path} does not exist" for path in files if not path.is_file())
 
 
-def _settings(stage: ChainStage, stages: Sequence[ChainStage]) -> Iterator[str]:
+class _Stores:
+    """The stores that are complete, each opened once: a sweep's runs share theirs."""
+
+    def __init__(self) -> None:
+        self._opened: dict[tuple[tuple[Path, ...], str], list[TokenSource]] = {}
+
+    def of(self, recipe: TrainRecipe) -> list[TokenSource]:
+        """Return the store of a training; none where another stage may be making it."""
+        key = paths(recipe.store), recipe.loader.label_spaces
+        if key not in self._opened:
+            self._opened[key] = []
+            with suppress(StoreError):
+                self._opened[key].append(open_joined(*key))
+        return self._opened[key]
+
+
+def _settings(stage: ChainStage, stages: Sequence[ChainStage], stores: _Stores) -> Iterator[str]:
     """Say what the stores that are there already do not fit, hours before it is its turn."""
     recipe = stage.recipe
     try:
         if isinstance(recipe, TrainRecipe):
             for key, name in recipe.own.items():
                 own_code.find(name, key)
-            for store in _opened(recipe):
+            for store in stores.of(recipe):
                 check_recipe(recipe, store)
         if isinstance(recipe, EvaluateRecipe) and all(p.is_file() for p in named_files(recipe)):
-            for store in _evaluated(recipe, stages):
+            for store in _evaluated(recipe, stages, stores):
                 check_settings(recipe, store)
     except KarmmaError as error:
         yield str(error).rstrip(".")
 
 
-def _evaluated(recipe: EvaluateRecipe, stages: Sequence[ChainStage]) -> Iterator[TokenSource]:
+def _evaluated(
+    recipe: EvaluateRecipe, stages: Sequence[ChainStage], stores: _Stores
+) -> Iterator[TokenSource]:
     """Yield the stores that runs of the chain are trained on, if they are evaluated on these."""
     trained = {s.recipe.out: s.recipe for s in stages if isinstance(s.recipe, TrainRecipe)}
     of_runs = [trained[run] for run in recipe.runs if run in trained]
     once = {paths(one.store): one for one in of_runs}
-    for stores, one in once.items():
-        if not recipe.stores or {*stores} <= {*recipe.stores}:
-            yield from _opened(one)
-
-
-def _opened(recipe: TrainRecipe) -> Iterator[TokenSource]:
-    """Yield the store of a training if it is complete: another stage may be making it."""
-    with suppress(StoreError):
-        yield open_joined(paths(recipe.store), recipe.loader.label_spaces)
+    for folders, one in once.items():
+        if not recipe.stores or {*folders} <= {*recipe.stores}:
+            yield from stores.of(one)
 
 
 def _changed(stage: ChainStage, progress: StageProgress) -> Iterator[str]:

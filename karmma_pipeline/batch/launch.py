@@ -77,7 +77,7 @@ def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
                 f"{stage.name}: its commands ended without an error, but the stage is not done "
                 f"({ended.text}); {chain.folder / 'logs'} has their output."
             )
-    say("nothing to do: all stages are done")
+    say("all stages are done")
 
 
 def status(path: Path) -> str:

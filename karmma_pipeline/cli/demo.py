@@ -8,17 +8,19 @@ from pathlib import Path
 
 import click
 
-
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
-@click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
-@click.option(
+_seed_option = click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Seed of the generated data.",
 )
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("karmma-demo"))
+@click.option("--quick", is_flag=True, help="Smoke test on a few clips and epochs.")
+@_seed_option
 @click.option(
     "--end-to-end", is_flag=True, help="Also train a student end to end, backbones included."
 )
@@ -53,13 +55,7 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
     show_default=True,
     help="Number of test clips, with digits of unseen writers.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Random seed.",
-)
+@_seed_option
 def sample(out: Path, clips: int, test: int, seed: int) -> None:
     """Generate a labelled data set of videos with audio.
 

@@ -148,7 +148,7 @@ def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
     said = (
         f"smallest hop sustained in real time: {min(held):.3g} s"
         if held
-        else ("no hop was sustained in real time")
+        else "no hop was sustained in real time"
     )
     click.echo(f"{said}, with windows of {window_s:g} s")
     if slowest_s > window_s:

@@ -289,8 +289,13 @@ def section(path: Path, table: Mapping[str, Any], key: str, kind: type[T]) -> T:
 
 
 def _called(kind: type) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "true or false"}
-    names[int] = "whole number"
+    names: dict[type, str] = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        int: "whole number",
+        bool: "true or false",
+    }
     return names.get(kind, "number")
 
 

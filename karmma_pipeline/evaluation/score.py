@@ -149,9 +149,7 @@ def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
         same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
         if names:
             clips = f"the split {split!r}" if split else "every clip of the store"
-            where = (
-                "" if same else (", although of another store; make sure that no clip is in both")
-            )
+            where = "" if same else ", although of another store; make sure that no clip is in both"
             yield (
                 f"This report evaluates {clips}; for {', '.join(names)}, this is what "
                 f"{what}{where}. Such accuracies are optimistic."

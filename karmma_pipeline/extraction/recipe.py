@@ -350,9 +350,7 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
             if modality not in there and modality not in KNOWN:
                 near = difflib.get_close_matches(modality, [*there, *KNOWN], n=1)
                 hint = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else (f"the clips have: {', '.join(there)}")
+                    f"did you mean {near[0]!r}?" if near else f"the clips have: {', '.join(there)}"
                 )
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
     return with_views(manifest, recipe.views)

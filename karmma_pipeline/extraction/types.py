@@ -184,7 +184,7 @@ def _check_crops(inputs: Sequence[InputSpec]) -> None:
         what = (
             f"{whole[0].modality} is resized to {whole[0].image} without cropping"
             if whole
-            else ("no backbone takes images")
+            else "no backbone takes images"
         )
         raise ConfigError(f"views.crops=3: {what}, so there is nothing to crop; remove it.")
 

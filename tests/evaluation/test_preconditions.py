@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 from support.any_store import fill_store
-from support.evaluation import make_recipe, save_run
+from support.evaluation import make_recipe, save_run, write_two_runs
 from support.tiny_store import write_store
 
 from karmma_pipeline.errors import KarmmaError
@@ -16,9 +16,7 @@ from karmma_pipeline.evaluation.evaluate import evaluate
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("preconditions")
-    store = write_store(root / "store", clips=12)
-    for seed in range(2):
-        save_run(root / f"run{seed}", store, name=f"r{seed}", seed=seed)
+    write_two_runs(root, clips=12)
     for name, text in {
         "columns.csv": "clip,missing\nc000,rgb\n",
         "modality.csv": "clip_id,missing\nc000,sound\n",

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.evaluation import make_recipe, save_run
-from support.tiny_store import write_store
+from support.evaluation import make_recipe, write_two_runs
 
 from karmma_pipeline import logs
 from karmma_pipeline.evaluation.evaluate import evaluate
@@ -26,9 +25,7 @@ SHARES = [0.0, 0.25, 0.5, 1.0]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("robustness")
-    store = write_store(root / "store", clips=40)
-    for seed in range(2):
-        save_run(root / f"run{seed}", store, name=f"r{seed}", seed=seed)
+    store = write_two_runs(root, clips=40)
     ids = FeatureStore.open(store).clip_ids.astype(str).tolist()
     lines = [f"{ids[3]},audio", f"{ids[7]},rgb+flow", f"{ids[8]},"]
     (root / "list.csv").write_text("clip_id,missing\n" + "\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.tiny_store import write_store
 
 from karmma_pipeline import config
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
@@ -41,6 +42,14 @@ def save_run(
     torch.manual_seed(seed)
     save_model(run / "best", card.build(), card)
     return run
+
+
+def write_two_runs(root: Path, clips: int) -> Path:
+    """Write a store and the two runs that `make_recipe` names; return the store."""
+    store = write_store(root / "store", clips=clips)
+    for seed in range(2):
+        save_run(root / f"run{seed}", store, name=f"r{seed}", seed=seed)
+    return store
 
 
 def make_recipe(place: Path, **changes: Any) -> EvaluateRecipe:

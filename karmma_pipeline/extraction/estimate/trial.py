@@ -12,8 +12,8 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.views import Views
 
+#: Clips that are decoded at most.
 TRIED = 500
-"""Clips that are decoded at most."""
 
 _BATCH = 16
 

@@ -123,9 +123,7 @@ def check_sources(
                 checks[key] = next(found)
             except (TimeoutError, ProcessExpired) as error:
                 died = isinstance(error, ProcessExpired)
-                why = (
-                    "the library crashes when opening it" if died else ("opening it took too long")
-                )
+                why = "the library crashes when opening it" if died else "opening it took too long"
                 checks[key] = SourceCheck("damaged", why)
             except Exception as error:  # whatever a library may raise, as extraction has it
                 said = f"{type(error).__name__}: {first_line(error)}"
