@@ -56,7 +56,7 @@ class Run:
                 os.kill(self.pid, number)
         elif only == "main":
             os.kill(self.pid, number)
-        elif workers := [pid for pid in self.members() if pid != self.pid]:
+        elif workers := [pid for pid in self.members() if pid != self.pid and not _tracks(pid)]:
             os.kill(workers[-1], number)
 
     def members(self) -> list[int]:
@@ -70,6 +70,17 @@ class Run:
             except ProcessLookupError:
                 continue
         return found
+
+
+def _tracks(pid: int) -> bool:
+    """Return whether a process is Python's own tracker of semaphores, not one of our workers.
+
+    Killed alone, it is started again by Python, whose tracker then prints tracebacks.
+    """
+    try:
+        return any("resource_tracker" in word for word in psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _nothing() -> None:
