@@ -61,7 +61,7 @@ class ModelCard(Recipe):
         {}, description="Custom code that it runs, and the digest of its source file."
     )
     size: FusionSize = Field(
-        description="Size of the fusion model, and its treatment of\nabsent modalities."
+        description="Size of the fusion model, and its treatment of absent modalities."
     )
     modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D per modality.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
