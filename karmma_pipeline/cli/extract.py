@@ -54,7 +54,7 @@ class _Extract(click.Command):
     "--retry",
     metavar="[REASON...]",
     help="Retry clips that lack a modality for these reasons (as in failures.csv; none given: all "
-    "transient ones), or `changed`: extract again what has tokens of files that changed since.",
+    "transient ones). changed: clips whose files have changed since they were extracted.",
 )
 @click.option(
     "--part", metavar="I/N", help="Extract only part I of N; default: that of the Slurm array task."

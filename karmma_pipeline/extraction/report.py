@@ -21,7 +21,7 @@ _BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write
 _RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-@dataclass
+@dataclass(repr=False)
 class ExtractReport:
     """What an extraction did; ``seconds`` that passed by what they went to.
 
@@ -113,6 +113,9 @@ class ExtractReport:
         running = {what: s for what, s in self.seconds.items() if what != STARTING}
         ordered = sorted(running.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{what} {s / total:.0%}" for what, s in ordered if s > 0.005 * total)
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def summary(self) -> str:
         """Return the closing lines of the command."""

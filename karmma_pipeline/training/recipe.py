@@ -71,8 +71,8 @@ class SuffixSettings(Recipe):
     )
     jitter: bool = Field(
         True,
-        description="cut: input: where a set stores more frames than its network takes "
-        "(stored_frames), other ones in each epoch; false: always the middle ones.",
+        description="cut: input with stored_frames: use other frames in each epoch; false: "
+        "always the middle ones.",
     )
     save_memory: bool = Field(
         False,
