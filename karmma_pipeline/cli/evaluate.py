@@ -27,8 +27,8 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "--gallery",
     type=click.IntRange(1, 50),
     metavar="N",
-    help="Add videos to the report: N clips that the last run gets right, N that it gets wrong, and "
-    "N that it only gets right with several modalities.",
+    help="Add videos to the report: N clips that the last run gets right, N that it gets wrong, "
+    "and N that it only gets right with several modalities.",
 )
 @set_option
 @check_option
