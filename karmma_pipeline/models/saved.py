@@ -148,9 +148,11 @@ class TrainedModel:
 
     Examples:
         >>> model = km.load_model("runs/student")
-        >>> tokens = {m: torch.zeros(2, *model.card.modalities[m]) for m in model.card.modalities}
+        >>> shapes = model.card.modalities
+        >>> tokens = {m: torch.zeros(2, *shape) for m, shape in shapes.items()}
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
-        >>> model.network(tokens, mask)["verb"].shape == (2, len(model.card.heads["verb"]))
+        >>> logits = model.network(tokens, mask)
+        >>> logits["verb"].shape == (2, len(model.card.heads["verb"]))
         True
 
     Attributes:
