@@ -141,17 +141,17 @@ def chosen_on(run: SubsetLogits) -> str | None:
 def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
     """Yield how the clips that are reported are those that shaped the models, if they are."""
     for what, of_run in (
-        ("their best epoch was chosen on", chosen_on),
-        ("they were trained on", lambda run: run.card.training.get("train_split")),
+        ("the best epoch was chosen", chosen_on),
+        ("models were trained", lambda run: run.card.training.get("train_split")),
     ):
         names = {run.name: None for run in runs if of_run(run) and split in ("", of_run(run))}
         same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
         if names:
-            clips = f"the split {split!r}" if split else "every clip of the store"
+            clips = f"the split {split!r}," if split else "every clip of the store, also those"
             where = "" if same else ", although of another store; make sure that no clip is in both"
             yield (
-                f"This report evaluates {clips}; for {', '.join(names)}, this is what "
-                f"{what}{where}. Such accuracies are optimistic."
+                f"This report evaluates {clips} on which {what} ({', '.join(names)}){where}. "
+                "Such accuracies are optimistic."
             )
 
 

@@ -137,7 +137,7 @@ def test_the_page_says_what_is_shown_and_what_is_not(report: EvaluateReport) -> 
     page = (report.folder / "index.html").read_text()
     assert "these 15 clips, 2 seeds" in page
     assert re.search("is better than|predict the same|is not significant", page)
-    assert "this is what their best epoch was chosen on" in page
+    assert "on which the best epoch was chosen (" in page
     assert "<script" not in page
     assert (report.folder / "figures/confusion_verb_1.pdf").read_bytes()[:4] == b"%PDF"
     assert "± " in (report.folder / "tables/subsets.md").read_text()

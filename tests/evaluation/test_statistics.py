@@ -193,7 +193,7 @@ def test_what_makes_numbers_less_than_they_seem_is_a_warning(place: Path, tmp_pa
     runs = [str(tmp_path / "n0"), str(tmp_path / "n1")]
     found = evaluate(recipe_of(place, *runs, split="val", out=str(tmp_path / "r"))).results
     chosen, settings, teacher = found.warnings
-    assert "the split 'val'; for new, this is what their best epoch was chosen on" in chosen
+    assert "the split 'val', on which the best epoch was chosen (new)" in chosen
     assert "differ in more than their seed (lr is 0.1 there and 0.2 here)" in settings
     assert "distilled from the same teacher" in teacher
     assert found.runs[0].chosen_on == "val"

@@ -42,7 +42,8 @@ def _of_groups(one: Difference, sign: int) -> str:
     if not one.by_group or one.units == "groups":
         return ""
     each = ", ".join(f"{name} {sign * value + 0.0:+.1f}" for name, value in one.by_group.items())
-    return f"{_agreeing(one, 'groups agree')} ({each}).".lstrip()
+    agreeing = _agreeing(one, "groups agree")
+    return f"{agreeing} ({each})." if agreeing else f"By group: {each}."
 
 
 def _agreeing(one: Difference, agree: str) -> str:
