@@ -46,7 +46,7 @@ def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
     write(tmp_path, test=[{"id": "5"}])
     manifest = read(tmp_path, splits=("test",))
     assert manifest.clips[0].labels == {"action": -1}
-    assert "test: 1 clips, without labels" in manifest.notes
+    assert "test: 1 clip, without labels" in manifest.notes
 
 
 def test_videos_come_before_frames_and_missing_ones_have_a_name(tmp_path: Path) -> None:
