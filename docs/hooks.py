@@ -1,5 +1,6 @@
 """Pages that are made when the site is built: every recipe key, and files of the repository."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let links to files of the repository lead to their pages."""
     for page, path in COPIED.items():
-        markdown = markdown.replace(f"](../{path})", f"]({page})")
-    return markdown.replace("](docs/", "](")
+        markdown = re.sub(rf"\]\((\.\./)?{re.escape(path)}(?=[)#])", f"]({page}", markdown)
+    return re.sub(r"\]\((\.\./)?docs/", "](", markdown)
 
 
 def recipe_reference() -> str:

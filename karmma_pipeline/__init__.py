@@ -236,7 +236,8 @@ def evaluate(
         KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
-        >>> report = km.evaluate(runs=["runs/teacher", "runs/student"], out="report", costs=False)
+        >>> runs = ["runs/teacher", "runs/student"]
+        >>> report = km.evaluate(runs=runs, out="report", costs=False)
         >>> str(report.folder), [run.name for run in report.results.runs]
         ('report', ['Teacher', 'Student (distilled)'])
     """
@@ -303,7 +304,8 @@ def predict(
         KarmmaError: invalid recipe or inputs; see the message.
 
     Examples:
-        >>> preds = km.predict("runs/student", "features/student", split="val", without=["audio"])
+        >>> store = "features/student"
+        >>> preds = km.predict("runs/student", store, split="val", without=["audio"])
         >>> preds.modalities, preds.mask.any(axis=0).tolist()
         (('rgb', 'flow', 'audio'), [True, True, False])
         >>> 0 <= preds.top1("verb") <= 100

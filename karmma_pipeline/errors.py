@@ -21,6 +21,11 @@ def one_line(text: object, most: int | None = None) -> str:
     return " ".join(str(text).split())[:most]
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, such as ``1 clip`` or ``1,204 clips``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def named_line(error: BaseException) -> str:
     """Return an error of somebody else's code on one line, with its class."""
     return one_line(f"{type(error).__name__}: {error}", 300)

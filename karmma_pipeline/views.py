@@ -68,7 +68,7 @@ class Views(Recipe):
         1,
         gt=0,
         le=100,
-        description="Temporal windows, evenly spaced in the clip. With sampling.mode uniform:\n"
+        description="Temporal windows, evenly spaced in the clip. With sampling.mode uniform: "
         "equal segments; with fps: T frames at that rate, possibly overlapping.",
     )
     crops: Literal[1, 3] = Field(

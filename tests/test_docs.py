@@ -90,7 +90,7 @@ def test_a_modality_of_ones_own_works_word_for_word(
     section = (DOCS / "extending.md").read_text("utf-8").partition("## A modality of your own")[2]
     (program,) = blocks(section, "python")
     Path("glove.py").write_text(program)
-    for line in blocks(section, "sh")[0].splitlines():
+    for line in blocks(section, "sh")[0].replace("\\\n", " ").splitlines():
         words = shlex.split(line)
         if words[0] == "python":
             subprocess.run([sys.executable, *words[1:]], check=True)

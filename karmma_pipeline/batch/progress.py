@@ -10,7 +10,7 @@ from typing import Any
 from karmma_pipeline import config, files
 from karmma_pipeline.batch.chain import ChainStage
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import CheckpointError, StoreError, TooManyFailuresError
+from karmma_pipeline.errors import CheckpointError, StoreError, TooManyFailuresError, counted
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
 from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -85,7 +85,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
         missing = tuple(parts.missing_parts(list(stores), count))
     except StoreError:
         return StageProgress(done=False, text="not begun", missing=everything)
-    text = f"{shards - lacking} of {shards} shards"
+    text = f"{shards - lacking} of {counted(shards, 'shard')}"
     changed = changed_keys(recipe.out, recipe, _HOW)
     if missing:
         return StageProgress(done=False, text=text, missing=missing, changed=changed)
@@ -96,7 +96,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
         parts.check_failures(recipe, failed, Catalog(stores[0]).count)
     except TooManyFailuresError as error:
         return StageProgress(done=True, text=text, fault=str(error), changed=changed)
-    text = f"{text}, {failed} clips failed" if failed else text
+    text = f"{text}, {counted(failed, 'clip')} failed" if failed else text
     return StageProgress(done=True, text=text, changed=changed)
 
 

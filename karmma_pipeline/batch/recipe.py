@@ -36,7 +36,7 @@ class Resources(Recipe):
         4,
         ge=1 / 60,
         allow_inf_nan=False,
-        description="Time limit; a task that reaches it saves, is requeued and\nresumes.",
+        description="Time limit; a task that reaches it saves, is requeued and resumes.",
     )
 
 
@@ -47,7 +47,7 @@ class Stage(Recipe):
     recipe: Path = Field(description="Its recipe.", examples=["extract.yaml"])
     overrides: list[Line] = Field(
         default_factory=list,
-        description="Overrides of the recipe, as with --set: a list of\na.b=value.",
+        description="Overrides of the recipe, as with --set: a list of a.b=value.",
     )
     array: PositiveInt = Field(
         1, description="Number of array tasks for an extraction, balanced by seconds of video."
@@ -57,7 +57,7 @@ class Stage(Recipe):
     )
     nodes: PositiveInt = Field(
         1,
-        description="Number of nodes for training; above 1, it runs as `srun torchrun`,\n"
+        description="Number of nodes for training; above 1, it runs as `srun torchrun`, "
         "one rank per GPU.",
     )
     resources: Resources = Field(Resources(), description="Resources of one task.")
@@ -118,17 +118,17 @@ class Method(Recipe):
     name: Line = Field("", description="Name in the report; empty: the recipe's name, or this key.")
     set: dict[str, Any] = Field(
         default_factory=dict,
-        description="Overrides of the recipe: key (a.b for keys of\nsections) -> value.",
+        description="Overrides of the recipe: key (a.b for keys of sections) -> value.",
     )
     grid: dict[str, Values] = Field(
         default_factory=dict,
-        description="Key of the recipe -> list of values; each combination is a separate\n"
+        description="Key of the recipe -> list of values; each combination is a separate "
         "method, named with its settings.",
     )
     teacher: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (),
-        description="distill only: one or more methods listed above; the run with seed s is\n"
-        "distilled from their runs with seed s. If a teacher has a grid: the name of one\n"
+        description="distill only: one or more methods listed above; the run with seed s is "
+        "distilled from their runs with seed s. If a teacher has a grid: the name of one "
         "combination.",
     )
 
@@ -165,7 +165,7 @@ class Sweep(Recipe):
     name: Name = Field("sweep", description="Prefix of the job names.")
     out: Path = Field(
         Path("sweep"),
-        description="Output folder; it contains the runs, METHOD/seedS, and\nthe report, `report`.",
+        description="Output folder; it contains the runs, METHOD/seedS, and the report, `report`.",
     )
     extract: Path | None = Field(
         None, description="Recipe of the extraction to run first; null: the stores exist."
@@ -193,7 +193,7 @@ class Sweep(Recipe):
     evaluate: SweepReport = Field(SweepReport(), description="Settings of the report.")
     resources: Resources = Field(
         Resources(cpus=1, gpus=0, memory_gb=8, hours=4),
-        description="Resources per run. Results depend slightly on the number of threads,\n"
+        description="Resources per run. Results depend slightly on the number of threads, "
         "locally and on a cluster.",
     )
 

@@ -19,7 +19,7 @@ from karmma_pipeline.batch.sweep import (
     describe,
     progress_of,
 )
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import KarmmaError, counted
 from karmma_pipeline.evaluation import results
 from karmma_pipeline.evaluation.evaluate import EvaluateReport
 from karmma_pipeline.jobs import StopFlag
@@ -109,7 +109,7 @@ def _rows(sweep: LoadedSweep, progresses: dict[str, StageProgress]) -> Iterator[
             for seed, name in runs.items()
             if not progresses[name].done
         ]
-        yield point.name, "; ".join([f"{done} of {len(runs)} runs done", *open_])
+        yield point.name, "; ".join([f"{done} of {counted(len(runs), 'run')} done", *open_])
     yield REPORT, _state(progresses[REPORT])
 
 

@@ -17,7 +17,7 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "stores",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Feature store; repeatable. Each run is evaluated on the stores it was trained on.",
+    help="Feature store; repeatable. Default: the stores that each run was trained on.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option(
@@ -27,8 +27,8 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "--gallery",
     type=click.IntRange(1, 50),
     metavar="N",
-    help="Add videos to the report: N clips that the last run gets right, N wrong, and N that only "
-    "a second modality makes right.",
+    help="Add videos to the report: N clips that the last run gets right, N that it gets wrong, "
+    "and N that it only gets right with several modalities.",
 )
 @set_option
 @check_option

@@ -12,7 +12,7 @@ import click
 @click.option("--out", type=click.Path(path_type=Path), required=True,
               help="Output folder; an existing export in it is replaced.")  # fmt: skip
 @click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
-              help="Feature store for the accuracies on the model card; repeatable.\n"
+              help="Feature store for the accuracies on the model card; repeatable. "
               "Default: the run's stores, if present.")  # fmt: skip
 @click.option("--int8", is_flag=True, help="Quantise to int8: smaller, faster, less accurate.")
 @click.option("--clips", type=click.Path(path_type=Path),

@@ -19,7 +19,7 @@ from karmma_pipeline.cli.options import (
     recipe_argument,
     set_option,
 )
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -53,8 +53,8 @@ class _Extract(click.Command):
 @click.option(
     "--retry",
     metavar="[REASON...]",
-    help="Retry clips that lack a modality for these reasons (as in failures.csv; none given: all\n"
-    "transient ones), or `changed`: extract again what has tokens of files that changed since.",
+    help="Retry clips that lack a modality for these reasons (as in failures.csv; none given: all "
+    "transient ones). changed: clips whose files have changed since they were extracted.",
 )
 @click.option(
     "--part", metavar="I/N", help="Extract only part I of N; default: that of the Slurm array task."
@@ -67,7 +67,7 @@ class _Extract(click.Command):
 @click.option(
     "--max-failures",
     metavar="SHARE",
-    help="Exit with code 3 if a larger share of the clips loses a modality to an error;\n"
+    help="Exit with code 3 if a larger share of the clips loses a modality to an error; "
     "overrides max_failures.",
 )
 def extract(
@@ -134,7 +134,8 @@ def _absences(stores: dict[str, Path]) -> Iterator[str]:
             missing = int((~present).sum())
             if missing and m not in said:
                 said.add(m)
-                yield f"{missing} of {len(store)} clips have no {m}: {path.parent / 'failures.csv'}"
+                clips = counted(len(store), "clip")
+                yield f"{m} is missing in {missing} of {clips}: {path.parent / 'failures.csv'}"
 
 
 @click.group(cls=Commands)

@@ -121,7 +121,7 @@ def live(
             late_s = max(late_s, answered.late_s)
             if page is not None:
                 page.show(_plain(row, stream, answered))
-    said = f"{stream.skipped} windows were skipped"
+    said = f"windows skipped: {stream.skipped}"
     click.echo(
         said
         if fast

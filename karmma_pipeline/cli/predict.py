@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,7 +101,8 @@ def predict(
         if video:
             _overlays(rows, out, stop)
     seconds = time.perf_counter() - started
-    click.echo(f"{len(rows)} clips in {seconds:.1f} s; {summary(rows) or 'nothing was missing'}")
+    clips, missing = counted(len(rows), "clip"), summary(rows) or "nothing was missing"
+    click.echo(f"{clips} in {seconds:.1f} s; {missing}")
     click.echo(f"predictions: {out / 'predictions.csv'}, timeline: {out / 'timeline.html'}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from karmma_pipeline.cli.options import Commands
+from karmma_pipeline.errors import counted
 
 if TYPE_CHECKING:
     from karmma_pipeline.store.joined import LabelSpaces
@@ -202,7 +203,7 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
     from karmma_pipeline.store.tools.export import export
 
     with StopFlag() as stop:
-        click.echo(f"{export(store, out, layout, stop)} files: {out}")
+        click.echo(f"{counted(export(store, out, layout, stop), 'file')}: {out}")
 
 
 @store.command("import")
@@ -237,7 +238,7 @@ def store_import(folder: Path, out: Path, clips: Path | None, source: str, dtype
     with StopFlag() as stop:
         counts = import_features(folder, clips or folder / "clips.csv", out, source, dtype, stop)
     for modality, count in counts.items():
-        click.echo(f"{modality}: {count} clips")
+        click.echo(f"{modality}: {counted(count, 'clip')}")
     click.echo(f"store: {out}")
 
 

@@ -36,7 +36,7 @@ from karmma_pipeline.data.sources import (
     SoundArray,
     Source,
 )
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 from karmma_pipeline.views import View
 
 __all__ = [
@@ -135,7 +135,8 @@ class Manifest:
 def describe_heads(heads: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a sentence per head, with its first classes."""
     return [
-        f"{head}: {len(names):,} classes ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
+        f"{head}: {counted(len(names), 'class', 'classes')} "
+        f"({', '.join(names[:5])}{', ...' if names[5:] else ''})"
         for head, names in heads.items()
     ]
 
@@ -189,8 +190,8 @@ class PictureNames(Recipe):
 
     frame_name: FrameName = Field(
         "img_{:05d}.jpg",
-        description="File name of an image: {:05d} stands for its number, {video} for the\n"
-        "name of its folder. Other names are detected if all images of a folder follow one\n"
+        description="File name of an image: {:05d} stands for its number, {video} for the "
+        "name of its folder. Other names are detected if all images of a folder follow one "
         "pattern.",
     )
     flow_names: tuple[FrameName, FrameName] = Field(
@@ -387,7 +388,7 @@ class _Labels:
         ids = {cell: places[name] for cell, name in names.items()}
         unknown = [cell for cell in cells if cell not in ids]
         kinds = ", ".join(sorted({cell or "empty" for cell in unknown}))
-        note = f"{len(unknown):,} of {len(cells):,} clips have no class ({kinds})"
+        note = f"{len(unknown):,} of {counted(len(cells), 'clip')} without a class ({kinds})"
         notes = [note] if unknown else []
         alike: dict[str, list[str]] = {}
         for name in order:

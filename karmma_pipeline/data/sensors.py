@@ -26,14 +26,14 @@ class Sensor(Recipe):
     """One sensor: its files, its clock, and its windows; all of it stands in the store."""
 
     channels: PositiveInt | tuple[Column, ...] = Field(
-        description="Columns to read, by name or by index from 0: [ax, ay, az] or [3, 4, 5].\n"
-        "A single number C: all columns, of which there must be C. In arrays with more than\n"
+        description="Columns to read, by name or by index from 0: [ax, ay, az] or [3, 4, 5]. "
+        "A single number C: all columns, of which there must be C. In arrays with more than "
         "two axes, all axes but time are flattened, the last one fastest.",
         examples=[["ax", "ay", "az"]],
     )
     rate_hz: float = Field(
         gt=0,
-        description="Sampling rate of the windows in Hz. The series is resampled to it\n"
+        description="Sampling rate of the windows in Hz. The series is resampled to it "
         "(band-limited) such that the first sample of a clip is at its start.",
         examples=[50],
     )
@@ -44,7 +44,7 @@ class Sensor(Recipe):
     axis: int = Field(0, description="Time axis of an array; all other axes are channels.")
     time: Column | None = Field(
         None,
-        description="Timestamps: a column by name or index, or another array of the file.\n"
+        description="Timestamps: a column by name or index, or another array of the file. "
         "null: no timestamps; samples are 1 / source_hz apart.",
     )
     unit: Literal["s", "ms", "us", "ns"] = Field("s", description="Unit of the timestamps.")
@@ -54,46 +54,45 @@ class Sensor(Recipe):
     source_hz: float | None = Field(
         None,
         gt=0,
-        description="Sampling rate of the file in Hz. With timestamps, they are checked\n"
+        description="Sampling rate of the file in Hz. With timestamps, they are checked "
         "against it; null: estimated from their median interval.",
     )
     rate_tolerance: float = Field(
         0.05,
         gt=0,
-        description="Relative deviation of the timestamps from source_hz above which the\n"
+        description="Relative deviation of the timestamps from source_hz above which the "
         "modality is absent (bad_clock).",
     )
     offset_s: float = Field(
         0.0,
-        description="Seconds to add to the series' timestamps to convert them to the clips'\n"
-        "clock.",
+        description="Seconds to add to the series' timestamps to convert them to the clips' clock.",
     )
     max_gap_s: float = Field(
         0.25,
         gt=0,
-        description="Longest gap (missing samples, or NaN in a channel) that is interpolated\n"
-        "linearly; gaps of up to 1.5 samples always are. Clips with a longer gap lack the\n"
+        description="Longest gap (missing samples, or NaN in a channel) that is interpolated "
+        "linearly; gaps of up to 1.5 samples always are. Clips with a longer gap lack the "
         "modality (gap), as do clips that extend farther beyond the series (out_of_range).",
     )
     windows: PositiveInt = Field(
-        16, le=4_096, description="Number of windows N per clip; each becomes\none token."
+        16, le=4_096, description="Number of windows N per clip; each becomes one token."
     )
     window: PositiveInt = Field(
         le=1_000_000, description="Samples W per window, at rate_hz.", examples=[25]
     )
     hop: PositiveInt | None = Field(
         None,
-        description="Samples between the starts of consecutive windows, which are centred in\n"
+        description="Samples between the starts of consecutive windows, which are centred in "
         "the clip. null: windows are spread evenly from start to stop.",
     )
     short: Literal["absent", "repeat_last"] = Field(
         "absent",
-        description="Clips shorter than a window (or than all windows at the given hop).\n"
+        description="Clips shorter than a window (or than all windows at the given hop). "
         "absent: they lack the modality (too_short). repeat_last: pad with the last sample.",
     )
     centre: tuple[NonNegativeInt, ...] = Field(
         (),
-        description="Channels (indices from 0) of a point that is subtracted from all points\n"
+        description="Channels (indices from 0) of a point that is subtracted from all points "
         "of each sample: [9, 10, 11] centres a skeleton with x, y, z per joint on joint 3.",
     )
 

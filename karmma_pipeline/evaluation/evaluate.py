@@ -41,7 +41,7 @@ _ANSWERS = "predictions.csv"
 _OURS = {runs.RECIPE, "results.json", "index.html", _ANSWERS, *FOLDERS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluateReport:
     """Where the report lies."""
 
@@ -52,6 +52,9 @@ class EvaluateReport:
         """Return where the raw logits of a run lie, given its place among the runs."""
         name = _file_name(number, self.results.runs[number].name)
         return self.folder / "logits" / f"{name}.safetensors"
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def summary(self) -> str:
         """Return the closing lines of the command."""

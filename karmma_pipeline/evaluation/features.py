@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from karmma_pipeline import config
-from karmma_pipeline.errors import StoreError
+from karmma_pipeline.errors import StoreError, counted
 from karmma_pipeline.modalities import Reason, canonical
 from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard
 from karmma_pipeline.store import FeatureStore, TokenSource, find_joined
@@ -60,9 +60,9 @@ class ModelView(TokenSource):
         if other := sorted({names[i] for i in np.unique(theirs[(theirs >= 0) & (labels < 0)])}):
             count = int(((theirs >= 0) & (labels < 0)).sum())
             self.notes.append(
-                f"{count} clips have a {head} that the model was not trained on "
-                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}); they count as "
-                f"clips without a {head}."
+                f"{counted(count, 'clip')} with a {head} that the model was not trained on "
+                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}): counted as "
+                f"without a {head}."
             )
         return labels
 

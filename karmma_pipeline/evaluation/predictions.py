@@ -20,7 +20,7 @@ from karmma_pipeline.data.loading.clips import (
     subset_masks,
 )
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import ConfigError, counted
 from karmma_pipeline.evaluation.features import view_of
 from karmma_pipeline.evaluation.results import metric_names
 from karmma_pipeline.logs import progress_bar
@@ -132,13 +132,14 @@ class Predictions:
         return {name: values[:most] for name, values in columns.items()}
 
     def __repr__(self) -> str:
-        return f"<Predictions of {self.model!r}: {len(self)} clips, heads {', '.join(self.heads)}>"
+        clips, heads = counted(len(self), "clip"), ", ".join(self.heads)
+        return f"<Predictions of {self.model!r}: {clips}, heads {heads}>"
 
     def _repr_html_(self) -> str:
         """Show the first clips as a table in a notebook; names are untrusted text."""
         columns = self._columns(_SHOWN)
         rows = zip(*columns.values(), strict=True)
-        more = f"<p>{len(self) - _SHOWN} more clips</p>" if len(self) > _SHOWN else ""
+        more = f"<p>{counted(len(self) - _SHOWN, 'more clip')}</p>" if len(self) > _SHOWN else ""
         return f"<p>{html.escape(repr(self))}</p>{html_table([*columns], rows)}{more}"
 
 

@@ -21,7 +21,7 @@ class GroupFiles(Recipe):
     )
     tail: dict[str, Path] = Field(
         default_factory=dict,
-        description="Head -> CSV of its tail classes; adds tail_* metrics. An action counts\n"
+        description="Head -> CSV of its tail classes; adds tail_* metrics. An action counts "
         "as tail if any of its classes does.",
     )
 
@@ -34,17 +34,17 @@ class EpicSubmission(Recipe):
 
     pretraining: Level = Field(
         2,
-        description="Supervision level, pretraining (SLS-PT): 0 none, 1 public images, 2\n"
+        description="Supervision level, pretraining (SLS-PT): 0 none, 1 public images, 2 "
         "public images and videos, ... 5 private data.",
     )
     labels: Level = Field(
         3,
-        description="Supervision level, training labels (SLS-TL): 0 none, 1-2 weak, 3\n"
+        description="Supervision level, training labels (SLS-TL): 0 none, 1-2 weak, 3 "
         "start and stop times, 4-5 more.",
     )
     data: Level = Field(
         3,
-        description="Supervision level, training data (SLS-TD): 0-2 part of it, 3 the\n"
+        description="Supervision level, training data (SLS-TD): 0-2 part of it, 3 the "
         "training split, 4 train and val, 5 more.",
     )
 
@@ -61,12 +61,12 @@ class RobustnessTests(Recipe):
     )
     patterns: dict[Name, Path] = Field(
         default_factory=dict,
-        description="Name -> CSV of missing modalities per clip: clip_id, missing (such as\n"
+        description="Name -> CSV of missing modalities per clip: clip_id, missing (such as "
         "rgb+audio).",
     )
     stale: list[Share] = Field(
         default_factory=list,
-        description="Shares of clips in which one modality repeats the tokens of the previous\n"
+        description="Shares of clips in which one modality repeats the tokens of the previous "
         "clip of the same group; one additional pass per modality.",
     )
 
@@ -82,7 +82,7 @@ class EvaluateRecipe(Recipe):
     )
     stores: list[Path] = Field(
         default_factory=list,
-        description="Feature stores; each run is evaluated on those with the features it was\n"
+        description="Feature stores; each run is evaluated on those with the features it was "
         "trained on. Empty: the stores of the runs' recipes.",
         examples=[["features/teacher", "features/student"]],
     )
@@ -102,7 +102,7 @@ class EvaluateRecipe(Recipe):
     )
     official_clips: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="Number of clips of the official split (EPIC-KITCHENS-100 val:\n"
+        description="Number of clips of the official split (EPIC-KITCHENS-100 val: "
         "9668), printed in the report.",
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(64, description="Clips per forward pass.")
@@ -113,9 +113,9 @@ class EvaluateRecipe(Recipe):
     )
     draws: Annotated[int, Field(ge=0)] = Field(
         20,
-        description="Random draws of the sampled drop curve; 0: only the exact expected\n"
-        "curve. With more than 6 modalities, the curve is estimated from this many random\n"
-        "subsets per clip (at most 60 forward passes per clip, fixed subsets included); 0: no\n"
+        description="Random draws of the sampled drop curve; 0: only the exact expected "
+        "curve. With more than 6 modalities, the curve is estimated from this many random "
+        "subsets per clip (at most 60 forward passes per clip, fixed subsets included); 0: no "
         "curve.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(
@@ -130,8 +130,8 @@ class EvaluateRecipe(Recipe):
     )
     probe: bool = Field(
         False,
-        description="Also train linear probes on the tokens of each modality and of all\n"
-        "modalities. Tokens must fit into memory; the store must contain the first run's\n"
+        description="Also train linear probes on the tokens of each modality and of all "
+        "modalities. Tokens must fit into memory; the store must contain the first run's "
         "train and val splits.",
     )
     groups: GroupFiles = Field(
@@ -140,13 +140,13 @@ class EvaluateRecipe(Recipe):
 
     robustness: RobustnessTests | None = Field(
         None,
-        description="Tests beyond independent drops: `robustness: {}` for one missing\n"
+        description="Tests beyond independent drops: `robustness: {}` for one missing "
         "modality, `{stale: [0.5, 1]}` for a sensor that repeats old data; null: none.",
     )
     submission: EpicSubmission | None = Field(
         None,
-        description="Also write files for the EPIC-KITCHENS-100 server and the official\n"
-        "evaluator; `submission: {}` uses the default supervision levels. For the test\n"
+        description="Also write files for the EPIC-KITCHENS-100 server and the official "
+        "evaluator; `submission: {}` uses the default supervision levels. For the test "
         "server, set split: test.",
     )
 

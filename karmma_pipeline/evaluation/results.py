@@ -47,7 +47,7 @@ class SubsetScores(Recipe):
     )
     clips: int = Field(description="Clips evaluated.")
     without: int = Field(
-        description="Of these, clips with none of the modalities; counted as\nwrong."
+        description="Of these, clips with none of the modalities; counted as wrong."
     )
     scores: dict[str, Score] = Field(
         description="`HEAD_top1`, `HEAD_top5`, and `tail_HEAD`, `unseen_HEAD` where asked for; "
@@ -142,8 +142,8 @@ class Robustness(Recipe):
     """One test beyond independent drops."""
 
     kind: Literal["missing", "pattern", "stale"] = Field(
-        description="missing: one modality is absent; pattern: modalities listed in a CSV are\n"
-        "absent; stale: one modality repeats the tokens of the previous clip of the same\n"
+        description="missing: one modality is absent; pattern: modalities listed in a CSV are "
+        "absent; stale: one modality repeats the tokens of the previous clip of the same "
         "group."
     )
     what: str = Field(description="The modality, or the name of the list.")
@@ -161,7 +161,7 @@ class RunResult(Recipe):
     )
     size: dict[str, str | int | float] = Field(description="Size of the fusion block.")
     paper_size: bool = Field(
-        False, description="Whether its costs are comparable with the\npaper's."
+        False, description="Whether its costs are comparable with the paper's."
     )
     trained_on: str | None = Field(None, description="Split it was trained on, if recorded.")
     chosen_on: str | None = Field(
@@ -181,7 +181,7 @@ class RunResult(Recipe):
     )
     confusion: dict[str, tuple[tuple[int, int, int], ...]] = Field(
         {},
-        description="Per head: class, prediction, number of clips (if any), with every\n"
+        description="Per head: class, prediction, number of clips (if any), with every "
         "modality; prediction -1: no modality present.",
     )
     calibration: dict[str, Calibration] = Field(
@@ -284,7 +284,7 @@ class Probe(Recipe):
 
     store_digest: str = Field(description="The features.")
     modalities: tuple[str, ...] = Field(
-        description="Modalities whose flattened tokens are\nits input."
+        description="Modalities whose flattened tokens are its input."
     )
     head: str = Field(description="A head, or `action`: every head right.")
     clips: int = Field(description="Clips it was trained on: those that have a modality of it.")
@@ -308,12 +308,12 @@ class Data(Recipe):
     empty: int = Field(description="Clips that natively have none.")
     present: dict[str, int] = Field(description="Clips that natively have each modality.")
     reasons: dict[str, dict[str, int]] = Field(
-        description="Number of clips per reason for a\nmissing modality."
+        description="Number of clips per reason for a missing modality."
     )
     heads: dict[str, tuple[str, ...]] = Field(description="Class names per head.")
     class_clips: dict[str, tuple[int, ...]] = Field(description="Clips per class and head.")
     constant: dict[str, Percent | None] = Field(
-        description="Accuracy of always predicting the majority class, per head and for\n"
+        description="Accuracy of always predicting the majority class, per head and for "
         "`action`; null if no clip has a label."
     )
     notes: tuple[str, ...] = Field((), description="Further notes.")
@@ -324,7 +324,7 @@ class Results(Recipe):
 
     version: Literal[1] = Field(1, description="Version of this schema.")
     software: dict[str, str] = Field(
-        description="Versions of the software that computed the\nresults."
+        description="Versions of the software that computed the results."
     )
     commit: str = Field(description="Commit of the code; empty if unknown.")
     modalities: tuple[str, ...] = Field(description="Modalities in canonical order.")

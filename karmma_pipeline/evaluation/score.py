@@ -13,7 +13,7 @@ import torch
 
 from karmma_pipeline import metrics
 from karmma_pipeline.data.manifest import SIDECAR
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 from karmma_pipeline.evaluation import results
 from karmma_pipeline.evaluation.complete_view import calibration, confusion
 from karmma_pipeline.evaluation.costs import model_costs
@@ -65,12 +65,11 @@ def _notes(
         yield _NO_LABELS
     for head, count in counts.items():
         if 0 < count.sum() < len(run.clips):
-            yield (
-                f"{len(run.clips) - count.sum()} clips have no known {head} and are not counted."
-            )
+            unknown = counted(len(run.clips) - int(count.sum()), "clip")
+            yield f"{unknown} without a known {head}: not counted."
     yield from getattr(run.store, "notes", ())
     if nothing := int((~run.present.any(axis=1)).sum()):
-        yield f"{nothing} clips have no modality at all and count as wrong."
+        yield f"{counted(nothing, 'clip')} without any modality: counted as wrong."
     if len(run.subsets) < 2 ** len(run.store.modalities) - 1:
         yield (
             f"Of the {len(run.store.modalities)} modalities' subsets, {len(run.subsets)} were "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from karmma_pipeline.data.manifest import Clip, Source
-from karmma_pipeline.errors import ConfigError, StoreError
+from karmma_pipeline.errors import ConfigError, StoreError, counted
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog
 
@@ -303,7 +303,8 @@ def _others(replaced: Mapping[str, Sequence[str]]) -> StoreError:
         f"{path} (clip {ids[0]!r}{f' and {len(ids) - 1} more' if len(ids) > 1 else ''})"
         for path, ids in files[:_PATHS_NAMED]
     )
-    more = f"; and {len(files) - _PATHS_NAMED} more files" if len(files) > _PATHS_NAMED else ""
+    unnamed = len(files) - _PATHS_NAMED
+    more = f"; and {counted(unnamed, 'more file')}" if unnamed > 0 else ""
     return StoreError(
         "features were extracted from other files, or other parts of them, than the manifest "
         f"lists now: {named}{more}. Restore the files, extract these clips again with `--retry "

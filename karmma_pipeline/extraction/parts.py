@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from karmma_pipeline import config, files
-from karmma_pipeline.errors import StoreError, TooManyFailuresError
+from karmma_pipeline.errors import StoreError, TooManyFailuresError, counted
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.tables import FAILURES, write_tables
 from karmma_pipeline.jobs import Part
@@ -74,7 +74,7 @@ def finish(recipe: ExtractRecipe, count: int = 1) -> int:
         parts = missing_parts(list(stores.values()), count)
         shards = ", ".join(map(str, sorted(missing)[:20])) + (", ..." if len(missing) > 20 else "")
         raise StoreError(
-            f"{recipe.out}: {len(missing)} shards are missing ({shards}); run "
+            f"{recipe.out}: {counted(len(missing), 'shard')} missing ({shards}); run "
             f"`{commands(recipe.out / RECIPE, parts)}`, which extracts only these."
         )
     failed = join(recipe, stores)
@@ -104,9 +104,9 @@ def check_failures(recipe: ExtractRecipe, failed: int, clips: int) -> None:
     """
     if not recipe.allows(failed, clips):
         raise TooManyFailuresError(
-            f"{recipe.out / FAILURES}: {failed} of {clips} clips lost a modality to an error, "
-            f"max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; the stores "
-            "are complete. See the hints in the table."
+            f"{recipe.out / FAILURES}: {failed} of {counted(clips, 'clip')} lost a modality to an "
+            f"error, max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; the "
+            "stores are complete. See the hints in the table."
         )
 
 

@@ -13,7 +13,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets import Dataset, published_sensors, read_dataset
 from karmma_pipeline.data.manifest import RESERVED, SIDECAR, Manifest, read_manifest
 from karmma_pipeline.data.sensors import Sensor
-from karmma_pipeline.errors import ConfigError, ManifestError
+from karmma_pipeline.errors import ConfigError, ManifestError, counted
 from karmma_pipeline.modalities import KNOWN
 from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.backbones.front_end import Audio as Audio
@@ -34,21 +34,21 @@ class Sampling(Recipe):
 
     mode: Literal["uniform", "fps"] = Field(
         "uniform",
-        description="uniform: the centres of T equal segments of the clip (short clips repeat\n"
+        description="uniform: the centres of T equal segments of the clip (short clips repeat "
         "frames). fps: T frames at a fixed rate around the centre of the clip.",
     )
     fps: float = Field(15.0, gt=0, description="Frame rate of mode fps.")
     short: Literal["repeat_last", "repeat_ends"] = Field(
         "repeat_last",
-        description="How mode fps pads clips shorter than T frames. repeat_last: begin at the\n"
+        description="How mode fps pads clips shorter than T frames. repeat_last: begin at the "
         "first frame and repeat the last; repeat_ends: stay centred and repeat both ends.",
     )
     tolerance_s: float = Field(
         0.5,
         ge=0,
-        description="Tolerance in seconds between a frame and its requested time, and between\n"
-        "a clip and the ends of its file. Beyond it, the modality is absent\n"
-        "(timestamp_mismatch, out_of_range). Videos with longer frames, such as slide shows,\n"
+        description="Tolerance in seconds between a frame and its requested time, and between "
+        "a clip and the ends of its file. Beyond it, the modality is absent "
+        "(timestamp_mismatch, out_of_range). Videos with longer frames, such as slide shows, "
         "are exempt from the former.",
     )
 
@@ -61,30 +61,30 @@ class Flow(Recipe):
 
     source: Literal["dis", "raft_small", "raft_large"] = Field(
         "dis",
-        description="How flow is computed if the data set has none. dis: OpenCV's DIS on the\n"
+        description="How flow is computed if the data set has none. dis: OpenCV's DIS on the "
         "CPU; raft_*: torchvision's RAFT on the device of the backbones.",
     )
     preset: Literal["ultrafast", "fast", "medium"] = Field("fast", description="DIS preset.")
     weights: str = Field(
         "DEFAULT",
-        description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict,\n"
+        description="RAFT: a torchvision weight (DEFAULT, C_T_V2, ...), the path of a state dict, "
         "or random:SEED.",
     )
     updates: int = Field(
-        12, gt=0, description="RAFT: number of flow updates; the last one is\nused."
+        12, gt=0, description="RAFT: number of flow updates; the last one is used."
     )
     pairs_at_once: int = Field(16, gt=0, description="RAFT: frame pairs per forward pass.")
     gap_s: float = Field(
         1 / 15,
         gt=0,
-        description="Seconds between the two frames of a pair. If no frame is exactly there,\n"
+        description="Seconds between the two frames of a pair. If no frame is exactly there, "
         "the nearest one is used and the flow is scaled to gap_s.",
     )
     bound_px: float = Field(
         20.0,
         gt=0,
-        description="Flow is clipped to +-bound_px and scaled to bytes, with 128 = 0. The\n"
-        "channels (u, v, 128) are normalised like RGB, by the backbone's transform. 20 is the\n"
+        description="Flow is clipped to +-bound_px and scaled to bytes, with 128 = 0. The "
+        "channels (u, v, 128) are normalised like RGB, by the backbone's transform. 20 is the "
         "two-stream convention.",
     )
 
@@ -104,25 +104,25 @@ class Decode(Recipe):
     workers: int | None = Field(
         None,
         gt=0,
-        description="Number of decode processes; null: half of the CPUs, or all\n"
+        description="Number of decode processes; null: half of the CPUs, or all "
         "but one if a GPU is used.",
     )
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Maximum CPU seconds to decode a clip. Beyond, the process is killed and\n"
+        description="Maximum CPU seconds to decode a clip. Beyond, the process is killed and "
         "the clip retried alone; if that fails too, its reason is timeout.",
     )
     stall_s: float = Field(
         300.0,
         gt=0,
-        description="Seconds without CPU use or reads after which a decode process counts as\n"
+        description="Seconds without CPU use or reads after which a decode process counts as "
         "stalled. Waiting for a CPU does not count.",
     )
     memory_gb: float = Field(
         8.0,
         gt=0,
-        description="Memory limit of a decode process in GB. Beyond, it is killed, and the\n"
+        description="Memory limit of a decode process in GB. Beyond, it is killed, and the "
         "reason of its clip is out_of_memory.",
     )
     queue_gb: float = Field(
@@ -147,8 +147,8 @@ class ExtractRecipe(Recipe):
     )
     dataset: Dataset | None = Field(
         None,
-        description="A published data set instead of a manifest. kind: epic_kitchens_100,\n"
-        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, utd_mhad, folder_tree or\n"
+        description="A published data set instead of a manifest. kind: epic_kitchens_100, "
+        "something_something_v2, ego4d_fho_lta, ego_exo4d_keysteps, utd_mhad, folder_tree or "
         "csv; then root and annotations. See docs/datasets.md.",
     )
     out: Path = Field(
@@ -158,28 +158,28 @@ class ExtractRecipe(Recipe):
     sampling: Sampling = Field(Sampling(), description="Temporal sampling of frames.")
     views: Views = Field(
         Views(),
-        description="Views per clip, each stored as a row: evaluation averages their logits,\n"
-        "training samples one per epoch. {clips: 4, crops: 3} is the test protocol of Video\n"
+        description="Views per clip, each stored as a row: evaluation averages their logits, "
+        "training samples one per epoch. {clips: 4, crops: 3} is the test protocol of Video "
         "Swin.",
     )
     flow: Flow = Field(Flow(), description="Optical flow.")
     audio: Audio = Field(
         Audio(),
-        description="Default spectrogram of audio networks; used where neither `audio` in the\n"
+        description="Default spectrogram of audio networks; used where neither `audio` in the "
         "set nor the network itself (as of timm: and hf:) defines one.",
     )
     sensors: dict[str, Sensor] = Field(
         {},
         validate_default=True,
-        description="Sensors by name. Each is a modality whose files are listed in the\n"
-        "manifest column of that name. For published data sets, these keys override the\n"
-        "built-in ones. See docs/sensors.md. Example, imu: {channels: [ax, ay, az], time: t,\n"
+        description="Sensors by name. Each is a modality whose files are listed in the "
+        "manifest column of that name. For published data sets, these keys override the "
+        "built-in ones. See docs/sensors.md. Example, imu: {channels: [ax, ay, az], time: t, "
         "unit: ms, rate_hz: 50, window: 25}",
     )
     sets: dict[str, dict[str, BackboneChoice]] = Field(
         min_length=1,
-        description="Backbone sets: name -> modality (rgb, flow, audio, boxes, a sensor) ->\n"
-        "backbone. Clips are decoded once for all sets; each set is written to its own store.\n"
+        description="Backbone sets: name -> modality (rgb, flow, audio, boxes, a sensor) -> "
+        "backbone. Clips are decoded once for all sets; each set is written to its own store. "
         "`karmma backbones list` lists backbones.",
         examples=[
             {
@@ -198,26 +198,26 @@ class ExtractRecipe(Recipe):
     store: StoreSettings = Field(StoreSettings(), description="Feature stores.")
     video_decoder: Literal["pyav", "decord"] = Field(
         "pyav",
-        description="Video decoder. pyav: exact for every file. decord: not faster, and\n"
+        description="Video decoder. pyav: exact for every file. decord: not faster, and "
         "rejects files for which exact seeking cannot be proved.",
     )
     decode: Decode = Field(Decode(), description="Decoding of media.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Clips per forward pass. auto: the largest power of two that fits into\n"
-        "memory. This and the next three settings are recorded in the store and reused by\n"
+        description="Clips per forward pass. auto: the largest power of two that fits into "
+        "memory. This and the next three settings are recorded in the store and reused by "
         "later runs.",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        description="Precision of convolutions and matrix products. auto: float32. tf32 (GPU)\n"
-        "and bfloat16 change tokens slightly; they are faster on devices that support them,\n"
+        description="Precision of convolutions and matrix products. auto: float32. tf32 (GPU) "
+        "and bfloat16 change tokens slightly; they are faster on devices that support them, "
         "much slower on others.",
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto",
-        description="Memory format. auto: channels_last for convolutional networks,\n"
+        description="Memory format. auto: channels_last for convolutional networks, "
         "contiguous for transformers.",
     )
     compile: bool = Field(
@@ -227,15 +227,15 @@ class ExtractRecipe(Recipe):
     memory_gb: float | None = Field(
         None,
         gt=0,
-        description="Memory in GB for forward passes. On a GPU: limit for batch_size auto;\n"
+        description="Memory in GB for forward passes. On a GPU: limit for batch_size auto; "
         "null: 8. On a CPU: limit for all concurrent passes; null: half of the free memory.",
     )
     max_failures: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="Maximum share of clips that lose a modality to an error, and of invalid\n"
-        "annotations, which are skipped. With fewer than 20 clips, the command fails only if\n"
+        description="Maximum share of clips that lose a modality to an error, and of invalid "
+        "annotations, which are skipped. With fewer than 20 clips, the command fails only if "
         "all of them do.",
     )
 
@@ -365,19 +365,19 @@ def with_views(manifest: Manifest, views: Views) -> Manifest:
         for clip in manifest.clips
         for row, view in zip(views.names(clip.clip_id), views.every(), strict=True)
     ]
-    line = f"{views.count} views of each of {len(manifest.clips):,} clips: {len(clips):,} rows"
+    line = f"{views.count} views of {counted(len(manifest.clips), 'clip')}: {len(clips):,} rows"
     return replace(manifest, clips=tuple(clips), notes=(*manifest.notes, line))
 
 
 def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:
     """Say which entries are left out; too many of them are an error."""
     faults = manifest.left_out
-    count = f"{len(faults):,} of {len(manifest.clips) + len(faults):,} entries are invalid"
+    count = f"invalid entries: {len(faults):,} of {len(manifest.clips) + len(faults):,}"
     if len(faults) > allowed * (len(manifest.clips) + len(faults)):
         shown = "; ".join(faults[:_SHOWN])
         raise ManifestError(f"{count}, more than max_failures={allowed:g} allows: {shown}.")
     more = [f"and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else []
-    lines = [f"{count} and skipped:", *faults[:_SHOWN], *more] if faults else []
+    lines = [f"{count}; skipped:", *faults[:_SHOWN], *more] if faults else []
     return replace(manifest, notes=(*manifest.notes, *lines))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from karmma_pipeline.errors import counted
 from karmma_pipeline.extraction.types import DecodedClip
 from karmma_pipeline.logs import progress_bar
 
@@ -20,7 +21,7 @@ _BOUND = {BACKBONES: "backbone-bound", DECODING: "decode-bound", WRITING: "write
 _RATE = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-@dataclass
+@dataclass(repr=False)
 class ExtractReport:
     """What an extraction did; ``seconds`` that passed by what they went to.
 
@@ -113,23 +114,28 @@ class ExtractReport:
         ordered = sorted(running.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{what} {s / total:.0%}" for what, s in ordered if s > 0.005 * total)
 
+    def __repr__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """Return the closing lines of the command."""
         lines = [f"store {name}: {path}" for name, path in self.stores.items()]
         if self.clips:
             lines.append(
-                f"{self.clips} clips in {self.total_s:.0f} s, {per_second(self.rate)}: "
+                f"{counted(self.clips, 'clip')} in {self.total_s:.0f} s, {per_second(self.rate)}: "
                 f"{self.bound} ({self.shares()})"
             )
         if self.halved:
             lines.append(
-                f"{self.halved} batches did not fit into memory and were halved; reduce "
-                "batch_size or memory_gb to avoid this"
+                f"{counted(self.halved, 'batch', 'batches')} halved, being too large for memory; "
+                "reduce batch_size or memory_gb to avoid this"
             )
         if not self.complete:
             lines.append("this part is done; the stores will be complete when all other parts are")
         elif self.failed:
-            lines.append(f"{self.failed} clips lost a modality to an error; see failures.csv")
+            lines.append(
+                f"{counted(self.failed, 'clip')} lost a modality to an error; see failures.csv"
+            )
         return "\n".join(lines)
 
     def facts(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ModelCard(Recipe):
         {}, description="Custom code that it runs, and the digest of its source file."
     )
     size: FusionSize = Field(
-        description="Size of the fusion model, and its treatment of\nabsent modalities."
+        description="Size of the fusion model, and its treatment of absent modalities."
     )
     modalities: dict[str, tuple[int, int]] = Field(description="Tokens N and width D per modality.")
     heads: dict[str, tuple[str, ...]] = Field(description="Class names of each head.")
@@ -148,9 +148,11 @@ class TrainedModel:
 
     Examples:
         >>> model = km.load_model("runs/student")
-        >>> tokens = {m: torch.zeros(2, *model.card.modalities[m]) for m in model.card.modalities}
+        >>> shapes = model.card.modalities
+        >>> tokens = {m: torch.zeros(2, *shape) for m, shape in shapes.items()}
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
-        >>> model.network(tokens, mask)["verb"].shape == (2, len(model.card.heads["verb"]))
+        >>> logits = model.network(tokens, mask)
+        >>> logits["verb"].shape == (2, len(model.card.heads["verb"]))
         True
 
     Attributes:

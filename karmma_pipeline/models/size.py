@@ -37,16 +37,16 @@ class FusionSize(Recipe):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in the layers and the MLP.")
     absent: str = Field(
         "learned",
-        description="Replacement of absent modalities: learned (learnable tokens, KARMMA),\n"
-        "zeros (attended like data, Baseline), mean (mean token of the training clips,\n"
-        "attended like data), drop (removed from the sequence), or a custom one as\n"
+        description="Replacement of absent modalities: learned (learnable tokens, KARMMA), "
+        "zeros (attended like data, Baseline), mean (mean token of the training clips, "
+        "attended like data), drop (removed from the sequence), or a custom one as "
         "package.module:function.",
     )
 
     pool: Literal["mean", "attentive"] = Field(
         "mean",
-        description="Pooling before the heads: mean (CLS and the mean token of each modality,\n"
-        "KARMMA), or attentive (a learned query per head attends to all present tokens, as in\n"
+        description="Pooling before the heads: mean (CLS and the mean token of each modality, "
+        "KARMMA), or attentive (a learned query per head attends to all present tokens, as in "
         "V-JEPA 2's probe, which has layers: 3 and ffn_width: 4 * dim).",
     )
 

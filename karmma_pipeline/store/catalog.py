@@ -159,7 +159,7 @@ def continue_list(
     ids = there.ids or [clip.clip_id for clip in clips]
     if gone := [clip_id for clip_id in ids if clip_id not in by_id]:
         raise StoreError(
-            f"{there.root}: {len(gone)} of its clips are no longer in the manifest, such as "
+            f"{there.root}: {len(gone)} of its clips no longer in the manifest, such as "
             f"{gone[0]!r}. Clips can be added but not removed: restore them, or choose another "
             "folder with --set out=FOLDER."
         )

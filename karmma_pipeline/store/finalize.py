@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline import files
-from karmma_pipeline.errors import StoreError
+from karmma_pipeline.errors import StoreError, counted
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.format import clip_table, layout
@@ -33,7 +33,7 @@ def finalize(root: Path) -> None:
     if missing:
         listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         raise StoreError(
-            f"{root}: {len(missing)} of {catalog.shards} shards are missing ({listed}); run "
+            f"{root}: {len(missing)} of {counted(catalog.shards, 'shard')} missing ({listed}); run "
             "`karmma extract` with the same recipe again to extract only these."
         )
     # Several last parts may come here at once, and runs come again: where the manifest is that of

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.errors import StoreError
+from karmma_pipeline.errors import StoreError, counted
 from karmma_pipeline.modalities import Reason, canonical
 from karmma_pipeline.store.mapping import ClipLocations
 from karmma_pipeline.store.reader import FeatureStore
@@ -159,8 +159,8 @@ class JoinedStore(MappedStore):
         if wrong.any():
             ids = ", ".join(i.decode() for i in self.clip_ids[clips[wrong]][:3])
             raise StoreError(
-                f"{store.path}: {int(wrong.sum())} clips have {what}, such as {ids}; clips with "
-                "the same id must be identical."
+                f"{store.path}: {counted(int(wrong.sum()), 'clip')} with {what}, such as {ids}; "
+                "clips with the same id must be identical."
             )
 
     def _check_is_current(self) -> None:

@@ -16,7 +16,7 @@ from karmma_pipeline.data.loading.clips import ClipModality, clips_of_split, non
 from karmma_pipeline.data.loading.dropout import make_masks
 from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.loading.masks import FRAMES, ORDER, VIEW, clip_keys, draws
-from karmma_pipeline.errors import ConfigError, ManifestError
+from karmma_pipeline.errors import ConfigError, ManifestError, counted
 from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.fusion import TokenModel
@@ -75,7 +75,8 @@ def describe(store: TokenSource, every: np.ndarray, clips: np.ndarray) -> str:
     without = len(reasons) - len(clips)
     left_out = f"; {without} without any modality, not used" if without else ""
     views = f" ({store.view_count} views of each)" if store.views else ""
-    return f"{len(reasons) // store.view_count} clips{views}; {'; '.join(parts)}{left_out}"
+    number = counted(len(reasons) // store.view_count, "clip")
+    return f"{number}{views}; {'; '.join(parts)}{left_out}"
 
 
 def check_recipe(recipe: TrainRecipe, store: TokenSource) -> None:
@@ -143,8 +144,9 @@ def _never_seen(
         more = ", ..." if never.sum() > 5 else ""
         asked = int(never[val[val >= 0]].sum())
         yield (
-            f"{head}: {int(never.sum())} of {len(names)} classes have no training clip "
-            f"({some}{more}); {asked} validation clips belong to them"
+            f"{head}: no training clip of {int(never.sum())} of "
+            f"{counted(len(names), 'class', 'classes')} ({some}{more}), to which "
+            f"{counted(asked, 'validation clip')} belong{'s' if asked == 1 else ''}"
         )
 
 

@@ -98,7 +98,7 @@ def _row(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainReport:
     """Where a run lies and how good it got."""
 
@@ -107,6 +107,9 @@ class TrainReport:
     epochs: int
     already_done: bool = False
     early: bool = False
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def summary(self) -> str:
         """Return the closing lines of the command."""

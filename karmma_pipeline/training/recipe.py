@@ -40,7 +40,7 @@ class SuffixSettings(Recipe):
     lr: float = Field(
         1e-5,
         ge=0,
-        description="Peak learning rate of the suffixes, with the schedule of optimiser.lr\n"
+        description="Peak learning rate of the suffixes, with the schedule of optimiser.lr "
         "(ours); 0 freezes them.",
     )
     freeze_norm: bool = Field(
@@ -54,34 +54,34 @@ class SuffixSettings(Recipe):
         1.0,
         gt=0,
         le=1,
-        description="cut: input only: random resized crop of the stored frames; the relative\n"
+        description="cut: input only: random resized crop of the stored frames; the relative "
         "side of the crop is drawn from [crop, 1] per clip.",
     )
     colour: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="cut: input only: colour jitter of RGB; maximum relative change of\n"
+        description="cut: input only: colour jitter of RGB; maximum relative change of "
         "contrast, and maximum change of brightness in units of the normalised frame.",
     )
     flip: bool = Field(
         False,
-        description="cut: input only: random horizontal flip; not for classes that\n"
+        description="cut: input only: random horizontal flip; not for classes that "
         "distinguish left and right.",
     )
     jitter: bool = Field(
         True,
-        description="cut: input: where a set stores more frames than its network takes\n"
-        "(stored_frames), other ones in each epoch; false: always the middle ones.",
+        description="cut: input with stored_frames: use other frames in each epoch; false: "
+        "always the middle ones.",
     )
     save_memory: bool = Field(
         False,
-        description="Activation checkpointing between the modules of a suffix: less memory,\n"
+        description="Activation checkpointing between the modules of a suffix: less memory, "
         "about a third more time.",
     )
     weights: dict[str, str] = Field(
         {},
-        description="Modality -> file of the backbone's weights, if it was moved after the\n"
+        description="Modality -> file of the backbone's weights, if it was moved after the "
         "extraction.",
     )
 
@@ -123,12 +123,12 @@ class TrainRecipe(Recipe):
     )
     init_from: Path | None = Field(
         None,
-        description="Run folder with initial weights, for longer training, fine-tuning or new\n"
+        description="Run folder with initial weights, for longer training, fine-tuning or new "
         "labels. Classes are matched by name; other weights are newly initialised.",
     )
     model: str = Field(
         "",
-        description="Model: empty (the fusion model), late_fusion (the average of one model\n"
+        description="Model: empty (the fusion model), late_fusion (the average of one model "
         "per modality), or a custom one as package.module:factory.",
     )
     model_args: dict[str, Any] = Field(
@@ -137,7 +137,7 @@ class TrainRecipe(Recipe):
     )
     objective: str = Field(
         "",
-        description="Loss: empty (that of the command), or a custom one as\n"
+        description="Loss: empty (that of the command), or a custom one as "
         "package.module:function.",
     )
     objective_args: dict[str, Any] = Field({}, description="Keyword arguments of that function.")
@@ -145,8 +145,8 @@ class TrainRecipe(Recipe):
     position_std: float = Field(
         0.02,
         ge=0,
-        description="Standard deviation of the initial position embeddings of a fusion model.\n"
-        "They are added to tokens of magnitude 1: small values hide the position of a token\n"
+        description="Standard deviation of the initial position embeddings of a fusion model. "
+        "They are added to tokens of magnitude 1: small values hide the position of a token "
         "in the clip.",
     )
     optimiser: Optimiser = Field(Optimiser(), description="Optimiser.")
@@ -167,8 +167,8 @@ class TrainRecipe(Recipe):
     )
     modality_dropout: ModalityDropout = Field(
         0.3,
-        description="delta: probability of dropping each present modality in training; at\n"
-        "least one is always kept (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1},\n"
+        description="delta: probability of dropping each present modality in training; at "
+        "least one is always kept (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1}, "
         "ramp_epochs: 10, ramp_from: 0.0, burst: 8}, or {patterns: FILE.csv}.",
     )
     label_smoothing: float = Field(
@@ -178,31 +178,31 @@ class TrainRecipe(Recipe):
         0.0,
         ge=0,
         le=1,
-        description="Class-balanced sampling: an epoch draws clips of class y in proportion\n"
-        "to 1 / (clips of y)^b, averaged over heads. 0: each clip once; 1: uniform over\n"
+        description="Class-balanced sampling: an epoch draws clips of class y in proportion "
+        "to 1 / (clips of y)^b, averaged over heads. 0: each clip once; 1: uniform over "
         "classes.",
     )
     ema: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Decay per step of the moving average of the weights (EMA). Above 0, the\n"
+        description="Decay per step of the moving average of the weights (EMA). Above 0, the "
         "average is validated and saved.",
     )
     select_by: str = Field(
         "action_top1",
-        description="Validation metric that selects the best epoch: action_top1, HEAD_top1,\n"
+        description="Validation metric that selects the best epoch: action_top1, HEAD_top1, "
         "loss, or epoch (the last one). Ties are resolved by the loss.",
     )
     patience: int = Field(
         0,
         ge=0,
-        description="Early stopping after this number of epochs without improvement of\n"
+        description="Early stopping after this number of epochs without improvement of "
         "`select_by`; 0: never.",
     )
     standardise: bool = Field(
         True,
-        description="Standardise features by their mean and standard deviation over the\n"
+        description="Standardise features by their mean and standard deviation over the "
         "training clips.",
     )
     save_every_s: float = Field(
@@ -214,7 +214,7 @@ class TrainRecipe(Recipe):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 autocast on GPUs, float32 on CPUs; a run keeps the\n"
+        description="auto: bfloat16 autocast on GPUs, float32 on CPUs; a run keeps the "
         "precision it started with.",
     )
 
@@ -295,13 +295,13 @@ class DistillRecipe(TrainRecipe):
         examples=["runs/teacher"],
     )
     teacher_store: Stores = Field(
-        description="Feature store of the teacher: one for all teachers, or one per teacher.\n"
+        description="Feature store of the teacher: one for all teachers, or one per teacher. "
         "For a teacher trained on joined stores, use a nested list: [[rgb, audio]].",
         examples=["features/teacher"],
     )
     allow_unfinished: bool = Field(
         False,
-        description="Allow a teacher whose training has not finished; its best epoch\n"
+        description="Allow a teacher whose training has not finished; its best epoch "
         "so far is used.",
     )
     teacher_weights: tuple[float, ...] = Field(
@@ -323,14 +323,14 @@ class DistillRecipe(TrainRecipe):
     )
     kl_clips: Literal["all", "right", "better"] = Field(
         "all",
-        description="Clips that contribute to the KL term, per head and mask. all; right:\n"
-        "clips that the teacher classifies correctly; better: clips whose label gets a higher\n"
-        "probability from the teacher than from the student. The mean is over all clips;\n"
+        description="Clips that contribute to the KL term, per head and mask. all; right: "
+        "clips that the teacher classifies correctly; better: clips whose label gets a higher "
+        "probability from the teacher than from the student. The mean is over all clips; "
         "clips without a label always contribute.",
     )
     cross_fitted: bool = Field(
         False,
-        description="Do not use a teacher for clips that it was trained on. Needs several\n"
+        description="Do not use a teacher for clips that it was trained on. Needs several "
         "teachers, each trained without a part of the clips (`exclude`).",
     )
 

@@ -14,7 +14,7 @@ from karmma_pipeline import own_code
 from karmma_pipeline.data.loading.clips import clips_of_split, excluded_ids
 from karmma_pipeline.data.loading.dropout import DropoutSchedule, patterns_digest
 from karmma_pipeline.data.loading.open import open_source
-from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError, StoreError
+from karmma_pipeline.errors import CheckpointError, ConfigError, KarmmaError, StoreError, counted
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.models.device import pick_device
 from karmma_pipeline.models.fusion import FusionModel, TokenModel
@@ -291,8 +291,8 @@ def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iter
     """Say how many clips are trained on and choose the best epoch, too."""
     if both := len(np.intersect1d(train, val)):
         yield (
-            f"val_split={recipe.val_split!r}: {both} of its {len(val)} clips are training "
-            "clips; its accuracy says nothing about other clips"
+            f"val_split={recipe.val_split!r}: {both} of its {counted(len(val), 'clip')} also in "
+            "training; its accuracy says nothing about other clips"
         )
 
 
@@ -483,7 +483,7 @@ def _check_cross_fitted(
             "cross_fitted=True: every teacher was trained on all training clips; train several "
             "teachers, each without a part of the clips (`exclude: FILE`)."
         )
-    yield f"{taught} of {len(clips)} clips have a teacher that was not trained on them"
+    yield f"{taught} of {counted(len(clips), 'clip')} with a teacher that was not trained on them"
 
 
 def _learned(

@@ -174,7 +174,7 @@ def test_finalize_names_the_command_for_what_is_missing(here: Path) -> None:
         for store in stores:
             (store / "manifest.json").unlink(missing_ok=True)
         (stores[0] / "commit/000001.safetensors").unlink(missing_ok=True)
-        with pytest.raises(StoreError, match=rf"1 shards are missing \(1\); run `.*{command}"):
+        with pytest.raises(StoreError, match=rf"1 shard missing \(1\); run `.*{command}"):
             parts.finish(extract_recipe(), count)
     (stores[1] / "commit/000002.safetensors").unlink()
     message = "sbatch --array=.*,.* --export=ALL,KARMMA_PARTS=3 extract/slurm.sbatch features"

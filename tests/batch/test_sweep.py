@@ -206,7 +206,7 @@ def test_runs_that_fail_are_named_and_end_no_others(stores: Path, quick: None) -
     assert str(caught.value).endswith("not started because of them: report, student/seed0.")
     assert Path("sw/baseline/seed0/best").is_dir()
     status = run("sweep", str(path), "--status").output
-    assert re.search(r"^teacher,lr=0.001 +1 of 1 runs done$", status, re.MULTILINE)
+    assert re.search(r"^teacher,lr=0.001 +1 of 1 run done$", status, re.MULTILINE)
     assert re.search(r"^teacher,lr=1e\+30 +0 of 1 .*ends with: Error: ", status, re.MULTILINE)
     assert re.search(r"^report +no report$", status, re.MULTILINE)
     alone = run("sweep", str(path), "--run", "student/seed0")

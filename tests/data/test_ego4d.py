@@ -124,7 +124,7 @@ def test_odd_entries_of_an_official_list_are_left_out_by_name_up_to_max_failures
     manifest = read_clips(config.build(ExtractRecipe, {**tree, "max_failures": 0.1}, "test"))
     assert len(manifest.clips) == 45
     said = "\n".join(manifest.notes)
-    assert "5 of 50 entries are invalid and skipped:" in said
+    assert "invalid entries: 5 of 50; skipped:" in said
     for message in (
         "fho_lta_train.json: clips entry 46: action_clip_end_sec=7.5: is not after 7.5",
         "entry 47: action_clip_start_sec=-0.02: must be a number >= 0",
@@ -133,7 +133,7 @@ def test_odd_entries_of_an_official_list_are_left_out_by_name_up_to_max_failures
         "entry 50: is not a JSON object: 'no action'",
     ):
         assert message in said
-    with pytest.raises(ManifestError, match=r"5 of 50 entries are invalid, more than max_failures"):
+    with pytest.raises(ManifestError, match=r"invalid entries: 5 of 50, more than max_failures"):
         read_clips(config.build(ExtractRecipe, {**tree, "max_failures": 0.09}, "test"))
 
 

@@ -46,7 +46,7 @@ def test_a_clip_that_ends_after_its_video_is_cut_there_and_told(tmp_path: Path) 
 def test_the_test_split_has_no_labels(tmp_path: Path) -> None:
     manifest = epic(tmp_path, splits={"test": Path("EPIC_100_test_timestamps.csv")})
     assert manifest.clips[0].labels == {"verb": -1, "noun": -1}
-    assert "test: 1 clips of EPIC_100_test_timestamps.csv, without labels" in manifest.notes
+    assert "test: 1 clip of EPIC_100_test_timestamps.csv, without labels" in manifest.notes
 
 
 def test_classes_are_read_as_numbers_and_unknown_ones_are_told(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_clips_that_are_partly_labelled_are_counted_as_far_as_they_are(
 ) -> None:
     some = ask(run, videos(tmp_path / "store", labelled=NEW[:3]))
     assert some.results.runs[0].subsets[0].scores["verb_top1"].n == 3
-    assert "5 clips have no known verb" in some.summary()
+    assert "5 clips without a known verb: not counted." in some.summary()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_clip_with_nothing_to_see_gets_no_class_and_counts_as_wrong(
     right = sum(row["verb"] == row["verb_label"] for row in rows.values())
     top1 = report.results.runs[0].subsets[0].scores["verb_top1"]
     assert (top1.correct, top1.n) == (right, 8)
-    assert "1 clips have no modality at all and count" in report.summary()
+    assert "1 clip without any modality: counted as wrong." in report.summary()
 
 
 @pytest.mark.parametrize("classes", [("open",), ("open", "shut")])

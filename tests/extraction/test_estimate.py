@@ -106,7 +106,7 @@ def test_views_count_in_disk_and_time_and_not_among_the_clips(
         estimate(recipe_of(tmp_path, rows, device="cpu", **shards, **more), probe=False)
         for more in ({}, {"views": views})
     )
-    assert viewed["found"] == ["6 views of each of 2 clips: 12 rows"]
+    assert viewed["found"] == ["6 views of 2 clips: 12 rows"]
     for key in ("clips", "hours", "splits", "present", "same_video_and_span"):
         assert viewed[key] == plain[key], key
     assert (plain["time"]["hours"], viewed["time"]["hours"]) == (2, 12)

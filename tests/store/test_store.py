@@ -194,7 +194,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_incomplete_store_names_its_missing_shards(tmp_path: Path) -> None:
     create_store(tmp_path / "s", make_spec(), make_clips(10))
-    with pytest.raises(StoreError, match=r"3 of 3 shards are missing \(0, 1, 2\)"):
+    with pytest.raises(StoreError, match=r"3 of 3 shards missing \(0, 1, 2\)"):
         finalize(tmp_path / "s")
     with pytest.raises(StoreError, match="not complete"):
         FeatureStore.open(tmp_path / "s")

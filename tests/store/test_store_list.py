@@ -136,7 +136,7 @@ def test_a_list_that_grows_survives_a_kill_at_every_call(root: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("clips", "named"),
     [
-        ({"d": "open", "b": "shut"}, r"1 of its clips are no longer in the manifest, such as 'c'"),
+        ({"d": "open", "b": "shut"}, r"1 of its clips no longer in the manifest, such as 'c'"),
         ({**OLD, "b": "open"}, r"clip 'b': verb is 1 there and 0 here"),
         ({**NEW, "c": "shut"}, r"clip 'c': verb is 0 there and 1 here"),
     ],

@@ -175,9 +175,9 @@ def test_diff_names_what_differs_and_where(pair: Path, tmp_path: Path) -> None:
     lines = result.output.splitlines()
     assert f"clips: 1 only in {pair}: c11" in lines
     assert f"clips: 1 only in {other}: c20" in lines
-    assert "split: 11 clips differ, first c00: val and test" in lines
-    assert "audio: reason: 1 clips differ, first c05: 2 and 0" in lines
-    assert any(line.startswith("audio: tokens of 1 clips differ") for line in lines)
+    assert "split: different in 11 clips, first c00: val and test" in lines
+    assert "audio: reason: different in 1 clip, first c05: 2 and 0" in lines
+    assert any(line.startswith("audio: tokens of 1 clip differ") for line in lines)
     assert "the same" in run("diff", pair, pair).output
 
 

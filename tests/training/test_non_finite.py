@@ -85,7 +85,7 @@ def test_clips_that_cannot_be_used_are_found_by_verify_and_made_anew_after_its_r
     for clip, modality in BAD:
         assert f"shard 0 {modality}: NaN or infinity in the tokens: {clip}\n" in said.output
     assert repair(store, verify(store))[0].startswith("shard 0")
-    with pytest.raises(StoreError, match="shards are missing"):
+    with pytest.raises(StoreError, match="shards missing"):
         finalize(store)
     # What extraction does then: the other shards stay, these clips get no such tokens.
     anew = write_store(tmp_path / "anew", absent=[*BAD])

@@ -38,7 +38,7 @@ class CsvList(Recipe):
     )
     heads: tuple[str, ...] | None = Field(
         None,
-        description="Label columns; all other columns are ignored. null: every column that is\n"
+        description="Label columns; all other columns are ignored. null: every column that is "
         "not reserved.",
     )
 

@@ -17,7 +17,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, FileSource, Manifest, Source, unique
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 
 HEADS = ("verb", "noun")
 _FILES = {"train": "train", "val": "val", "test": "test_unannotated"}
@@ -63,7 +63,7 @@ def read(dataset: Ego4dLta) -> Manifest:
         items = [(f"clips entry {i}", entry) for i, entry in enumerate(entries, 1)]
         some = annotations.collect(path, items, partial(reader.clip, split=split), left_out)
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
-        notes.append(f"{split}: {len(some):,} clips")
+        notes.append(f"{split}: {counted(len(some), 'clip')}")
     lines = (*notes, *reader.counts.lines("clips"), *reader.notes())
     kept = unique(folder, clips, left_out)
     return Manifest(kept, heads, notes=lines, left_out=tuple(left_out))

@@ -21,7 +21,7 @@ from karmma_pipeline.data.annotations import Row
 from karmma_pipeline.data.datasets.epic_media import EpicMedia, Prefer, grid_fps
 from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import NOT_KNOWN, UNKNOWN, Clip, Groups, Manifest, unique
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 
 REQUIRED = ("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp")
 FRAMES = ("start_frame", "stop_frame")
@@ -41,7 +41,7 @@ class EpicKitchens(Recipe):
     splits: dict[str, Path] = Field(
         {"train": Path("EPIC_100_train.csv"), "val": Path("EPIC_100_validation.csv")},
         min_length=1,
-        description="Split -> CSV in the annotations folder. Files without labels are\n"
+        description="Split -> CSV in the annotations folder. Files without labels are "
         "allowed, such as EPIC_100_test_timestamps.csv and the UDA targets.",
     )
     media: Prefer = Field(Prefer(), description="Which files to use if several exist.")
@@ -69,7 +69,7 @@ def read(dataset: EpicKitchens) -> Manifest:
         clips += [(f"{file.name} {where}", clip) for where, clip in some]
         labelled = any(label != UNKNOWN for _, c in some for label in c.labels.values())
         without = "" if labelled else ", without labels"
-        notes.append(f"{split}: {len(some):,} clips of {file}{without}")
+        notes.append(f"{split}: {counted(len(some), 'clip')} of {file}{without}")
     return Manifest(
         unique(folder, clips, left_out),
         heads,

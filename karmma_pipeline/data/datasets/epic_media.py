@@ -58,7 +58,7 @@ class Prefer(Recipe):
     flow_bound_px: float = Field(
         8.0,
         gt=0,
-        description="Flow in px encoded by bytes 0 and 255 of the released flow frames. 8 is\n"
+        description="Flow in px encoded by bytes 0 and 255 of the released flow frames. 8 is "
         "the value in the extraction command of EPIC-100; that of EPIC-55 is not published.",
     )
 

@@ -14,7 +14,7 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets.listing import VIDEO_SUFFIXES
 from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, unique
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 
 _SPLITS = ("train", "val", "test")
 _ALIASES = {"train": "train", "training": "train", "val": "val", "valid": "val"}
@@ -28,14 +28,14 @@ class FolderTree(Recipe):
 
     kind: Literal["folder_tree"] = Field(description="Folder layout.")
     root: Path = Field(
-        description="Folder with one folder per class, or with train, val and\n"
+        description="Folder with one folder per class, or with train, val and "
         "test folders of these."
     )
     head: str = Field("action", pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,59}$", description="Head.")
     split: dict[Literal["train", "val", "test"], float] = Field(
         {"train": 0.8, "val": 0.2},
-        description="Share of each split, if there are no train, val and test folders. The\n"
-        "split of a video depends only on the seed and its path, so it does not change when\n"
+        description="Share of each split, if there are no train, val and test folders. The "
+        "split of a video depends only on the seed and its path, so it does not change when "
         "videos are added.",
     )
     seed: int = Field(0, description="Seed of the random split.")
@@ -94,7 +94,8 @@ def read(dataset: FolderTree) -> Manifest:
             f"{' '.join(sorted(VIDEO_SUFFIXES))}."
         )
     how = "by folder" if splits else f"drawn with seed {dataset.seed}"
-    notes = [f"{len(clips):,} videos in {len(names):,} classes, split {how}"]
+    found = f"{counted(len(clips), 'video')} in {counted(len(names), 'class', 'classes')}"
+    notes = [f"{found}, split {how}"]
     empty = sorted({name for name, _, _ in places} - {*names})
     if empty:
         notes.append(f"folders without videos, ignored: {', '.join(empty)}")

@@ -29,7 +29,7 @@ from karmma_pipeline.data.manifest import (
     Source,
     unique,
 )
-from karmma_pipeline.errors import ManifestError
+from karmma_pipeline.errors import ManifestError, counted
 
 HEAD = "action"
 #: Rate of the data set's videos, Hz, and of the grid of its frames and boxes.
@@ -49,7 +49,7 @@ class SomethingSomething(Recipe):
     kind: Literal["something_something_v2"] = Field(description="Data set.")
     root: Path = Field(description="Folder of the videos, or of frame folders, one per video.")
     annotations: Path = Field(
-        description="Folder of the JSON files; both naming schemes are\nknown."
+        description="Folder of the JSON files; both naming schemes are known."
     )
     splits: tuple[SomethingSplit, ...] = Field(
         ("train", "val"),
@@ -61,7 +61,7 @@ class SomethingSomething(Recipe):
     )
     frame_name: FrameName = Field(
         "img_{:05d}.jpg",
-        description="File name of a frame, such as {video}_{:06d}.jpg. Other names are\n"
+        description="File name of a frame, such as {video}_{:06d}.jpg. Other names are "
         "detected if all frames of a folder follow one pattern.",
     )
     frame_fps: float = Field(FPS, gt=0, description="Rate at which frames were extracted, Hz.")
@@ -89,7 +89,8 @@ def read(dataset: SomethingSomething) -> Manifest:
         some = annotations.collect(path, items, partial(reader.clip, split=split), left_out)
         clips += [(f"{path.name} {where}", clip) for where, clip in some]
         labelled = any(clip.labels[HEAD] != UNKNOWN for _, clip in some)
-        notes.append(f"{split}: {len(some):,} clips{'' if labelled else ', without labels'}")
+        without = "" if labelled else ", without labels"
+        notes.append(f"{split}: {counted(len(some), 'clip')}{without}")
     names = tuple(sorted(templates, key=templates.__getitem__))
     kept = unique(folder, clips, left_out)
     lines = (*notes, *reader.lines())

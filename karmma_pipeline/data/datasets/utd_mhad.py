@@ -64,11 +64,11 @@ class UtdMhad(Recipe):
     root: Path = Field(description="Folder with Inertial/, Skeleton/ and optionally RGB/.")
     test_subjects: tuple[Subject, ...] = Field(
         (2, 4, 6, 8),
-        description="Subjects of the test split; the default is the published\nprotocol.",
+        description="Subjects of the test split; the default is the published protocol.",
     )
     val_subjects: tuple[Subject, ...] = Field(
         (),
-        description="Subjects of the val split, for choosing the epoch without test data; all\n"
+        description="Subjects of the val split, for choosing the epoch without test data; all "
         "other subjects are train. The published protocol has no val split.",
         examples=[[7]],
     )

@@ -38,7 +38,7 @@ class DropoutSchedule(Recipe):
 
     rate: float | dict[str, float] = Field(
         0.0,
-        description="Probability of dropping each present modality, or one per modality, such\n"
+        description="Probability of dropping each present modality, or one per modality, such "
         "as {rgb: 0.1, audio: 0.5}; others are never dropped.",
     )
     ramp_epochs: int = Field(
@@ -48,13 +48,13 @@ class DropoutSchedule(Recipe):
     burst: int = Field(
         1,
         ge=1,
-        description="Number of consecutive clips of a recording that lose the same\n"
+        description="Number of consecutive clips of a recording that lose the same "
         "modalities, as when a sensor fails for a while; 1: clips are independent.",
     )
     patterns: Path | None = Field(
         None,
-        description="CSV instead of a rate: clip_id, missing (such as rgb+audio) and\n"
-        "optionally epoch (1, 2, ...; empty: all others). Clips not in the CSV keep all\n"
+        description="CSV instead of a rate: clip_id, missing (such as rgb+audio) and "
+        "optionally epoch (1, 2, ...; empty: all others). Clips not in the CSV keep all "
         "modalities.",
     )
 

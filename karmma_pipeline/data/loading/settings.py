@@ -18,21 +18,21 @@ class LoaderSettings(Recipe):
 
     cache: Literal["map", "device"] = Field(
         "map",
-        description="Where tokens are read from. map: memory-mapped files, kept in the page\n"
-        "cache as far as it allows, shared by all ranks. device: all tokens are copied to the\n"
+        description="Where tokens are read from. map: memory-mapped files, kept in the page "
+        "cache as far as it allows, shared by all ranks. device: all tokens are copied to the "
         "device.",
     )
     stage: Path | None = Field(
         None,
-        description="Folder on a local disk of the node, to which stores are copied and\n"
-        "verified first; verified copies are reused. /dev/shm: the node's memory, one copy\n"
+        description="Folder on a local disk of the node, to which stores are copied and "
+        "verified first; verified copies are reused. /dev/shm: the node's memory, one copy "
         "for all ranks, which stays until you delete it. null: read in place.",
     )
     threads: int = Field(1, ge=0, description="Threads that prefetch batches; 0: none.")
     ahead: int = Field(2, ge=1, description="Batches to prefetch.")
     label_spaces: Literal["same", "join"] = Field(
         "same",
-        description="How to treat several stores with different class lists. same: raise an\n"
+        description="How to treat several stores with different class lists. same: raise an "
         "error; join: match classes by name.",
     )
 

@@ -37,7 +37,7 @@ class ComputeConfig(Recipe):
     """
 
     precision: Precision = Field(
-        "float32", description="Precision of convolutions and matrix\nproducts."
+        "float32", description="Precision of convolutions and matrix products."
     )
     memory_format: MemoryFormat = Field(
         "contiguous",

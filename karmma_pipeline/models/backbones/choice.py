@@ -47,78 +47,78 @@ class BackboneChoice(Recipe):
     """Which frozen network turns a modality into tokens, and how."""
 
     name: str = Field(
-        description="A name from `karmma backbones list`, timm:NAME, hf:ID, hf:FOLDER, or a\n"
+        description="A name from `karmma backbones list`, timm:NAME, hf:ID, hf:FOLDER, or a "
         "custom one as package.module:factory.",
         examples=["swin3d_t"],
     )
     weights: str = Field(
         "DEFAULT",
-        description="Published weights (DEFAULT, KINETICS400_V1, ...), the path of a state\n"
-        "dict, or random:SEED. With timm: and hf:, DEFAULT means the published weights of\n"
+        description="Published weights (DEFAULT, KINETICS400_V1, ...), the path of a state "
+        "dict, or random:SEED. With timm: and hf:, DEFAULT means the published weights of "
         "that name.",
     )
     key_map: tuple[tuple[str, str], ...] = Field(
         (),
-        description="For state dicts of other code bases: [regex, replacement] pairs that map\n"
-        "its parameter names to this network's; all are applied to each name, in order\n"
+        description="For state dicts of other code bases: [regex, replacement] pairs that map "
+        "its parameter names to this network's; all are applied to each name, in order "
         "(re.sub).",
     )
     frames: Count | None = Field(
         None,
-        description="Frames T per clip; null: the network's default. Networks with a fixed\n"
+        description="Frames T per clip; null: the network's default. Networks with a fixed "
         "number of frames accept multiples of it, computed in parts.",
     )
     stored_frames: PositiveInt | None = Field(
         None,
-        description="cut: input: frames that are stored of a clip, as many as `frames` or more. A\n"
-        "training takes other `frames` of them in each epoch, everything else the middle ones;\n"
+        description="cut: input: frames that are stored of a clip, as many as `frames` or more. A "
+        "training takes other `frames` of them in each epoch, everything else the middle ones; "
         "three times as many are best under sampling.mode uniform. null: `frames`.",
     )
     size: Pixels | None = Field(
         None,
-        description="Crop size in px; null: that of the weights' transform. The resize before\n"
+        description="Crop size in px; null: that of the weights' transform. The resize before "
         "the crop scales with it, so the field of view stays the same.",
     )
     image: tuple[Pixels, Pixels] | None = Field(
         None,
-        description="Height and width of the log-mel image (image networks on audio); null:\n"
+        description="Height and width of the log-mel image (image networks on audio); null: "
         "those of the network's spectrogram.",
     )
     audio: Audio | None = Field(
         None,
-        description="Spectrogram settings of this network; override the recipe's `audio` or\n"
+        description="Spectrogram settings of this network; override the recipe's `audio` or "
         "the network's own.",
     )
     tokens: tuple[Count, Count, Count] | None = Field(
         None,
-        description="Pool the output to this grid (time, height, width), such as [12, 5, 5] =\n"
+        description="Pool the output to this grid (time, height, width), such as [12, 5, 5] = "
         "300 tokens; null: the network's grid.",
     )
     class_tokens: Literal["drop", "keep"] = Field(
         "drop",
-        description="Class and register tokens, for timm: and hf: only. keep: store those of\n"
+        description="Class and register tokens, for timm: and hf: only. keep: store those of "
         "each frame or clip before the grid tokens.",
     )
     layer: int | str | None = Field(
         None,
-        description="Use the output of this block (0 is the first, -1 the last) or module (by\n"
+        description="Use the output of this block (0 is the first, -1 the last) or module (by "
         "name), before any norm that follows. null: the last one, with its norm.",
     )
     cut: str | None = Field(
         None,
-        description="Where the frozen prefix ends and the trained suffix begins: a stage of\n"
-        "the network (its input is stored), or input (the prepared frames or spectrogram are\n"
+        description="Where the frozen prefix ends and the trained suffix begins: a stage of "
+        "the network (its input is stored), or input (the prepared frames or spectrogram are "
         "stored). null: tokens are stored and the backbone is frozen. See docs/cut.md.",
     )
     series: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         None,
-        description="Sensors: number of windows N, samples per window, channels; filled in\n"
+        description="Sensors: number of windows N, samples per window, channels; filled in "
         "from `sensors`.",
     )
 
     engine: Engine = Field(
         "torch",
-        description="Inference engine. openvino: faster for convolutional networks and Swin\n"
+        description="Inference engine. openvino: faster for convolutional networks and Swin "
         "on CPUs (docs/extraction.md); needs pip install 'karmma-pipeline[openvino]'.",
     )
 

@@ -52,12 +52,12 @@ class FrameTransform(Recipe):
     interpolation: Interpolation = Field("bilinear", description="Interpolation of the resize.")
     floor: bool = Field(
         False,
-        description="If frame and crop differ by an odd number of px, round the offset down,\n"
+        description="If frame and crop differ by an odd number of px, round the offset down, "
         "as transformers does; else round to even.",
     )
     antialias: bool = Field(
         ANTIALIAS,
-        description="Whether the resize is antialiased, as in PIL, timm and\ntransformers.",
+        description="Whether the resize is antialiased, as in PIL, timm and transformers.",
     )
 
     def scaled(self, crop: int) -> "FrameTransform":

@@ -66,15 +66,15 @@ class Audio(Recipe):
 
     front_end: FrontEnd = Field(
         "radevski",
-        description="Spectrogram implementation; it also sets the defaults of the keys below.\n"
-        "radevski (ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude +\n"
-        "0.01), 125 to 7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast:\n"
-        "log(magnitude + 1e-6). whisper: log10 of power, at most 8 below its peak. clap: dB\n"
-        "of power, short sound is repeated. waveform: the samples; standardised_waveform:\n"
+        description="Spectrogram implementation; it also sets the defaults of the keys below. "
+        "radevski (ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + "
+        "0.01), 125 to 7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: "
+        "log(magnitude + 1e-6). whisper: log10 of power, at most 8 below its peak. clap: dB "
+        "of power, short sound is repeated. waveform: the samples; standardised_waveform: "
         "with mean 0 and variance 1.",
     )
     sample_rate: int = Field(
-        24_000, gt=0, le=1_000_000, description="Sample rate in Hz; the audio is\nresampled to it."
+        24_000, gt=0, le=1_000_000, description="Sample rate in Hz; the audio is resampled to it."
     )
     n_fft: int = Field(1024, gt=0, le=1_000_000, description="FFT length in samples.")
     win_length: int = Field(160, gt=0, le=1_000_000, description="Window length in samples.")
@@ -86,19 +86,19 @@ class Audio(Recipe):
     high_hz: float | None = Field(
         None,
         gt=0,
-        description="Highest frequency, Hz; null: half of the sample rate; clap\nand whisper only.",
+        description="Highest frequency, Hz; null: half of the sample rate; clap and whisper only.",
     )
     hops: int | None = Field(
         None,
         gt=0,
-        description="Length of the spectrogram in hops. Shorter audio is padded as in the\n"
-        "original (ast: zeros, auditory_slowfast: last hop, vggish and whisper: silence),\n"
+        description="Length of the spectrogram in hops. Shorter audio is padded as in the "
+        "original (ast: zeros, auditory_slowfast: last hop, vggish and whisper: silence), "
         "longer audio is cropped to its centre; null: the length of the audio.",
     )
     window_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds around the centre of the clip, for image networks;\n"
+        description="Seconds around the centre of the clip, for image networks; "
         "null: the whole clip.",
     )
     frame_s: float = Field(
@@ -106,7 +106,7 @@ class Audio(Recipe):
     )
     mean: float = Field(-28.1125, description="Mean that is subtracted from the log-mel values.")
     std: float = Field(
-        16.5627, gt=0, description="Standard deviation by which the log-mel\nvalues are divided."
+        16.5627, gt=0, description="Standard deviation by which the log-mel values are divided."
     )
 
     @model_validator(mode="before")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline import config
+from karmma_pipeline.errors import counted
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.reader import FeatureStore
@@ -83,7 +84,7 @@ def _columns(
         if not same.all():
             first = int(np.flatnonzero(~same)[0])
             yield (
-                f"{name}: {int((~same).sum())} clips differ, first "
+                f"{name}: different in {counted(int((~same).sum()), 'clip')}, first "
                 f"{a.clip_ids[left[first]].decode()}: {mine[first]} and {theirs[first]}"
             )
 
@@ -122,7 +123,8 @@ def _tokens(
                 count, largest = count + 1, max(largest, distance)
                 first = first or a.clip_ids[left[start + place]].decode()
     if count:
-        yield f"{m}: tokens of {count} clips differ by up to {largest:.3g}, first {first}"
+        clips = counted(count, "clip")
+        yield f"{m}: tokens of {clips} differ by up to {largest:.3g}, first {first}"
 
 
 def _some(names: list[str]) -> str:
