@@ -26,6 +26,7 @@ from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
 from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
+from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
@@ -233,11 +234,17 @@ class Recognizer:
         self.networks.serve(1, torch.get_num_threads())
         return Stream(settings, self.decode_settings, self.modalities, self.answer)
 
-    def answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
-        """Return the prediction for one clip, using all threads for minimum latency."""
+    def answer(self, clip: Clip, decoded: DecodedClip, recent: Recent | None = None) -> Prediction:
+        """Return the prediction for one clip, using all threads for minimum latency.
+
+        Args:
+            clip: the clip.
+            decoded: its inputs.
+            recent: results for clips that overlap with it.
+        """
         plan = BatchPlan(0, [clip], (SET,), last=False)
         batch = collate(plan, [decoded], pin=self.networks.device.type == "cuda")
-        (prediction,) = self._answers(self.networks.compute(batch), Dropout())
+        (prediction,) = self._answers(self.networks.compute(batch, recent), Dropout())
         return prediction
 
     def _batches(
