@@ -49,7 +49,8 @@ def near(live: Any, expected: Any, atol: float) -> None:
 def passes(model: Recognizer, modality: str, counts: list[int]) -> None:
     """Let a network count the pictures that go through it."""
     network = model.networks.all[model.networks.jobs(SET)[modality].network]
-    network.backbone.net.body.register_forward_hook(lambda m, given, out: counts.append(len(out)))
+    body = network.backbone.net.get_submodule("body")
+    body.register_forward_hook(lambda m, given, out: counts.append(len(out)))
 
 
 @pytest.mark.parametrize("hop_s", [0.5, 0.25, 0.3])
