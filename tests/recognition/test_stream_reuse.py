@@ -58,6 +58,7 @@ def test_a_frame_goes_once_through_a_network_that_sees_frames_by_themselves(hop_
     model, whole, counts = recognizer(), signals(6), list[int]()
     passes(model, "rgb", counts)
     stream, fed_s, sampled = model.stream(2, hop_s), 0.0, set[int]()
+    counts.clear()  # a pass that tells how large the network is
     for start_s in np.arange(8) * hop_s:
         now_s = start_s + 2.1
         feed(stream, whole, fed_s, now_s)
