@@ -116,10 +116,21 @@ def test_store_commands_tell_whole_from_damaged(tmp_path: Path) -> None:
     assert "shard 0 rgb: checksum mismatch: c000" in result.output
 
 
-def test_backbones_are_listed_and_described() -> None:
-    listed = run("backbones", "list").output
-    assert "swin3d_b" in listed
-    assert "videomae-base video    CC BY-NC 4.0 (non-commercial)" in listed
+def test_backbones_are_listed_and_described(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torchvision's files are named by the first digits of their sha256, the hub's by all of it."""
+    fetched = tmp_path / "hub/models--facebook--dinov2-base"
+    (fetched / "blobs").mkdir(parents=True)
+    (fetched / "blobs" / ("ab12" * 16)).touch()
+    (fetched / "snapshots/1").mkdir(parents=True)
+    (fetched / "snapshots/1/model.safetensors").symlink_to(f"../../blobs/{'ab12' * 16}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    listed = [" ".join(line.split()) for line in run("backbones", "list").output.splitlines()]
+    assert "swin3d_t video 27.9 M KINETICS400_V1 (sha256 7615ae03)" in listed
+    assert "hf:facebook/dinov2-base video Apache-2.0, sha256 ab12ab12" in listed
+    assert "hf:MCG-NJU/videomae-base video CC BY-NC 4.0 (non-commercial), not fetched" in listed
     shown = run("backbones", "show", "swin3d_t", "--set", "frames=32", "--set", "tokens=[12,5,5]")
     assert "tokens: 300" in shown.output
     assert "gflops: 175.527" in shown.output

@@ -145,12 +145,18 @@ def backbones() -> None:
 
 @backbones.command("list")
 def backbones_list() -> None:
-    """List built-in backbones and their published weights."""
+    """List backbones and their published weights.
+
+    Columns: name, input, parameters, weights with the first digits of their sha256, and licence.
+    """
     from karmma_pipeline.models.backbones.describe import list_backbones
 
-    for row in list_backbones():
-        size = f"{row['parameters'] / 1e6:6.1f} M" if row["parameters"] else ""
-        click.echo(f"{row['name']:20} {row['input']:7}{size}  {', '.join(row['weights'])}")
+    rows = list_backbones()
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        size = f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else ""
+        line = f"{row['name']:{width}} {row['input']:7}{size:>7}  {', '.join(row['weights'])}"
+        click.echo(line.rstrip())
 
 
 @backbones.command("show")

@@ -32,9 +32,12 @@ class Noise:
     def until(self, stop_s: float) -> Iterator[tuple[str, Any, Any]]:
         """Yield what is sent up to a moment, if not yielded before: sensor, time(s), values."""
         for number in self._due("rgb", _FPS, stop_s):
-            yield "rgb", number / _FPS, self._pictures[number % _FPS]
+            # No picture and no sound comes twice: what was computed of it would not be again.
+            again, place = divmod(number, _FPS)
+            yield "rgb", number / _FPS, self._pictures[place] + np.uint8(again % 256)
         for number in self._due("audio", self._audio_hz / len(self._sound), stop_s):
-            yield "audio", number * len(self._sound) / self._audio_hz, self._sound
+            sound = np.roll(self._sound, number)
+            yield "audio", number * len(sound) / self._audio_hz, sound
         for name, sensor in self._sensors.items():
             hz = sensor.source_hz or _FASTER * sensor.rate_hz
             numbers = np.array(self._due(name, hz, stop_s))

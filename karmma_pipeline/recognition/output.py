@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files as package_files
 from itertools import groupby, pairwise, product
 from math import prod
@@ -25,7 +25,7 @@ from karmma_pipeline.modalities import NOTHING, label
 from karmma_pipeline.recognition.prediction import Prediction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Guess:
     """A class and its probability; of the composite, one class per head."""
 
@@ -33,7 +33,7 @@ class Guess:
     probability: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A prediction in words.
 
@@ -54,6 +54,10 @@ class Row:
     def best(self, head: str) -> str:
         """Return the best class of a head, or that there was nothing to see."""
         return self.top[head][0].name if head in self.top else NOTHING
+
+    def shortened(self) -> Self:
+        """Return the row with the best class of each head alone, which is what pages draw."""
+        return replace(self, top={head: of[:1] for head, of in self.top.items()})
 
     def sentence(self) -> str:
         """Return the row as a line for people."""
@@ -240,9 +244,11 @@ def _video(source: Path, rows: list[Row]) -> dict[str, Any]:
 def _lights(
     rows: Sequence[Row], places: Sequence[tuple[float, float]], modality: str
 ) -> list[tuple[float, float, bool, str]]:
+    def state(i: int) -> tuple[bool, str]:
+        return modality in rows[i].seen, rows[i].reasons.get(modality, "")
+
     return [
-        (x, width, modality in row.seen, row.reasons.get(modality, ""))
-        for (x, width), row in zip(places, rows, strict=True)
+        (*_stretch(places, list(some)), *how) for how, some in groupby(range(len(rows)), key=state)
     ]
 
 

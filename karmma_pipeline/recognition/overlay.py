@@ -1,9 +1,11 @@
 """A video with what was recognised written into its pictures, and its own sound."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def _drawn(
     frame: Picture, rows: Sequence[Row], spans: Sequence[tuple[float, float]], moment: float
 ) -> Picture:
     """Return a picture with a band below it: H.264 takes even sizes only."""
-    row = next((r for r, (a, b) in zip(rows, spans, strict=True) if a <= moment < b), rows[-1])
+    # Between windows that leave gaps, what was said last.
+    row = rows[max(0, bisect_right(spans, moment, key=itemgetter(0)) - 1)]
     scale = -(-_READABLE // frame.shape[1])  # text on a thumbnail cannot be read
     frame = frame.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2

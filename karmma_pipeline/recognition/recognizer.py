@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -26,7 +27,14 @@ from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
 from karmma_pipeline.extraction.inference.defaults import configure
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
+from karmma_pipeline.extraction.inference.recent import Recent
+from karmma_pipeline.extraction.inference.workers import (
+    ForwardWorkers,
+    fastest_threads,
+    one_thread,
+    threads_of_pass,
+    worker_count,
+)
 from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
@@ -230,15 +238,28 @@ class Recognizer:
         settings = StreamSettings(
             window_s, hop_s, deadline_s, tolerance_s, share, frozen_s, audio_hz, limits or {}
         )
-        self.networks.serve(1, torch.get_num_threads())
+        self.networks.serve(1, self._threads)
         return Stream(settings, self.decode_settings, self.modalities, self.answer)
 
-    def answer(self, clip: Clip, decoded: DecodedClip) -> Prediction:
-        """Return the prediction for one clip, using all threads for minimum latency."""
+    def answer(self, clip: Clip, decoded: DecodedClip, recent: Recent | None = None) -> Prediction:
+        """Return the prediction for one clip as soon as possible.
+
+        Backbones that are large enough for it use all threads.
+
+        Args:
+            clip: the clip.
+            decoded: its inputs.
+            recent: results for clips that overlap with it.
+        """
         plan = BatchPlan(0, [clip], (SET,), last=False)
         batch = collate(plan, [decoded], pin=self.networks.device.type == "cuda")
-        (prediction,) = self._answers(self.networks.compute(batch), Dropout())
+        with threads_of_pass(self._threads):
+            (prediction,) = self._answers(self.networks.compute(batch, recent), Dropout())
         return prediction
+
+    @cached_property
+    def _threads(self) -> int:
+        return fastest_threads(self.networks)
 
     def _batches(
         self, stack: ExitStack, clips: Iterable[Clip], workers: int | None, stop: StopFlag

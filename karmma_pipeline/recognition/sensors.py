@@ -22,6 +22,7 @@ import soxr
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import Motion, dis_flow
 from karmma_pipeline.extraction.decode.frame_selection import DecodedFrames, FrameSelection
+from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.media.audio_track import DRIFT_S, QUALITY
 from karmma_pipeline.extraction.media.interface import MediaReader, Sound
 from karmma_pipeline.extraction.recipe import Flow
@@ -183,8 +184,8 @@ class Camera:
 class LiveFrames:
     """Turns chosen pictures into inputs; the motion of a pair is computed once for all windows."""
 
-    def __init__(self) -> None:
-        self._motion: dict[tuple[FrameTransform, int, int], Motion] = {}
+    def __init__(self, recent: Recent) -> None:
+        self._recent = recent
 
     def of(self, selections: Iterable[FrameSelection]) -> DecodedFrames:
         """Return the frames of one window."""
@@ -197,13 +198,12 @@ class LiveFrames:
         first: Pictures,
         second: Pictures,
     ) -> Motion:
-        """Return the motion of pairs, float32 [T, 2, h, w]; only the newest window's are kept."""
-        for i, key in enumerate(keys):
-            if key not in self._motion:
-                self._motion[key] = dis_flow(flow, first[i : i + 1], second[i : i + 1])[0]
-        motion = np.stack([self._motion[key] for key in keys])
-        self._motion = {key: self._motion[key] for key in keys}
-        return motion
+        """Return the motion of pairs, float32 [T, 2, h, w]."""
+
+        def measured(places: list[int]) -> list[Motion]:
+            return [dis_flow(flow, first[i : i + 1], second[i : i + 1])[0] for i in places]
+
+        return np.stack(self._recent.of(keys, measured))
 
 
 class _WindowFrames(DecodedFrames):

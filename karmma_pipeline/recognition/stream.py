@@ -19,6 +19,7 @@ from karmma_pipeline.data.manifest import Clip, FileSource, SensorSource, Source
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clip
+from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
@@ -35,6 +36,7 @@ from karmma_pipeline.recognition.sensors import (
     Microphone,
     SoundView,
 )
+from karmma_pipeline.recognition.spectrograms import Spectrograms
 
 SENSOR_OF = {"rgb": "rgb", "flow": "rgb", "audio": "audio"}
 """Modality to the sensor that it comes from: flow is computed from the camera's pictures.
@@ -50,7 +52,7 @@ OUT_OF_RANGE = Reason.OUT_OF_RANGE.label
 # Faults of a window that are no gap in what its sensor has sent.
 _OTHER_FAULTS = {Reason.TOO_SHORT, Reason.BAD_CLOCK}
 
-Answer = Callable[[Clip, DecodedClip], Prediction]
+Answer = Callable[[Clip, DecodedClip, Recent], Prediction]
 
 # How long nobody may ask before what is sent meanwhile is no longer kept, seconds.
 _PAUSE_S = 10.0
@@ -154,7 +156,10 @@ class Stream:
         self._samples = {m: Samples(m, decode.sensors[m], keep_s)
                          for m in modalities if m in decode.sensors}  # fmt: skip
         self._check_names()
-        self._frames, self._stepping = LiveFrames(), threading.Lock()
+        # As long as windows overlap, one may want what an earlier one has made.
+        self._recent = Recent(math.ceil(settings.window_s / settings.hop_s))
+        self._frames, self._spectrograms = LiveFrames(self._recent), Spectrograms(self._recent)
+        self._stepping = threading.Lock()
         self._last: int | None = None
         self._took = deque[float](maxlen=_REMEMBERED)
         self._let_go = False
@@ -309,12 +314,15 @@ class Stream:
         media |= {name: SensorSource(Path(name)) for name in self._samples}
         clip = Clip(f"{start_s:.3f}", media, start_s, stop_s, {})
         here, missing = self._inputs(why)
-        decoded = decode_clip(clip, replace(self._decode, inputs=here), views, self._frames.of)
+        settings = replace(self._decode, inputs=here)
+        image_of = self._spectrograms.of(start_s)
+        self._recent.begin()
+        decoded = decode_clip(clip, settings, views, self._frames.of, image_of)
         # What the sensors do not cover well enough for the wanted moments is a gap in them.
         why |= {spec.modality: reason.label if reason in _OTHER_FAULTS else GAP
                 for spec, reason in decoded.reasons.items()}  # fmt: skip
         decoded.reasons |= dict.fromkeys(missing, Reason.GAP)
-        prediction = self._answer(clip, decoded)
+        prediction = self._answer(clip, decoded, self._recent)
         reasons = {m: why.get(m, reason) for m, reason in prediction.reasons.items()}
         return replace(prediction, reasons=reasons)
 

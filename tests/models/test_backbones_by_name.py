@@ -314,6 +314,30 @@ def test_a_backbones_licence_and_digest_are_shown(tmp_path: Path, transformers: 
     assert facts["licence"] == recorded["licence"]
 
 
+@pytest.mark.parametrize("dataset", ["epic_kitchens_100", "something_something_v2"])
+def test_recipes_of_v_jepa_2_state_its_cost(
+    tmp_path: Path, transformers: Any, dataset: str
+) -> None:
+    """FLOPs of a ViT-L: 12 D^2 a token and block, attention, and patches of 2 x 16 x 16."""
+    config = transformers.VJEPA2Config(
+        crop_size=256, frames_per_clip=64, hidden_size=1024, num_hidden_layers=24,
+        num_attention_heads=16,
+    )  # fmt: skip
+    config.architectures = ["VJEPA2Model"]
+    config.save_pretrained(tmp_path)
+    transformers.VJEPA2VideoProcessor().save_pretrained(tmp_path)
+    recipe = (Path(__file__).parents[2] / f"extract/{dataset}_vjepa2.yaml").read_text()
+    stated = yaml.safe_load(recipe)["sets"]["frozen"]["rgb"]
+    choice = BackboneChoice.model_validate(stated | {"name": f"hf:{tmp_path}"})
+    found = describe(choice)
+    n, d = 32 * 16 * 16, 1024
+    blocks = 24 * (2 * n * 12 * d * d + 4 * n * n * d)
+    gflops = (blocks + 2 * n * d * 3 * 2 * 16 * 16) / 1e9
+    assert found["gflops"] == pytest.approx(gflops, rel=1e-6)
+    assert f"{round(gflops):,} GFLOPs for RGB and for flow each" in recipe
+    assert f"({found['tokens'] * found['width'] * 2:,} bytes each)" in recipe
+
+
 def test_frames_and_tokens_are_those_of_timm(tmp_path: Path, timm: Any) -> None:
     """Its own transform of the picture and its own forward pass, of any number of frames."""
     from PIL import Image

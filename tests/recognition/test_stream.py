@@ -1,16 +1,19 @@
 """Live sensors get the answers that files get, and their failures cost only themselves."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soxr
+import torch
 from support import chaos
 from support.live import Signals, offline, tiny_recognizer
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode import flow
+from karmma_pipeline.extraction.inference import workers
 from karmma_pipeline.recognition import sensors
 from karmma_pipeline.recognition import stream as stream_module
 from karmma_pipeline.recognition.recognizer import Recognizer
@@ -204,6 +207,29 @@ def test_absent_modalities_cost_no_pass_and_pairs_are_measured_once(
     feed(stream, 2.6, 3.1, "rgb")
     assert said(stream, 3.1).reasons == {"flow": "dropped", "audio": "no_data"}
     assert (len(pairs), len(passes)) == (5, 5)
+
+
+@pytest.mark.parametrize(("shared_bytes", "threads"), [(4_000_000, 1), (0, 2)])
+def test_small_networks_have_one_thread_and_large_ones_all(
+    monkeypatch: pytest.MonkeyPatch, shared_bytes: int, threads: int
+) -> None:
+    """Threads wait for one another after every operation, which takes long on a busy machine."""
+    monkeypatch.setattr(workers, "_SHARED_BYTES", shared_bytes)
+    recognizer, had = tiny_recognizer(), list[int]()
+
+    def seen(real: Any, clips: Any) -> Any:
+        had.append(torch.get_num_threads())
+        return real(clips)
+
+    for network in recognizer.networks.all.values():
+        monkeypatch.setattr(network, "tokens", partial(seen, network.tokens))
+    with workers.threads_of_pass(2):
+        stream = recognizer.stream(window_s=2, hop_s=0.5)
+        had.clear()
+        feed(stream, 0, 2.1)
+        said(stream, 2.1)
+        assert had == [threads] * 3
+        assert torch.get_num_threads() == 2
 
 
 def test_buffers_hold_no_more_than_a_window(recognizer: Recognizer) -> None:

@@ -21,7 +21,7 @@ from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import ROUNDING_S, covering
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.models.backbones import Architecture, FrameTransform
+from karmma_pipeline.models.backbones import Architecture, FrameTransform, frame_by_frame
 from karmma_pipeline.models.fusion import FusionSize
 from karmma_pipeline.models.saved import ModelCard, save_model
 from karmma_pipeline.recognition.backbones import SET, specs_of
@@ -54,6 +54,13 @@ def image_net() -> Architecture:
     return Architecture(
         "image", lambda weights: _Image(), None, lambda net, x: net.body(x)[:, :, None], ()
     )
+
+
+def frame_net() -> Architecture:
+    third = (0.5, 0.5, 0.5)
+    transform = FrameTransform(resize=(18,), crop=(16, 16), mean=third, std=third)
+    seen = frame_by_frame(lambda net, x: net.body(x))
+    return Architecture("video", lambda weights: _Image(), None, seen, (), 4, transform=transform)
 
 
 def tiny_recognizer(**changes: Any) -> Recognizer:

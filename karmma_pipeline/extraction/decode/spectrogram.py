@@ -16,6 +16,8 @@ from karmma_pipeline.extraction.recipe import Audio
 
 Sound = npt.NDArray[np.float32]
 Image = npt.NDArray[np.float32]
+FrontEnd = Callable[[Audio, Sound], Image]
+ImageOf = Callable[[Audio, Sound, tuple[int, int]], Image]
 
 # radevski: power below which sound counts as silence, -100 dB.
 _FLOOR = 1e-10
@@ -32,6 +34,9 @@ _WHISPER_RANGE = 8.0
 # Front ends whose windows are centred on the hops.
 _CENTRED = {"radevski", "auditory_slowfast", "whisper", "clap"}
 
+# Those of them whose columns do not depend on one another, with silence around the sound.
+_BY_COLUMN = {"radevski", "auditory_slowfast"}
+
 # ekazakos/auditory-slow-fast, slowfast/datasets/audio_loader_epic.py.
 _SLOWFAST_OFFSET = 1e-6
 
@@ -39,9 +44,32 @@ _SLOWFAST_OFFSET = 1e-6
 _WAVE_FLOOR = 1e-7
 
 
-def log_mel(settings: Audio, sound: Sound) -> Image:
-    """Return the log-mel spectrogram of sound [S], float32 [mels, hops], not yet standardised."""
-    image = _FRONT_ENDS[settings.front_end](settings, sound)
+def front_end(settings: Audio, sound: Sound) -> Image:
+    """Return the log-mel spectrogram of sound [S], [mels, hops] with hops as it is long."""
+    return _FRONT_ENDS[settings.front_end](settings, sound)
+
+
+def reach(settings: Audio) -> tuple[int, int] | None:
+    """Return how many samples before and behind its hop a column of `front_end` hears.
+
+    None if it depends on all of the sound: on its mean, its loudest moment, or how long it is.
+    """
+    if settings.front_end not in _BY_COLUMN:
+        return None
+    # librosa pads a window that is shorter than the transform on both sides.
+    before = settings.n_fft // 2 - (settings.n_fft - settings.win_length) // 2
+    return before, settings.win_length - before
+
+
+def log_mel(settings: Audio, sound: Sound, made_by: FrontEnd = front_end) -> Image:
+    """Return the log-mel spectrogram of sound [S], float32 [mels, hops], not yet standardised.
+
+    Args:
+        settings: of the front end.
+        sound: at its sample rate.
+        made_by: what makes the columns, as `front_end` does.
+    """
+    image = made_by(settings, sound)
     if settings.hops is not None:
         image = image[:, : settings.hops]
         missing = settings.hops - image.shape[1]
@@ -50,9 +78,11 @@ def log_mel(settings: Audio, sound: Sound) -> Image:
     return image.astype(np.float32)
 
 
-def mel_image(settings: Audio, sound: Sound, size: tuple[int, int]) -> Image:
+def mel_image(
+    settings: Audio, sound: Sound, size: tuple[int, int], made_by: FrontEnd = front_end
+) -> Image:
     """Return a standardised log-mel image, float32 [h, w], low frequencies at the top."""
-    standard = (log_mel(settings, sound) - settings.mean) / settings.std
+    standard = (log_mel(settings, sound, made_by) - settings.mean) / settings.std
     height, width = size
     if standard.shape == size:  # cv2 has a limit on the longer side, which a waveform exceeds
         return np.asarray(standard, np.float32)
@@ -136,7 +166,7 @@ def _reflected(settings: Audio, sound: Sound) -> Image:
     return filters @ (np.abs(spectrum) ** 2)
 
 
-_FRONT_ENDS: dict[str, Callable[[Audio, Sound], Image]] = {
+_FRONT_ENDS: dict[str, FrontEnd] = {
     "radevski": _radevski,
     "vggish": _vggish,
     "ast": _ast,

@@ -33,7 +33,7 @@ from karmma_pipeline.extraction.decode.frame_selection import (
     select_frames,
 )
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
-from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
+from karmma_pipeline.extraction.decode.spectrogram import ImageOf, longest_s, mel_image
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries
@@ -157,6 +157,7 @@ def decode_clip(
     settings: DecodeSettings,
     media: Media,
     frames_of: Callable[[Iterable[FrameSelection]], DecodedFrames],
+    image_of: ImageOf = mel_image,
 ) -> DecodedClip:
     """Decode one clip of media that are open; a fault costs its modality.
 
@@ -165,14 +166,15 @@ def decode_clip(
         settings: what to decode.
         media: its sources.
         frames_of: decodes the chosen frames, as `DecodedFrames` does.
+        image_of: makes the spectrograms, as `mel_image` does.
     """
-    decoded, chosen = _begin(clip, settings, media)
+    decoded, chosen = _begin(clip, settings, media, image_of)
     _finish(decoded, chosen, frames_of(chosen.values()), settings)
     return decoded
 
 
 def _begin(
-    clip: Clip, settings: DecodeSettings, media: Media
+    clip: Clip, settings: DecodeSettings, media: Media, image_of: ImageOf = mel_image
 ) -> tuple[DecodedClip, dict[InputSpec, FrameSelection]]:
     """Read boxes, sensors and sound, and choose the frames of the rest."""
     decoded = DecodedClip(clip.clip_id)
@@ -191,7 +193,7 @@ def _begin(
                 windows, times = read_windows(series, sensor, *span, clip.view)
                 decoded.arrays[spec], decoded.times[spec] = windows, times
             elif spec.modality == "audio":
-                _audio(decoded, clip, spec, settings, media)
+                _audio(decoded, clip, spec, settings, media, image_of)
             else:
                 video = media.of(source)
                 chosen[spec] = select_frames(clip, spec, video, settings.sampling, settings.flow)
@@ -238,7 +240,12 @@ def _sound_span(
 
 
 def _audio(
-    decoded: DecodedClip, clip: Clip, spec: InputSpec, settings: DecodeSettings, media: Media
+    decoded: DecodedClip,
+    clip: Clip,
+    spec: InputSpec,
+    settings: DecodeSettings,
+    media: Media,
+    image_of: ImageOf,
 ) -> None:
     audio, sound = spec.audio or settings.audio, media.of(clip.media["audio"])
     rate = audio.sample_rate
@@ -260,7 +267,7 @@ def _audio(
     if not heard.any():
         raise MediaFaultError(Reason.OUT_OF_RANGE, f"{sound.path}: no audio at {start:.2f} s")
     images = [
-        mel_image(audio, sound.sound(a, b, rate), spec.image)
+        image_of(audio, sound.sound(a, b, rate), spec.image)
         for a, b in zip(first, last, strict=True)
     ]
     decoded.arrays[spec] = np.stack(images) if spec.per_frame else images[0]

@@ -17,6 +17,7 @@ from karmma_pipeline.extraction.decode.frame_selection import PAIRS
 from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
+from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.media.sensor_series import RESAMPLING as RESAMPLED
@@ -160,19 +161,20 @@ class Networks:
             facts["audio"]["resampling"] = RESAMPLING
         return facts
 
-    def compute(self, batch: Batch) -> Computed:
+    def compute(self, batch: Batch, recent: Recent | None = None) -> Computed:
         """Run the networks of the sets that lack the batch, each once on each input.
 
         On a GPU this returns before the tokens are there (see `Computed.wait`), so that the
-        next batch is copied while this one is computed.
+        next batch is copied while this one is computed. What ``recent`` holds of frames and of
+        pairs is not computed again.
         """
         jobs = dict.fromkeys(job for name in batch.plan.stores for job in self.jobs(name).values())
         inputs = {
-            spec: self.raft.inputs(batch, spec) if spec.pairs and self.raft else clips
+            spec: self.raft.inputs(batch, spec, recent) if spec.pairs and self.raft else clips
             for spec, clips in batch.inputs.items()
         }
         if self._copies is None:
-            return Computed(batch, self._tokens(jobs, batch, inputs))
+            return Computed(batch, self._tokens(jobs, batch, inputs, recent))
         # The copy has a stream of its own, so that it runs beside the passes of the batch before.
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
@@ -187,17 +189,27 @@ class Networks:
         # The events tell the writer when the tokens are there, and how long the GPU worked.
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(stream)
-        tokens = self._tokens(jobs, batch, inputs)
+        tokens = self._tokens(jobs, batch, inputs, recent)
         stop.record(stream)
         return Computed(batch, tokens, (start, stop))
 
     def _tokens(
-        self, jobs: Iterable[Job], batch: Batch, inputs: Mapping[InputSpec, Tensor]
+        self,
+        jobs: Iterable[Job],
+        batch: Batch,
+        inputs: Mapping[InputSpec, Tensor],
+        recent: Recent | None,
     ) -> dict[Job, dict[int, Tensor]]:
-        return {job: self._run(job, batch, inputs) for job in jobs if job.spec in inputs}
+        return {
+            job: self._run(job, batch, inputs[job.spec], recent)
+            for job in jobs
+            if job.spec in inputs
+        }
 
-    def _run(self, job: Job, batch: Batch, inputs: Mapping[InputSpec, Tensor]) -> dict[int, Tensor]:
-        network, clips = self.all[job.network], inputs[job.spec]
+    def _run(
+        self, job: Job, batch: Batch, clips: Tensor, recent: Recent | None
+    ) -> dict[int, Tensor]:
+        network = self.all[job.network]
         if job.spec.modality == "flow" and network.backbone.choice.cut == INPUT:
             clips = clips[:, :, :2]  # the third channel is constant
         size = network.config.batch_size
@@ -207,7 +219,12 @@ class Networks:
             if rows:
                 whole = len(rows) == len(clips[first : first + size])  # then no copy is made
                 some = clips[first : first + size] if whole else clips[rows]
-                tokens.update(zip(rows, _to_host(network.tokens(some)), strict=True))
+                made = (
+                    network.tokens(some)
+                    if recent is None or not network.by_frame
+                    else network.tokens_by_frame(some, recent)
+                )
+                tokens.update(zip(rows, _to_host(made), strict=True))
         return tokens
 
 

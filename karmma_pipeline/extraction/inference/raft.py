@@ -15,6 +15,7 @@ from torchvision.models import get_model, get_model_weights
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import as_pictures
 from karmma_pipeline.extraction.inference.batching import Batch
+from karmma_pipeline.extraction.inference.recent import Recent, digest
 from karmma_pipeline.extraction.recipe import Flow
 from karmma_pipeline.extraction.types import InputSpec, Pictures
 from karmma_pipeline.models.backbones import state_dicts
@@ -38,11 +39,12 @@ class Raft:
         net, self.digest = _load(settings)
         self.net = net.eval().requires_grad_(requires_grad=False).to(device)
 
-    def inputs(self, batch: Batch, spec: InputSpec) -> Tensor:
+    def inputs(self, batch: Batch, spec: InputSpec, recent: Recent | None = None) -> Tensor:
         """Return a batch's flow as pictures, uint8 [B, T, 3, h, w], from its pairs of frames.
 
         Clips go through the network one after another, ``pairs_at_once`` at a time, so that what
-        a clip gets does not depend on the other clips of the batch.
+        a clip gets does not depend on the other clips of the batch. With ``recent`` there, pairs
+        that it holds are not computed again, and others one by one.
         """
         frames = batch.inputs[spec]
         # A clip without a scale has its pictures already, or is lost and has zeros.
@@ -51,20 +53,31 @@ class Raft:
         for place, clip in enumerate(batch.clips):
             if spec in clip.flow_scales:
                 scale = clip.flow_scales[spec]
-                pictures[place] = torch.from_numpy(self.pictures(frames[place], scale))
+                pictures[place] = torch.from_numpy(self.pictures(frames[place], scale, recent))
         return pictures
 
-    def pictures(self, frames: Tensor, scale: npt.NDArray[np.float32]) -> Pictures:
+    def pictures(
+        self, frames: Tensor, scale: npt.NDArray[np.float32], recent: Recent | None = None
+    ) -> Pictures:
         """Return the motion of pairs of frames, uint8 [T, 3, h, w], see `flow.as_pictures`.
 
         Args:
             frames: uint8 [2, T, 3, h, w].
             scale: what makes px per pair px per gap, [T].
+            recent: what was computed of pairs lately.
         """
-        size = self.settings.pairs_at_once
-        flows = [self.flow(*frames[:, i : i + size]) for i in range(0, len(scale), size)]
+
+        def measured(places: list[int], size: int) -> list[Tensor]:
+            parts = [frames[:, places[i : i + size]] for i in range(0, len(places), size)]
+            return [self.flow(*part).cpu() for part in parts]
+
         # Scaled and rounded on the CPU as DIS is: bytes must not depend on the device's rounding.
-        motion = torch.cat(flows).cpu().numpy()
+        if recent is None:
+            flows = measured([*range(len(scale))], self.settings.pairs_at_once)
+        else:
+            keys = [(id(self), digest(pair)) for pair in frames.transpose(0, 1).numpy()]
+            flows = recent.of(keys, lambda places: measured(places, 1))
+        motion = torch.cat(flows).numpy()
         return as_pictures(self.settings, motion * scale[:, None, None, None])
 
     @torch.inference_mode()

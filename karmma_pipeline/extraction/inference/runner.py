@@ -18,8 +18,10 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.openvino_engine import OpenVino
+from karmma_pipeline.extraction.inference.recent import Recent, digest
 from karmma_pipeline.models.backbones import Backbone
 from karmma_pipeline.models.backbones.choice import INPUT
+from karmma_pipeline.models.backbones.layers import Parts
 from karmma_pipeline.models.backbones.onnx_networks import OnnxNet
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -132,6 +134,40 @@ class Network:
         """
         return torch.cat([self._fitting(some) for some in torch.split(clips, self._max_batch)])
 
+    @property
+    def by_frame(self) -> bool:
+        """Whether frames go through by themselves, so that `tokens_by_frame` can be used."""
+        choice = self.backbone.choice
+        by_torch = self.openvino is None and not self.config.compile and choice.cut != INPUT
+        alone = by_torch and choice.architecture.by_frame
+        return alone and choice.raw_grid[0] == choice.frame_count
+
+    def tokens_by_frame(self, clips: Tensor, recent: Recent) -> Tensor:
+        """Return what `tokens` returns, computing only frames that were not seen lately.
+
+        On a CPU the tokens of a frame do not depend on which others are computed, in no bit. On a
+        GPU, where a pass of its own for each would be slow, they do in the last ones.
+        """
+
+        def parts(clip: Tensor) -> list[Parts]:
+            keys = [(id(self), digest(frame)) for frame in clip.cpu().numpy()]
+            return recent.of(keys, lambda places: self._parts_of_frames(clip[places]))
+
+        with torch.inference_mode(), _products(self.device, self.config.precision):
+            return torch.cat([self.backbone.tokens(parts(clip)) for clip in clips]).float()
+
+    def _parts_of_frames(self, frames: Tensor) -> list[Parts]:
+        """Return what is made of each of some frames."""
+        together = 1 if self.device.type == "cpu" else len(frames)
+        passes = [self.backbone.parts(self._prepared(some))
+                  for some in torch.split(frames[:, None], together)]  # fmt: skip
+        # Copies: a part of a pass would keep the rest of it in memory.
+        return [
+            Parts(maps[i : i + 1].clone(), None if extra is None else extra[i : i + 1].clone())
+            for maps, extra in passes
+            for i in range(len(maps))
+        ]
+
     def clip_bytes(self, clip: Tensor) -> int:
         """Return about the memory that one clip [1, ...] takes in a pass, weights not counted.
 
@@ -171,10 +207,8 @@ class Network:
         if self.backbone.choice.cut == INPUT:
             return clips.flatten(2)
         with torch.inference_mode(), _products(self.device, self.config.precision):
-            x = self.backbone.prepare(clips.to(self.device, non_blocking=True))
-            x = x.contiguous(memory_format=self._format(x.dim()))
             try:
-                tokens: Tensor = self._call(x)
+                tokens: Tensor = self._call(self._prepared(clips))
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ConfigError(
@@ -182,6 +216,10 @@ class Network:
                     f"({reason}); set compile: false."
                 ) from error
             return tokens.float()
+
+    def _prepared(self, clips: Tensor) -> Tensor:
+        x = self.backbone.prepare(clips.to(self.device, non_blocking=True))
+        return x.contiguous(memory_format=self._format(x.dim()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

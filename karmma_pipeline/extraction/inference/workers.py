@@ -20,6 +20,10 @@ from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.defaults import example
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 
+# A pass whose largest operation handles less than that has one thread: about what a core's own
+# cache holds.
+_SHARED_BYTES = 4_000_000
+
 
 class ForwardWorkers:
     """Computes batches and gives them back in order; a context manager.
@@ -68,13 +72,32 @@ class ForwardWorkers:
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
     """Let a pass on the CPU have one thread."""
+    with threads_of_pass(1 if device.type == "cpu" else torch.get_num_threads()):
+        yield
+
+
+@contextmanager
+def threads_of_pass(count: int) -> Iterator[None]:
+    """Let passes that this thread starts have so many threads."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def fastest_threads(networks: Networks) -> int:
+    """Return how many threads a pass should have that runs by itself: all, or one.
+
+    Sharing the operations of a small network gains little, and where other processes share the
+    CPUs too, most of the time goes into waiting for the thread that has none.
+    """
+    largest = max(
+        (n.clip_bytes(example(networks.inputs[key], 1)) for key, n in networks.all.items()),
+        default=0,
+    )
+    return torch.get_num_threads() if largest > _SHARED_BYTES else 1
 
 
 def worker_count(networks: Networks) -> int:

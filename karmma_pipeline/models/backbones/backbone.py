@@ -1,5 +1,6 @@
 """A frozen backbone: preprocessed clips in, pooled tokens out, with its provenance."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Backbone(nn.Module):
         self.architecture = choice.architecture
         _ = choice.output_shape, choice.stored_shape()  # refuse what does not fit before weights
         self.net, self.loaded = _load(choice)
-        if choice.cut not in {None, INPUT}:
-            choice.stages.end_before(self.net, str(choice.cut))
+        if self._ends_before is not None:
+            choice.stages.end_before(self.net, self._ends_before)
         self.eval()
         self.requires_grad_(requires_grad=False)
 
@@ -48,11 +49,31 @@ class Backbone(nn.Module):
 
         Of a network that is cut before a stage: what goes into that stage, a row per place.
         """
+        return self.tokens([self.parts(x)])
+
+    def parts(self, x: Tensor) -> Parts:
+        """Return what the network makes of inputs before it is pooled; see `tokens`."""
+        if self._ends_before is None:
+            return self.architecture.parts(self.net, x)
+        stages = self.choice.stages
+        rows = stages.as_tokens(stages.before(self.net, self._ends_before, x))
+        return Parts(rows.transpose(1, 2)[..., None, None])
+
+    def tokens(self, parts: Sequence[Parts]) -> Tensor:
+        """Turn what was made of inputs that follow one another in time into tokens [B, N, D]."""
+        maps, extra = zip(*parts, strict=True)
+        whole = parts[0]
+        if len(parts) > 1:
+            beside = None if extra[0] is None else torch.cat(extra, dim=1)
+            whole = Parts(torch.cat(maps, dim=2), beside)
+        if self._ends_before is None:
+            return pooled(self.choice, whole)
+        return whole.map.flatten(2).transpose(1, 2)
+
+    @property
+    def _ends_before(self) -> str | None:
         cut = self.choice.cut
-        if cut is not None and cut != INPUT:
-            stages = self.choice.stages
-            return stages.as_tokens(stages.before(self.net, cut, x))
-        return pooled(self.choice, self.architecture.parts(self.net, x))
+        return None if cut == INPUT else cut
 
     def provenance(self) -> dict[str, Any]:
         """Return what a store must know of its tokens, JSON-plain."""

@@ -12,21 +12,24 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.backbones import hub, state_dicts
 from karmma_pipeline.models.backbones.backbone import Backbone, read_weights
 from karmma_pipeline.models.backbones.choice import BackboneChoice
-from karmma_pipeline.models.backbones.names import ENTRY_POINTS, PUBLISHED
+from karmma_pipeline.models.backbones.names import ENTRY_POINTS, PUBLISHED, cached_sha256
 from karmma_pipeline.models.backbones.registry import ARCHITECTURES, Architecture
 
 
 def list_backbones() -> list[dict[str, Any]]:
     """Return a row per network: name, input, frames, parameters, published weights.
 
-    Networks of other packages are listed by name and factory, and those of timm and transformers
-    that are tested by name and licence; their code is not imported.
+    Weights of torchvision come with the first digits of their sha256, which it publishes. Networks
+    of other packages are listed by name and factory, and those of timm and transformers that are
+    tested by name, licence and, once fetched, sha256; their code is not imported.
     """
     rows = [_row(name, architecture) for name, architecture in ARCHITECTURES.items()]
-    rows += [
-        {"name": name, "input": kind, "frames": None, "parameters": None, "weights": [licence]}
-        for name, (kind, licence) in PUBLISHED.items()
-    ]
+    for name, (kind, licence) in PUBLISHED.items():
+        sha256 = cached_sha256(name)
+        facts = [licence, f"sha256 {sha256[:8]}" if sha256 else "not fetched"]
+        rows += [
+            {"name": name, "input": kind, "frames": None, "parameters": None, "weights": facts}
+        ]
     return rows + [
         {"name": e.name, "input": e.value, "frames": None, "parameters": None, "weights": []}
         for e in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name)
@@ -41,7 +44,10 @@ def _row(name: str, architecture: Architecture) -> dict[str, Any]:
         "input": architecture.kind,
         "frames": architecture.frames,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "weights": [member.name for member in architecture.weights or ()],
+        "weights": [
+            f"{member.name} (sha256 {Path(member.url).stem.rpartition('-')[2]})"
+            for member in architecture.weights or ()
+        ],
     }
 
 

@@ -228,6 +228,7 @@ def architecture(where: str) -> Architecture:
         arrange=arrange,
         pretrained=partial(_pretrained, family, folder, where),
         facts={"transformers": transformers.__version__, "licence": hub.licence(folder)},
+        per_frame=audio is None and family.frames is None,
     )
 
 

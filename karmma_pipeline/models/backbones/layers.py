@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -124,20 +125,26 @@ def maps(y: Tensor, frames: tuple[int, int]) -> Tensor:
     return torch.unflatten(y, 0, frames).transpose(1, 2)
 
 
-def frame_by_frame(feature_map: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Let an image network see each frame of a video by itself.
+@dataclass(frozen=True, eq=False)
+class FrameByFrame:
+    """Lets an image network see each frame of a video by itself.
 
-    Args:
+    Serves as the `feature_map` of an Architecture: (network, video [B, 3, T, h, w]) to maps
+    [B, D, T, h', w'].
+
+    Attributes:
         feature_map: (network, pictures [B, 3, h, w]) to maps [B, D, h', w'].
-
-    Returns:
-        (network, video [B, 3, T, h, w]) to [B, D, T, h', w'].
     """
 
-    def over_frames(net: Any, x: Tensor) -> Tensor:
-        return maps(feature_map(net, x.transpose(1, 2).flatten(0, 1)), (x.shape[0], x.shape[2]))
+    feature_map: Callable[[Any, Tensor], Tensor]
 
-    return over_frames
+    def __call__(self, net: Any, x: Tensor) -> Tensor:
+        """Return the maps of a video."""
+        frames = x.transpose(1, 2).flatten(0, 1)
+        return maps(self.feature_map(net, frames), (x.shape[0], x.shape[2]))
+
+
+frame_by_frame = FrameByFrame
 
 
 def with_grid(y: Tensor, frames: tuple[int, int], grid: tuple[int, int]) -> Parts:

@@ -59,13 +59,27 @@ def known() -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _hub_cache() -> Path:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
 def _cached() -> Iterator[str]:
     """Yield the networks in the hub's cache: ``models--OWNER--NAME`` is a repository."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    for folder in sorted(hub.glob("models--*--*")):
+    for folder in sorted(_hub_cache().glob("models--*--*")):
         _, owner, name = folder.name.split("--", 2)
         yield f"timm:{name}" if owner == "timm" else f"hf:{owner}/{name}"
+
+
+def cached_sha256(name: str) -> str | None:
+    """Return the sha256 of a timm or hf network's weights in the hub's cache, None if not there.
+
+    The hub keeps a file of weights under its sha256 and links to it, so nothing is read.
+    """
+    repository = name.removeprefix("hf:").replace("timm:", "timm/")
+    folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
+    files = list(folder.glob("snapshots/*/model.safetensors"))
+    return max(files, key=lambda file: file.stat().st_mtime).resolve().name if files else None
 
 
 def near(name: str, among: Iterable[str] | None = None) -> str:

@@ -149,6 +149,8 @@ class Architecture:
         pretrained: makes the network with the weights DEFAULT, as its library reads them.
         facts: what is recorded beside the name: library, licence.
         layer: see `BackboneChoice.layer`; ``class_tokens``, too.
+        per_frame: of kind "video": each frame goes through by itself, to a map of one step in time,
+            so that live streams compute it once. Of `frame_by_frame` this is known.
     """
 
     kind: Kind
@@ -165,6 +167,13 @@ class Architecture:
     facts: Mapping[str, str] = field(default_factory=dict, hash=False)
     layer: int | str | None = None
     class_tokens: Literal["drop", "keep"] = "drop"
+    per_frame: bool = False
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether each frame of a video goes through by itself."""
+        alone = self.per_frame or isinstance(self.feature_map, layers.FrameByFrame)
+        return alone and self.kind == "video"
 
     def features(self, net: Any, x: Tensor) -> Tensor:
         """Return the last feature map [B, D, t, h, w] of an input, or that of its ``layer``.

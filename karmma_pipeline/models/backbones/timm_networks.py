@@ -50,6 +50,7 @@ def architecture(name: str) -> Architecture:
         arrange=_arrange,
         pretrained=partial(_pretrained, name),
         facts={"timm": timm.__version__, "licence": settings.get("license") or hub.NOT_STATED},
+        per_frame=True,
     )
 
 
