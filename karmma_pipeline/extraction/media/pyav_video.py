@@ -223,9 +223,6 @@ class PyavVideo:
 
     def close(self) -> None:
         """Let go of the file."""
-        # The generator holds this object, and with it the decoder and its pictures, until the
-        # garbage collector comes by: for hundreds of clips.
-        self._packets = iter(())
         self._container.close()
 
 
