@@ -260,7 +260,7 @@ def upright(frame: Any) -> Picture:
     picture: Picture = frame.to_ndarray(format="rgb24")
     # Not `frame.side_data`: the two would hold one another, and pictures of 4K the memory, until
     # the garbage collector comes by.
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is None:
         return picture
     # x' = a x + c y, y' = b x + d y. Players show quarter turns; others are rounded to one.
