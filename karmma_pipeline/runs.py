@@ -218,7 +218,15 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: this run has no model {checkpoint!r}; finish its training, or copy "
             "the folder again."
         )
-    beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/{checkpoint}/{CARD}"))
+    beside, within = (
+        sorted(p.parent.parent.name for p in folder.glob(f"*/{checkpoint}/{CARD}"))
+        for folder in (path.parent, path)
+    )
+    if within:  # seeds, as a sweep has them
+        raise CheckpointError(
+            f"{path}: contains the runs {', '.join(within)}; give one of them, such as "
+            f"{path / within[0]}."
+        )
     has = f"; {path.parent} contains the runs {', '.join(beside)}"
     there = has if beside else files.looked_in(path)
     raise CheckpointError(f"{path}: no trained model found{there}. Train it first.")

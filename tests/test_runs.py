@@ -9,7 +9,7 @@ from pydantic import Field
 
 from karmma_pipeline import runs
 from karmma_pipeline.config import Recipe
-from karmma_pipeline.errors import ConfigError
+from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.runs import RunFolder
 
 
@@ -115,3 +115,11 @@ def test_the_commit_is_found_without_a_lock_that_a_kill_would_leave(
     assert (tmp_path / ".git/index").read_bytes() == before
     code.write_text("changed")
     assert runs.commit().endswith("+")
+
+
+def test_a_folder_of_seeds_names_its_runs(tmp_path: Path) -> None:
+    for seed in (1, 0):
+        (tmp_path / f"student/seed{seed}/best").mkdir(parents=True)
+        (tmp_path / f"student/seed{seed}/best/model.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"the runs seed0, seed1; give one .*student/seed0"):
+        runs.saved_folder(tmp_path / "student")

@@ -196,7 +196,7 @@ _WIDTH, _MARGIN, _ROW = 1000, 130, 26
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#9c755f", "#edc948")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Block:
     """A stretch of a timeline with one class, in units of the drawing."""
 

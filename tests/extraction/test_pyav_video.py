@@ -1,5 +1,6 @@
 """Pictures by number and by time, of every format; decord where it is sure to give the same."""
 
+import gc
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import Maker, read_counter, turn, write_video
 
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.modalities import Reason
 
 VARIABLE = [0, 0.04, 0.08, 1.0, 1.04, 1.9, 1.94]
@@ -46,6 +49,25 @@ def test_both_decoders_give_the_same_frames_at_the_same_times(path: Path) -> Non
     for (n, a), (m, b) in zip(one.decode(numbers), other.decode(numbers), strict=True):
         assert n == m == read_counter(a) == read_counter(b)
         assert np.abs(a.astype(int) - b).max() <= 2
+
+
+def test_pictures_and_decoders_are_let_go_of_without_the_garbage_collector(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", seconds=8.0, sound=False)
+
+    def kept() -> list[str]:
+        return [type(o).__name__ for o in gc.get_objects() if type(o) in {VideoFrame, PyavVideo}]
+
+    gc.collect()
+    before = kept()
+    gc.disable()
+    try:
+        file = MediaFile(path)
+        assert len(list(file.decode(np.arange(2)))) == 2
+        file.close()
+        del file
+        assert kept() == before
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

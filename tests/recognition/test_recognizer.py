@@ -26,8 +26,15 @@ from karmma_pipeline.models.exported import open_model
 from karmma_pipeline.models.saved import load_model
 from karmma_pipeline.recognition.backbones import recipe_of
 from karmma_pipeline.recognition.clips import Spans, wanted_clips
-from karmma_pipeline.recognition.output import PredictionWriter, row_of
-from karmma_pipeline.recognition.overlay import _fitting, _font
+from karmma_pipeline.recognition.output import (
+    Guess,
+    PredictionWriter,
+    Row,
+    row_of,
+    shown_spans,
+    write_timeline,
+)
+from karmma_pipeline.recognition.overlay import _drawn, _fitting, _font
 from karmma_pipeline.recognition.prediction import Dropout, Prediction
 from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.training.recipe import BaselineRecipe
@@ -269,6 +276,30 @@ def test_long_names_of_classes_are_shortened_in_their_middle() -> None:
     assert font.getlength(shown) <= 300
     assert (shown[:5], shown[-11:]) == ("noun:", "(true: cup)")
     assert _fitting("noun: cup", font, 300) == "noun: cup"
+
+
+def test_hours_of_windows_are_drawn_as_stretches_and_gaps_show_what_was_said_last(
+    tmp_path: Path,
+) -> None:
+    def row(start_s: float, verb: str, *seen: str) -> Row:
+        absent = {m: "no_stream" for m in ("rgb", "audio") if m not in seen}
+        top = {"verb": (Guess(verb, 0.9), Guess("other", 0.1))}
+        return Row(str(start_s), Path("v.mp4"), start_s, start_s + 2, seen, absent, top).shortened()
+
+    many = [row(i, "take" if i < 5000 else "put", "rgb") for i in range(10_000)]
+    write_timeline(tmp_path / "page.html", many, "student")
+    page = (tmp_path / "page.html").read_text()
+    assert (page.count("<title>take"), page.count("<title>put"), page.count("<title>no_s")) == (
+        1,
+        1,
+        1,
+    )
+    assert "other" not in page
+    some, frame = [row(0, "take", "rgb"), row(6, "put", "rgb")], np.zeros((240, 320, 3), np.uint8)
+    spans = shown_spans(some)
+    first, gap, last = (_drawn(frame, some, spans, at_s) for at_s in (1.0, 4.0, 7.0))
+    assert (gap == first).all()
+    assert (gap != last).any()
 
 
 def test_rows_with_labels_show_the_truth(root: Path, tmp_path: Path) -> None:

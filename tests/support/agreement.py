@@ -44,11 +44,13 @@ class Agreement:
         )
 
 
-def agreement(run: Path, store: Path, manifest: Path, most: int, workers: int) -> list[Agreement]:
-    """Compare on the validation split, or all clips if there is none, with every subset."""
+def agreement(
+    run: Path, store: Path, manifest: Path, most: int, workers: int, split: str = "val"
+) -> list[Agreement]:
+    """Compare on a split, or all clips if there is none of this name, with every subset."""
     trained = km.load_model(run)
     features = km.FeatureStore.open(store)
-    split = "val" if (features.split == "val").any() else ""
+    split = split if (features.split == split).any() else ""
     cached = km.predict(trained, features, split=split, device="cpu")
     wanted = cached.clip_ids[:most]
     by_id = {clip.clip_id: clip for clip in read_manifest(manifest).clips}
@@ -104,8 +106,10 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--split", default="val")
     given = parser.parse_args()
-    for one in agreement(given.run, given.store, given.manifest, given.clips, given.workers):
+    wanted = given.clips, given.workers, given.split
+    for one in agreement(given.run, given.store, given.manifest, *wanted):
         print(one.sentence())
 
 

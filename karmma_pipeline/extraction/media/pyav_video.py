@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideDataContainer
 
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError
@@ -257,7 +258,9 @@ class _Damage:
 def upright(frame: Any) -> Picture:
     """Return a frame as players show it, uint8 [H, W, 3]: turned and mirrored by its matrix."""
     picture: Picture = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`: the two would hold one another, and pictures of 4K the memory, until
+    # the garbage collector comes by.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is None:
         return picture
     # x' = a x + c y, y' = b x + d y. Players show quarter turns; others are rounded to one.
