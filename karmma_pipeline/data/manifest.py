@@ -271,6 +271,8 @@ def read_manifest(
         lambda row: _clip(row, path.parent, labels, pictures, there),
     )
     notes += [f"{name}: {one.note}" for name, one in labels.items() if one.note]
+    if same := annotations.look_alike({clip.split for _, clip in clips}):
+        notes.append(f"distinct splits with similar names: {'; '.join(same)}")
     sets = {name: one.names for name, one in labels.items()}
     return Manifest(unique(path, clips), sets, notes=tuple(notes))
 
@@ -389,12 +391,7 @@ class _Labels:
         kinds = ", ".join(sorted({cell or "empty" for cell in unknown}))
         note = f"{len(unknown):,} of {len(cells):,} clips have no class ({kinds})"
         notes = [note] if unknown else []
-        alike: dict[str, list[str]] = {}
-        for name in order:
-            plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-            alike.setdefault(plain, []).append(name)
-        same = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
-        if same:
+        if same := annotations.look_alike(order):
             notes.append(f"distinct classes with similar names: {'; '.join(same[:5])}")
         return cls(tuple(order), ids, len(cells) - len(unknown), "; ".join(notes))
 
@@ -432,11 +429,13 @@ def _path(row: Row, folder: Path, column: str) -> Path | None:
     text = row.get(column)
     if not text:
         return None
+    if "://" in text:
+        raise ValueError(f"{column}={text!r:.60}: a URL; download the file and give its path")
     # No system takes longer ones: to look for such a file is an error of its own.
     longest = max(len(part.encode()) for part in text.split("/"))
     if "\0" in text or longest > 255 or len(str(folder.absolute() / text).encode()) > 4000:
         raise ValueError(f"{column}={text[:60]!r}: not a path")
-    return folder / text
+    return folder / (Path(text).expanduser() if text.startswith("~/") else text)
 
 
 def _file(row: Row, folder: Path, column: str, stream: int | None) -> FileSource | None:

@@ -15,7 +15,6 @@ from support.media_files import RATE, pack, remux, write_frames, write_video
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.integrity import (
-    Kind,
     SourceCheck,
     check_source,
     check_sources,
@@ -53,7 +52,7 @@ def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
     source, data = FileSource(tmp_path / name), whole[name]
     source.path.write_bytes(data)
     check = check_source(source)
-    kind: Kind = "audio" if name == "s.wav" else "video"
+    kind = "audio" if name == "s.wav" else "video"
     assert (check.state, list(check.ends or ())) == ("fine", [kind])
     if name.endswith("mp4"):
         assert check.fps == pytest.approx(25, abs=0.5)
@@ -64,7 +63,7 @@ def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
         check = check_source(source)
         assert check.state in {"truncated", "damaged"}, place
         if check.ends is not None:  # what is left of it was measured
-            assert (check.ends[kind] or 0) <= 2 * place / len(data) + 1.1, place
+            assert (check.ends.get(kind) or 0) <= 2 * place / len(data) + 1.1, place
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.ts"])
@@ -145,6 +144,7 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
         ("P01_01.MP4", "it is a folder, not a file"),
         ("gone/v.mp4", f"no such folder: {tmp_path / 'gone'}"),
         ("other.mp4", ""),
+        ("videos\\v.mp4", "separate folders by /, not by a backslash"),
     ):
         path = tmp_path / name
         (check,) = check_sources({0: FileSource(path)}, check_source).values()

@@ -73,6 +73,8 @@ class Listing:
     def beside(self, path: Path) -> str:
         """Say what lies where a file is missing; empty if there is nothing like it."""
         alike = self._alike(path.parent, path.stem)
+        if "\\" in path.name and path.name not in alike:
+            return "separate folders by /, not by a backslash"
         if self.names(path.parent).get(path.name):
             return "it is a folder, not a file"
         if alike and path.name not in alike:
