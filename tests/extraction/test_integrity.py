@@ -99,6 +99,16 @@ def test_what_is_left_of_a_cut_file_is_what_a_reader_finds(
     video.close()
 
 
+def test_what_is_appended_to_a_whole_file_makes_it_no_cut_one(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for rest in (whole["v.ts"], bytes(1000), b"\xff" * 1000):
+        (tmp_path / "v.mp4").write_bytes(whole["fast.mp4"] + rest)
+        check = check_source(FileSource(tmp_path / "v.mp4"))
+        assert (check.state, check.detail) == ("fine", "")
+        assert (check.ends or {})["video"] == pytest.approx(2, abs=0.1)
+
+
 def test_sound_whose_size_was_not_known_is_whole(whole: dict[str, bytes], tmp_path: Path) -> None:
     for size in (0xFFFF_FFFF, 0x7FFF_FFFF, 0x7FFF_F024, 0):  # as ffmpeg, arecord and SoX pipe it
         data = bytearray(whole["s.wav"])

@@ -3,6 +3,7 @@
 The clock of a file is a player's: zero where the first of its streams starts.
 """
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _PLAYLIST = re.compile(
 # How files begin that often lie where a video should, see `NO_MEDIA`.
 _BEGINNINGS = {
     re.compile(rb"$"): "an empty file",
-    re.compile(rb"\xff\xd8\xff|\x89PNG"): "an image",
+    re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP|II\*\0|MM\0\*|BM", re.DOTALL): "an image",
     re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive",
     re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page",
     re.compile(rb"version https://git-lfs"): "a Git LFS pointer",
@@ -100,6 +101,8 @@ def open_container(path: Path) -> "av.container.InputContainer":
     except (av.error.FFmpegError, OSError, ValueError) as error:
         # Without the path, which FFmpeg repeats: long ones would be all that is left of a detail.
         what, said = _what_else(path), getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", 0) == errno.EINVAL:  # FFmpeg knows it, but it is not in our list
+            said = f"a format that is not read ({said})"
         detail = f"{what}: {NO_MEDIA[what]} ({said})" if what else said
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {detail}") from None
 

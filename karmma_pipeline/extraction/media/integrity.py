@@ -7,6 +7,7 @@ through it once.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -42,6 +43,7 @@ _TIMEOUT_S = 300.0
 
 _MAX_PROCESSES = 8
 _BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx", b"styp"}
+_NAME = re.compile(rb"[ -~\xa9]{4}")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 # Packets among which the first picture and the first sound are looked for.
@@ -251,6 +253,8 @@ def _last_end(descriptor: int, size: int, *, riff: bool) -> int:
         length = int.from_bytes(head[8:], "big") if length == 1 else length
         if len(head) < 8:
             return end + 8
+        if not (riff or _NAME.match(head, 4)):
+            return 0  # something else that was appended
         if length < 8 or (riff and (head[:4] != b"RIFF" or not 8 < length < _OPEN_RIFF)):
             return end if riff else 0
         end += length
