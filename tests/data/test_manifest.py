@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,6 +174,15 @@ def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
     message = rf"m\.csv: unknown column '{found}'; did you mean {meant}[ ?]"
     with pytest.raises(ManifestError, match=message):
         read(tmp_path, f"{columns}\na,v.mp4,0,1,x\n")
+
+
+def test_an_odd_column_is_named_as_a_recipe_can_have_it(tmp_path: Path) -> None:
+    odd = "vid}\x1cstream"  # breaks a line
+    with pytest.raises(ManifestError, match="unknown column") as caught:
+        read(tmp_path, f"clip_id,video,{odd}\na,v.mp4,1\n")
+    (line,) = str(caught.value).splitlines()
+    recipe = yaml.safe_load(line[line.index("dataset: ") :].removesuffix("."))
+    assert recipe["dataset"]["heads"] == [odd]
 
 
 def test_times_in_other_units_are_to_be_written_in_seconds(tmp_path: Path) -> None:
