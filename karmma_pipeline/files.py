@@ -203,9 +203,14 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
+def exists(path: Path) -> bool:
+    """Tell whether something lies at a path; where nobody may look, nothing does."""
+    return os.path.exists(path)  # noqa: PTH110  (that of a Path raises below closed folders)
+
+
 def existing(path: Path) -> Path:
     """Return a path, or the nearest folder above it that is there."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(place for place in (path, *path.absolute().parents) if exists(place))
 
 
 def free_bytes(path: Path) -> int:

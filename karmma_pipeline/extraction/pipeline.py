@@ -126,7 +126,7 @@ def check_room(
     Raises:
         StoreError: it is too small.
     """
-    exists = cache(Path.exists)
+    exists = cache(files.exists)
     needed = 0
     for name, modalities in sets.items():
         root = out / name

@@ -394,7 +394,7 @@ def check_files(recipe: ExtractRecipe, manifest: Manifest) -> None:
     wanted = {modality for choices in recipe.sets.values() for modality in choices}
     media = (clip.media[m] for clip in manifest.clips for m in wanted if m in clip.media)
     paths = dict.fromkeys(source.path for source in media)
-    if paths and not any(path.exists() for path in paths):
+    if paths and not any(files.exists(path) for path in paths):
         first = next(iter(paths))
         raise ManifestError(
             f"none of the {len(paths):,} files of {len(manifest.clips):,} clips exists, such as "

@@ -1,6 +1,7 @@
 """What a look at a source tells: whole, cut, empty, damaged, missing."""
 
 import gzip
+import os
 import struct
 import wave
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import av
 import h5py
 import numpy as np
 import pytest
+from support.forks import in_fork
 from support.media_files import RATE, pack, remux, write_frames, write_video
 
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
@@ -21,7 +23,9 @@ from karmma_pipeline.extraction.media.integrity import (
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.media.packet_index import until_end
+from karmma_pipeline.modalities import Reason
 
 NAME = "frame_{:010d}.jpg"
 
@@ -148,12 +152,14 @@ def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
 def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_path: Path) -> None:
     (tmp_path / "P01_03.Mp4").touch()
     (tmp_path / "P01_01.MP4").mkdir()
+    (tmp_path / "annex.mp4").symlink_to("store/7d865e")
     for name, said in (
         ("P01_03.MP4", "did you mean P01_03.Mp4?"),
         ("P01_03.MOV", "did you mean P01_03.Mp4?"),
         ("P01_01.MP4", "it is a folder, not a file"),
         ("gone/v.mp4", f"no such folder: {tmp_path / 'gone'}"),
         ("other.mp4", ""),
+        ("annex.mp4", "a link to store/7d865e, which does not exist"),
         ("videos\\v.mp4", "separate folders by /, not by a backslash"),
     ):
         path = tmp_path / name
@@ -162,6 +168,36 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
             read_info(path)
         assert (check.state, check.detail) == ("missing", said)
         assert fault.value.detail == (f"{path}: {said}" if said else str(path))
+
+
+def test_what_may_not_be_read_costs_its_clips_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    source = FileSource(tmp_path / "closed/v.mp4")
+    source.path.write_bytes(b"x" * 99)
+
+    def look() -> int:
+        source.path.parent.chmod(0)
+        if os.getuid() == 0:  # who may look everywhere
+            os.setuid(65534)
+        (check,) = check_sources({0: source}, check_source, probe=False).values()
+        with pytest.raises(MediaFaultError) as fault, OpenMedia() as media:
+            media.of(source)
+        assert fault.value.reason is Reason.FILE_MISSING
+        assert "you may not look into /" in check.detail
+        assert check.detail in fault.value.detail
+        return 0
+
+    assert in_fork(look) == 0
+    source.path.parent.chmod(0o700)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    check = check_source(source)
+    assert check.detail == "closed to you: change its permissions"
 
 
 def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:

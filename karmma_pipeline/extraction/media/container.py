@@ -13,6 +13,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
+from karmma_pipeline import files
 from karmma_pipeline.data.datasets.listing import missing
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import NO_MEDIA, Reason
@@ -85,7 +86,7 @@ def open_container(path: Path) -> "av.container.InputContainer":
     Raises:
         MediaFaultError: it is missing, refused as a playlist, or no media file.
     """
-    if not path.is_file():
+    if not (files.exists(path) and path.is_file()):
         raise MediaFaultError(Reason.FILE_MISSING, missing(path))
     # FFmpeg tells formats by content and not by name: a playlist called clip.mp4 would be opened
     # as one, and could name any file or address. Both lists are closed; `file:` keeps a name with
@@ -98,6 +99,9 @@ def open_container(path: Path) -> "av.container.InputContainer":
         # Titles in the character set of the recorder's country are no reason to refuse a video.
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")
+    except PermissionError:
+        detail = f"{path}: closed to you: {NO_MEDIA['closed to you']}"
+        raise MediaFaultError(Reason.DECODE_ERROR, detail) from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
         # Without the path, which FFmpeg repeats: long ones would be all that is left of a detail.
         what, said = _what_else(path), getattr(error, "strerror", None) or str(error)

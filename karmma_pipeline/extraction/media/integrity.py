@@ -9,6 +9,7 @@ through it once.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import av
 from pebble import ProcessExpired
 
-from karmma_pipeline import jobs
+from karmma_pipeline import files, jobs
 from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
 from karmma_pipeline.extraction.media.audio_track import set_order
@@ -107,7 +108,7 @@ def check_sources(
     """
     checks, listing = dict.fromkeys(sources, SourceCheck()), Listing()
     for key, source in sources.items():
-        if not source.path.exists():
+        if not files.exists(source.path):
             detail = f"{source.path}: {listing.beside(source.path)}".removesuffix(": ")
             checks[key] = SourceCheck.of(source.path, {WHOLE: (Reason.FILE_MISSING, detail)})
     there = {k: s for k, s in sources.items() if probe and checks[k].state == "fine"}
@@ -134,7 +135,8 @@ def check_source(source: Source) -> SourceCheck:
     try:
         if path.is_file():
             size = path.stat().st_size
-            stated = stated_size(path, size)
+            with suppress(PermissionError):
+                stated = stated_size(path, size)
         with OpenMedia("pyav") as media:
             if isinstance(source, FileSource):
                 check = _check_file(source, media, whole=size - 1 <= stated <= size)
