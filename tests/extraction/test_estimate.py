@@ -188,12 +188,20 @@ def test_the_disk_that_is_planned_is_what_an_extraction_takes(
 @pytest.mark.slow
 def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Path) -> None:
     make_video("v.mp4")
-    rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3))
+    data = bytearray(write_video(tmp_path / "noise.mp4", pan_px_s=40, sound=False).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = np.random.default_rng(0).bytes(4000)
+    (tmp_path / "noise.mp4").write_bytes(data)
+    rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3)) + "c3,noise.mp4,1.2,1.9,x,\n"
     recipe = recipe_of(tmp_path, rows, decode={"workers": 1}, device="cpu")
     before = set(tmp_path.rglob("*"))
     plan = estimate(recipe, probe=False)
     assert plan["time"]["seconds_per_clip"] > 0
-    assert plan["time"]["measured_on_clips"] == 3
+    assert plan["time"]["measured_on_clips"] == 4
+    assert plan["decoded"] == 4
+    assert {label: [*clips] for label, clips in plan["lost"].items()} == {"decode_error": ["c3"]}
+    assert "noise.mp4: frame " in plan["lost"]["decode_error"]["c3"]
+    assert plan["present"] == {"rgb": 3, "audio": 3}
     assert plan["array_tasks"] == 1
     assert set(tmp_path.rglob("*")) == before
 
