@@ -203,6 +203,22 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
+def exists(path: Path) -> bool:
+    """Tell whether something lies at a path; where nobody may look, nothing does."""
+    return os.path.exists(path)  # noqa: PTH110  (that of a Path raises below closed folders)
+
+
+def existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if exists(place))
+
+
+def free_bytes(path: Path) -> int:
+    """Return how many bytes the user may write at a path, whether it is there or not."""
+    disk = os.statvfs(existing(path))
+    return disk.f_bavail * disk.f_frsize
+
+
 def check_space(folder: Path, size: int, inodes: int) -> None:
     """Refuse to begin what cannot end.
 
@@ -210,7 +226,7 @@ def check_space(folder: Path, size: int, inodes: int) -> None:
         StoreError: the folder's disk has not that many bytes or inodes free.
     """
     disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
+    free = free_bytes(folder)
     if free < size * _ROOM:
         raise StoreError(
             f"{folder}: {tqdm.format_sizeof(size, 'B')} needed, but only "

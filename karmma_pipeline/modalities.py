@@ -60,6 +60,27 @@ class Reason(enum.IntEnum):
         """What a user can do about it, in one sentence."""
         return _HINTS[self]
 
+    def hint_for(self, detail: str) -> str:
+        """Return the hint, or what to do with a file that the detail calls something else."""
+        told = (
+            f"The file is {what}: {remedy}, {_THEN}."
+            for what, remedy in NO_MEDIA.items()
+            if self is Reason.DECODE_ERROR and f"{what}: {remedy}" in detail
+        )
+        return next(told, self.hint)
+
+
+#: What may lie where media should, and its remedy: a detail of ``decode_error`` has both.
+NO_MEDIA = {
+    "encrypted": "decrypt it, or get a copy without DRM",
+    "closed to you": "change its permissions",
+    "an empty file": "download it again",
+    "an image": "put images into a folder and name it in the column frames",
+    "an archive": "unpack it",
+    "a web page": "download it again",
+    "a Git LFS pointer": "fetch the file with git lfs pull",
+    "zero bytes": "download or copy it again",
+}
 
 _FINAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET, Reason.TOO_SHORT}
 

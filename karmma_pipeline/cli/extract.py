@@ -237,12 +237,13 @@ def plan(
     """Check the inputs and estimate time and disk.
 
     Checks files, clips and splits, and writes nothing. Exits with code 3 if more clips will fail
-    than the recipe allows.
+    than the recipe allows, and with code 1 if extraction would refuse to start, such as for too
+    small a disk.
     """
     resolved = load_recipe("extract", recipe, overrides, writes=False)
     click.echo("reading the manifest and checking the files ...", err=True)
     from karmma_pipeline import files
-    from karmma_pipeline.errors import TooManyFailuresError
+    from karmma_pipeline.errors import KarmmaError, TooManyFailuresError
     from karmma_pipeline.extraction.estimate.report import estimate, text
 
     made = estimate(resolved, probe=not no_probe, calibrate=not no_calibrate)
@@ -250,9 +251,12 @@ def plan(
     if target is not None:
         files.write_json(target, made)
         click.echo(f"plan: {target}")
-    finish(then=f"karmma extract {shlex.quote(str(recipe))}" if not made["too_many_lost"] else None)
+    good = not (made["too_many_lost"] or made["problem"])
+    finish(then=f"karmma extract {shlex.quote(str(recipe))}" if good else None)
     if made["too_many_lost"]:
         raise TooManyFailuresError(
             f"{recipe}: {made['clips_lost_to_faults']:,} of {made['clips']:,} clips will lose a "
             "modality to the errors above; fix them, or raise max_failures."
         )
+    if made["problem"]:
+        raise KarmmaError(made["problem"])

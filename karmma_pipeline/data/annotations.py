@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -325,6 +326,16 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
     if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{key}={value!r}: must be a number >= 0")
     return value
+
+
+def look_alike(names: Iterable[str]) -> list[str]:
+    """Return which names differ by case, spaces, accents' codes or invisible characters alone."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names):
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        seen = "".join(c for c in plain if unicodedata.category(c) != "Cf")
+        alike.setdefault(" ".join(seen.split()), []).append(name)
+    return [" and ".join(map(repr, same)) for same in alike.values() if len(same) > 1]
 
 
 def collect(

@@ -14,6 +14,7 @@ alone needs no video. A clip has one source per modality it natively has.
 
 import csv
 import difflib
+import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,39 +27,17 @@ from pydantic import Field
 from karmma_pipeline import files, metrics
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
-from karmma_pipeline.data.annotations import Row, parse_time
+from karmma_pipeline.data.annotations import Row
+from karmma_pipeline.data.annotations import parse_time as parse_time
 from karmma_pipeline.data.sensors import check_series_file
-from karmma_pipeline.data.sources import (
-    BoxSource,
-    FileSource,
-    FrameSource,
-    SensorSource,
-    SoundArray,
-    Source,
-)
+from karmma_pipeline.data.sources import BoxSource as BoxSource
+from karmma_pipeline.data.sources import FileSource as FileSource
+from karmma_pipeline.data.sources import FrameSource as FrameSource
+from karmma_pipeline.data.sources import SensorSource as SensorSource
+from karmma_pipeline.data.sources import SoundArray as SoundArray
+from karmma_pipeline.data.sources import Source as Source
 from karmma_pipeline.errors import ManifestError, counted
 from karmma_pipeline.views import View
-
-__all__ = [
-    "SIDECAR",
-    "UNKNOWN",
-    "BoxSource",
-    "Clip",
-    "FileSource",
-    "FrameName",
-    "FrameSource",
-    "Groups",
-    "Manifest",
-    "PictureNames",
-    "SensorSource",
-    "SoundArray",
-    "Source",
-    "describe_heads",
-    "parse_time",
-    "read_manifest",
-    "unique",
-    "write_manifest",
-]
 
 RESERVED = (
     "clip_id",
@@ -230,7 +209,6 @@ _NO_SECONDS = re.compile("ms|milli|us$|ns$|frame|number|index")
 _NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")
 _DECIMAL = re.compile(r"-?\d{1,15}(\.\d{0,15})?", re.ASCII)
 _OR_ELSE = "delete it or, if it is a label, list all label columns in the recipe: {}."
-_NAMING = "dataset: {{kind: csv, path: {}, heads: [{}]}}"
 
 # Of so few clips each may well have a class of its own.
 _FEW_CLIPS = 20
@@ -272,6 +250,8 @@ def read_manifest(
         lambda row: _clip(row, path.parent, labels, pictures, there),
     )
     notes += [f"{name}: {one.note}" for name, one in labels.items() if one.note]
+    if same := annotations.look_alike({clip.split for _, clip in clips}):
+        notes.append(f"distinct splits with similar names: {'; '.join(same)}")
     sets = {name: one.names for name, one in labels.items()}
     return Manifest(unique(path, clips), sets, notes=tuple(notes))
 
@@ -296,13 +276,13 @@ def _head_columns(
                 f"{path}: unknown column {column!r}; did you mean "
                 f"{reserved}{' (seconds)' if reserved in TIMES else ''}? "
                 f"{'Convert it to seconds and rename' if other else 'Rename'} it, "
-                f"{_OR_ELSE.format(_NAMING.format(path, column))}"
+                f"{_OR_ELSE.format(_naming(path, column))}"
             )
         if "start" in columns and "stop" not in columns and _LENGTH.fullmatch(_plain(column)):
             raise ManifestError(
                 f"{path}: column {column!r}, but no column stop: every clip would extend to the "
                 "end of its file. Add a column stop (start plus length, in seconds), and "
-                f"{_OR_ELSE.format(_NAMING.format(path, column))}"
+                f"{_OR_ELSE.format(_naming(path, column))}"
             )
     chosen = list(heads) if heads is not None else free
     for head in chosen:
@@ -310,10 +290,10 @@ def _head_columns(
     try:
         metrics.check_head_names(chosen)
     except ValueError as error:
-        others = ", ".join(head for head in chosen if head.casefold() != metrics.ACTION)
+        others = [head for head in chosen if head.casefold() != metrics.ACTION]
         raise ManifestError(
             f"{path}: {error}; rename the column, or list the other label columns in the recipe: "
-            f"{_NAMING.format(path, others)}."
+            f"{_naming(path, *others)}."
         ) from None
     unused = [*index, *(c for c in free if c not in chosen)]
     return chosen, [f"ignored columns: {', '.join(unused)}"] if unused else []
@@ -348,6 +328,14 @@ def _meant(column: str, columns: Sequence[str]) -> str | None:
     return None
 
 
+def _naming(path: Path, *heads: str) -> str:
+    # JSON is YAML, and escapes what would end a line or a list.
+    names = ", ".join(
+        head if re.fullmatch(r"[\w .-]+", head) else json.dumps(head) for head in heads
+    )
+    return f"dataset: {{kind: csv, path: {path}, heads: [{names}]}}"
+
+
 def _plain(column: str) -> str:
     return re.sub(r"[\W_]+", "", column.casefold())
 
@@ -358,7 +346,7 @@ def _check_sizes(path: Path, labels: Mapping[str, "_Labels"]) -> None:
             raise ManifestError(
                 f"{path}: column {name!r} has {len(one.names):,} classes in {one.known:,} "
                 "clips, which is unusual for a label. Delete it, or list the label columns in "
-                f"the recipe: {_NAMING.format(path, 'verb')}."
+                f"the recipe: {_naming(path, 'verb')}."
             )
 
 
@@ -390,12 +378,7 @@ class _Labels:
         kinds = ", ".join(sorted({cell or "empty" for cell in unknown}))
         note = f"{len(unknown):,} of {counted(len(cells), 'clip')} without a class ({kinds})"
         notes = [note] if unknown else []
-        alike: dict[str, list[str]] = {}
-        for name in order:
-            plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-            alike.setdefault(plain, []).append(name)
-        same = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
-        if same:
+        if same := annotations.look_alike(order):
             notes.append(f"distinct classes with similar names: {'; '.join(same[:5])}")
         return cls(tuple(order), ids, len(cells) - len(unknown), "; ".join(notes))
 
@@ -433,11 +416,13 @@ def _path(row: Row, folder: Path, column: str) -> Path | None:
     text = row.get(column)
     if not text:
         return None
+    if "://" in text:
+        raise ValueError(f"{column}={text!r:.60}: a URL; download the file and give its path")
     # No system takes longer ones: to look for such a file is an error of its own.
     longest = max(len(part.encode()) for part in text.split("/"))
     if "\0" in text or longest > 255 or len(str(folder.absolute() / text).encode()) > 4000:
         raise ValueError(f"{column}={text[:60]!r}: not a path")
-    return folder / text
+    return folder / (Path(text).expanduser() if text.startswith("~/") else text)
 
 
 def _file(row: Row, folder: Path, column: str, stream: int | None) -> FileSource | None:

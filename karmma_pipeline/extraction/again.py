@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from karmma_pipeline import files
 from karmma_pipeline.data.manifest import Clip, Source
 from karmma_pipeline.errors import ConfigError, StoreError, counted
 from karmma_pipeline.modalities import Reason
@@ -262,7 +263,7 @@ def _changes(
         change: Change = "same"
         path, rest, state = before.get(modality, ("", "", None))
         if noted is None:  # an older program said only what was missing
-            if absent.get(modality) is Reason.FILE_MISSING and source.path.exists():
+            if absent.get(modality) is Reason.FILE_MISSING and files.exists(source.path):
                 change = "grown"
         elif rest != _settings(source) or note.get("span") != [clip.start_s, clip.stop_s]:
             change = "other"

@@ -41,7 +41,7 @@ from karmma_pipeline.extraction.tables import note_media, read_notes
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import Catalog, ClipRow, ShardWriter, StoreSpec, create_store
+from karmma_pipeline.store import Catalog, ClipRow, ModalitySpec, ShardWriter, create_store
 from karmma_pipeline.store.catalog import continue_list
 
 _logger = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ def extract(
         manifest = read_clips(recipe)
     for line in (*manifest.notes, *describe_heads(manifest.heads)):
         _logger.info(line)
-    if not any((recipe.out / name).exists() for name in recipe.sets):
-        check_files(recipe, manifest)
+    check_files(recipe, manifest)
     report = ExtractReport({name: recipe.out / name for name in recipe.sets})
     manifest, grown_from = _as_listed(manifest, report.stores.values())
     networks = Networks(recipe)
@@ -91,7 +90,7 @@ def extract(
     with one_thread(networks.device):
         configure(networks, report.stores, _logger.info)
         specs = {name: networks.store_spec(name, manifest) for name in report.stores}
-        _check_room(recipe.out, manifest, {report.stores[name]: specs[name] for name in specs})
+        check_room(recipe.out, manifest, {name: spec.modalities for name, spec in specs.items()})
         for name, path in report.stores.items():
             create_store(path, specs[name], rows, grown_from, again)
         config.save(recipe, recipe.out / "recipe.yaml")
@@ -114,26 +113,33 @@ def _row(clip: Clip) -> ClipRow:
     return ClipRow(clip.clip_id, clip.labels, clip.split, clip.group, clip.start_s, stop)
 
 
-def _check_room(out: Path, manifest: Manifest, specs: Mapping[Path, StoreSpec]) -> None:
+def check_room(
+    out: Path, manifest: Manifest, sets: Mapping[str, Mapping[str, ModalitySpec]]
+) -> None:
     """Refuse a disk that cannot hold the tokens of clips that are not done and have files.
+
+    Args:
+        out: the folder of the stores.
+        manifest: the clips.
+        sets: store to modality to what it holds of a clip.
 
     Raises:
         StoreError: it is too small.
     """
-    exists = cache(Path.exists)
+    exists = cache(files.exists)
     needed = 0
-    for root, spec in specs.items():
+    for name, modalities in sets.items():
+        root = out / name
         with suppress(StoreError):  # its list may just be growing
             if root.exists() and _is_whole(root):
                 continue  # nothing is added, so that nobody has to look at every file
         for path in root.rglob("*"):
             with suppress(OSError):  # another part may just have moved it
                 needed -= path.stat().st_size
-        for modality, stored in spec.modalities.items():
+        for modality, stored in modalities.items():
             media = (clip.media.get(modality) for clip in manifest.clips)
             needed += stored.clip_bytes * sum(exists(s.path) for s in media if s is not None)
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    files.check_space(place, max(0, needed), 0)
+    files.check_space(files.existing(out.absolute()), max(0, needed), 0)
 
 
 def _is_whole(path: Path) -> bool:

@@ -39,7 +39,8 @@ def show_clip(choice: BackboneChoice, path: Path) -> dict[str, Any]:
     (decoded,) = decode_clips([clip], DecodeSettings(Sampling(), Flow(), Audio(), (spec,)))
     if spec in decoded.reasons:
         reason = decoded.reasons[spec]
-        raise MediaError(f"{path}: {modality}: {reason.label}: {reason.hint}")
+        hint = reason.hint_for(decoded.details[spec])
+        raise MediaError(f"{path}: {modality}: {reason.label}: {hint}")
     backbone = Backbone(choice)
     started = time.perf_counter()
     with torch.inference_mode():

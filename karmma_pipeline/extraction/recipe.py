@@ -384,13 +384,17 @@ def _without_odd_entries(manifest: Manifest, allowed: float) -> Manifest:
 def check_files(recipe: ExtractRecipe, manifest: Manifest) -> None:
     """Tell at once that nothing of what a recipe wants is there, before anything is written.
 
+    Where stores are there already, files may be gone: what was extracted of them is kept.
+
     Raises:
         ManifestError: not one of the files is.
     """
+    if any((recipe.out / name).exists() for name in recipe.sets):
+        return
     wanted = {modality for choices in recipe.sets.values() for modality in choices}
     media = (clip.media[m] for clip in manifest.clips for m in wanted if m in clip.media)
     paths = dict.fromkeys(source.path for source in media)
-    if paths and not any(path.exists() for path in paths):
+    if paths and not any(files.exists(path) for path in paths):
         first = next(iter(paths))
         raise ManifestError(
             f"none of the {len(paths):,} files of {len(manifest.clips):,} clips exists, such as "

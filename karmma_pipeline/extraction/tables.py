@@ -126,7 +126,7 @@ def _lost(store: FeatureStore) -> Iterator[tuple[str, str, int]]:
 def _failure_row(clip_id: str, modality: str, code: int, detail: str) -> dict[str, str]:
     reason = Reason(code)
     stage = _STAGE.get(reason, "decode")
-    values = (clip_id, modality, stage, reason.label, reason.hint, detail)
+    values = (clip_id, modality, stage, reason.label, reason.hint_for(detail), detail)
     return dict(zip(_FAILURE_COLUMNS, values, strict=True))
 
 

@@ -158,7 +158,7 @@ def file_end_s(path: Path) -> float:
             except MediaFaultError:
                 return reader.sound_span(16_000)[1]
     except MediaFaultError as fault:
-        raise MediaError(f"{path}: {fault.reason.label}: {fault.reason.hint}") from None
+        raise MediaError(f"{path}: {fault.reason.label}: {fault.hint}") from None
 
 
 def _starts(path: Path, end_s: float, spans: Spans) -> Sequence[float]:

@@ -51,7 +51,7 @@ def video_events(media: OpenMedia, path: Path, rate: int) -> Iterator[Event]:
         if first is not None:
             sensors.append(_after(first, events))
     if not sensors and fault is not None:
-        raise MediaError(f"{path}: {fault.reason.label}: {fault.reason.hint}")
+        raise MediaError(f"{path}: {fault.reason.label}: {fault.hint}")
     return heapq.merge(*sensors, key=_there)
 
 

@@ -74,7 +74,7 @@ def write_overlay(source: Path, rows: Sequence[Row], out: Path, stop: StopFlag) 
                     file, _stopping(pictures, stop), source, float(starts[wanted[0]]), spans[-1][1]
                 )
     except MediaFaultError as fault:
-        raise MediaError(f"{source}: {fault.reason.label}: {fault.reason.hint}") from None
+        raise MediaError(f"{source}: {fault.reason.label}: {fault.hint}") from None
 
 
 def _stopping(

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,6 +106,7 @@ def test_frames_flow_pictures_and_streams(tmp_path: Path) -> None:
         ("clip_id,video,video_stream\na,x,-1\n", "line 2: video_stream='-1'"),
         (HEADER + "a,x,0\n", "line 2: 3 cells, but 7 columns"),
         ("clip_id,video,verb,verb\na,x,o,d\n", "duplicate column name"),
+        (HEADER + "a,https://x.org/v.mp4,0,1,o,d,t\n", "line 2: video='https:.*': a URL; download"),
         (HEADER + f"a,v{'9' * 260}.mp4,0,1,o,d,t\n", "line 2: video='v9+': not a path"),
         (HEADER + f"a,{'long/' * 900}v.mp4,0,1,o,d,t\n", "line 2: video='long/.*': not a path"),
     ],
@@ -118,6 +120,18 @@ def test_a_wrong_manifest_names_line_and_column(tmp_path: Path, text: str, messa
 def test_all_faulty_lines_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"line 2: .*line 4: "):
         read(tmp_path, HEADER + "a,x,2,1,o,d,t\nb,x,0,1,o,d,t\nc,x,q,1,o,d,t\n")
+
+
+def test_splits_that_look_alike_are_named_and_a_home_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    rows = ("a,~/v.mp4,train", "b,~x/v.mp4,Train", "c,v.mp4,val", "d,v.mp4,")
+    (tmp_path / "m.csv").write_text("\n".join(("clip_id,video,split", *rows)))
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert manifest.notes == ("distinct splits with similar names: 'Train' and 'train'",)
+    paths = [clip.media["rgb"].path.relative_to(tmp_path) for clip in manifest.clips[:2]]
+    assert paths == [Path("home/v.mp4"), Path("~x/v.mp4")]
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
@@ -160,6 +174,15 @@ def test_a_reserved_column_by_another_name_is_refused_with_the_right_one(
     message = rf"m\.csv: unknown column '{found}'; did you mean {meant}[ ?]"
     with pytest.raises(ManifestError, match=message):
         read(tmp_path, f"{columns}\na,v.mp4,0,1,x\n")
+
+
+def test_an_odd_column_is_named_as_a_recipe_can_have_it(tmp_path: Path) -> None:
+    odd = "vid}\x1cstream"  # breaks a line
+    with pytest.raises(ManifestError, match="unknown column") as caught:
+        read(tmp_path, f"clip_id,video,{odd}\na,v.mp4,1\n")
+    (line,) = str(caught.value).splitlines()
+    recipe = yaml.safe_load(line[line.index("dataset: ") :].removesuffix("."))
+    assert recipe["dataset"]["heads"] == [odd]
 
 
 def test_times_in_other_units_are_to_be_written_in_seconds(tmp_path: Path) -> None:
@@ -258,6 +281,12 @@ def test_the_index_of_a_table_is_no_head_and_is_said(tmp_path: Path, name: str) 
             ("put in", "put\xa0in"),
             [1, 0],
             "distinct classes with similar names",
+        ),
+        (
+            ["put\u200b", "put"],
+            ("put", "put\u200b"),
+            [1, 0],
+            r"distinct classes with similar names: 'put' and 'put\u200b'",
         ),
         (
             ["é", "e\u0301", "a"],

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,9 +100,9 @@ def list_clips(rows: Iterable[tuple[str, str, Any, Any]]) -> None:
     Path("m.csv").write_text("\n".join(["clip_id,video,start,stop,verb,split", *lines]) + "\n")
 
 
-def karmma(*arguments: str, out: str = "out", code: int = 0) -> str:
+def karmma(*arguments: str, out: str = "out", code: int = 0, command: str = "extract") -> str:
     Path(f"{out}.yaml").write_text(yaml.safe_dump({**RECIPE, "out": out}))
-    result: Result = CliRunner().invoke(main, ["extract", f"{out}.yaml", *arguments])
+    result: Result = CliRunner().invoke(main, [command, f"{out}.yaml", *arguments])
     assert result.exit_code == code, result.output
     return result.output + str(result.exception or "")
 
@@ -151,11 +151,17 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_clip(
         monkeypatch.setattr(os, "statvfs", lambda _: disk)
 
     free(needed)  # leaves no room for anything else
-    assert "needed, but only 41.0kB free; choose another folder" in karmma(code=1)
+    said = f"{folder}: 41.0kB needed, but only 41.0kB free; choose another folder"
+    plan = partial(karmma, "--no-probe", "--no-calibrate", command="plan")
+    assert said in karmma(code=1)
+    planned = plan(code=1)
+    assert (said in planned, "next: karmma extract" in planned) == (True, False)
     assert not (folder / "out").exists()
     free(1.2 * needed)
+    assert "next: karmma extract" in plan()
     karmma()
     free(0)
+    plan()
     karmma()  # nothing is left to do
     assert contents() == whole
 

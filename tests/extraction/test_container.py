@@ -147,10 +147,11 @@ def test_random_clips_get_their_own_pictures_and_sound(
     [
         (b"", "an empty file"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "an image: .*column frames"),
+        (b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0", "an image: .*column frames"),
         (b"PK\x03\x04\x14", "an archive: unpack it"),
         (b"\n<!DOCTYPE html><html>404", "a web page: download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ".*git lfs pull"),
-        (bytes(4096), "zero bytes: its download"),
+        (bytes(4096), "zero bytes: download or copy it again"),
     ],
 )
 def test_what_is_no_media_file_is_called_by_its_name(
@@ -160,3 +161,12 @@ def test_what_is_no_media_file_is_called_by_its_name(
     with pytest.raises(MediaFaultError, match=rf"v\.mp4: {what}") as caught:
         read_info(tmp_path / "v.mp4")
     assert caught.value.reason is Reason.DECODE_ERROR
+    assert caught.value.hint.startswith("The file is ")
+    assert caught.value.hint.endswith(", then run the same command again.")
+    assert "damaged" not in caught.value.hint
+
+
+def test_a_format_that_is_not_read_is_called_so(tmp_path: Path) -> None:
+    write_video(tmp_path / "v.swf", codec="flv1", sound=False)
+    with pytest.raises(MediaFaultError, match=r"v\.swf: a format that is not read \("):
+        read_info(tmp_path / "v.swf")

@@ -1,5 +1,6 @@
 """``karmma plan`` against data sets whose faults and costs are known."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SETS = {
 QUICK = {"decode": {"workers": 1}, "precision": "float32", "layout": "contiguous"}
 """An extraction that tries no other way of computing."""
 
+EMPTY = "an empty file: download it again (Invalid data found when processing input)"
 NAME = "frame_{:010d}.jpg"
 HEADER = "clip_id,video,start,stop,verb,split\n"
 
@@ -59,7 +61,12 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
         "empty": {str(tmp_path / "empty.mp4"): "0 bytes"},
         "missing": {str(tmp_path / "gone.mp4"): ""},
     }
-    assert (plan["start_after_end"], plan["stop_after_end"]) == (["c"], ["b"])
+    assert plan["lost"] == {
+        "out_of_range": {"c": "starts at 9.00 s, but its file ends at 2.00 s"},
+        "file_missing": {"e": str(tmp_path / "gone.mp4")},
+        "decode_error": {"f": f"{tmp_path / 'empty.mp4'}: {EMPTY}"},
+    }
+    assert plan["stop_after_end"] == ["b"]
     assert (plan["clips_lost_to_faults"], plan["no_stream"]) == (3, {"audio": 1})
     assert plan["present"] == {"rgb": 3, "audio": 2}
     hours = (1.5 + 1 + 0 + 2 + 1 + 1) / 3600  # b is cut at its file's end, d is a whole file
@@ -148,14 +155,22 @@ def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], P
     assert names["before"] == [True, True]  # of a file that is cut after it
     assert names["shown"] == [True, False]
     assert plan["present"] == dict(zip(("rgb", "audio"), there.sum(axis=0).tolist(), strict=True))
-    assert plan["start_after_end"] == ["late", "after"]
     assert plan["stop_after_end"] == ["in"]
-    assert plan["stop_too_far_after_end"] == ["far", "over"]
+    with (folder.parent / "failures.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if Reason[row["reason"].upper()] not in NATURAL]
+    lost = {label: [*clips] for label, clips in plan["lost"].items()}
+    assert lost == {"out_of_range": ["far", "late", "after", "over"], "file_missing": ["none"]}
+    assert {(row["reason"], row["clip_id"], row["detail"]) for row in rows} >= {
+        (label, *said) for label, clips in plan["lost"].items() for said in clips.items()
+    }
     assert {state: list(paths) for state, paths in plan["files"]["faulty"].items()} == {
         "missing": [str(folder.parent.parent / "gone.mp4")],
         "truncated": [str(folder.parent.parent / "cut.mp4")],
     }
     natural = [*map(int, NATURAL)]
+    told = text(plan, config.load(ExtractRecipe, folder.parent / "recipe.yaml"), Path("r.yaml"))
+    looked = f"{plan['decoded']} of 12 ({plan['decoded'] / 12:.1%}) clips were decoded; damage "
+    assert looked + "within the files of the others shows only in the extraction" in told
     lost = (~np.isin(np.asarray(store.reasons), natural)).any(axis=1).sum()
     assert plan["clips_lost_to_faults"] == lost == 5
 
@@ -173,12 +188,20 @@ def test_the_disk_that_is_planned_is_what_an_extraction_takes(
 @pytest.mark.slow
 def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Path) -> None:
     make_video("v.mp4")
-    rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3))
+    data = bytearray(write_video(tmp_path / "noise.mp4", pan_px_s=40, sound=False).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = np.random.default_rng(0).bytes(4000)
+    (tmp_path / "noise.mp4").write_bytes(data)
+    rows = "".join(f"c{i},v.mp4,0,1,x,\n" for i in range(3)) + "c3,noise.mp4,1.2,1.9,x,\n"
     recipe = recipe_of(tmp_path, rows, decode={"workers": 1}, device="cpu")
     before = set(tmp_path.rglob("*"))
     plan = estimate(recipe, probe=False)
     assert plan["time"]["seconds_per_clip"] > 0
-    assert plan["time"]["measured_on_clips"] == 3
+    assert plan["time"]["measured_on_clips"] == 4
+    assert plan["decoded"] == 4
+    assert {label: [*clips] for label, clips in plan["lost"].items()} == {"decode_error": ["c3"]}
+    assert "noise.mp4: frame " in plan["lost"]["decode_error"]["c3"]
+    assert plan["present"] == {"rgb": 3, "audio": 3}
     assert plan["array_tasks"] == 1
     assert set(tmp_path.rglob("*")) == before
 
@@ -186,8 +209,8 @@ def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Pat
 @pytest.mark.parametrize(
     ("marks", "clip_s", "said"),
     [
-        ([(1, 10.0), (2, 60.0), (4, 120.0), (6, 180.0)], 30.0, "about 3 min"),  # 2 workers
-        ([(6, 60.0)], 200.0, "at most 20 min"),  # one batch: with all that happens only once
+        ([(1, 10.0), (2, 60.0), (4, 120.0), (6, 180.0)], 30.0, "about 2 min"),  # 2 workers
+        ([(6, 60.0)], 200.0, "at most 17 min"),  # one batch: with all that happens only once
     ],
 )
 def test_the_time_is_that_of_a_stream_at_work(
@@ -201,6 +224,9 @@ def test_the_time_is_that_of_a_stream_at_work(
 
     def stand_in(recipe: ExtractRecipe, manifest: Manifest) -> ExtractReport:
         seen.append((recipe.out.parent, recipe.max_failures, len(manifest.clips)))
+        recipe.out.mkdir()
+        rows = "c1,rgb,decode_error,v.mp4: frame 3 is damaged\nc1,audio,no_stream,v.mp4: no sound\n"
+        (recipe.out / "failures.csv").write_text("clip_id,modality,reason,detail\n" + rows)
         return ExtractReport({}, marks=marks)
 
     monkeypatch.setattr(openvino_engine, "is_installed", lambda: clip_s == 30.0)
@@ -212,7 +238,13 @@ def test_the_time_is_that_of_a_stream_at_work(
     recipe = recipe_of(tmp_path, rows, device="cpu")
     plan = estimate(recipe, probe=False)
     assert plan["time"]["seconds_per_clip"] == clip_s
+    # What the few clips that were extracted have shown counts like what files say.
+    assert plan["lost"] == {"decode_error": {"c1": "v.mp4: frame 3 is damaged"}}
+    assert (plan["present"], plan["no_stream"]) == ({"rgb": 5, "audio": 5}, {"audio": 1})
+    assert plan["time"]["hours"] == pytest.approx(5 * clip_s / 3600)
     told = text(plan, recipe, Path("r.yaml"))
+    assert "clips were decoded" not in told  # all were
+    assert "1 clips lost (decode_error): c1 (v.mp4: frame 3 is damaged)" in told
     assert f"{said} on one cpu like this" in told
     assert (
         "openvino is installed and was measured to be faster for s3d (1.2 times), " in told
@@ -239,8 +271,28 @@ def test_the_command_prints_writes_json_and_ends_with_3_if_too_much_is_lost(tmp_
     assert json.loads(target.read_text())["files"]["faulty"] == {
         "missing": {str(tmp_path / "gone.mp4"): ""}
     }
-    allowed = [*arguments, "--set", "max_failures=1"]
-    assert CliRunner().invoke(main, allowed).exit_code == 0
+    allowed = ["--set", "max_failures=1"]
+    planned = CliRunner().invoke(main, [*arguments, *allowed])
+    refused = CliRunner().invoke(main, ["extract", str(tmp_path / "r.yaml"), *allowed])
+    assert planned.exit_code == refused.exit_code == 1
+    assert planned.output.splitlines()[-1] == refused.output.splitlines()[-1]
+    recipe_of(tmp_path, "a,gone.mp4,0,1,x,train\nb,v.mp4,0,1,x,train\n")
+    (tmp_path / "v.mp4").touch()
+    assert CliRunner().invoke(main, [*arguments, *allowed, "--no-probe"]).exit_code == 0
+
+
+def test_weights_that_are_missing_end_a_plan_as_they_end_an_extraction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v.mp4").touch()
+    sets = {"one": {"rgb": {"name": "s3d", "weights": str(tmp_path / "gone.pt")}}}
+    config.save(recipe_of(tmp_path, "a,v.mp4,0,1,x,\n", sets=sets), tmp_path / "r.yaml")
+    ends = [
+        CliRunner().invoke(main, [*command, str(tmp_path / "r.yaml")])
+        for command in (["plan", "--no-probe"], ["extract"])
+    ]
+    assert [end.exit_code for end in ends] == [1, 1]
+    assert ends[0].output.splitlines()[-1] == ends[1].output.splitlines()[-1]
 
 
 def test_a_list_without_a_single_file_is_one_sentence_and_no_store(tmp_path: Path) -> None:

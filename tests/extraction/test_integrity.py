@@ -1,6 +1,7 @@
 """What a look at a source tells: whole, cut, empty, damaged, missing."""
 
 import gzip
+import os
 import struct
 import wave
 from collections.abc import Iterator
@@ -10,19 +11,21 @@ import av
 import h5py
 import numpy as np
 import pytest
+from support.forks import in_fork
 from support.media_files import RATE, pack, remux, write_frames, write_video
 
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.integrity import (
-    Kind,
     SourceCheck,
     check_source,
     check_sources,
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
+from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.media.packet_index import until_end
+from karmma_pipeline.modalities import Reason
 
 NAME = "frame_{:010d}.jpg"
 
@@ -53,7 +56,7 @@ def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
     source, data = FileSource(tmp_path / name), whole[name]
     source.path.write_bytes(data)
     check = check_source(source)
-    kind: Kind = "audio" if name == "s.wav" else "video"
+    kind = "audio" if name == "s.wav" else "video"
     assert (check.state, list(check.ends or ())) == ("fine", [kind])
     if name.endswith("mp4"):
         assert check.fps == pytest.approx(25, abs=0.5)
@@ -64,7 +67,7 @@ def test_a_file_that_is_cut_anywhere_is_told_from_a_whole_one(
         check = check_source(source)
         assert check.state in {"truncated", "damaged"}, place
         if check.ends is not None:  # what is left of it was measured
-            assert (check.ends[kind] or 0) <= 2 * place / len(data) + 1.1, place
+            assert (check.ends.get(kind) or 0) <= 2 * place / len(data) + 1.1, place
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.ts"])
@@ -98,6 +101,16 @@ def test_what_is_left_of_a_cut_file_is_what_a_reader_finds(
     assert (check.detail, check.ends) == (cut, {"video": video.stop_s})
     assert 0.5 < video.stop_s < 1.9
     video.close()
+
+
+def test_what_is_appended_to_a_whole_file_makes_it_no_cut_one(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for rest in (whole["v.ts"], bytes(1000), b"\xff" * 1000):
+        (tmp_path / "v.mp4").write_bytes(whole["fast.mp4"] + rest)
+        check = check_source(FileSource(tmp_path / "v.mp4"))
+        assert (check.state, check.detail) == ("fine", "")
+        assert (check.ends or {})["video"] == pytest.approx(2, abs=0.1)
 
 
 def test_sound_whose_size_was_not_known_is_whole(whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -139,12 +152,15 @@ def test_pictures_are_looked_for_inside(tmp_path: Path) -> None:
 def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_path: Path) -> None:
     (tmp_path / "P01_03.Mp4").touch()
     (tmp_path / "P01_01.MP4").mkdir()
+    (tmp_path / "annex.mp4").symlink_to("store/7d865e")
     for name, said in (
         ("P01_03.MP4", "did you mean P01_03.Mp4?"),
         ("P01_03.MOV", "did you mean P01_03.Mp4?"),
         ("P01_01.MP4", "it is a folder, not a file"),
         ("gone/v.mp4", f"no such folder: {tmp_path / 'gone'}"),
         ("other.mp4", ""),
+        ("annex.mp4", "a link to store/7d865e, which does not exist"),
+        ("videos\\v.mp4", "separate folders by /, not by a backslash"),
     ):
         path = tmp_path / name
         (check,) = check_sources({0: FileSource(path)}, check_source).values()
@@ -152,6 +168,36 @@ def test_what_lies_where_a_file_is_missing_is_said_by_plan_and_extraction(tmp_pa
             read_info(path)
         assert (check.state, check.detail) == ("missing", said)
         assert fault.value.detail == (f"{path}: {said}" if said else str(path))
+
+
+def test_what_may_not_be_read_costs_its_clips_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    source = FileSource(tmp_path / "closed/v.mp4")
+    source.path.write_bytes(b"x" * 99)
+
+    def look() -> int:
+        source.path.parent.chmod(0)
+        if os.getuid() == 0:  # who may look everywhere
+            os.setuid(65534)
+        (check,) = check_sources({0: source}, check_source, probe=False).values()
+        with pytest.raises(MediaFaultError) as fault, OpenMedia() as media:
+            media.of(source)
+        assert fault.value.reason is Reason.FILE_MISSING
+        assert "you may not look into /" in check.detail
+        assert check.detail in fault.value.detail
+        return 0
+
+    assert in_fork(look) == 0
+    source.path.parent.chmod(0o700)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    check = check_source(source)
+    assert check.detail == "closed to you: change its permissions"
 
 
 def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:

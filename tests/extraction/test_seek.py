@@ -90,6 +90,19 @@ def test_every_picture_alone_is_the_one_of_a_scan(tmp_path: Path, kind: str) -> 
         assert read_counter(picture) == number
 
 
+def test_real_media_is_read_as_a_scan_shows_it(tmp_path: Path) -> None:
+    """FFmpeg's encoder leaves out some motion: only key frames show their own numbers."""
+    path = encode(tmp_path / "v.rm", "rv20", 60, g="12")
+    with av.open(str(path)) as container:
+        scan = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [read_counter(picture) for picture in scan[::12]] == [0, 12, 24, 36, 48]
+    file = MediaFile(path)
+    np.testing.assert_allclose(file.frame_starts, np.arange(60) / FPS, atol=2e-3)
+    for number in np.random.default_rng(0).permutation(60).tolist():
+        ((_, picture),) = file.decode(np.array([number]))
+        np.testing.assert_array_equal(picture, scan[number])
+
+
 def test_pictures_of_one_time_stamp_keep_their_order(tmp_path: Path) -> None:
     """Matroska counts milliseconds: two pictures of 2,000 a second share one."""
     file = MediaFile(encode(tmp_path / "v.mkv", "libx264", 60, 2000, bf="3", g="20"))

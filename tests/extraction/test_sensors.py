@@ -16,7 +16,7 @@ from karmma_pipeline.data.manifest import SensorSource, read_manifest
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.estimate import survey
-from karmma_pipeline.extraction.media.integrity import SourceCheck
+from karmma_pipeline.extraction.media.integrity import WHOLE, SourceCheck
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 from karmma_pipeline.modalities import Reason
@@ -82,7 +82,10 @@ def here(
 ) -> dict[object, SourceCheck]:
     """Check in this process, not in others that must start first."""
     return {
-        key: check(s) if s.path.exists() else SourceCheck("missing") for key, s in sources.items()
+        key: check(s)
+        if s.path.exists()
+        else SourceCheck.of(s.path, {WHOLE: (Reason.FILE_MISSING, "")})
+        for key, s in sources.items()
     }
 
 
@@ -120,8 +123,9 @@ def test_sensors_are_extracted_and_planned_as_media_are(
     assert (facts["channels"], facts["rate_hz"], facts["max_gap_s"]) == (["a", "b"], 50, 0.25)
 
     monkeypatch.setattr(survey, "check_sources", here)
-    found, planned, _ = survey.survey(made, read_clips(made))
-    assert [planned[m].tolist() for m in store.modalities] == store.present.T.tolist()
+    seen = survey.Survey(made, read_clips(made))
+    planned, found = seen.reasons(), seen.facts()
+    assert [planned[m].tolist() for m in store.modalities] == store.reasons.T.tolist()
     assert found["files"]["kinds"] == {"sensor files": 3}
     assert "no sample from 5.990 s" in found["files"]["faulty"]["damaged"][f"{folder}/imu.csv"]
 

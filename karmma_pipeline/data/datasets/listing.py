@@ -7,6 +7,8 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from karmma_pipeline import files
+
 #: How video files end, in lower case: those of the containers that FFmpeg reads.
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mj2", ".f4v", ".mkv", ".mk3d", ".webm"}
@@ -72,19 +74,26 @@ class Listing:
 
     def beside(self, path: Path) -> str:
         """Say what lies where a file is missing; empty if there is nothing like it."""
+        folder = path.parent
+        if not os.access(above := files.existing(folder), os.R_OK | os.X_OK):
+            return f"you may not look into {above}"
+        if os.path.islink(path):  # noqa: PTH114  (that of a Path raises below closed folders)
+            return f"a link to {path.readlink()}, which does not exist"
         alike = self._alike(path.parent, path.stem)
+        if "\\" in path.name and path.name not in alike:
+            return "separate folders by /, not by a backslash"
         if self.names(path.parent).get(path.name):
             return "it is a folder, not a file"
         if alike and path.name not in alike:
             return f"did you mean {alike[0]}?"
-        there = bool(self.names(path.parent)) or path.parent.is_dir()
-        return "" if there else f"no such folder: {path.parent}"
+        there = bool(self.names(folder)) or files.exists(folder)
+        return "" if there else f"no such folder: {folder}"
 
 
 def missing(path: Path) -> str:
     """Return a missing file's path for people, with what lies in its place."""
     folder = path.parent
-    hint = _listed(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0).beside(path)
+    hint = _listed(folder, folder.stat().st_mtime_ns if files.exists(folder) else 0).beside(path)
     return f"{path}: {hint}" if hint else str(path)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from pebble import ProcessExpired, ProcessFuture
 
-from karmma_pipeline import jobs
+from karmma_pipeline import files, jobs
 from karmma_pipeline.data.manifest import Clip, SensorSource
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import (
@@ -203,7 +203,7 @@ class DecodePool:
             while waiting and pending + len(group) > self._ahead:
                 pending -= len(waiting[0].clips)
                 yield from self._result(waiting.popleft())
-            gone = self.look_first and not any(path.exists() for path in self._paths(group))
+            gone = self.look_first and not any(files.exists(p) for p in self._paths(group))
             waiting.append(self._absent(group) if gone else self._submit(group))
             pending += len(group)
         while waiting:

@@ -3,7 +3,6 @@
 N windows, W samples of each, C channels.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.sensors import Sensor
-from karmma_pipeline.extraction.media.integrity import SourceCheck, Span, State
+from karmma_pipeline.extraction.media.integrity import WHOLE, Outcome, SourceCheck, Span
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.extraction.types import Times
@@ -93,22 +92,19 @@ class SeriesProbe:
 
     path: Path
     sensor: Sensor
-    spans: Collection[Span]
+    spans: list[Span]
 
 
 def check_series(probe: SeriesProbe) -> SourceCheck:
     """Read a series and every span of it, as extraction will; faults are said, not raised."""
-    lost: dict[Span, str] = {}
+    lost: dict[object, Outcome] = {}
     try:
         series = series_of(probe.path, probe.sensor)
     except MediaFaultError as fault:
-        detail = fault.detail.removeprefix(f"{probe.path}: ")
-        return SourceCheck("damaged", detail, lost=frozenset(probe.spans))
+        return SourceCheck.of(probe.path, {WHOLE: (fault.reason, fault.detail)})
     for span in probe.spans:
         try:
             read_windows(series, probe.sensor, *span)
         except MediaFaultError as fault:
-            lost[span] = f"{fault.reason.label}: {fault.detail.removeprefix(f'{probe.path}: ')}"
-    detail = next(iter(lost.values()), "")
-    state: State = "damaged" if lost else "fine"
-    return SourceCheck(state, detail, {"series": series.stop_s}, lost=frozenset(lost))
+            lost[span] = fault.reason, fault.detail
+    return SourceCheck.of(probe.path, lost, ends={"series": series.stop_s})

@@ -4,7 +4,7 @@ A plan is what its JSON holds; the text for people is made from that.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from karmma_pipeline.data.manifest import describe_heads
-from karmma_pipeline.errors import KarmmaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, ManifestError
 from karmma_pipeline.extraction.estimate import cost
-from karmma_pipeline.extraction.estimate.survey import CUT, STARTS_LATE, STOPS_LATE, survey
+from karmma_pipeline.extraction.estimate.survey import Survey
 from karmma_pipeline.extraction.inference.openvino_engine import FASTER
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, with_views
 from karmma_pipeline.extraction.report import per_second
@@ -22,8 +22,8 @@ from karmma_pipeline.views import Views
 
 Plan = dict[str, Any]
 
+#: Length of an array task that is suggested.
 TASK_HOURS = 4.0
-"""Length of an array task that is suggested."""
 
 # How many of a kind are named; the JSON has them all.
 _EXAMPLES = 3
@@ -46,30 +46,33 @@ def estimate(recipe: ExtractRecipe, *, probe: bool = True, calibrate: bool = Tru
         KarmmaError: the annotations or the recipe are faulty.
     """
     clips = read_clips(recipe.model_copy(update={"views": Views()}))
-    facts, *seen = survey(recipe, clips, probe=probe)
+    seen = Survey(recipe, clips, probe=probe)
     manifest, views = with_views(clips, recipe.views), recipe.views.count
-    present, wanted = ({m: of.repeat(views) for m, of in some.items()} for some in seen)
-    lost, disk = facts["clips_lost_to_faults"], cost.disk(recipe, manifest, present)
-    whole = cost.disk(recipe, manifest, wanted)["total_bytes_about"]
-    time: Plan = {"device": "", "measured_on_clips": 0, "seconds_per_clip": None}
-    time |= {"without_start_up": False, "problem": "not measured", "faster_with_openvino": []}
+    problem = cost.problem(recipe, manifest)
+    time: Plan = {"seconds_per_clip": None, "problem": "not measured", "faster_with_openvino": []}
     if calibrate:
         try:  # a plan without a time is worth printing
             time["faster_with_openvino"] = cost.faster_with_openvino(recipe)
-            time |= cost.time_per_clip(recipe, manifest, present)
+            time |= cost.time_per_clip(recipe, manifest, seen)
         except KarmmaError as error:
             time["problem"] = str(error)
-    clip_s = time["seconds_per_clip"]
+            # Without such a device here or clips it is unknown; else extraction ends so.
+            if not isinstance(error, ConfigError | ManifestError):
+                problem = problem or str(error)
+    facts, clip_s = seen.facts(), time["seconds_per_clip"]
+    lost = facts["clips_lost_to_faults"]
     hours = None if clip_s is None else clip_s * views * (len(clips.clips) - lost) / 3600
+    disk = cost.disk(recipe, manifest, {m: of.repeat(views) for m, of in seen.reasons().items()})
     return {
         "found": list(manifest.notes),
         "left_out": list(manifest.left_out),
         "heads": {head: list(names) for head, names in manifest.heads.items()},
         **facts,
-        "disk": {**disk, "total_bytes_about_without_faults": whole},
+        "disk": disk,
         "cuts": cost.cuts(recipe),
         "time": {**time, "hours": hours},
         "array_tasks": None if hours is None else tasks(hours, disk["shards"], TASK_HOURS),
+        "problem": problem,
         "too_many_lost": not recipe.allows(lost * views, len(manifest.clips)),
     }
 
@@ -81,10 +84,8 @@ def tasks(hours: float, shards: int, task_hours: float) -> int:
 
 def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
     """Return the plan for people: a topic per paragraph."""
-    pairs = [f"{a} = {b}" for a, b in plan["same_video_and_span"]]
-    same = pairs and (
-        f"{len(pairs):,} clips have the same video and span as another clip: {_examples(pairs)}"
-    )
+    same = [" = ".join(pair) for pair in plan["same_video_and_span"]]
+    twice = _named("clips have the same video and span as another clip", same)
     topics = {
         "found": plan["found"],
         "heads": describe_heads(plan["heads"]),
@@ -92,10 +93,13 @@ def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
         "files": _files(plan),
         "present": _presence(plan, recipe),
         "short": _short(plan["shorter_than_window"], recipe),
-        "duplicates": [same or "no two clips have the same video and span"],
+        "duplicates": twice or ["no two clips have the same video and span"],
         "splits": _splits(plan),
         "disk": _disk(plan["disk"], recipe),
-        "cuts": _cuts(plan["cuts"]),
+        "cuts": [
+            f"{name}: a clip takes {', '.join(f'{_size(of)} ({cut})' for cut, of in sizes.items())}"
+            for name, sizes in plan["cuts"].items()
+        ],
         "time": _time(plan, recipe_path),
     }
     return "\n".join(
@@ -109,20 +113,25 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({part / whole:.1%})" if whole else f"{part:,}"
 
 
-def _examples(items: Sequence[object]) -> str:
-    shown = ", ".join(str(item) for item in items[:_EXAMPLES])
-    return shown + (", ..." if len(items) > _EXAMPLES else "")
+def _named(what: str, items: Collection[str]) -> list[str]:
+    """Return a line with their number and the first of them, no line if there are none.
+
+    Args:
+        what: they are.
+        items: their names; a mapping has a detail of each.
+    """
+    details = items if isinstance(items, Mapping) else {}
+    each = [f"{name} ({details[name]})" if details.get(name) else name for name in items]
+    more = ", ..." if len(each) > _EXAMPLES else ""
+    return [f"{len(each):,} {what}: {', '.join(each[:_EXAMPLES])}{more}"] if each else []
 
 
 def _clips(plan: Plan) -> list[str]:
     splits = ", ".join(f"{split or '(no split)'} {n:,}" for split, n in plan["splits"].items())
-    lines = [f"{plan['clips']:,} in {plan['videos']:,} videos: {splits}"]
-    if plan["hours"]:
-        half = f"median length {plan['median_s']:.2f} s"
-        lines.append(f"{_duration(plan['hours'])} in total, {half}")
-    if plan["clips_of_unknown_length"]:
-        lines.append(f"{plan['clips_of_unknown_length']:,} are whole files of unknown length")
-    return lines
+    length = f"{_duration(plan['hours'])} in total, median length {plan['median_s']:.2f} s"
+    unknown = plan["clips_of_unknown_length"]
+    more = f"; {unknown:,} are whole files of unknown length" if unknown else ""
+    return [f"{plan['clips']:,} in {plan['videos']:,} videos: {splits}", length + more]
 
 
 def _files(plan: Plan) -> list[str]:
@@ -132,12 +141,12 @@ def _files(plan: Plan) -> list[str]:
     good = f"{sum(files['kinds'].values()) - bad:,}" if bad else "all"
     looked = "opened and complete" if files["probed"] else "found (not opened)"
     lines = [f"{kinds}: {good} {looked}"]
-    if tried := plan["decoded"]["clips"]:
-        lines.append(f"{tried:,} clips decoded whose files do not prove to have them")
-    for state, paths in files["faulty"].items():
-        named = [f"{path} ({detail})" if detail else path for path, detail in paths.items()]
-        lines.append(f"{len(paths):,} {state}: {_examples(named)}")
-    return lines
+    if files["kinds"].keys() - {"sensor files"} and plan["decoded"] < plan["clips"]:
+        lines.append(
+            f"{_share(plan['decoded'], plan['clips'])} clips were decoded; damage within the "
+            "files of the others shows only in the extraction"
+        )
+    return [*lines, *(line for of in files["faulty"].items() for line in _named(*of))]
 
 
 def _presence(plan: Plan, recipe: ExtractRecipe) -> list[str]:
@@ -146,16 +155,9 @@ def _presence(plan: Plan, recipe: ExtractRecipe) -> list[str]:
         without = plan["no_stream"].get(modality)
         more = f"; {without:,} recorded without it" if without else ""
         lines.append(f"{modality}: {_share(count, plan['clips'])} clips{more}")
-    for fate, sentence in {
-        STARTS_LATE: "start after the end of their file",
-        CUT: "stop after the end of their file and are cut there",
-        STOPS_LATE: f"stop more than {recipe.sampling.tolerance_s:g} s after the end of their file",
-    }.items():
-        if plan[fate]:
-            lines.append(f"{sentence}, {len(plan[fate]):,}: {_examples(plan[fate])}")
-    for reason, clips in plan["decoded"]["lost"].items():
-        named = _examples([f"{clip} ({detail})" for clip, detail in clips.items()])
-        lines.append(f"{reason} when decoded, {len(clips):,}: {named}")
+    lines += _named("clips stop after the end of their file", plan["stop_after_end"])
+    for reason, clips in plan["lost"].items():
+        lines += _named(f"clips lost ({reason})", clips)
     if plan["clips_lost_to_faults"]:
         lost = _share(plan["clips_lost_to_faults"], plan["clips"])
         verdict = f"{'more' if plan['too_many_lost'] else 'no more'} than max_failures"
@@ -164,27 +166,22 @@ def _presence(plan: Plan, recipe: ExtractRecipe) -> list[str]:
 
 
 def _short(windows: list[Plan], recipe: ExtractRecipe) -> list[str]:
-    lines: dict[str, list[str]] = {}
+    lines = []
     rule = recipe.sampling.short if recipe.sampling.mode == "fps" else "uniform sampling"
-    for window in windows:
-        line = f"{_share(window['clips'], window['of'])} clips have fewer than "
-        line += f"{window['frames']} frames"
-        if window["seconds"]:
-            line += f" at {recipe.sampling.fps:g} Hz ({window['seconds']:.2f} s)"
-        line += f"; {rule} repeats some" if window["clips"] else ""
-        lines.setdefault(line, []).append(window["modality"])
-    return [f"{'+'.join(modalities)}: {line}" for line, modalities in lines.items()]
+    for one in windows:
+        at = f" at {recipe.sampling.fps:g} Hz ({one['seconds']:.2f} s)" if one["seconds"] else ""
+        line = f"{_share(one['clips'], one['of'])} clips have fewer than {one['frames']} frames"
+        repeats = f"; {rule} repeats some" if one["clips"] else ""
+        lines.append(f"{one['modality']}: {line}{at}{repeats}")
+    return lines
 
 
 def _splits(plan: Plan) -> list[str]:
-    shared, pairs = plan["videos_in_several_splits"], plan["overlaps_between_splits"]
-    if not shared:
-        return ["one split" if len(plan["splits"]) < 2 else "no video is in more than one split"]
-    lines = [f"{len(shared):,} videos with clips in several splits: {_examples(shared)}"]
-    if pairs:
-        named = _examples([f"{a} with {b}" for a, b in pairs])
-        lines.append(f"{len(pairs):,} clips overlap in time with clips of another split: {named}")
-    return lines
+    shared = _named("videos with clips in several splits", plan["videos_in_several_splits"])
+    pairs = [" with ".join(pair) for pair in plan["overlaps_between_splits"]]
+    lines = [*shared, *_named("clips overlap in time with clips of another split", pairs)]
+    none = "one split" if len(plan["splits"]) < 2 else "no video is in more than one split"
+    return lines or [none]
 
 
 def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
@@ -193,19 +190,11 @@ def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
         each = ", ".join(f"{modality} {_size(size)}" for modality, size in sizes.items())
         lines.append(f"{name}: {_size(sum(sizes.values()))} ({each})")
     total, whole = disk["total_bytes_about"], disk["total_bytes_about_without_faults"]
-    enough = "" if total < disk["free_bytes"] else "; NOT ENOUGH"
     lines.append(
         f"total {_size(total)} in shards of {recipe.store.clips_per_shard} clips, "
-        f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} free at {recipe.out}{enough}"
+        f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} free at {recipe.out}"
     )
     return [*lines, *([f"{_size(whole)} once no clip is lost"] if whole > total else [])]
-
-
-def _cuts(cuts: dict[str, dict[str, int]]) -> list[str]:
-    return [
-        f"{name}: a clip takes {', '.join(f'{_size(of)} ({cut})' for cut, of in sizes.items())}"
-        for name, sizes in cuts.items()
-    ]
 
 
 def _time(plan: Plan, recipe_path: Path) -> list[str]:

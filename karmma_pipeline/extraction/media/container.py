@@ -3,18 +3,20 @@
 The clock of a file is a player's: zero where the first of its streams starts.
 """
 
+import errno
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 from av.stream import Disposition
 
+from karmma_pipeline import files
 from karmma_pipeline.data.datasets.listing import missing
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.modalities import Reason
+from karmma_pipeline.modalities import NO_MEDIA, Reason
 
 # Formats that hold media themselves; playlists, which open other files, are not among them.
 _FORMATS = (
@@ -29,15 +31,14 @@ _PLAYLIST = re.compile(
     rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|<\?xml|<MPD|<smil|\[playlist\]|v=0\s)", re.IGNORECASE
 )
 
-# How files begin that often lie where a video should.
-_NO_MEDIA = {
-    re.compile(rb"$"): "an empty file: download it again",
-    re.compile(rb"\xff\xd8\xff|\x89PNG"): "an image: put images into a folder and name it in "
-    "the column frames",
-    re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive: unpack it",
-    re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page: download it again",
-    re.compile(rb"version https://git-lfs"): "a Git LFS pointer: git lfs pull fetches the file",
-    re.compile(rb"\0{64}"): "zero bytes: its download or copy was interrupted",
+# How files begin that often lie where a video should, see `NO_MEDIA`.
+_BEGINNINGS = {
+    re.compile(rb"$"): "an empty file",
+    re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP|II\*\0|MM\0\*|BM", re.DOTALL): "an image",
+    re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive",
+    re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page",
+    re.compile(rb"version https://git-lfs"): "a Git LFS pointer",
+    re.compile(rb"\0{64}"): "zero bytes",
 }
 
 
@@ -53,6 +54,7 @@ class StreamInfo:
         default: it is the one that a player would take.
         tick_s: unit of its time stamps, seconds.
         claimed: the file says that it holds something: a number of packets, or a length.
+        end_s: where it ends on the file's clock, as the headers state it; None: they do not.
     """
 
     index: int
@@ -62,23 +64,20 @@ class StreamInfo:
     default: bool
     tick_s: float = 1.0
     claimed: bool = True
+    end_s: float | None = None
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file holds and says of itself; None where it has no such stream or does not say.
+    """What a file holds and says of itself.
 
     Attributes:
-        video: its pictures; the cover of a sound file is none.
-        audio: its sound.
-        fps: mean frames per second of its default video stream.
-        ends_s: kind to where its stream ends on the file's clock, as the headers state it.
+        streams: ``video`` and ``audio``, where it has them; the cover of a sound file is no video.
+        fps: mean frames per second of its default video stream; None if it does not say.
     """
 
-    video: StreamInfo | None
-    audio: StreamInfo | None
+    streams: Mapping[str, StreamInfo]
     fps: float | None = None
-    ends_s: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def open_container(path: Path) -> "av.container.InputContainer":
@@ -87,7 +86,7 @@ def open_container(path: Path) -> "av.container.InputContainer":
     Raises:
         MediaFaultError: it is missing, refused as a playlist, or no media file.
     """
-    if not path.is_file():
+    if not (files.exists(path) and path.is_file()):
         raise MediaFaultError(Reason.FILE_MISSING, missing(path))
     # FFmpeg tells formats by content and not by name: a playlist called clip.mp4 would be opened
     # as one, and could name any file or address. Both lists are closed; `file:` keeps a name with
@@ -100,20 +99,26 @@ def open_container(path: Path) -> "av.container.InputContainer":
         # Titles in the character set of the recorder's country are no reason to refuse a video.
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")
+    except PermissionError:
+        detail = f"{path}: closed to you: {NO_MEDIA['closed to you']}"
+        raise MediaFaultError(Reason.DECODE_ERROR, detail) from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        what = _what_else(path)
-        detail = f"{what} ({error})" if what else str(error)
+        # Without the path, which FFmpeg repeats: long ones would be all that is left of a detail.
+        what, said = _what_else(path), getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", 0) == errno.EINVAL:  # FFmpeg knows it, but it is not in our list
+            said = f"a format that is not read ({said})"
+        detail = f"{what}: {NO_MEDIA[what]} ({said})" if what else said
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {detail}") from None
 
 
 def _what_else(path: Path) -> str:
-    """Return what a file is that is no media file, and what to do; empty if that is not known."""
+    """Return what a file is that is no media file, a key of `NO_MEDIA`; empty if unknown."""
     try:
         with path.open("rb") as file:
             begin = file.read(64)
     except OSError:
         return ""
-    return next((what for mark, what in _NO_MEDIA.items() if mark.match(begin)), "")
+    return next((what for mark, what in _BEGINNINGS.items() if mark.match(begin)), "")
 
 
 def read_info(path: Path, stream: int | None = None) -> MediaInfo:
@@ -134,34 +139,29 @@ def read_info(path: Path, stream: int | None = None) -> MediaInfo:
             named = container.streams[stream]
             chosen = {named.type: named}
         zero_s = _zero_s(container)
-        video, audio = (
-            _stream_info(chosen.get(kind), zero_s, best[kind]) for kind in ("video", "audio")
-        )
         rate = getattr(best["video"], "average_rate", None)
-        return MediaInfo(
-            video,
-            audio,
-            fps=float(rate) if rate else None,
-            ends_s={
-                kind: _end_s(chosen[kind], zero_s, container.duration)
-                for kind, info in (("video", video), ("audio", audio))
-                if info is not None
-            },
-        )
+        streams = {
+            kind: _stream_info(chosen[kind], zero_s, default)
+            for kind, default in best.items()
+            if chosen.get(kind) is not None and not _is_cover(chosen[kind])
+        }
+        return MediaInfo(streams, float(rate) if rate else None)
 
 
-def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo | None:
-    if stream is None or _is_cover(stream):
-        return None
-    delay_s = _start_s(stream) - zero_s
+def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo:
     known = stream.type == "audio" and stream.codec_context is not None
-    rate = stream.sample_rate if known else None
-    tick_s = float(stream.time_base or 1)
     # FFmpeg gives a stream without a length of its own that of the file, which others may have.
     alone = len(stream.container.streams) == 1
-    claimed = bool(stream.frames or (alone and stream.duration))
-    place = (stream.index, _first_s(stream), delay_s, rate, stream is default)
-    return StreamInfo(*place, tick_s, claimed)
+    return StreamInfo(
+        stream.index,
+        _first_s(stream),
+        delay_s=_start_s(stream) - zero_s,
+        rate=stream.sample_rate if known else None,
+        default=stream is default,
+        tick_s=float(stream.time_base or 1),
+        claimed=bool(stream.frames or (alone and stream.duration)),
+        end_s=_end_s(stream, zero_s, stream.container.duration),
+    )
 
 
 def _end_s(stream: Any, zero_s: float, whole: int | None) -> float | None:

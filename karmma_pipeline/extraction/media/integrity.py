@@ -7,27 +7,23 @@ through it once.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import av
 from pebble import ProcessExpired
 
-from karmma_pipeline import jobs
+from karmma_pipeline import files, jobs
 from karmma_pipeline.data.datasets.listing import Listing
 from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
 from karmma_pipeline.extraction.media.audio_track import set_order
-from karmma_pipeline.extraction.media.container import (
-    MediaInfo,
-    StreamInfo,
-    open_container,
-    read_info,
-)
+from karmma_pipeline.extraction.media.container import StreamInfo, open_container, read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.media.packet_index import check_clear, prepare, until_end
@@ -36,15 +32,19 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 
 State = Literal["fine", "missing", "empty", "truncated", "damaged"]
-Kind = Literal["video", "audio"]
 Span = tuple[float, float | None]
-_KINDS: tuple[Kind, ...] = ("video", "audio")
+#: What becomes of something: its reason, as extraction has it, and the decoder's own words.
+Outcome = tuple[Reason, str]
+
+#: Key of a source's losses: it cannot be had at all.
+WHOLE = "whole"
 
 # Seconds for a source: a tar of a million pictures is listed, what is left of a file is read.
 _TIMEOUT_S = 300.0
 
 _MAX_PROCESSES = 8
 _BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx", b"styp"}
+_NAME = re.compile(rb"[ -~\xa9]{4}")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 # Packets among which the first picture and the first sound are looked for.
@@ -59,6 +59,12 @@ _NEAR_S = 0.5
 # Sizes from here on are placeholders: whoever writes into a pipe does not know the real one.
 _OPEN_RIFF = 0x7FFF_0000
 
+_STATES: dict[Reason, State] = {Reason.PRESENT: "fine", Reason.FILE_MISSING: "missing"}
+_ENDED = {
+    ProcessExpired: (Reason.CRASHED, "the library crashes when opening it"),
+    TimeoutError: (Reason.TIMEOUT, "opening it took too long"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SourceCheck:
@@ -66,131 +72,128 @@ class SourceCheck:
 
     Attributes:
         detail: what is wrong, for people.
+        lost: what of it cannot be had, and why: `WHOLE`, a kind of stream, or a sensor's span.
         ends: kinds of stream that it holds, and where they end on its clock, seconds (None where
             it does not say); None as a whole if it was not opened.
-        fps: frames per second; None where it does not say.
-        lost: of a sensor, the spans that cannot be had.
         begins: kinds of stream of a media file, and where they begin.
+        fps: frames per second; None where it does not say.
         sure: a file that proves to be whole; what others hold is known by decoding it.
     """
 
-    state: State
+    state: State = "fine"
     detail: str = ""
+    lost: Mapping[object, Outcome] = field(default_factory=dict)
     ends: Mapping[str, float | None] | None = None
-    fps: float | None = None
-    lost: frozenset[Span] = frozenset()
     begins: Mapping[str, float] = field(default_factory=dict)
+    fps: float | None = None
     sure: bool = True
 
-
-Checks = Mapping[object, SourceCheck]
-
-
-class HasPath(Protocol):
-    """What lies at a path, such as a source."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-
-
-P = TypeVar("P", bound=HasPath)
+    @classmethod
+    def of(cls, path: Path, lost: Mapping[object, Outcome], **known: Any) -> "SourceCheck":
+        """Judge a source by the first thing of it that cannot be had."""
+        reason, detail = next(iter(lost.values()), (Reason.PRESENT, ""))
+        said = detail.removeprefix(f"{path}").removeprefix(": ")
+        return cls(_STATES.get(reason, "damaged"), said, lost, **known)
 
 
 def check_sources(
-    sources: Mapping[object, P], check: Callable[[P], SourceCheck], *, probe: bool = True
-) -> Checks:
+    sources: Mapping[object, Any], check: Callable[[Any], SourceCheck], *, probe: bool = True
+) -> dict[object, SourceCheck]:
     """Look at every source, with a bar on stderr; keys are the caller's.
 
     Args:
-        sources: what to look at.
+        sources: what to look at; each has a ``path``.
         check: opens one; a function of a module, for it runs in another process.
         probe: open each, in at most eight processes; else tell only what is not there.
     """
-    checks, listing = dict.fromkeys(sources, SourceCheck("fine")), Listing()
+    checks, listing = dict.fromkeys(sources, SourceCheck()), Listing()
     for key, source in sources.items():
-        if not source.path.exists():
-            checks[key] = SourceCheck("missing", listing.beside(source.path))
+        if not files.exists(source.path):
+            detail = f"{source.path}: {listing.beside(source.path)}".removesuffix(": ")
+            checks[key] = SourceCheck.of(source.path, {WHOLE: (Reason.FILE_MISSING, detail)})
     there = {k: s for k, s in sources.items() if probe and checks[k].state == "fine"}
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(total=len(there), desc="probe", unit="file"))
-        if there:  # no process is started for what is not there
-            workers = min(_MAX_PROCESSES, jobs.cpu_count(), len(there))
-            pool = stack.enter_context(WorkerPool(workers, jobs.become_worker))
-            found = pool.map(check, there.values(), timeout=_TIMEOUT_S).result()
-        for key in there:
+    if not there:  # no process is started for what is not there
+        return checks
+    with (
+        progress_bar(total=len(there), desc="probe", unit="file") as bar,
+        WorkerPool(min(_MAX_PROCESSES, jobs.cpu_count(), len(there)), jobs.become_worker) as pool,
+    ):
+        found = pool.map(check, there.values(), timeout=_TIMEOUT_S).result()
+        for key, source in there.items():
             try:
                 checks[key] = next(found)
-            except (TimeoutError, ProcessExpired) as error:
-                died = isinstance(error, ProcessExpired)
-                why = "the library crashes when opening it" if died else "opening it took too long"
-                checks[key] = SourceCheck("damaged", why)
             except Exception as error:  # whatever a library may raise, as extraction has it
-                said = f"{type(error).__name__}: {first_line(error)}"
-                checks[key] = SourceCheck("damaged", said)
+                said = (Reason.DECODE_ERROR, f"{type(error).__name__}: {first_line(error)}")
+                checks[key] = SourceCheck.of(source.path, {WHOLE: _ENDED.get(type(error), said)})
             bar.update()
     return checks
 
 
 def check_source(source: Source) -> SourceCheck:
     """Open one source as extraction does; whatever is wrong with it is said, not raised."""
-    path, size, stated, check = source.path, 1, 0, SourceCheck("fine")
+    path, size, stated, check = source.path, 1, 0, SourceCheck()
     try:
         if path.is_file():
             size = path.stat().st_size
-            stated = stated_size(path, size)
+            with suppress(PermissionError):
+                stated = stated_size(path, size)
         with OpenMedia("pyav") as media:
             if isinstance(source, FileSource):
                 check = _check_file(source, media, whole=size - 1 <= stated <= size)
             elif not isinstance(source, BoxSource):
-                ends, fault = _ends(media.of(source))
-                if fault is not None:
-                    raise fault
-                check = SourceCheck("fine", "", ends)
+                check = _measured(media.of(source))
     except MediaFaultError as fault:
-        missing = fault.reason == Reason.FILE_MISSING
-        check = SourceCheck("missing" if missing else "damaged", _said(fault, path))
+        check = SourceCheck.of(path, {WHOLE: (fault.reason, fault.detail)})
     except (OSError, ValueError) as error:
-        check = SourceCheck("damaged", str(error))
+        check = SourceCheck.of(path, {WHOLE: (Reason.DECODE_ERROR, str(error))})
     if size == 0:
-        return SourceCheck("empty", "0 bytes")
+        return replace(check, state="empty", detail="0 bytes")
     cut = f"{size:,} of {stated:,} bytes"
     return replace(check, state="truncated", detail=cut) if stated > size else check
 
 
-def _said(fault: MediaFaultError, path: Path) -> str:
-    return fault.detail.removeprefix(f"{path}").removeprefix(": ")
-
-
 def _check_file(source: FileSource, media: OpenMedia, *, whole: bool) -> SourceCheck:
     info = read_info(source.path, source.stream)
-    begins: dict[str, float] = {kind: stream.delay_s for kind, stream in _streams(info)}
+    ends = {kind: stream.end_s for kind, stream in info.streams.items()}
+    begins = {kind: stream.delay_s for kind, stream in info.streams.items()}
     # FFmpeg opens a file whose end is missing as if it were whole.
-    if whole and None not in info.ends_s.values() and _is_sound(source.path, info):
-        return SourceCheck("fine", "", info.ends_s, info.fps, begins=begins)
-    ends, fault = _ends(media.of(source))
-    state: State = "fine" if fault is None else "damaged"
-    detail = "" if fault is None else _said(fault, source.path)
-    return SourceCheck(state, detail, ends, info.fps, begins=begins, sure=False)
+    if whole and None not in ends.values() and _is_sound(source.path, info.streams.values()):
+        return SourceCheck(ends=ends, begins=begins, fps=info.fps)
+    return replace(_measured(media.of(source)), begins=begins, fps=info.fps, sure=False)
 
 
-def _is_sound(path: Path, info: MediaInfo) -> bool:
+def _measured(reader: MediaReader) -> SourceCheck:
+    """Tell where the streams of an open source really end."""
+    ends: dict[str, float] = {}
+    lost: dict[object, Outcome] = {}
+    for kind in ("video", "audio"):
+        try:
+            ends[kind] = reader.stop_s if kind == "video" else reader.sound_span(16_000)[1]
+        except MediaFaultError as fault:
+            if fault.reason != Reason.NO_STREAM:
+                lost[kind] = fault.reason, fault.detail
+    return SourceCheck.of(reader.path, lost, ends=ends)
+
+
+def _is_sound(path: Path, infos: Iterable[StreamInfo]) -> bool:
     """Tell whether a file's streams begin and end with what its header promises.
 
     Not so if they are encrypted, if a track is empty or ends early, and if space was set aside for
     a download that has not come.
     """
     with open_container(path) as container:
-        chosen = {s.index: s for s in (info.video, info.audio) if s is not None}
-        streams = [container.streams[index] for index in chosen]
+        streams = [container.streams[info.index] for info in infos]
         if any(stream.codec_context is None for stream in streams):
             return False
         for stream in streams:
             set_order(stream.codec_context) if stream.type == "audio" else prepare(stream)
+        # Where each ends on its own time stamps.
+        last = {s.index: (s.end_s or 0) + s.first_s - s.delay_s - _NEAR_S for s in infos}
         try:
-            return _begin(path, until_end(container.demux(streams)), set(chosen)) and _end(
-                container, info, streams
-            )
+            if not _begin(path, until_end(container.demux(streams)), set(last)):
+                return False
+            container.seek(int((min(last.values()) - _NEAR_S) * av.time_base))
+            return _end(until_end(container.demux(streams)), last)
         except (av.error.FFmpegError, OSError, ValueError, MediaFaultError):
             return False
 
@@ -208,38 +211,17 @@ def _begin(path: Path, packets: Iterator[Any], waiting: set[int]) -> bool:
     return False
 
 
-def _end(container: Any, info: MediaInfo, streams: Sequence[Any]) -> bool:
+def _end(packets: Iterator[Any], last: dict[int, float]) -> bool:
     """Tell whether the last packets lie where the header says that their streams end."""
-    stated = [(s, info.ends_s[kind]) for kind, s in _streams(info)]
-    waiting = {s.index: (end or 0) + s.first_s - s.delay_s - _NEAR_S for s, end in stated}
-    container.seek(int((min(waiting.values()) - _NEAR_S) * av.time_base))
-    for packet in islice(until_end(container.demux(streams)), _PROBED_LAST):
+    for packet in islice(packets, _PROBED_LAST):
         stamp = packet.dts if packet.pts is None else packet.pts
         if packet.size and not any(bytes(packet)[-_ZEROS:]):
             return False
         if packet.stream.type == "audio":  # pictures would ask for all since their key frame
             packet.decode()
-        if stamp is not None and stamp * packet.time_base >= waiting.get(packet.stream_index, inf):
-            del waiting[packet.stream_index]
-    return not waiting
-
-
-def _streams(info: MediaInfo) -> list[tuple[Kind, StreamInfo]]:
-    both: dict[Kind, StreamInfo | None] = {"video": info.video, "audio": info.audio}
-    return [(kind, stream) for kind, stream in both.items() if stream is not None]
-
-
-def _ends(reader: MediaReader) -> tuple[dict[str, float | None], MediaFaultError | None]:
-    """Return where the streams of an open source really end, 0 if one is damaged, and its fault."""
-    ends: dict[str, float | None] = {}
-    first: MediaFaultError | None = None
-    for kind in _KINDS:
-        try:
-            ends[kind] = reader.stop_s if kind == "video" else reader.sound_span(16_000)[1]
-        except MediaFaultError as fault:
-            if fault.reason != Reason.NO_STREAM:
-                ends[kind], first = 0.0, first or fault
-    return ends, first
+        if stamp is not None and stamp * packet.time_base >= last.get(packet.stream_index, inf):
+            del last[packet.stream_index]
+    return not last
 
 
 def stated_size(path: Path, size: int) -> int:
@@ -273,6 +255,8 @@ def _last_end(descriptor: int, size: int, *, riff: bool) -> int:
         length = int.from_bytes(head[8:], "big") if length == 1 else length
         if len(head) < 8:
             return end + 8
+        if not (riff or _NAME.match(head, 4)):
+            return 0  # something else that was appended
         if length < 8 or (riff and (head[:4] != b"RIFF" or not 8 < length < _OPEN_RIFF)):
             return end if riff else 0
         end += length

@@ -27,6 +27,11 @@ class MediaFaultError(Exception):
         super().__init__(f"{reason.label}: {detail}")
         self.reason, self.detail = reason, detail
 
+    @property
+    def hint(self) -> str:
+        """What a user can do about it, in one sentence."""
+        return self.reason.hint_for(self.detail)
+
 
 def first_line(error: BaseException) -> str:
     """Return what a decoder's error says first; the rest is its stack."""

@@ -51,10 +51,9 @@ class MediaFile(MediaReader):
         return read_info(self.path, self._stream)
 
     def _stream_info(self, kind: Literal["video", "audio"]) -> StreamInfo:
-        info: StreamInfo | None = getattr(self._info, kind)
-        if info is None:
+        if kind not in self._info.streams:
             raise MediaFaultError(Reason.NO_STREAM, f"{self.path}: no {kind} stream")
-        return info
+        return self._info.streams[kind]
 
     @cached_property
     def _video(self) -> "DecordVideo | PyavVideo":
@@ -86,7 +85,8 @@ class MediaFile(MediaReader):
     @property
     def audio_rate(self) -> int | None:
         """The track's own rate, Hz; None if the file does not say."""
-        return None if self._info.audio is None else self._info.audio.rate
+        audio = self._info.streams.get("audio")
+        return None if audio is None else audio.rate
 
     def numbers(self, times: Times) -> Numbers:
         """Return which frame is shown at each moment, [T]."""

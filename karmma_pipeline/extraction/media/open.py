@@ -4,6 +4,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from karmma_pipeline import files
+from karmma_pipeline.data.datasets.listing import missing
 from karmma_pipeline.data.manifest import (
     BoxSource,
     FileSource,
@@ -15,10 +17,11 @@ from karmma_pipeline.data.manifest import (
 from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
-from karmma_pipeline.extraction.media.interface import MediaReader
+from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
 from karmma_pipeline.extraction.types import Decoder
+from karmma_pipeline.modalities import Reason
 
 
 class OpenMedia:
@@ -69,9 +72,13 @@ class OpenMedia:
         Raises:
             MediaFaultError: it cannot be read.
         """
+        if not files.exists(source.path):
+            raise MediaFaultError(Reason.FILE_MISSING, missing(source.path))
         return series_of(source.path, sensor)
 
     def _opened(self, source: Source) -> MediaReader:
+        if not files.exists(source.path):
+            raise MediaFaultError(Reason.FILE_MISSING, missing(source.path))
         match source:
             case FileSource():
                 return MediaFile(

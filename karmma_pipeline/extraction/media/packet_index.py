@@ -23,7 +23,7 @@ from av.bitstream import BitStreamFilterContext
 from karmma_pipeline.extraction.media.container import open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.types import Numbers, Times
-from karmma_pipeline.modalities import Reason
+from karmma_pipeline.modalities import NO_MEDIA, Reason
 
 # Indices that a process keeps, for tasks of one video follow one another.
 _KEPT = 8
@@ -39,9 +39,6 @@ _PROBED = 64
 
 # Packets at the end that are decoded to know their order: the filter is wrong about a few.
 _TAIL = 32
-
-#: What is said of a track that only the holder of a key can read (CENC, as streaming sites do).
-ENCRYPTED = "encrypted: get it decrypted, or a copy without DRM"
 
 # Seconds per frame where neither time stamps nor the stream tell.
 _FRAME_S = 0.04
@@ -209,7 +206,9 @@ def check_clear(packet: Any, path: Path) -> None:
         MediaFaultError: it is encrypted.
     """
     if packet.has_sidedata("encryption_info"):
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {ENCRYPTED}")
+        # As streaming sites do it (CENC).
+        detail = f"{path}: encrypted: {NO_MEDIA['encrypted']}"
+        raise MediaFaultError(Reason.DECODE_ERROR, detail)
 
 
 def until_end(packets: Iterator[Any]) -> Iterator[Any]:
