@@ -12,12 +12,18 @@ import h5py
 import numpy as np
 import pytest
 from support.forks import in_fork
-from support.media_files import RATE, pack, remux, write_frames, write_video
+from support.media_files import (
+    RATE,
+    broken_library,
+    pack,
+    remux,
+    write_frames,
+    write_video,
+)
 
 from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.integrity import (
-    SourceCheck,
     check_source,
     check_sources,
 )
@@ -220,13 +226,9 @@ def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
     assert [check.ends for check in found[-2:]] == [{"audio": 3.0}, {}]
 
 
-def _raises(source: FileSource) -> SourceCheck:
-    raise IndexError("list index out of range")
-
-
 def test_whatever_a_library_raises_costs_its_file_and_not_the_plan(tmp_path: Path) -> None:
     (tmp_path / "v.ts").touch()
-    (check,) = check_sources({0: FileSource(tmp_path / "v.ts")}, _raises).values()
+    (check,) = check_sources({0: FileSource(tmp_path / "v.ts")}, broken_library).values()
     assert (check.state, check.detail) == ("damaged", "IndexError: list index out of range")
 
 

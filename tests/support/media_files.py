@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import cv2
@@ -217,3 +217,8 @@ def write_sound(path: Path, codec: str, seconds: float = 2.0) -> Path:
         container.mux(track.encode(samples))
         container.mux(track.encode())
     return path
+
+
+def broken_library(source: object) -> NoReturn:
+    """Look at a source as a library with a bug does; other processes find it by this module."""
+    raise IndexError("list index out of range")
