@@ -45,15 +45,18 @@ def whole(name: str, *, quick: bool) -> BackboneChoice:
 
 
 def smooth_noise(choice: BackboneChoice) -> torch.Tensor:
-    """Return a clip as the decoder gives it, in which neighbours are alike, as in pictures."""
+    """Return a clip as the decoder gives it: blobs of 32 px and 8 frames, full contrast."""
     generator = torch.Generator().manual_seed(0)
-    sides = choice.input_shape[1:]
-    coarse = torch.randn(1, 3, *(max(2, side // 8) for side in sides), generator=generator)
-    mode = "trilinear" if len(sides) == 3 else "bilinear"
-    noise = torch.nn.functional.interpolate(coarse, sides, mode=mode)
+    *frames, height, width = choice.input_shape[1:]
+    coarse = [max(2, t // 8) for t in frames] + [max(2, side // 32) for side in (height, width)]
+    noise = torch.nn.functional.interpolate(
+        torch.rand(1, 3, *coarse, generator=generator),
+        (*frames, height, width),
+        mode="trilinear" if frames else "bilinear",
+    )
     if choice.architecture.kind == "image":
-        return noise[:, 0]  # a standardised spectrogram
-    return (128 + 48 * noise).clamp(0, 255).byte().transpose(1, 2)
+        return 4 * noise[:, 0] - 2  # a standardised spectrogram
+    return (255 * noise).byte().transpose(1, 2)
 
 
 @torch.inference_mode()
