@@ -19,7 +19,7 @@ import numpy.typing as npt
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones.choice import INPUT
-from karmma_pipeline.store.spec import StoredDtype
+from karmma_pipeline.store.spec import StoredDtype, activation_dtype
 
 if TYPE_CHECKING:
     from karmma_pipeline.data.manifest import Clip
@@ -129,6 +129,8 @@ def stored_as(modality: str, choice: BackboneChoice, dtype: StoredDtype) -> Stor
     tokens, width = choice.stored_shape(modality)
     if choice.cut == INPUT and choice.architecture.kind == "video" and modality != "audio":
         dtype = "uint8"
+    elif choice.cut is not None:
+        dtype = activation_dtype(dtype)
     return {"tokens": tokens, "width": width, "dtype": dtype}
 
 

@@ -294,6 +294,8 @@ def _describe(
 
 
 def _version(spec: StoreSpec, *, grown: bool) -> int:
+    if any(one.dtype == "int8_affine" for one in spec.modalities.values()):
+        return layout.VERSION_AFFINE
     if any(len(one.windows) > 1 for one in spec.modalities.values()):
         return layout.VERSION_FRAMES
     if any(one.is_cut for one in spec.modalities.values()):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of one clip as it is stored: tokens [N, D], or beside int8 their scale [N, 1]."""
+    """A tensor of one clip as it is stored: tokens [N, D], or beside int8 `scale` [N, 1 or 2]."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,8 +41,10 @@ def dense(parts: Sequence[Tensor]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0]
-    steps, scale = parts
-    return steps.float().mul_(scale.float())
+    steps, scale = parts[0].float(), parts[1].float()
+    if scale.shape[-1] == 2:
+        steps.sub_(scale[..., 1:])
+    return steps.mul_(scale[..., :1])
 
 
 class TokenSource(ABC):
@@ -113,7 +115,8 @@ class TokenSource(ABC):
         import torch
 
         spec = self.specs[modality]
-        types = (getattr(torch, spec.dtype), torch.float16)  # torch names them as stores do
+        # Torch names types as stores do.
+        types = (getattr(torch, spec.dtype.removesuffix("_affine")), torch.float16)
         return tuple(
             StoredTensor((a.tokens, a.width), t) for a, t in zip(spec.arrays, types, strict=False)
         )

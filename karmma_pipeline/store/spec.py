@@ -14,6 +14,8 @@ from karmma_pipeline.modalities import canonical
 from karmma_pipeline.views import Views, frame_windows
 
 _STEPS = 127
+# Of a row with a zero point.
+_FIRST, _LAST = -128, 127
 #: The largest magnitude that can be held.
 LARGEST = _STEPS * float(np.finfo(np.float16).max)
 
@@ -26,29 +28,58 @@ def quantise(tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArra
     values = np.asarray(tokens, np.float32)
     # The scale is rounded to float16 before it divides: reading multiplies by just that one.
     scale = (np.abs(values).max(axis=-1, keepdims=True) / _STEPS).astype("<f2")
-    divisor = np.where(scale == 0, np.float32(np.inf), scale.astype(np.float32))
-    steps = np.clip(np.rint(values / divisor), -_STEPS, _STEPS)
+    steps = np.clip(np.rint(values / _divisor(scale)), -_STEPS, _STEPS)
     return np.ascontiguousarray(steps.astype(np.int8)), np.ascontiguousarray(scale)
+
+
+def quantise_affine(
+    tokens: npt.NDArray[Any],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Return int8 [..., N, D], and float16 [..., N, 2]: scale and zero point of each row.
+
+    All steps lie between the least and the largest value of a row, so that activations behind a
+    ReLU, which are never negative, get twice as many as from `quantise`. Zero is exact.
+    """
+    values = np.asarray(tokens, np.float32)
+    low = np.minimum(values.min(axis=-1, keepdims=True), 0)
+    high = np.maximum(values.max(axis=-1, keepdims=True), 0)
+    scale = ((high - low) / (_LAST - _FIRST)).astype("<f2")  # rounded first, as above
+    divisor = _divisor(scale)
+    zero = np.clip(np.rint(_FIRST - low / divisor), _FIRST, _LAST)
+    steps = np.clip(np.rint(values / divisor) + zero, _FIRST, _LAST)
+    # Whole numbers up to 128 are exact in float16.
+    both = np.concatenate([scale, zero.astype("<f2")], axis=-1)
+    return np.ascontiguousarray(steps.astype(np.int8)), both
+
+
+def _divisor(scale: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    return np.where(scale == 0, np.float32(np.inf), scale.astype(np.float32))
 
 
 def dequantise(
     steps: npt.NDArray[np.int8], scale: npt.NDArray[np.float16]
 ) -> npt.NDArray[np.float32]:
-    """Return float32 tokens [..., N, D] of int8 [..., N, D] and scale [..., N, 1]."""
-    return steps.astype(np.float32) * scale.astype(np.float32)
+    """Return float32 tokens [..., N, D] of int8 [..., N, D] and scale [..., N, 1 or 2]."""
+    values, scale = steps.astype(np.float32), scale.astype(np.float32)
+    return (values - scale[..., 1:] if scale.shape[-1] == 2 else values) * scale[..., :1]
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 # Pictures before a network that is cut at its input are what they are, whatever a recipe says.
-StoredDtype = Dtype | Literal["uint8"]
+# What a stage of a cut network takes is often never negative, which int8 is made for there.
+StoredDtype = Dtype | Literal["uint8", "int8_affine"]
 ClipNumbers = npt.NDArray[np.int64]
 
-_DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1", "uint8": "|u1"}
+_DISK = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "uint8": "|u1"}
+_DISK |= dict.fromkeys(("int8", "int8_affine"), "|i1")
+#: Columns of `scale` beside steps.
+_SCALES = {"int8": 1, "int8_affine": 2}
 _LARGEST = {
     "float16": float(np.finfo(np.float16).max),
     "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
     "float32": float(np.finfo(np.float32).max),
     "int8": LARGEST,
+    "int8_affine": LARGEST,
     "uint8": 255.0,
 }
 # Values of one clip and modality; more is a mistake or an attack, not a feature.
@@ -75,6 +106,11 @@ class StoredArray:
         return self.tokens * self.token_bytes
 
 
+def activation_dtype(dtype: StoredDtype) -> StoredDtype:
+    """Return how what a recipe calls ``dtype`` is stored before a stage of a cut backbone."""
+    return "int8_affine" if dtype == "int8" else dtype
+
+
 class ModalitySpec(Recipe):
     """Tokens of one modality and where they come from."""
 
@@ -83,8 +119,8 @@ class ModalitySpec(Recipe):
     dtype: StoredDtype = Field(
         "float16",
         description="Data type on disk. bfloat16 is stored as uint16 bits, int8 with a\n"
-        "float16 scale per token (half the size of float16); uint8 is for frames before a\n"
-        "backbone.",
+        "float16 scale per token (half the size of float16), int8_affine with a zero point,\n"
+        "too; it is for activations of a cut backbone, and uint8 for frames before one.",
     )
     frames: int = Field(0, ge=0, description="Number of recorded sampling times T per clip.")
     provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
@@ -105,11 +141,11 @@ class ModalitySpec(Recipe):
 
     @property
     def arrays(self) -> tuple[StoredArray, ...]:
-        """The arrays on disk: ``tokens``, and ``scale`` [N, 1] beside int8."""
+        """The arrays on disk: ``tokens``, and ``scale`` [N, 1 or 2] beside int8."""
         tokens = StoredArray("tokens", self.tokens, self.width, np.dtype(_DISK[self.dtype]))
-        if self.dtype != "int8":
+        if not self.is_scaled:
             return (tokens,)
-        return tokens, StoredArray("scale", self.tokens, 1, np.dtype("<f2"))
+        return tokens, StoredArray("scale", self.tokens, _SCALES[self.dtype], np.dtype("<f2"))
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -125,6 +161,11 @@ class ModalitySpec(Recipe):
             if sides and whole:
                 return tuple(sides) if math.prod(sides) == self.tokens else (self.tokens,)
         return (self.tokens,)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether tokens are int8, and numbers only with what stands beside them."""
+        return self.dtype in _SCALES
 
     @property
     def is_cut(self) -> bool:
@@ -161,6 +202,8 @@ class ModalitySpec(Recipe):
         """Turn tokens [N, D] of any float type into what `arrays` hold, rounding to nearest."""
         if self.dtype == "int8":
             return quantise(tokens)
+        if self.dtype == "int8_affine":
+            return quantise_affine(tokens)
         if self.dtype != "bfloat16":
             return (np.ascontiguousarray(tokens, _DISK[self.dtype]),)
         # bfloat16 is the upper half of float32. Half of the last kept bit is added, less one where
@@ -171,7 +214,7 @@ class ModalitySpec(Recipe):
 
     def decode(self, arrays: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[np.float32]:
         """Return float32 tokens [..., N, D] of what `arrays` hold, exactly."""
-        if self.dtype == "int8":
+        if self.is_scaled:
             return dequantise(*arrays)
         if self.dtype == "bfloat16":
             return (arrays[0].astype("<u4") << 16).view("<f4")

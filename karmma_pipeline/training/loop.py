@@ -271,8 +271,8 @@ class Trainer:
             f"epoch {self.progress.epoch}/{self.setup.recipe.epochs}: "
             f"train loss {row['train_loss']:.4f}, val loss {val_loss}, "
             f"val action {_percent(row['val_action_top1'])}"
-            f"{' (best)' if self.progress.best is row else ''}; {row['clips_per_s']:.0f} clips/s, "
-            f"{row['waiting_for_data']:.1%} waiting for data"
+            f"{' (best)' if self.progress.best is row else ''}; "
+            f"{_rate(row['clips_per_s'])} clips/s, {row['waiting_for_data']:.1%} waiting for data"
         )
 
     def _tensorboard(self) -> AbstractContextManager[TensorboardWriter | None]:
@@ -307,6 +307,11 @@ class Trainer:
 
 def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1f} %"
+
+
+def _rate(clips_per_s: float) -> str:
+    """Return a rate that does not read 0 where a clip takes seconds, as with whole backbones."""
+    return f"{clips_per_s:.0f}" if clips_per_s >= 10 else f"{clips_per_s:.2g}"
 
 
 def _name(device: torch.device) -> str:

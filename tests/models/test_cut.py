@@ -171,6 +171,18 @@ def test_less_memory_is_kept_for_a_backward_pass_with_the_same_gradient(
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
+def test_activations_in_place_do_not_disturb_what_is_computed_again() -> None:
+    choice = BackboneChoice(name="resnet18", weights="random:0", image=(32, 32), cut="input")
+    gradients = []
+    for save_memory in (False, True):
+        torch.manual_seed(0)
+        suffix = Suffix(choice)
+        suffix.adapt(freeze_norm=True, stochastic=False, save_memory=save_memory)
+        suffix.train()(torch.ones(1, 32, 32)).square().mean().backward()
+        gradients.append([p.grad for p in suffix.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 def test_a_suffix_is_in_evaluation_mode_but_for_what_is_to_train() -> None:
     suffix = Suffix(cut_store.choices("body")["rgb"]).train()
     body = list(suffix.net.get_submodule("body").children())

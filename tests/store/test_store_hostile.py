@@ -173,9 +173,9 @@ def test_implausible_and_wrong_shapes_are_refused(
 
 
 def test_a_store_of_a_newer_format_says_what_to_do(store: Path) -> None:
-    edit_spec(store, lambda s: s.update(version=6))
+    edit_spec(store, lambda s: s.update(version=7))
     spec = StoreSpec.model_validate(json.loads((store / "spec.json").read_text())["spec"])
-    newer = r"newer version \(store format 6; .*up to 5\); update"
+    newer = r"newer version \(store format 7; .*up to 6\); update"
     for touch in (FeatureStore.open, finalize, verify, lambda root: create_store(root, spec, [])):
         with pytest.raises(StoreError, match=newer):
             touch(store)

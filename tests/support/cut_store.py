@@ -20,7 +20,7 @@ from karmma_pipeline.store import (
     create_store,
     finalize,
 )
-from karmma_pipeline.store.spec import Dtype
+from karmma_pipeline.store.spec import Dtype, activation_dtype
 
 VERBS, FRAMES, SIDE, IMAGE = 3, 4, 8, (8, 12)
 
@@ -109,7 +109,7 @@ def write_cut_store(
         specs[m] = ModalitySpec(
             tokens=rows[m].shape[1],
             width=rows[m].shape[2],
-            dtype="uint8" if pictures else dtype,
+            dtype="uint8" if pictures else activation_dtype(dtype) if cut else dtype,
             provenance=backbone.provenance(),
         )
     count = len(clips["rgb"])

@@ -26,8 +26,8 @@ from karmma_pipeline.store.source import TokenSource, dense
 class Batch:
     """Tensors of a batch, valid for as long as they are held; absent clips' tokens are zeros.
 
-    tokens: modality to [B, N, D] as stored. scales: float16 [B, N, 1] for those in int8.
-    present and mask: bool [B, M], what clips natively have and what is left after modality
+    tokens: modality to [B, N, D] as stored. scales: float16 [B, N, 1 or 2] for those
+    in int8. present and mask: bool [B, M], what clips natively have and what is left after modality
     dropout. labels: head to int64 [B]. clip_index: int64 [B], the clips' place in the store.
     frames: int64 [B, T], the rows that are taken of modalities of which more frames are stored.
     All lie on the CPU, with the cache on the device tokens and scales lie there.

@@ -17,6 +17,8 @@ def compute_again(module: nn.Module) -> None:
 
     Whoever calls it, with whatever: stages in a row as well as blocks by the code of their library.
     """
+    if getattr(module, "inplace", False):  # it overwrites what it is given, and keeps no more
+        return
     module.forward = partial(_forward, module, module.forward)
 
 

@@ -24,9 +24,10 @@ from karmma_pipeline.store.spec import ModalitySpec, StoredArray
 FORMAT = "karmma-feature-store"
 #: What is written: the second if the list of clips has grown, which decides where shards end; the
 #: third if a backbone is cut, so that rows are no tokens; the fourth if more frames lie before it
-#: than it takes. Other stores can be read by older programs. Who changes what lies in a store
-#: writes a newer one, and goes on reading the older.
-VERSION, VERSION_GROWN, VERSION_CUT, VERSION_FRAMES = 2, 3, 4, 5
+#: than it takes; the fifth if activations are int8 with a zero point. Other stores can be read by
+#: older programs. Who changes what lies in a store writes a newer one, and goes on reading the
+#: older.
+VERSION, VERSION_GROWN, VERSION_CUT, VERSION_FRAMES, VERSION_AFFINE = 2, 3, 4, 5, 6
 
 _OLDEST = 2
 #: Where the tokens start in every shard file: after user block and HDF5 header.
@@ -166,10 +167,10 @@ def check_version(path: Path, description: dict[str, Any]) -> None:
     name, version = description.get("format"), description.get("version", _OLDEST)
     if name != FORMAT or not isinstance(version, int):
         raise StoreError(f"{path}: format {name!r} version {version!r} is not {FORMAT!r}.")
-    if version > VERSION_FRAMES:
+    if version > VERSION_AFFINE:
         raise StoreError(
             f"{path}: written by a newer version (store format {version}; this version reads up "
-            f"to {VERSION_FRAMES}); update karmma-pipeline."
+            f"to {VERSION_AFFINE}); update karmma-pipeline."
         )
     if version < _OLDEST:
         raise StoreError(

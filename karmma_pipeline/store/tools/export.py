@@ -71,7 +71,8 @@ def _needed(store: FeatureStore, layout: ExportLayout) -> tuple[int, int]:
     size = 0
     for column, m in enumerate(store.modalities):
         one = store.specs[m]
-        wide = 4 if layout in {"actionformer", "tim"} or one.dtype in {"int8", "bfloat16"} else 0
+        is_float32 = layout in {"actionformer", "tim"} or one.dtype == "bfloat16" or one.is_scaled
+        wide = 4 if is_float32 else 0
         values = one.tokens * one.width
         size += int(store.present[:, column].sum()) * (values * wide or one.clip_bytes)
     return size, int(store.present.sum()) + 16
@@ -98,7 +99,7 @@ def _npy(one: ModalitySpec, arrays: Encoded) -> bytes:
 def _pt(one: ModalitySpec, arrays: Encoded) -> bytes:
     import torch
 
-    tensor = torch.from_numpy(one.decode(arrays) if one.dtype == "int8" else arrays[0].copy())
+    tensor = torch.from_numpy(one.decode(arrays) if one.is_scaled else arrays[0].copy())
     tensor = tensor.view(torch.bfloat16) if one.dtype == "bfloat16" else tensor
     return _written(lambda buffer: torch.save(tensor, buffer))
 

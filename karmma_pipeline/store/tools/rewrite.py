@@ -28,6 +28,7 @@ from karmma_pipeline.store.spec import (
     ModalitySpec,
     StoredDtype,
     StoreSpec,
+    activation_dtype,
 )
 from karmma_pipeline.store.writer import ShardWriter
 
@@ -125,7 +126,10 @@ def convert(
                 f"{store}: {m} contains the input of {one.provenance['cut'].get('before')} of "
                 "its backbone; it cannot be pooled or, for frames, converted."
             )
-        specs[m] = _converted(store, m, one, dtype or one.dtype, grid)
+        wanted: StoredDtype = dtype or one.dtype
+        if one.is_cut and dtype is not None:
+            wanted = activation_dtype(dtype)
+        specs[m] = _converted(store, m, one, wanted, grid)
         if specs[m] != one:
             changes[m] = _change(one, grid)
     spec = opened.spec.model_copy(update={"modalities": specs})
