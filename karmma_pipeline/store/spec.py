@@ -118,15 +118,15 @@ class ModalitySpec(Recipe):
     width: int = Field(gt=0, le=1_000_000, description="Width D of a token.")
     dtype: StoredDtype = Field(
         "float16",
-        description="Data type on disk. bfloat16 is stored as uint16 bits, int8 with a\n"
-        "float16 scale per token (half the size of float16), int8_affine with a zero point,\n"
-        "too; it is for activations of a cut backbone, and uint8 for frames before one.",
+        description="Data type on disk. bfloat16 is stored as uint16 bits, int8 with a "
+        "float16 scale per token (half the size of float16). int8_affine also has a zero point "
+        "and is for activations of a cut backbone, as uint8 is for frames.",
     )
     frames: int = Field(0, ge=0, description="Number of recorded sampling times T per clip.")
     provenance: dict[str, Any] = Field({}, description="Backbone, weights, transform, sampling.")
     computed: dict[str, Any] = Field(
         {},
-        description="Precision, memory format and batch size of the computation; they change\n"
+        description="Precision, memory format and batch size of the computation; they change "
         "tokens only in the last bits.",
     )
 

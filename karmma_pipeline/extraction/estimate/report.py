@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from karmma_pipeline.data.manifest import describe_heads
-from karmma_pipeline.errors import ConfigError, KarmmaError, ManifestError
+from karmma_pipeline.errors import ConfigError, KarmmaError, ManifestError, counted
 from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.survey import Survey
 from karmma_pipeline.extraction.inference.openvino_engine import FASTER
@@ -131,7 +131,7 @@ def _clips(plan: Plan) -> list[str]:
     length = f"{_duration(plan['hours'])} in total, median length {plan['median_s']:.2f} s"
     unknown = plan["clips_of_unknown_length"]
     more = f"; {unknown:,} are whole files of unknown length" if unknown else ""
-    return [f"{plan['clips']:,} in {plan['videos']:,} videos: {splits}", length + more]
+    return [f"{plan['clips']:,} in {counted(plan['videos'], 'video')}: {splits}", length + more]
 
 
 def _files(plan: Plan) -> list[str]:
