@@ -148,6 +148,13 @@ def test_a_sweep_is_runs_of_every_method_setting_and_seed(here: Path) -> None:
     ]
 
 
+def test_methods_on_one_recipe_are_told_apart_in_the_report(here: Path) -> None:
+    path = write_sweep(weak=METHODS["teacher"], wide={**METHODS["teacher"], "name": "Wide"})
+    report: Any = load_sweep(path).stages[-1].recipe
+    names = [*dict.fromkeys(report.names.values())]
+    assert names == ["Teacher", "baseline", "student, alpha=0.3", "weak", "Wide"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,6 +168,9 @@ def test_a_sweep_is_runs_of_every_method_setting_and_seed(here: Path) -> None:
         ({"baseline": {**METHODS["baseline"], "grid": {"exclude": ["a/b", "a_b"]}}},
          "two combinations would have the name baseline,exclude=a_b"),
         ({"seeds": [1, 1]}, "1 is listed twice"),
+        ({"baseline": {**METHODS["baseline"], "set": {"name": "B"}}}, "has a name of its own"),
+        ({"baseline": {**METHODS["baseline"], "name": "Teacher"}},
+         "methods.baseline: another method is named 'Teacher'"),
     ],
 )  # fmt: skip
 def test_what_a_sweep_cannot_mean_is_said(
