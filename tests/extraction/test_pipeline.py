@@ -218,7 +218,7 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(
 ) -> None:
     names = ["a", "hang", "b", "die", "c", "memory", "d", "raise", "e", "grow", "loop", "f"]
     clips = clips_named(tmp_path, *names)
-    with DecodePool(settings, 1, 1.0, StopFlag(), memory_gb=1.5, ahead=8, stall_s=1.0) as workers:
+    with DecodePool(settings, 1, 2.0, StopFlag(), memory_gb=0.6, ahead=8, stall_s=1.0) as workers:
         batches = list(workers.batches(plans_of(clips[:4], clips[4:8], clips[8:])))
     found = {d.clip_id: set(d.reasons.values()) for _, batch in batches for d in batch}
     assert list(found) == names
@@ -230,8 +230,8 @@ def test_a_decoder_that_misbehaves_costs_only_its_clip(
     assert found["loop"] == {Reason.TIMEOUT}
     details = {d.clip_id: set(d.details.values()) for _, batch in batches for d in batch}
     assert details["hang"] == {"its decode process stalled for 1 s"}
-    assert details["loop"] == {"a clip took more than 1 s of CPU time"}
-    assert details["grow"] == {"its decode process used more than 1.5 GB"}
+    assert details["loop"] == {"a clip took more than 2 s of CPU time"}
+    assert details["grow"] == {"its decode process used more than 0.6 GB"}
     (died,), (raised,) = details["die"], details["raise"]
     assert died.startswith("its decode process ended")
     assert "Error: " in raised

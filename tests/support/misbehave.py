@@ -34,7 +34,7 @@ def misbehave(clips: list[Clip], settings: DecodeSettings) -> list[DecodedClip]:
         if trouble == "raise":
             raise KeyError("from deep inside a decoder")
         if trouble == "grow":
-            hoard = bytearray(2 << 30)
+            hoard = bytearray(800 << 20)
             hoard[:: 1 << 12] = b"x" * len(hoard[:: 1 << 12])
             time.sleep(3600)
     return [DecodedClip(clip.clip_id) for clip in clips]
