@@ -314,3 +314,24 @@ def test_a_process_of_a_pool_ignores_what_only_the_main_one_hears_of() -> None:
         assert set(STOP_SIGNALS) - heard <= set(pool.schedule(ignored).result())
         assert signal.SIGXCPU not in pool.schedule(ignored).result()
     assert blocked() == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_job_leaves_pythons_tracker_of_semaphores_alive() -> None:
+    """Killed, it is started again, and that one prints a traceback for each semaphore."""
+    main = (
+        "from multiprocessing import resource_tracker\n"
+        "from karmma_pipeline.jobs import become_worker\n"
+        "from karmma_pipeline.jobs.processes import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkerPool(1, become_worker):\n"
+        "        tracker = resource_tracker._resource_tracker._pid\n"
+        "        print(open(f'/proc/{tracker}/status').read())\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", main], capture_output=True, text=True, check=True, timeout=PATIENCE_S
+    )
+    (mask,) = [line.split()[1] for line in said.stdout.splitlines() if line.startswith("SigBlk")]
+    survived = {n for n in STOP_SIGNALS if int(mask, 16) >> (n - 1) & 1}
+    # Python ignores these two there, and lets them through.
+    assert survived | {signal.SIGINT, signal.SIGTERM} == set(STOP_SIGNALS) | {signal.SIGINT}

@@ -6,7 +6,9 @@ a fault of a run that went well.
 """
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -17,17 +19,24 @@ from karmma_pipeline.jobs.signals import STOP_SIGNALS
 CONSTS.term_timeout = 0.0  # our processes ignore SIGTERM: SIGKILL at once
 
 
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Block the stop signals in what is spawned; here they come a moment later."""
+    # A mask is inherited by what is spawned; a handler is not.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process(SpawnProcess):
     """Starts with the stop signals blocked, until `become_worker` ignores them."""
 
     def start(self) -> None:
-        """Start it; a signal that comes meanwhile reaches this process a moment later."""
-        # A mask is inherited by what is spawned; a handler is not.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
+        """Start it."""
+        with _blocked():
             super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Context(SpawnContext):
@@ -53,6 +62,10 @@ class WorkerPool(ProcessPool):
         initargs: Iterable[Any] = (),
         max_tasks: int = 0,
     ) -> None:
+        # Python's tracker of semaphores ignores SIGINT and SIGTERM alone. Of a SIGUSR1 to the whole
+        # job, as Slurm sends it, it would die, and its successor would print tracebacks.
+        with _blocked():
+            resource_tracker.ensure_running()
         super().__init__(workers, max_tasks, initializer, initargs, _Context())
 
     def _stop_pool(self) -> None:
