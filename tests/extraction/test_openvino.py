@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from support.media_files import write_video
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.extraction import pipeline
-from karmma_pipeline.extraction.inference import openvino_engine
+from karmma_pipeline.extraction.inference import openvino_engine, runner
 from karmma_pipeline.extraction.inference.defaults import configure, example
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
@@ -159,6 +161,21 @@ def test_tokens_are_those_of_torch(choice: dict[str, Any]) -> None:
     assert found.shape == wanted.shape
     assert cosine(found, wanted) > 0.99999
     assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+@extra
+@pytest.mark.usefixtures("needs_openvino")
+def test_the_memory_of_a_pass_is_known_without_computing_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice = {"name": "s3d", **VIDEO}
+    fakes, (clip, one) = list[bool](), (clips_of(choice, 1), network(choice))
+    first = next(m for m in one.backbone.net.modules() if isinstance(m, nn.Conv3d))
+    first.register_forward_pre_hook(lambda _, given: fakes.append(isinstance(given[0], FakeTensor)))
+    found = one.clip_bytes(clip)
+    assert fakes == [True]
+    monkeypatch.setattr(runner, "FakeTensorMode", lambda **_: nullcontext())
+    assert found == network(choice).clip_bytes(clip)
 
 
 @extra

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import AliasChoices, Field, PositiveInt
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,7 +178,10 @@ class Network:
         """
         if not self._clip_bytes:
             call, self._call = self._call, self.backbone  # compiled code hides its steps
-            with _LargestOperation() as largest:  # type: ignore[no-untyped-call]
+            # OpenVINO's module is exported with fake tensors, so it has a pass without computing,
+            # too. oneDNN's packed weights have none.
+            fake = FakeTensorMode(allow_non_fake_inputs=True) if self.openvino else nullcontext()
+            with fake, _LargestOperation() as largest:  # type: ignore[no-untyped-call]
                 self.tokens(clip)
             self._call = call
             self._clip_bytes = 2 * largest.bytes  # a residual beside it, and a library's scratch
