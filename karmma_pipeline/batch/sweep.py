@@ -106,15 +106,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> LoadedSweep:
 def _points(sweep: Sweep) -> Iterator[Point]:
     """Yield the methods, one for each combination of their grid's values.
 
-    The first method on a recipe takes its name; the others go by their key.
+    The first method on a recipe takes its name; others that would be called the same go by their
+    key.
     """
     names, labels = set[str](), set[str]()
     for key, method in sweep.methods.items():
-        label = method.name or config.read(method.recipe).get("name") or key
-        label = key if label in labels and not method.name else label
-        if label in labels:
-            raise ConfigError(f"methods.{key}: another method is named {label!r}; change its name.")
-        labels.add(label)
+        of_recipe = method.name or config.read(method.recipe).get("name") or key
         for values in itertools.product(*method.grid.values()):
             settings = dict(zip(method.grid, values, strict=True))
             said = [f"{k.rpartition('.')[2]}={_text(v)}" for k, v in settings.items()]
@@ -125,7 +122,15 @@ def _points(sweep: Sweep) -> Iterator[Point]:
                     "them as separate methods without a grid."
                 )
             names.add(name)
-            yield Point(name, ", ".join((label, *said)), method, settings)
+            label = ", ".join((of_recipe, *said))
+            if label in labels and not method.name:
+                label = ", ".join((key, *said))
+            if label in labels:
+                raise ConfigError(
+                    f"methods.{key}: another method is named {label!r}; change its name."
+                )
+            labels.add(label)
+            yield Point(name, label, method, settings)
 
 
 def _text(value: Any) -> str:

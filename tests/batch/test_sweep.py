@@ -155,6 +155,10 @@ def test_methods_on_one_recipe_are_told_apart_in_the_report(here: Path) -> None:
     report: Any = load_sweep(path).stages[-1].recipe
     names = [*dict.fromkeys(report.names.values())]
     assert names == ["Teacher", "baseline", "weak", "Wide"]
+    grids = [{**METHODS["teacher"], "grid": {key: [2]}} for key in ("epochs", "batch_size")]
+    path = write_sweep(student=None, teacher=grids[0], weak=grids[1])
+    report = load_sweep(path).stages[-1].recipe
+    assert {*report.names.values()} == {"Teacher, epochs=2", "Teacher, batch_size=2", "baseline"}
 
 
 @pytest.mark.parametrize(
