@@ -140,18 +140,23 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
         writer.writerows(rows)
 
 
-def count_failed(out: Path) -> int:
-    """Return how many clips lost a modality to an error, as the table says; 0 without one.
+def read_failures(out: Path) -> list[dict[str, str]]:
+    """Return the rows of the table of what is absent; none without one.
 
     Tables of older versions have other names for two reasons (`time_off`, `refused`) and no
-    detail; all that counts is which reasons are no errors.
+    detail.
     """
     table = out / FAILURES
     if not table.is_file():
-        return 0
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def count_failed(out: Path) -> int:
+    """Return how many clips lost a modality to an error, as the table says; 0 without one."""
     natural = {reason.label for reason in NATURAL}
-    with table.open(newline="") as file:
-        return len({r["clip_id"] for r in csv.DictReader(file) if r["reason"] not in natural})
+    return len({r["clip_id"] for r in read_failures(out) if r["reason"] not in natural})
 
 
 def read_notes(out: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """What an extraction will cost: disk, exactly; time, from a few clips done for real."""
 
-import csv
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from karmma_pipeline.extraction.inference.workers import max_workers
 from karmma_pipeline.extraction.media.integrity import Outcome
 from karmma_pipeline.extraction.pipeline import check_room, extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, check_files
-from karmma_pipeline.extraction.tables import FAILURES
+from karmma_pipeline.extraction.tables import read_failures
 from karmma_pipeline.extraction.types import NATURAL, input_spec, stored_as
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice
@@ -131,12 +130,16 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, seen: Survey) -> di
     few = Manifest(tuple(manifest.clips[n] for n in rows), manifest.heads)
     size = small if recipe.batch_size == "auto" else recipe.batch_size
     with tempfile.TemporaryDirectory(prefix="karmma-plan-") as name:
-        changes = {"out": Path(name) / "out", "batch_size": size, "max_failures": 1.0}
+        out = Path(name) / "out"
+        changes = {"out": out, "batch_size": size, "max_failures": 1.0}
         changes |= {"views": Views()}  # of a clip's views perhaps not all are among the few
         started = perf_counter()
         marks = extract(recipe.model_copy(update=changes), manifest=few).marks
         total_s = perf_counter() - started
-        lost = _failures(Path(name) / "out" / FAILURES)
+        lost: dict[tuple[str, str], Outcome] = {
+            (row["clip_id"], row["modality"]): (Reason[row["reason"].upper()], row["detail"])
+            for row in read_failures(out)
+        }
     ids = {manifest.clips[n].clip_id: seen.clips[n // views].clip_id for n in rows}
     seen.learn(
         {(of, m): lost.get((row, m), FOUND) for row, of in ids.items() for m in seen.modalities}
@@ -150,14 +153,6 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, seen: Survey) -> di
         "seconds_per_clip": clip_s,
         "without_start_up": last > first,
         "problem": "",
-    }
-
-
-def _failures(table: Path) -> dict[tuple[str, str], Outcome]:
-    lines = table.read_text("utf-8").splitlines() if table.exists() else []
-    return {
-        (row["clip_id"], row["modality"]): (Reason[row["reason"].upper()], row["detail"])
-        for row in csv.DictReader(lines)
     }
 
 
