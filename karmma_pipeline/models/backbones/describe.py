@@ -26,10 +26,10 @@ def list_backbones() -> list[dict[str, Any]]:
     rows = [_row(name, architecture) for name, architecture in ARCHITECTURES.items()]
     for name, (kind, licence) in PUBLISHED.items():
         sha256 = cached_sha256(name)
-        facts = [licence, f"sha256 {sha256[:8]}" if sha256 else "not fetched"]
-        rows += [
-            {"name": name, "input": kind, "frames": None, "parameters": None, "weights": facts}
-        ]
+        fetched = f"sha256 {sha256[:8]}" if sha256 else "fetched"
+        facts = [licence, "not fetched" if sha256 is None else fetched]
+        row = {"name": name, "input": kind, "frames": None, "parameters": None, "weights": facts}
+        rows.append(row)
     return rows + [
         {"name": e.name, "input": e.value, "frames": None, "parameters": None, "weights": []}
         for e in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name)

@@ -74,12 +74,16 @@ def _cached() -> Iterator[str]:
 def cached_sha256(name: str) -> str | None:
     """Return the sha256 of a timm or hf network's weights in the hub's cache, None if not there.
 
-    The hub keeps a file of weights under its sha256 and links to it, so nothing is read.
+    The hub keeps a file of weights under its sha256 and links to it, so nothing is read; empty
+    where it could not link.
     """
     repository = name.removeprefix("hf:").replace("timm:", "timm/")
     folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
     files = list(folder.glob("snapshots/*/model.safetensors"))
-    return max(files, key=lambda file: file.stat().st_mtime).resolve().name if files else None
+    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None:
+        return None
+    return newest.resolve().name if newest.is_symlink() else ""
 
 
 def near(name: str, among: Iterable[str] | None = None) -> str:
