@@ -36,7 +36,8 @@ import numpy as np
 import torch
 
 from karmma_pipeline import config, jobs
-from karmma_pipeline.data.manifest import Clip, FileSource, read_manifest
+from karmma_pipeline.data.manifest import Clip, read_manifest
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference import openvino_engine

@@ -53,7 +53,7 @@ def write_gallery(
 
 def _clips(recipe: EvaluateRecipe, choice: Choice) -> list[Clip]:
     """Return the chosen clips with their media, which are there."""
-    from karmma_pipeline.data.manifest import FileSource
+    from karmma_pipeline.data.sources import FileSource
     from karmma_pipeline.errors import MediaError
     from karmma_pipeline.evaluation.recipe import with_stores
     from karmma_pipeline.extraction.parts import recipe_of

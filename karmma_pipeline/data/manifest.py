@@ -28,14 +28,13 @@ from karmma_pipeline import files, metrics
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row
-from karmma_pipeline.data.annotations import parse_time as parse_time
 from karmma_pipeline.data.sensors import check_series_file
-from karmma_pipeline.data.sources import BoxSource as BoxSource
-from karmma_pipeline.data.sources import FileSource as FileSource
-from karmma_pipeline.data.sources import FrameSource as FrameSource
-from karmma_pipeline.data.sources import SensorSource as SensorSource
-from karmma_pipeline.data.sources import SoundArray as SoundArray
-from karmma_pipeline.data.sources import Source as Source
+from karmma_pipeline.data.sources import (
+    FileSource,
+    FrameSource,
+    SensorSource,
+    Source,
+)
 from karmma_pipeline.errors import ManifestError, counted
 from karmma_pipeline.views import View
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from karmma_pipeline import files, jobs, logs
-from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, read_manifest
+from karmma_pipeline.data.manifest import Clip, Manifest, read_manifest
 from karmma_pipeline.data.sample.dataset import write_network_clips
 from karmma_pipeline.data.sample.scene import NOUNS, VERBS
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.demo import networks
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import ExtractRecipe

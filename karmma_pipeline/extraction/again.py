@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from karmma_pipeline import files
-from karmma_pipeline.data.manifest import Clip, Source
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import Source
 from karmma_pipeline.errors import ConfigError, StoreError, counted
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling

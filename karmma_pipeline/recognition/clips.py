@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from karmma_pipeline.data.manifest import UNKNOWN, Clip, FileSource, read_manifest
-from karmma_pipeline.data.sources import Source
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, read_manifest
+from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia

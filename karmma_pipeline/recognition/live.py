@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from karmma_pipeline.data.manifest import FileSource
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.media.open import OpenMedia

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from karmma_pipeline import files
-from karmma_pipeline.data.manifest import FileSource
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia

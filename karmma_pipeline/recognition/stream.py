@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip, FileSource, SensorSource, Source
+from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.data.sources import FileSource, SensorSource, Source
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clip
 from karmma_pipeline.extraction.inference.recent import Recent

@@ -12,7 +12,8 @@ from karmma_pipeline import config
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.ego4d import Ego4dLta
 from karmma_pipeline.data.datasets.ego_exo4d import EgoExo4dKeysteps
-from karmma_pipeline.data.manifest import FileSource, Manifest
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ManifestError
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 

@@ -8,7 +8,8 @@ from support.epic import HEADER, VAL, complaint, touch, write_annotations
 
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.epic_kitchens import EpicKitchens
-from karmma_pipeline.data.manifest import Clip, FileSource, FrameSource, Manifest, SoundArray
+from karmma_pipeline.data.manifest import Clip, Manifest
+from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray
 from karmma_pipeline.errors import ManifestError
 
 

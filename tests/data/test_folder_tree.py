@@ -12,7 +12,8 @@ from karmma_pipeline import files
 from karmma_pipeline.cli import main
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.folder_tree import FolderTree
-from karmma_pipeline.data.manifest import FileSource, Manifest
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ManifestError
 
 

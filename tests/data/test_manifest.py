@@ -6,15 +6,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karmma_pipeline.data.manifest import (
-    Clip,
-    FileSource,
-    FrameSource,
-    Manifest,
-    PictureNames,
-    parse_time,
-    read_manifest,
-)
+from karmma_pipeline.data.annotations import parse_time
+from karmma_pipeline.data.manifest import Clip, Manifest, PictureNames, read_manifest
+from karmma_pipeline.data.sources import FileSource, FrameSource
 from karmma_pipeline.errors import ManifestError
 
 HEADER = "clip_id,video,start,stop,verb,noun,split\n"

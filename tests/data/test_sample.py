@@ -7,9 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, read_manifest
+from karmma_pipeline.data.manifest import Clip, Manifest, read_manifest
 from karmma_pipeline.data.sample import write_sample
 from karmma_pipeline.data.sample.scene import NOUNS, VERBS, handwriting, tone_hz
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError
 
 

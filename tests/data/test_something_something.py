@@ -8,7 +8,8 @@ from support.epic import complaint
 
 from karmma_pipeline.data.datasets import read_dataset
 from karmma_pipeline.data.datasets.something_something import SomethingSomething
-from karmma_pipeline.data.manifest import BoxSource, FileSource, FrameSource, Manifest
+from karmma_pipeline.data.manifest import Manifest
+from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource
 from karmma_pipeline.errors import ManifestError
 
 LABELS = {"Holding something": "2", "Closing something": "0", "Putting something onto something": 1}

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from karmma_pipeline.data.manifest import SoundArray
+from karmma_pipeline.data.sources import SoundArray
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason

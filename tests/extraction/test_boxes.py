@@ -11,7 +11,8 @@ from support.media_files import write_video
 
 from karmma_pipeline import config
 from karmma_pipeline.data.loading.loader import FeatureLoader
-from karmma_pipeline.data.manifest import BoxSource, Clip, FileSource, FrameSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.pipeline import extract

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import over_report, read_counter, turn, write_video
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError

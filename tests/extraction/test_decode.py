@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.media_files import RATE, Maker, pack, read_counter, write_frames
 
-from karmma_pipeline.data.manifest import Clip, FileSource, FrameSource, SoundArray
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray
 from karmma_pipeline.extraction.decode.frame_selection import partners, sample_times
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.decode.worker import decode_clips

@@ -13,7 +13,8 @@ import torch
 from support.media_files import Maker, panned, write_flow
 from torch import Tensor, nn
 
-from karmma_pipeline.data.manifest import Clip, FileSource, FrameSource, Source
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, collate

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.media_files import counter_picture, pack, read_counter, write_flow, write_frames
 
-from karmma_pipeline.data.manifest import FrameSource
+from karmma_pipeline.data.sources import FrameSource
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.modalities import Reason

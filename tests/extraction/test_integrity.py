@@ -21,7 +21,7 @@ from support.media_files import (
     write_video,
 )
 
-from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.extraction.media.container import read_info
 from karmma_pipeline.extraction.media.integrity import (
     check_source,

@@ -13,7 +13,8 @@ from pebble import ProcessPool
 from support.media_files import write_video
 from support.patience import PATIENCE_S
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.pool import DecodePool, _by_video
 from karmma_pipeline.extraction.decode.worker import (
     SharedBuffer,

@@ -19,7 +19,8 @@ from support.nth_call import kill_at_call
 from support.patience import PATIENCE_S, wait_for
 
 from karmma_pipeline import config
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import StoppedError, StoreError, TooManyFailuresError
 from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.decode.pool import DecodePool

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from support.media_files import counter_picture, mirror, read_counter, write_video
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media import packet_index, pyav_video
 from karmma_pipeline.extraction.media.interface import MediaFaultError

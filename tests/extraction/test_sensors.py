@@ -12,7 +12,8 @@ from support.here_pool import HerePool
 from support.training import baseline_recipe, says
 
 from karmma_pipeline import config
-from karmma_pipeline.data.manifest import SensorSource, read_manifest
+from karmma_pipeline.data.manifest import read_manifest
+from karmma_pipeline.data.sources import SensorSource
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.estimate import survey

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support.media_files import Maker
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.pyav_video import PyavVideo

@@ -9,8 +9,9 @@ import torch
 from support.media_files import Maker
 
 from karmma_pipeline import config, distill, load_model, predict, train_teacher
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.decode.worker import decode_clips

@@ -21,7 +21,8 @@ import av
 import numpy as np
 from support.media_files import counter_picture, mirror, panned
 
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import ROUNDING_S, DecodeSettings, InputSpec

@@ -13,7 +13,8 @@ from support.cut_store import assert_same_bits
 from torch import Tensor, nn
 
 from karmma_pipeline.cli import main
-from karmma_pipeline.data.manifest import Clip, FileSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.decode.spectrogram import longest_s, mel_image
 from karmma_pipeline.extraction.decode.worker import decode_clips

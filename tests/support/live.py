@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from karmma_pipeline import config
-from karmma_pipeline.data.manifest import Clip, FileSource, SensorSource, Source
+from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.data.sources import FileSource, SensorSource, Source
 from karmma_pipeline.extraction.decode.frame_selection import DecodedFrames
 from karmma_pipeline.extraction.decode.worker import decode_clip
 from karmma_pipeline.extraction.inference.networks import Networks

@@ -16,7 +16,8 @@ from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
-from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, unique
+from karmma_pipeline.data.manifest import Clip, Manifest, unique
+from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError
 
 HEAD = "keystep"

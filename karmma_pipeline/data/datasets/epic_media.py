@@ -26,7 +26,7 @@ from karmma_pipeline.data.datasets.listing import (
     Listing,
     SourceCounts,
 )
-from karmma_pipeline.data.manifest import FileSource, FrameSource, SoundArray, Source
+from karmma_pipeline.data.sources import FileSource, FrameSource, SoundArray, Source
 from karmma_pipeline.errors import ManifestError
 
 AUDIO_ARRAY = "EPIC-KITCHENS-100_audio.hdf5"

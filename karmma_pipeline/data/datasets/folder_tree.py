@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets.listing import VIDEO_SUFFIXES
-from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, Source, unique
+from karmma_pipeline.data.manifest import Clip, Manifest, unique
+from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ManifestError, counted
 
 _SPLITS = ("train", "val", "test")

@@ -18,17 +18,8 @@ from pydantic import Field
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.datasets.listing import MISSING, Listing, SourceCounts
-from karmma_pipeline.data.manifest import (
-    UNKNOWN,
-    BoxSource,
-    Clip,
-    FileSource,
-    FrameName,
-    FrameSource,
-    Manifest,
-    Source,
-    unique,
-)
+from karmma_pipeline.data.manifest import UNKNOWN, Clip, FrameName, Manifest, unique
+from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
 from karmma_pipeline.errors import ManifestError, counted
 
 HEAD = "action"

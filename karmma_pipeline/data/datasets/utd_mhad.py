@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data.datasets.listing import Listing
-from karmma_pipeline.data.manifest import Clip, FileSource, Manifest, SensorSource, Source
+from karmma_pipeline.data.manifest import Clip, Manifest
+from karmma_pipeline.data.sources import FileSource, SensorSource, Source
 from karmma_pipeline.errors import ManifestError
 
 HEAD = "activity"

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import BoxSource, Clip, FileSource, FrameSource, Source
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import BoxSource, FileSource, FrameSource, Source
 from karmma_pipeline.extraction.decode.frame_selection import picture_span, sample_times
 from karmma_pipeline.extraction.media.container import open_container
 from karmma_pipeline.extraction.media.interface import MediaFaultError

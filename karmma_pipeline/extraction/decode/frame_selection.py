@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import Clip, FrameSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import FrameSource
 from karmma_pipeline.extraction.decode.flow import Motion, as_pictures, dis_flow, resized
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.recipe import Flow, Sampling

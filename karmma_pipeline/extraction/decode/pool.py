@@ -25,7 +25,8 @@ import psutil
 from pebble import ProcessExpired, ProcessFuture
 
 from karmma_pipeline import files, jobs
-from karmma_pipeline.data.manifest import Clip, SensorSource
+from karmma_pipeline.data.manifest import Clip
+from karmma_pipeline.data.sources import SensorSource
 from karmma_pipeline.extraction.decode.spectrogram import log_mel
 from karmma_pipeline.extraction.decode.worker import (
     AT_WORK,

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from karmma_pipeline.data.manifest import BoxSource, Clip, SensorSource, Source
+from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.data.sources import BoxSource, SensorSource, Source
 from karmma_pipeline.extraction.decode.boxes import read_boxes
 from karmma_pipeline.extraction.decode.frame_selection import (
     DecodedFrames,

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline.data.manifest import (
+from karmma_pipeline.data.manifest import Clip, Manifest
+from karmma_pipeline.data.sources import (
     BoxSource,
-    Clip,
     FileSource,
     FrameSource,
-    Manifest,
     SensorSource,
     SoundArray,
     Source,

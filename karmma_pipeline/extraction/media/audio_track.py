@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from karmma_pipeline.data.manifest import SoundArray
+from karmma_pipeline.data.sources import SoundArray
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container
 from karmma_pipeline.extraction.media.interface import (
     MediaFaultError,

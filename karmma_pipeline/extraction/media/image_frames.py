@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from karmma_pipeline import files
 from karmma_pipeline.data.datasets.listing import missing
-from karmma_pipeline.data.manifest import FrameSource
+from karmma_pipeline.data.sources import FrameSource
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
 from karmma_pipeline.extraction.types import ROUNDING_S, Numbers, Times
 from karmma_pipeline.modalities import Reason

@@ -21,7 +21,7 @@ from pebble import ProcessExpired
 
 from karmma_pipeline import files, jobs
 from karmma_pipeline.data.datasets.listing import Listing
-from karmma_pipeline.data.manifest import BoxSource, FileSource, Source
+from karmma_pipeline.data.sources import BoxSource, FileSource, Source
 from karmma_pipeline.extraction.media.audio_track import set_order
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container, read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line

@@ -6,7 +6,8 @@ from typing import Self
 
 from karmma_pipeline import files
 from karmma_pipeline.data.datasets.listing import missing
-from karmma_pipeline.data.manifest import (
+from karmma_pipeline.data.sensors import Sensor
+from karmma_pipeline.data.sources import (
     BoxSource,
     FileSource,
     FrameSource,
@@ -14,7 +15,6 @@ from karmma_pipeline.data.manifest import (
     SoundArray,
     Source,
 )
-from karmma_pipeline.data.sensors import Sensor
 from karmma_pipeline.extraction.media.audio_track import SoundArrayReader
 from karmma_pipeline.extraction.media.image_frames import ImageFrames
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
