@@ -73,7 +73,7 @@ class Reason(enum.IntEnum):
 #: What may lie where media should, and its remedy: a detail of ``decode_error`` has both.
 NO_MEDIA = {
     "encrypted": "decrypt it, or get a copy without DRM",
-    "closed to you": "change its permissions",
+    "not readable": "change its permissions",
     "an empty file": "download it again",
     "an image": "put images into a folder and name it in the column frames",
     "an archive": "unpack it",

@@ -194,7 +194,7 @@ def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
         f"total {_size(total)} in shards of {recipe.store.clips_per_shard} clips, "
         f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} free at {recipe.out}"
     )
-    return [*lines, *([f"{_size(whole)} once no clip is lost"] if whole > total else [])]
+    return [*lines, *([f"{_size(whole)} if no clip is lost"] if whole > total else [])]
 
 
 def _time(plan: Plan, recipe_path: Path) -> list[str]:
