@@ -154,6 +154,11 @@ def evaluated_subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(chosen)
 
 
+def legend(names: Iterable[str]) -> str:
+    """Return what the letters of `label` stand for, such as ``V: rgb, F: flow``; empty if none."""
+    return ", ".join(f"{_LETTERS[m]}: {m}" for m in canonical(names) if m in _LETTERS)
+
+
 def label(subset: Iterable[str], of: Iterable[str] = ()) -> str:
     """Return a short label, ``V+F+A`` as in the paper; unknown names stand as they are.
 

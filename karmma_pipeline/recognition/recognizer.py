@@ -57,9 +57,6 @@ _logger = logging.getLogger(__name__)
 class Recognizer:
     """A trained model with its backbones, for prediction on raw video.
 
-    Decode processes import the calling script, so call `predict` and `video` under
-    ``if __name__ == "__main__":`` there; or decode in the same process with ``workers=0``.
-
     Example:
         >>> recognizer = km.Recognizer.load("runs/student")
         >>> windows = recognizer.video("clips/videos/v0000.mp4", window_s=2, hop_s=1, workers=0)
