@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from karmma_pipeline.modalities import canonical
+from karmma_pipeline.modalities import canonical, legend
 from karmma_pipeline.models.backbones import hub
 from karmma_pipeline.models.exported import ExportCard
 from karmma_pipeline.models.saved import ModelCard
@@ -153,6 +153,8 @@ def _measured(card: ExportCard) -> Iterator[str]:
         )
     else:
         yield "Accuracy was not measured, because the feature store was not available."
+    if letters := legend(card.model.modalities):
+        yield f"Modalities: {letters}."
     if latency:
         yield (
             f"Latency of one clip from decoded arrays to logits, {latency['rounds']} rounds, "
