@@ -1,4 +1,4 @@
-"""From raw video to answers: the decoding, backbones and fusion of extraction and evaluation.
+"""From raw video to predictions, with the decoding of extraction and the model of evaluation.
 
 B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 """
