@@ -143,8 +143,8 @@ def _files(plan: Plan) -> list[str]:
     lines = [f"{kinds}: {good} {looked}"]
     if files["kinds"].keys() - {"sensor files"} and plan["decoded"] < plan["clips"]:
         lines.append(
-            f"{_share(plan['decoded'], plan['clips'])} clips were decoded; damage within the "
-            "files of the others shows only in the extraction"
+            f"{_share(plan['decoded'], plan['clips'])} clips were decoded; damage inside the "
+            "files of the others is only found during extraction"
         )
     return [*lines, *(line for of in files["faulty"].items() for line in _named(*of))]
 
