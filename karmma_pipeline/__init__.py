@@ -86,8 +86,7 @@ def extract(
 ) -> ExtractReport:
     """Turn the clips of a manifest into feature stores, one per backbone set.
 
-    Clips that are already in the stores are skipped. Decode processes import the calling script, so
-    call this function under ``if __name__ == "__main__":`` there.
+    Clips that are already in the stores are skipped.
 
     Args:
         recipe: path, dict or `ExtractRecipe`.

@@ -382,7 +382,11 @@ class Difference(NamedTuple):
     here: Any
 
     def __str__(self) -> str:
-        return f"{self.path} is {self.there!r} there and {self.here!r} here"
+        return self.said("there", "here")
+
+    def said(self, there: str, here: str) -> str:
+        """Return it in words, with names for the two places, such as ``in the store``."""
+        return f"{self.path} is {self.there!r} {there} and {self.here!r} {here}"
 
 
 def differences(there: Any, wanted: Any, path: str = "") -> Iterator[Difference]:

@@ -42,8 +42,8 @@ class KarmmaError(ValueError):
         ...     km.load_model("runs/nobody")
         ... except km.KarmmaError as error:
         ...     print(error)
-        runs/nobody: no trained model found; runs contains the runs baseline, student,
-        teacher. Train it first.
+        runs/nobody: no trained model found. Train it first, or choose a run in runs: baseline,
+        student, teacher.
     """
 
     exit_code = ExitCode.FAILED

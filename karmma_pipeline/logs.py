@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -93,6 +93,11 @@ def bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         _bar_kind[0] = before
+
+
+def bars_cleared() -> AbstractContextManager[None]:
+    """Clear the bars of stderr while something else is printed, which would share their line."""
+    return tqdm.external_write_mode(file=CONSOLE)
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> "tqdm[Any]":

@@ -73,7 +73,7 @@ class Reason(enum.IntEnum):
 #: What may lie where media should, and its remedy: a detail of ``decode_error`` has both.
 NO_MEDIA = {
     "encrypted": "decrypt it, or get a copy without DRM",
-    "closed to you": "change its permissions",
+    "not readable": "change its permissions",
     "an empty file": "download it again",
     "an image": "put images into a folder and name it in the column frames",
     "an archive": "unpack it",
@@ -152,6 +152,11 @@ def evaluated_subsets(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     if 1 + len(order) < MOST_PASSES:
         chosen += combinations(order, 1)
     return tuple(chosen)
+
+
+def legend(names: Iterable[str]) -> str:
+    """Return what the letters of `label` stand for, such as ``V: rgb, F: flow``; empty if none."""
+    return ", ".join(f"{_LETTERS[m]}: {m}" for m in canonical(names) if m in _LETTERS)
 
 
 def label(subset: Iterable[str], of: Iterable[str] = ()) -> str:

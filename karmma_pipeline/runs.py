@@ -227,6 +227,6 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
             f"{path}: contains the runs {', '.join(within)}; give one of them, such as "
             f"{path / within[0]}."
         )
-    has = f"; {path.parent} contains the runs {', '.join(beside)}"
-    there = has if beside else files.looked_in(path)
-    raise CheckpointError(f"{path}: no trained model found{there}. Train it first.")
+    there = "" if beside else files.looked_in(path)
+    others = f", or choose a run in {path.parent}: {', '.join(beside)}" if beside else ""
+    raise CheckpointError(f"{path}: no trained model found{there}. Train it first{others}.")

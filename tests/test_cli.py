@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,9 @@ def test_help_names_every_command() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_init_writes_a_recipe_that_parses(stage: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    assert run("init", stage, "--out", path).exit_code == 0
+    written = run("init", stage, "--out", path)
+    assert written.exit_code == 0
+    assert re.search(rf"^next: karmma [a-z-]+ .*{re.escape(str(path))}$", written.output, re.M)
     config.load(recipe_model(stage), path)
     assert path.read_text() in run("init", stage).output + "\n"
     again = run("init", stage, "--out", path)

@@ -335,3 +335,20 @@ def test_a_signal_to_the_whole_job_leaves_pythons_tracker_of_semaphores_alive() 
     survived = {n for n in STOP_SIGNALS if int(mask, 16) >> (n - 1) & 1}
     # Python ignores these two there, and lets them through.
     assert survived | {signal.SIGINT, signal.SIGTERM} == set(STOP_SIGNALS) | {signal.SIGINT}
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_workers_is_not_run_again_in_each(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from karmma_pipeline.jobs import become_worker\n"
+        "from karmma_pipeline.jobs.processes import WorkerPool\n"
+        "print('run')\n"
+        "with WorkerPool(1, become_worker) as pool:\n"
+        "    assert pool.schedule(os.getpid).result() != os.getpid()\n"
+    )
+    said = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (0, "run\n", "")

@@ -31,7 +31,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _REQUEUE = """\
 case $rc in
   75) again=yes ;;  # stopped and saved
-  129 | 138 | 140 | 143 | 152) again=yes ;;  # told to stop before it could listen
+  129 | 138 | 140 | 143 | 152) again=yes ;;  # stopped before it could save
   13[0-9]) [ "${{SLURM_RESTART_COUNT:-0}}" -ge {retries} ] || again=yes ;;  # killed: try again
 esac
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
@@ -62,9 +62,9 @@ while kill -0 "$pid" 2>/dev/null; do wait "$pid"; rc=$?; done
 """
 
 _TORCHRUN = """\
-# One agent per node, one rank per GPU. The warning signal reaches agents and ranks alike: an agent
-# must not die of it (trap), and a rank that has saved (75) must not look like one that failed.
-# Ranks that torchrun starts again must not find the addresses of the dead in a store that it kept.
+# One agent per node, one rank per GPU. Agents and ranks both get the warning signal: agents ignore
+# it (trap), and a rank that has saved its state (75) must not count as failed.
+# Without the next line, restarted ranks may read the addresses of dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 port=$((20000 + SLURM_JOB_ID % 10000))

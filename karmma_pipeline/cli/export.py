@@ -35,6 +35,7 @@ def export(
     subset of modalities.
     """
     from karmma_pipeline.cli.options import finish
+    from karmma_pipeline.modalities import legend
     from karmma_pipeline.recognition.backbones import parse_weights
     from karmma_pipeline.recognition.export import export_model
 
@@ -43,12 +44,14 @@ def export(
     )
     megabytes = sum((made.folder / name).stat().st_size for name in made.card.files) / 1e6
     found = made.card.measured
+    letters = legend(made.card.model.modalities)
+    click.echo("per subset of modalities" + (f" ({letters}):" if letters else ":"))
     for subset, ms in found["latency"]["ms"].items():
         gap = found["difference"][subset]
         click.echo(
-            f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, difference {gap:.1e}"
+            f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, "
+            f"largest difference of a logit from PyTorch {gap:.1e}"
         )
-    click.echo(f"largest difference of a logit from PyTorch: {made.difference:.1e}")
     if made.verdict:
         click.echo(f"int8: {made.verdict}")
     finish(

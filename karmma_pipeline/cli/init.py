@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def _stage(name: str, use: str, what: str) -> click.Command:
         _refuse_existing([out])
         _write(out, f"# Recipe for: {use}", model)
         click.echo(f"recipe: {out}")
+        click.echo(f"next: {use.rsplit(' ', 1)[0]} {shlex.quote(str(out))}")
 
     return command
 

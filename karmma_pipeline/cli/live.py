@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ def live(
         late_s = 0.0
         for answered in play(stream, events, failures, show, stop):
             row = row_of(answered.prediction, top, {})
+            row = row if source is None else replace(row, source=source)
             click.echo(row.sentence())
             late_s = max(late_s, answered.late_s)
             if page is not None:

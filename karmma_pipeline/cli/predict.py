@@ -101,8 +101,8 @@ def predict(
         if video:
             _overlays(rows, out, stop)
     seconds = time.perf_counter() - started
-    clips, missing = counted(len(rows), "clip"), summary(rows) or "nothing was missing"
-    click.echo(f"{clips} in {seconds:.1f} s; {missing}")
+    made, missing = counted(len(rows), "prediction"), summary(rows) or "no modality was missing"
+    click.echo(f"{made} in {seconds:.1f} s; {missing}")
     click.echo(f"predictions: {out / 'predictions.csv'}, timeline: {out / 'timeline.html'}")
 
 
@@ -129,7 +129,7 @@ def _answers(
     recognizer: Recognizer, wanted: Wanted, dropout: Dropout, out: Path, top: int, stop: StopFlag
 ) -> list[Row]:
     """Recognise, print and write the clips one by one."""
-    from karmma_pipeline.logs import progress_bar
+    from karmma_pipeline.logs import bars_cleared, progress_bar
     from karmma_pipeline.recognition.output import PredictionWriter, row_of
 
     rows = []
@@ -140,7 +140,8 @@ def _answers(
             truth = wanted.truth.get(one.clip.clip_id, {})
             row = row_of(one, top, truth, wanted.ends)
             writer.write(row)
-            click.echo(row.sentence())
+            with bars_cleared():
+                click.echo(row.sentence())
             rows.append(row.shortened())  # hours of windows have ten thousands of rows
     return rows
 

@@ -275,4 +275,5 @@ def store_gc(store: Path, delete: bool) -> None:
         click.echo(str(one))
     if delete:
         collect(removable)
-    click.echo(f"{len(removable)} {'removed' if delete else 'found (--delete removes them)'}")
+    told = "removed" if delete else "found (--delete removes them)"
+    click.echo(f"{len(removable)} {told}" if removable else "no leftovers")

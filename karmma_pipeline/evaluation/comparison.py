@@ -73,7 +73,7 @@ def warn_of_runs(cards: Sequence[tuple[Path, str, ModelCard]]) -> Iterator[str]:
     for name, numbers in group_by_name(cards).items():
         first, *others = [cards[n][2].training for n in numbers]
         changed = {
-            str(one): None
+            f"{one.path}: {one.there!r}, {one.here!r}": None
             for other in others
             for one in config.differences(first, other)
             if one.path.partition(".")[0] not in _OF_A_SEED

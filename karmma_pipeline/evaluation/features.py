@@ -147,7 +147,7 @@ def _differences(card: ModelCard, store: TokenSource) -> Iterator[str]:
         same = VERSIONS | (PLACES if digest else frozenset())
         for one in config.differences(store.provenance[m], card.provenance.get(m), m):
             if one.path.removeprefix(f"{m}.") not in same:
-                yield str(one)
+                yield one.said("in the store", "in the model")
 
 
 def _versions(card: ModelCard, store: TokenSource) -> Iterator[str]:
@@ -155,4 +155,4 @@ def _versions(card: ModelCard, store: TokenSource) -> Iterator[str]:
     for m in store.modalities:
         for one in config.differences(store.provenance[m], card.provenance.get(m), m):
             if m in card.modalities and one.path.removeprefix(f"{m}.") in VERSIONS:
-                yield str(one)
+                yield one.said("in the store", "in the model")

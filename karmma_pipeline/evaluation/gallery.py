@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from karmma_pipeline.evaluation.results import metric_names
 from karmma_pipeline.metrics import metric_correct
-from karmma_pipeline.modalities import label
 
 Kind = Literal["right", "wrong", "rescued"]
 KINDS: tuple[Kind, ...] = ("right", "wrong", "rescued")
@@ -104,10 +103,9 @@ def choose(logits: Path, count: int, seed: int) -> Choice:
             Shown(ids[row], kind, _classes(of_head, 0, row), _classes(of_head, best, row))
             for row in drawn
         ]
-    single = label(subsets[best])
     rule = (
         f"{about['name']}: {', '.join(said)}, sampled with seed {seed}; rescued: wrong with "
-        f"{single} alone, correct with all modalities"
+        f"{subsets[best][0]} alone, correct with all modalities"
     )
     return Choice(rule, subsets[best][0], tuple(clips))
 

@@ -143,11 +143,12 @@ def predict(
     loader = FeatureLoader(store, rows, max(1, recipe.batch_size // V) * V)
     outputs: dict[str, list[npt.NDArray[np.float32]]] = {head: [] for head in card.heads}
     name = recipe.names.get(str(run), card.name)
-    _logger.info(
-        "evaluate %s: %d passes for each of %d clips, %d subsets and %d sampled masks",
-        *(name, len(chosen) + len(drawn), len(clips), len(chosen), len(drawn)),
-    )
     passes = len(chosen) + len(drawn)
+    also = f" and {len(drawn)} sampled masks" if len(drawn) else ""
+    _logger.info(
+        "evaluating %s: %d passes for each of %d clips, %d subsets%s",
+        *(name, passes, len(clips), len(chosen), also),
+    )
     with progress_bar(
         total=passes * len(loader), desc=f"evaluate {name}", unit="pass", dynamic_ncols=True
     ) as bar:

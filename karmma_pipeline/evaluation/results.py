@@ -28,7 +28,7 @@ def metric_names(heads: Iterable[str]) -> tuple[str, ...]:
 
 
 class Score(Recipe):
-    """A share of right answers and its 95 % Wilson interval over clips."""
+    """An accuracy and its 95 % Wilson interval over clips."""
 
     correct: int = Field(description="Correctly classified clips.")
     n: int = Field(description="Clips with a known label.")
@@ -50,7 +50,7 @@ class SubsetScores(Recipe):
         description="Of these, clips with none of the modalities; counted as wrong."
     )
     scores: dict[str, Score] = Field(
-        description="`HEAD_top1`, `HEAD_top5`, and `tail_HEAD`, `unseen_HEAD` where asked for; "
+        description="`HEAD_top1`, `HEAD_top5`, and `tail_HEAD`, `unseen_HEAD` if requested; "
         "HEAD may be `action`."
     )
     mean_class: dict[str, Percent | None] = Field(
@@ -63,10 +63,12 @@ class Sampled(Recipe):
 
     mean: Percent = Field(description="Mean over the draws.")
     low: Percent = Field(
-        description="2.5 % quantile over the draws; where the curve itself is an estimate, the "
-        "lower end of the 95 % interval that the draws alone leave open."
+        description="2.5 % quantile over the draws; if the curve itself is an estimate, the "
+        "lower end of its 95 % interval over draws alone."
     )
-    high: Percent = Field(description="97.5 % quantile over the draws, or that interval's end.")
+    high: Percent = Field(
+        description="97.5 % quantile over the draws, or the upper end of that interval."
+    )
 
 
 class DropPoint(Recipe):
@@ -114,15 +116,15 @@ class Cost(Recipe):
 
 
 class Bin(Recipe):
-    """Clips whose answer was given with about the same probability."""
+    """Clips whose prediction has about the same probability."""
 
-    clips: int = Field(description="How many; bins are 15 equal widths of 0 to 1.")
-    confidence: float = Field(description="Mean probability of the answers.")
-    accuracy: float = Field(description="Share of right answers.")
+    clips: int = Field(description="Number of clips; 15 bins of equal width cover 0 to 1.")
+    confidence: float = Field(description="Mean probability of the predictions.")
+    accuracy: float = Field(description="Share of correct predictions.")
 
 
 class Calibration(Recipe):
-    """Whether answers are right as often as they are said to be, with every modality."""
+    """How well probabilities match accuracy, with every modality."""
 
     ece: float = Field(
         description="Expected calibration error: mean |accuracy - confidence| of bins, by clips."
@@ -131,7 +133,7 @@ class Calibration(Recipe):
 
 
 class RobustnessPoint(Recipe):
-    """Accuracy where some clips are hit."""
+    """Accuracy if some clips are affected."""
 
     share: Annotated[float, Field(ge=0, le=1)] = Field(description="Share of clips affected.")
     hit: int = Field(description="Number of clips affected.")
@@ -173,8 +175,8 @@ class RunResult(Recipe):
         description="Every subset that was evaluated, under both protocols."
     )
     drop: tuple[DropCurve, ...] = Field(description="Drop curves per head and protocol.")
-    robustness: tuple[Robustness, ...] = Field((), description="Further tests, if asked for.")
-    costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not asked for.")
+    robustness: tuple[Robustness, ...] = Field((), description="Further tests, if requested.")
+    costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not requested.")
     cost_note: str = Field("", description="How the costs were measured.")
     class_correct: dict[str, tuple[int, ...]] = Field(
         description="Correct predictions per class with every modality, protocol `all`."
@@ -206,7 +208,7 @@ class OverSeeds(Recipe):
     sd: float | None = Field(description="Their standard deviation, n - 1; null for one seed.")
     by_seed: tuple[Percent | None, ...] = Field(description="In the order of the method's seeds.")
     low: Percent | None = Field(
-        None, description="Lower end of the 95 % interval over clips and seeds, where computed."
+        None, description="Lower end of the 95 % interval over clips and seeds, if computed."
     )
     high: Percent | None = Field(None, description="Upper end of that interval.")
 
@@ -234,7 +236,7 @@ class Method(Recipe):
     name: str = Field(description="Name in legends and tables.")
     kind: Kind = Field(description="How they were trained.")
     runs: tuple[int, ...] = Field(description="Indices of its runs in `runs`.")
-    seeds: tuple[int | None, ...] = Field(description="Their seeds; null where not recorded.")
+    seeds: tuple[int | None, ...] = Field(description="Their seeds; null if not recorded.")
     subsets: tuple[MethodSubset, ...] = Field(
         (), description="Over the seeds; empty for a single seed, see `runs`."
     )
@@ -256,7 +258,7 @@ class Difference(Recipe):
         "units and Satterthwaite's degrees of freedom."
     )
     high: float = Field(description="Upper end.")
-    df: float | None = Field(description="Degrees of freedom; null where nothing varies.")
+    df: float | None = Field(description="Degrees of freedom; null if nothing varies.")
     covers: str = Field(description="What that interval covers.")
     paired: bool = Field(description="Whether seeds are paired; if not, no seed is in common.")
     seeds: tuple[int | None, ...] = Field(description="The seeds in common; empty: not paired.")
@@ -269,13 +271,13 @@ class Difference(Recipe):
         description="2.5 % quantile of 10,000 bootstrap draws of seeds and units together."
     )
     bootstrap_high: float = Field(description="97.5 % quantile.")
-    units: Literal["clips", "groups"] = Field(description="What is resampled beside seeds.")
+    units: Literal["clips", "groups"] = Field(description="What is resampled in addition to seeds.")
     clips: int = Field(description="Clips with a known label.")
     by_group: dict[str, float] = Field(
-        {}, description="Difference in every group, where there are 2 or more of them."
+        {}, description="Difference in every group, if there are at least two."
     )
     groups_agree: int | None = Field(
-        None, description="Groups whose difference has the sign of `value`; null where that is 0."
+        None, description="Groups whose difference has the sign of `value`; null if that is 0."
     )
 
 
@@ -286,7 +288,7 @@ class Probe(Recipe):
     modalities: tuple[str, ...] = Field(
         description="Modalities whose flattened tokens are its input."
     )
-    head: str = Field(description="A head, or `action`: every head right.")
+    head: str = Field(description="A head, or `action`: all heads correct.")
     clips: int = Field(description="Clips it was trained on: those that have a modality of it.")
     features: int = Field(description="Width of its input.")
     penalty: float | None = Field(
@@ -298,7 +300,7 @@ class Probe(Recipe):
 
 
 class Data(Recipe):
-    """The clips that every run answered."""
+    """The clips on which every run was evaluated."""
 
     name: str = Field(description="Name of the data in titles.")
     split: str = Field(description="Split; empty means every clip of the store.")
@@ -341,7 +343,7 @@ class Results(Recipe):
         description="Between all pairs of methods, of every head and `action`: on each subset "
         "and over the drop curve.",
     )
-    probes: tuple[Probe, ...] = Field((), description="Linear probes, if asked for.")
+    probes: tuple[Probe, ...] = Field((), description="Linear probes, if requested.")
     probe_notes: tuple[str, ...] = Field((), description="Probes that were not trained, and why.")
     warnings: tuple[str, ...] = Field((), description="Warnings about the validity of the numbers.")
 

@@ -6,9 +6,10 @@ a fault of a run that went well.
 """
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -30,13 +31,35 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+# Python imports the main module in every process that it spawns: a script that calls us without
+# `if __name__ == "__main__":` would start over in each, fail there, and never end. Our processes
+# need nothing of it, so they are spawned without; those of others as before.
+_here = threading.local()
+_preparation_data = spawn.get_preparation_data
+
+
+def _without_main(name: str) -> dict[str, Any]:
+    data = _preparation_data(name)
+    if getattr(_here, "starting", False):
+        for key in ("init_main_from_path", "init_main_from_name"):
+            data.pop(key, None)
+    return data
+
+
+spawn.get_preparation_data = _without_main
+
+
 class _Process(SpawnProcess):
     """Starts with the stop signals blocked, until `become_worker` ignores them."""
 
     def start(self) -> None:
         """Start it."""
-        with _blocked():
-            super().start()
+        _here.starting = True
+        try:
+            with _blocked():
+                super().start()
+        finally:
+            _here.starting = False
 
 
 class _Context(SpawnContext):

@@ -226,7 +226,7 @@ def read_export(folder: Path) -> ExportCard:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
-            raise TypeError(f"a mapping is wanted, this is {one_line(tree, 40)}")
+            raise TypeError(f"expected a mapping, found {one_line(tree, 40)}")
         card = config.build(ExportCard, tree, str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None

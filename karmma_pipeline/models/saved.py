@@ -79,7 +79,7 @@ class ModelCard(Recipe):
     def _plain_names(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r}: a name is letters, digits, '-', '_' and '.'")
+                raise ValueError(f"{name!r}: use letters, digits, '-', '_' and '.'")
         return named
 
     @field_validator("heads")

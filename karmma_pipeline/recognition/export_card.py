@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from karmma_pipeline.modalities import canonical
+from karmma_pipeline.modalities import canonical, legend
 from karmma_pipeline.models.backbones import hub
 from karmma_pipeline.models.exported import ExportCard
 from karmma_pipeline.models.saved import ModelCard
@@ -81,8 +81,8 @@ def _what(card: ExportCard) -> str:
         f"A {card.model.kind} for action recognition from {modalities}, any of which may be "
         "missing. Exported by `karmma export` of karmma-pipeline (after KARMMA, arXiv "
         f"2504.08578) as ONNX, opset {card.opset}: a file per backbone, run only if its "
-        "modality is there, and `fusion.onnx`, which takes the tokens of all modalities and a "
-        "mask. `export.json` has classes, front ends, sampling and the SHA-256 of each file."
+        "modality is present, and `fusion.onnx`, which takes the tokens of all modalities and a "
+        "mask. `export.json` has classes, preprocessing, sampling and the SHA-256 of each file."
     )
 
 
@@ -103,13 +103,13 @@ def _backbones(card: ExportCard) -> Iterator[Sequence[str]]:
         name = str(facts.get("backbone", "imported features"))
         weights = str(facts.get("weights", ""))
         if stage := facts.get("trained_from"):
-            weights += f", trained on from {stage}"
+            weights += f", fine-tuned from {stage} on"
         yield m, name, weights, _licence(facts), one.file if one else "none"
 
 
 def _licence(facts: Mapping[str, Any]) -> str:
     if str(facts.get("weights", "")).startswith("random:"):
-        return "none, random numbers"
+        return "none (random weights)"
     return str(facts.get("licence", hub.NOT_STATED))
 
 
@@ -117,7 +117,7 @@ def _training(model: ModelCard) -> str:
     said = model.training
     lines = [
         f"- features: store {model.store_digest[:16]}"
-        + "".join(f", joined of {one[:16]}" for one in model.stores),
+        + "".join(f", joined from {one[:16]}" for one in model.stores),
         f"- splits: trained on {said.get('train_split', '?')!r}, epoch chosen on "
         f"{said.get('val_split', '?')!r}",
         f"- seed: {said.get('seed', '?')}; a single training run: the intervals below do not "
@@ -153,11 +153,13 @@ def _measured(card: ExportCard) -> Iterator[str]:
         )
     else:
         yield "Accuracy was not measured, because the feature store was not available."
+    if letters := legend(card.model.modalities):
+        yield f"Modalities: {letters}."
     if latency:
         yield (
             f"Latency of one clip from decoded arrays to logits, {latency['rounds']} rounds, "
             f"{latency['threads']} threads, float32, {latency['machine']}. Difference: the "
-            "largest of a logit to PyTorch, on noise"
+            "largest difference of a logit from PyTorch's, on noise"
             + (f"; on the clips {accuracy['difference']:.1e}." if accuracy else ".")
         )
     if card.int8:
@@ -184,7 +186,7 @@ def _int8(found: Mapping[str, Any]) -> Iterator[str]:
         (f"fusion alone, {subset}", *_gap(one)) for subset, one in found.get("fusion", {}).items()
     ]
     if one := found.get("clips"):
-        rows.append((f"whole, {one['count']} raw clips", *_gap(one)))
+        rows.append((f"end to end, {one['count']} raw clips", *_gap(one)))
     if rows:
         yield _table(("int8 minus float32", "points of top-1", "95 % interval"), rows)
     yield "Latency and difference above are for float32."

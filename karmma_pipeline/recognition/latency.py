@@ -10,7 +10,7 @@ import numpy as np
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.modalities import evaluated_subsets, label
+from karmma_pipeline.modalities import evaluated_subsets
 from karmma_pipeline.recognition.live import Event, Failures, at_its_rate
 from karmma_pipeline.recognition.recognizer import Recognizer
 from karmma_pipeline.recognition.stream import Stream
@@ -40,8 +40,8 @@ class Latency:
     def sentence(self) -> str:
         """Return it as a line."""
         return (
-            f"{label(self.seen)}: p50 {1e3 * self.p50_s:.0f} ms, p99 {1e3 * self.p99_s:.0f} ms "
-            f"({self.answers} answers)"
+            f"{'+'.join(self.seen)}: p50 {1e3 * self.p50_s:.0f} ms, p99 {1e3 * self.p99_s:.0f} ms "
+            f"({self.answers} predictions)"
         )
 
 

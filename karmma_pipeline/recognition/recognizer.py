@@ -1,4 +1,4 @@
-"""From raw video to answers: the decoding, backbones and fusion of extraction and evaluation.
+"""From raw video to predictions, with the decoding of extraction and the model of evaluation.
 
 B clips in a batch, M modalities, N tokens, D width, C classes of a head.
 """
@@ -56,9 +56,6 @@ _logger = logging.getLogger(__name__)
 
 class Recognizer:
     """A trained model with its backbones, for prediction on raw video.
-
-    Decode processes import the calling script, so call `predict` and `video` under
-    ``if __name__ == "__main__":`` there; or decode in the same process with ``workers=0``.
 
     Example:
         >>> recognizer = km.Recognizer.load("runs/student")

@@ -1,7 +1,7 @@
-"""Answers while sensors send, and while they fail: the newest window, with whatever is there.
+"""Live recognition: a prediction for the newest window, from the sensors that have sent data.
 
-A window is decoded, sampled and computed by the code that reads files, so that it gets the answer
-that `karmma predict` gives to the same window of the same signals.
+Windows are decoded, sampled and computed by the code that reads files, so predictions equal those
+of `karmma predict` for the same window of the same signals.
 """
 
 import math
@@ -70,20 +70,20 @@ _REMEMBERED = 8
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How a stream looks at its sensors; all times in seconds.
+    """Settings of a stream; all times in seconds. See `Recognizer.stream`.
 
     Attributes:
-        window_s: length of what is recognised.
-        hop_s: from one window to the next.
-        deadline_s: how old a sensor's newest sample may be, for all sensors or by name.
-        tolerance_s: how late samples may come; windows end this long before they are answered.
-        share: part of a window that a sensor must cover.
-        frozen_s: for how long a camera may send the very same picture; None: for ever.
-        audio_hz: rate of the pushed sound; None: that of the model's spectrograms.
-        limits: sensor to the lowest and the highest value that it may send.
+        window_s: length of a window.
+        hop_s: time between windows.
+        deadline_s: maximum age of a sensor's newest sample, for all sensors or by name.
+        tolerance_s: maximum delay of samples; windows end this long before now.
+        share: minimum share of a window that a sensor must cover.
+        frozen_s: maximum duration of identical frames; None: no limit.
+        audio_hz: sample rate of the pushed audio; None: that of the model's spectrograms.
+        limits: sensor to its valid range (low, high).
 
     Raises:
-        ConfigError: one of them makes no sense.
+        ConfigError: a setting is invalid.
     """
 
     window_s: float = 2.0
@@ -124,19 +124,19 @@ class StreamSettings:
 
 
 class Stream:
-    """Live sensors in, a prediction per window out; made by `Recognizer.stream`.
+    """Predicts the newest window of live sensors; created by `Recognizer.stream`.
 
-    `push` may be called from any thread at any time, `step` from one. A window lies on the grid
-    ``[i * hop_s, i * hop_s + window_s]`` of the sensors' clock, so that a step that comes a little
-    early or late looks at the same window. Nothing waits for a sensor that is missing.
+    `push` may be called from any thread at any time, `step` from one thread. Windows are
+    ``[i * hop_s, i * hop_s + window_s]`` on the sensors' clock, so calling `step` a little early
+    or late gives the same window. The stream never waits for a missing sensor.
 
     Attributes:
-        settings: how it looks at its sensors.
-        modalities: that the model takes.
-        skipped: windows that passed while nobody asked for them, or that were let go, see `step`.
-        lag_s: how long before the last answered step its window ended: at most a hop and the
-            tolerance where `step` is called whenever the last answer is there, however long that
-            took. The answer's own time is not in it.
+        settings: its settings.
+        modalities: the modalities of the model.
+        skipped: number of windows without a prediction, see `step`.
+        lag_s: age of the last predicted window when its computation started: at most ``hop_s`` plus
+            ``tolerance_s`` if `step` is called again as soon as it returns. The time of the
+            computation itself is not included.
     """
 
     def __init__(
@@ -172,19 +172,18 @@ class Stream:
         time_s: float | npt.NDArray[np.float64],
         values: npt.NDArray[np.generic],
     ) -> None:
-        """Take over what a sensor has sent.
+        """Add new data of a sensor.
 
         Args:
-            sensor: ``rgb`` or ``audio``; flow is computed from ``rgb``. Or a sensor that the model
-                was trained with, by its modality.
-            time_s: when the picture, or the first sample of sound, was taken, seconds on a clock
-                that all sensors and `step` share; of a block of a sensor's samples when each of
-                them was, [S].
-            values: a picture, uint8 [H, W, 3] in RGB; or sound, float32 [S], mono; or a sensor's
-                sample [C] or samples [S, C], their channels as in training.
+            sensor: ``rgb``, ``audio``, or the modality of a sensor that the model was trained
+                with. Flow is computed from ``rgb``.
+            time_s: time of the frame or of the first audio sample, in seconds on the clock that
+                all sensors and `step` share; for a block of sensor samples, the time of each, [S].
+            values: a frame, uint8 [H, W, 3] in RGB; audio, float32 [S], mono; or one sample [C] or
+                a block of samples [S, C] of a sensor, with channels as in training.
 
         Raises:
-            ConfigError: there is no such sensor, or these are no such values.
+            ConfigError: there is no such sensor, or the values have another shape or type.
         """
         if sensor in self._samples:
             self._samples[sensor].push(time_s, values)
@@ -216,10 +215,10 @@ class Stream:
             )
 
     def switch(self, modality: str, on: bool) -> None:
-        """Leave a modality out, or let it in again, whatever its sensor sends.
+        """Switch a modality off or on again, whatever its sensor sends.
 
         Raises:
-            ConfigError: the model does not take it.
+            ConfigError: the model does not have it.
         """
         if modality not in self.modalities:
             raise ConfigError(
@@ -229,19 +228,18 @@ class Stream:
 
     @property
     def ignored(self) -> dict[str, int]:
-        """Sensor to how much of it came too late, from the future, or with NaN in it."""
+        """Sensor to the number of samples that were too late, in the future, or NaN."""
         others = {name: samples.ignored for name, samples in self._samples.items()}
         return {"rgb": self._camera.ignored, "audio": self._microphone.ignored, **others}
 
     def noise(self) -> Noise:
-        """Return made-up signals of all sensors that it takes."""
+        """Return synthetic signals of all its sensors."""
         return Noise(self._decode, self._audio_hz)
 
     def warm_up(self) -> None:
-        """Answer once to made-up signals of all sensors.
+        """Run once on synthetic input of all sensors, since the first pass of a network is slow.
 
-        What networks and decoders set up in their first pass takes long, so that the first windows
-        would be late. What has been pushed is not touched.
+        Data that has been pushed is not affected.
         """
         other = Stream(self.settings, self._decode, self.modalities, self._answer)
         now_s = self.settings.window_s + self.settings.tolerance_s
@@ -251,16 +249,18 @@ class Stream:
         self._took.extend(other._took)
 
     def step(self, now_s: float) -> Prediction | None:
-        """Answer for the newest window; None if it has been answered already or is let go.
+        """Return the prediction for the newest window; None if none is due, or it is skipped.
 
-        The window ends at least ``tolerance_s`` before ``now_s``. Windows before it that nobody
-        asked for are skipped and counted. So is one that would be answered more than a window's
-        length after its end, going by how long the last answers took, where the next one, begun as
-        soon as it is due, would not. Where the clock goes back by more than a window, all begins
-        anew.
+        The window ends at least ``tolerance_s`` before ``now_s``. Earlier windows without a
+        prediction are skipped and counted. The window itself is also skipped if, judging by the
+        last predictions, its own would be more than a window length late while the next one would
+        not. If the clock jumps back by more than a window, the stream restarts.
+
+        Args:
+            now_s: current time in seconds on the sensors' clock.
 
         Raises:
-            ConfigError: ``now_s`` is no number.
+            ConfigError: ``now_s`` is not finite.
         """
         if not math.isfinite(now_s):
             raise ConfigError(f"step({now_s}): expected seconds on the sensors' clock.")

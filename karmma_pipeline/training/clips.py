@@ -144,9 +144,8 @@ def _never_seen(
         more = ", ..." if never.sum() > 5 else ""
         asked = int(never[val[val >= 0]].sum())
         yield (
-            f"{head}: no training clip of {int(never.sum())} of "
-            f"{counted(len(names), 'class', 'classes')} ({some}{more}), to which "
-            f"{counted(asked, 'validation clip')} belong{'s' if asked == 1 else ''}"
+            f"{head}: {int(never.sum())} of {counted(len(names), 'class', 'classes')} without a "
+            f"training clip ({some}{more}); {counted(asked, 'validation clip')} of these classes"
         )
 
 

@@ -376,7 +376,7 @@ class OwnObjective:
         names = [n for n in terms if not re.fullmatch(r"[a-z]\w*", str(n)) or n in _RESERVED]
         scalar = all(isinstance(of, Tensor) and of.dim() == 0 for of in terms.values())
         if names or "loss" not in terms or not scalar:
-            what = f"names such as {names[0]!r}" if names else f"{type(said).__name__} of no scalar"
+            what = f"names such as {names[0]!r}" if names else f"a {type(said).__name__}"
             raise ConfigError(
                 f"objective={self.name!r}: returned {what}; return a scalar tensor (the mean "
                 "over the clips), or a dict of such tensors with the key 'loss'."

@@ -67,7 +67,7 @@ def _said(modality: str, model: TokenModel, settings: SuffixSettings) -> str:
     count = sum(p.numel() for p in suffix.parameters() if p.requires_grad)
     what = f"{count:,} parameters train at lr {settings.lr:g}" if count else "frozen"
     if settings.save_memory and not suffix.stages():
-        what += "; save_memory saves nothing, for it has neither stages nor a list of blocks"
+        what += "; save_memory has no effect, as the network has no stages or list of blocks"
     return f"{modality}: {suffix.choice.name} from {suffix.cut} on: {what}"
 
 

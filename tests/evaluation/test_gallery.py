@@ -88,5 +88,5 @@ def test_the_same_seed_draws_the_same_and_the_rule_says_so(logits: Path) -> None
         assert len(set(numbers(first, kind))) == 3
     assert first.rule.startswith("net: 3 of ")
     assert first.rule.endswith(
-        "sampled with seed 1; rescued: wrong with V alone, correct with all modalities"
+        "sampled with seed 1; rescued: wrong with rgb alone, correct with all modalities"
     )

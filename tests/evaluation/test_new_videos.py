@@ -154,12 +154,13 @@ def test_another_version_of_a_library_and_another_place_of_weights_are_the_same_
     later = {**made, "weights": "/b/w.pt", "decoder": "PyAV 18"}
     report = ask(run, videos(tmp_path / "new/store", provenance=later))
     sentence = (
-        "rgb.decoder is 'PyAV 18' there and 'PyAV 17' here; results may differ in the last bits."
+        "rgb.decoder is 'PyAV 18' in the store and 'PyAV 17' in the model; results may differ in "
+        "the last bits."
     )
     assert sentence in report.summary()
     assert not any("weights" in note for note in report.results.data.notes)
     other = videos(tmp_path / "other/store", provenance={**later, "weights_sha256": "cd"})
-    with pytest.raises(StoreError, match=r"weights_sha256 is 'cd' there and 'ab' here"):
+    with pytest.raises(StoreError, match=r"weights_sha256 is 'cd' in the store and 'ab'"):
         ask(run, other)
 
 

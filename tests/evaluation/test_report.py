@@ -179,6 +179,7 @@ def test_names_cannot_become_code_and_random_weights_are_called_random(
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "backbones are not pretrained" in page
+    assert "V: rgb, F: flow, A: audio. All" in page  # the letters of its tables
     assert found.weights == ("random:3",)
     drawn = (place / "report/figures/subsets.svg").read_text()
     assert "NOT PRETRAINED" in drawn  # matplotlib says in a comment what it draws as outlines

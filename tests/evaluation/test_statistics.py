@@ -194,7 +194,7 @@ def test_what_makes_numbers_less_than_they_seem_is_a_warning(place: Path, tmp_pa
     found = evaluate(recipe_of(place, *runs, split="val", out=str(tmp_path / "r"))).results
     chosen, settings, teacher = found.warnings
     assert "the split 'val', on which the best epoch was chosen (new)" in chosen
-    assert "differ in more than their seed (lr is 0.1 there and 0.2 here)" in settings
+    assert "differ in more than their seed (lr: 0.1, 0.2)" in settings
     assert "distilled from the same teacher" in teacher
     assert found.runs[0].chosen_on == "val"
     other = evaluate(recipe_of(place, "late0", split="train", out=str(tmp_path / "q"))).results

@@ -169,5 +169,5 @@ def test_what_is_no_media_file_is_called_by_its_name(
 
 def test_a_format_that_is_not_read_is_called_so(tmp_path: Path) -> None:
     write_video(tmp_path / "v.swf", codec="flv1", sound=False)
-    with pytest.raises(MediaFaultError, match=r"v\.swf: a format that is not read \("):
+    with pytest.raises(MediaFaultError, match=r"v\.swf: an unsupported format \("):
         read_info(tmp_path / "v.swf")

@@ -170,7 +170,7 @@ def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], P
     natural = [*map(int, NATURAL)]
     told = text(plan, config.load(ExtractRecipe, folder.parent / "recipe.yaml"), Path("r.yaml"))
     looked = f"{plan['decoded']} of 12 ({plan['decoded'] / 12:.1%}) clips were decoded; damage "
-    assert looked + "within the files of the others shows only in the extraction" in told
+    assert looked + "inside the files of the others is only found during extraction" in told
     lost = (~np.isin(np.asarray(store.reasons), natural)).any(axis=1).sum()
     assert plan["clips_lost_to_faults"] == lost == 5
 

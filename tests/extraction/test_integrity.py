@@ -191,7 +191,7 @@ def test_what_may_not_be_read_costs_its_clips_and_is_said(
         with pytest.raises(MediaFaultError) as fault, OpenMedia() as media:
             media.of(source)
         assert fault.value.reason is Reason.FILE_MISSING
-        assert "you may not look into /" in check.detail
+        assert "no permission to read /" in check.detail
         assert check.detail in fault.value.detail
         return 0
 
@@ -203,7 +203,7 @@ def test_what_may_not_be_read_costs_its_clips_and_is_said(
 
     monkeypatch.setattr(Path, "open", refuse)
     check = check_source(source)
-    assert check.detail == "closed to you: change its permissions"
+    assert check.detail == "not readable: change its permissions"
 
 
 def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:

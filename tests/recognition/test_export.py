@@ -257,7 +257,7 @@ def test_what_was_changed_is_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"fusion\.onnx: changed or damaged"):
         km.load_model(copy)
     (copy / "export.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"export\.json: is damaged \(a mapping is wanted"):
+    with pytest.raises(CheckpointError, match=r"export\.json: is damaged \(expected a mapping"):
         km.load_model(copy)
 
 

@@ -41,7 +41,7 @@ def test_a_video_is_answered_window_by_window(root: Path) -> None:
     video = root / "video.mp4"
     said = live(root, "--source", video, "--fast", "--window", 2, "--hop", 1, "--without", "flow")
     spans = [line.split(" s:")[0] for line in said[:-1]]
-    assert spans == [f"camera {n}.00-{n + 2}.00" for n in range(len(spans))]
+    assert spans == [f"video.mp4 {n}.00-{n + 2}.00" for n in range(len(spans))]
     assert len(spans) >= 3
     assert all("no flow: dropped" in line for line in said[:-1])
     assert said[-1] == "windows skipped: 0"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,15 @@ def out(root: Path) -> Path:
     """Return what the command writes of windows of one video."""
     out = root / "answers"
     video = sorted((root / "clips/videos").glob("*.mp4"))[0]
-    run("predict", root / "run/best", video, "--window", 2, "--hop", 0.5, "--out", out, "--video")
+    wanted = ("--window", 2, "--hop", 0.5, "--out", out, "--video")
+    (root / "said.txt").write_text(run("predict", root / "run/best", video, *wanted))
     return out
+
+
+def test_predictions_are_printed_on_lines_without_the_bar(root: Path, out: Path) -> None:
+    lines = re.split(r"[\r\n]", (root / "said.txt").read_text())
+    assert any("predict:" in line for line in lines)  # the bar
+    assert sum(line.startswith("v0000.mp4 ") for line in lines) == len(rows(out))
 
 
 def test_the_command_writes_tables_a_page_and_the_video(root: Path, out: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_hostile_model_runs_nothing_and_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modalities": {"../../etc": [2, 8]}}, "a name is letters, digits"),
+        ({"modalities": {"../../etc": [2, 8]}}, "use letters, digits"),
         ({"modalities": {"rgb": [10**9, 10**9]}}, "does not match"),
         ({"size": {"layers": 10**9}}, "less than or equal to 1000"),
     ],

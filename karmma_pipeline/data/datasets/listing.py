@@ -76,7 +76,7 @@ class Listing:
         """Say what lies where a file is missing; empty if there is nothing like it."""
         folder = path.parent
         if not os.access(above := files.existing(folder), os.R_OK | os.X_OK):
-            return f"you may not look into {above}"
+            return f"no permission to read {above}"
         if os.path.islink(path):  # noqa: PTH114  (that of a Path raises below closed folders)
             return f"a link to {path.readlink()}, which does not exist"
         alike = self._alike(path.parent, path.stem)

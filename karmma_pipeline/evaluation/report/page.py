@@ -15,7 +15,7 @@ from karmma_pipeline.evaluation import results as schema
 from karmma_pipeline.evaluation.gallery import Gallery
 from karmma_pipeline.evaluation.report import classes, differences, figures, robustness, tables
 from karmma_pipeline.evaluation.results import Results
-from karmma_pipeline.modalities import label
+from karmma_pipeline.modalities import legend
 
 # A page of many methods would grow too large: more confusions, and longer lists, are files alone.
 _MOST_INLINE = 8
@@ -93,7 +93,7 @@ def render(results: Results, pictures: dict[str, Markup], gallery: Gallery | Non
         confusions=confusions,
         most=_MOST_INLINE,
         gallery=gallery,
-        label=label,
+        letters=legend(results.modalities),
     )
 
 

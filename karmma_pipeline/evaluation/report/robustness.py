@@ -11,8 +11,13 @@ _TESTS = {"missing": "missing", "stale": "stale", "pattern": "missing by list"}
 
 
 def robustness_table(results: Results) -> Table:
-    """Return the headline top-1 of every test, for each share of clips that are hit."""
-    header = ["test", "of", "clips hit", *(method.name for method in results.methods)]
+    """Return the headline top-1 of every test, for each share of clips that are affected."""
+    header = [
+        "test",
+        "modality or list",
+        "clips affected",
+        *(method.name for method in results.methods),
+    ]
     rows: list[Cells] = []
     for number, test in enumerate(results.runs[0].robustness):
         for at, point in enumerate(test.points):

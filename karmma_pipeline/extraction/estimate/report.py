@@ -143,8 +143,8 @@ def _files(plan: Plan) -> list[str]:
     lines = [f"{kinds}: {good} {looked}"]
     if files["kinds"].keys() - {"sensor files"} and plan["decoded"] < plan["clips"]:
         lines.append(
-            f"{_share(plan['decoded'], plan['clips'])} clips were decoded; damage within the "
-            "files of the others shows only in the extraction"
+            f"{_share(plan['decoded'], plan['clips'])} clips were decoded; damage inside the "
+            "files of the others is only found during extraction"
         )
     return [*lines, *(line for of in files["faulty"].items() for line in _named(*of))]
 
@@ -194,7 +194,7 @@ def _disk(disk: Plan, recipe: ExtractRecipe) -> list[str]:
         f"total {_size(total)} in shards of {recipe.store.clips_per_shard} clips, "
         f"{disk['shards']:,} per set; {_size(disk['free_bytes'])} free at {recipe.out}"
     )
-    return [*lines, *([f"{_size(whole)} once no clip is lost"] if whole > total else [])]
+    return [*lines, *([f"{_size(whole)} if no clip is lost"] if whole > total else [])]
 
 
 def _time(plan: Plan, recipe_path: Path) -> list[str]:

@@ -56,7 +56,17 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         if backbone.choice.source != "none":
             unmeasured = network.config.chosen == BY_RULE.format("cuda")
             says = "; the defaults for GPUs were not measured" if unmeasured else ""
-            note(f"{backbone.choice.name}: {network.config}{says}")
+            note(f"{_users(recipe, key)}: {backbone.choice.name}, {network.config}{says}")
+
+
+def _users(recipe: ExtractRecipe, key: str) -> str:
+    """Return the modalities whose tokens a network computes, such as ``teacher.rgb``."""
+    return ", ".join(
+        f"{name}.{modality}"
+        for name, choices in recipe.sets.items()
+        for modality, choice in choices.items()
+        if network_key(choice) == key
+    )
 
 
 def by_rule(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> ComputeConfig:

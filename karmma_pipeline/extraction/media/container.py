@@ -100,13 +100,13 @@ def open_container(path: Path) -> "av.container.InputContainer":
         name = f"file:{path.absolute()}"
         return av.open(name, options=options, metadata_errors="replace")
     except PermissionError:
-        detail = f"{path}: closed to you: {NO_MEDIA['closed to you']}"
+        detail = f"{path}: not readable: {NO_MEDIA['not readable']}"
         raise MediaFaultError(Reason.DECODE_ERROR, detail) from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
         # Without the path, which FFmpeg repeats: long ones would be all that is left of a detail.
         what, said = _what_else(path), getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", 0) == errno.EINVAL:  # FFmpeg knows it, but it is not in our list
-            said = f"a format that is not read ({said})"
+            said = f"an unsupported format ({said})"
         detail = f"{what}: {NO_MEDIA[what]} ({said})" if what else said
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: {detail}") from None
 

@@ -115,7 +115,7 @@ def check_sources(
     if not there:  # no process is started for what is not there
         return checks
     with (
-        progress_bar(total=len(there), desc="probe", unit="file") as bar,
+        progress_bar(total=len(there), desc="checking", unit="file") as bar,
         WorkerPool(min(_MAX_PROCESSES, jobs.cpu_count(), len(there)), jobs.become_worker) as pool,
     ):
         found = pool.map(check, there.values(), timeout=_TIMEOUT_S).result()

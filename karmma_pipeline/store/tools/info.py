@@ -58,7 +58,8 @@ def diff(one: Path, other: Path, stop: StopFlag | None = None) -> Iterator[str]:
     """
     a, b = FeatureStore.open(one), FeatureStore.open(other)
     left_spec, right_spec = (store.spec.model_dump(mode="json") for store in (a, b))
-    yield from sorted(map(str, config.differences(left_spec, right_spec, "spec")))
+    for difference in sorted(config.differences(left_spec, right_spec, "spec"), key=str):
+        yield difference.said(f"in {one}", f"in {other}")
     places = [{i: n for n, i in enumerate(s.clip_ids.tolist())} for s in (a, b)]
     for mine, theirs, name in ((places[0], places[1], one), (places[1], places[0], other)):
         only = [i.decode() for i in mine if i not in theirs]
