@@ -258,7 +258,7 @@ def test_streams_joined_byte_by_byte_keep_their_times_and_a_moment_has_one_pictu
     tmp_path: Path, delay_s: float, shown: list[tuple[float, int, int]]
 ) -> None:
     """FFmpeg misses packets at the joint; time stamps may leap ahead there, or begin anew."""
-    later = {"video_delay_s": delay_s, "audio_delay_s": delay_s}
+    later: dict[str, Any] = {"video_delay_s": delay_s, "audio_delay_s": delay_s}
     parts = [
         write_video(tmp_path / "a.ts", click_s=0.5),
         write_video(tmp_path / "b.ts", fps=10, seconds=1.7, click_s=1.5, **later),
