@@ -57,7 +57,7 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         if backbone.choice.source != "none":
             unmeasured = network.config.chosen == BY_RULE.format("cuda")
             says = "; the defaults for GPUs were not measured" if unmeasured else ""
-            if network.openvino is None and network.device.type == "cpu":
+            if not says and network.openvino is None and network.device.type == "cpu":
                 says = openvino_engine.advice(backbone.choice.name)
             note(f"{backbone.choice.name}: {network.config}{says}")
 
