@@ -243,7 +243,7 @@ def plan(
     resolved = load_recipe("extract", recipe, overrides, writes=False)
     click.echo("reading the manifest and checking the files ...", err=True)
     from karmma_pipeline import files
-    from karmma_pipeline.errors import KarmmaError, TooManyFailuresError
+    from karmma_pipeline.errors import KarmmaError, TooManyFailuresError, counted
     from karmma_pipeline.extraction.estimate.report import estimate, text
 
     made = estimate(resolved, probe=not no_probe, calibrate=not no_calibrate)
@@ -255,8 +255,9 @@ def plan(
     finish(then=f"karmma extract {shlex.quote(str(recipe))}" if good else None)
     if made["too_many_lost"]:
         raise TooManyFailuresError(
-            f"{recipe}: {made['clips_lost_to_faults']:,} of {made['clips']:,} clips will lose a "
-            "modality to the errors above; fix them, or raise max_failures."
+            f"{recipe}: {made['clips_lost_to_faults']:,} of {counted(made['clips'], 'clip')} will "
+            "lose a modality to the errors above, more than "
+            f"max_failures={resolved.max_failures:g} allows; fix them, or raise it."
         )
     if made["problem"]:
         raise KarmmaError(made["problem"])

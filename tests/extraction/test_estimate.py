@@ -58,7 +58,7 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
     plan = plan_of(tmp_path, rows, max_failures=0.5)
     assert plan["splits"] == {"train": 3, "val": 3}
     assert plan["files"]["faulty"] == {
-        "empty": {str(tmp_path / "empty.mp4"): "0 bytes"},
+        "damaged": {str(tmp_path / "empty.mp4"): EMPTY},
         "missing": {str(tmp_path / "gone.mp4"): ""},
     }
     assert plan["lost"] == {
@@ -66,7 +66,6 @@ def test_clips_files_and_faults_are_counted(make_video: Maker, tmp_path: Path) -
         "file_missing": {"e": str(tmp_path / "gone.mp4")},
         "decode_error": {"f": f"{tmp_path / 'empty.mp4'}: {EMPTY}"},
     }
-    assert plan["stop_after_end"] == ["b"]
     assert (plan["clips_lost_to_faults"], plan["no_stream"]) == (3, {"audio": 1})
     assert plan["present"] == {"rgb": 3, "audio": 2}
     hours = (1.5 + 1 + 0 + 2 + 1 + 1) / 3600  # b is cut at its file's end, d is a whole file
@@ -83,10 +82,10 @@ def test_clips_shorter_than_the_window_are_counted(make_video: Maker, tmp_path: 
     rows = "a,v.mp4,0,0.2,x,\nb,v.mp4,0,0.6,x,\nc,v.mp4,0,1,x,\n"
     short = {"modality": "rgb", "frames": 8, "of": 3}
     (window,) = plan_of(tmp_path, rows)["shorter_than_window"]
-    assert window == {**short, "seconds": None, "clips": 1}  # 8 frames at the file's 25 Hz: 0.32 s
+    assert window == {**short, "clips": 1}  # 8 frames at the file's 25 Hz: 0.32 s
     sampling = {"mode": "fps", "fps": 10}  # 0.8 s, whatever the file has
     (window,) = plan_of(tmp_path, rows, probe=False, sampling=sampling)["shorter_than_window"]
-    assert window == {**short, "seconds": 0.8, "clips": 2}
+    assert window == {**short, "clips": 2}
 
 
 def test_duplicates_and_overlaps_between_splits_are_found(tmp_path: Path) -> None:
@@ -105,8 +104,9 @@ def test_views_count_in_disk_and_time_and_not_among_the_clips(
 ) -> None:
     rows = "a,v.mp4,0,2,x,train\nb,w.mp4,0,2,x,val\n"
     views, shards = {"clips": 2, "crops": 3}, {"store": {"clips_per_shard": 1}}
-    monkeypatch.setattr(cost, "extract", lambda recipe, manifest: ExtractReport({}, marks=[(1, 0)]))
-    monkeypatch.setattr(cost, "perf_counter", iter((0.0, 3600.0) * 2).__next__)
+    report = ExtractReport({}, marks=[(1, 3600.0)])
+    monkeypatch.setattr(cost, "extract", lambda recipe, manifest: report)
+    monkeypatch.setattr(cost, "perf_counter", lambda: 0.0)
     for name in "vw":
         (tmp_path / f"{name}.mp4").touch()
     plain, viewed = (
@@ -155,7 +155,6 @@ def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], P
     assert names["before"] == [True, True]  # of a file that is cut after it
     assert names["shown"] == [True, False]
     assert plan["present"] == dict(zip(("rgb", "audio"), there.sum(axis=0).tolist(), strict=True))
-    assert plan["stop_after_end"] == ["in"]
     with (folder.parent / "failures.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if Reason[row["reason"].upper()] not in NATURAL]
     lost = {label: [*clips] for label, clips in plan["lost"].items()}
@@ -169,8 +168,8 @@ def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], P
     }
     natural = [*map(int, NATURAL)]
     told = text(plan, config.load(ExtractRecipe, folder.parent / "recipe.yaml"), Path("r.yaml"))
-    looked = f"{plan['decoded']} of 12 ({plan['decoded'] / 12:.1%}) clips were decoded; damage "
-    assert looked + "inside the files of the others is only found during extraction" in told
+    looked = f"decoded: {plan['decoded']} of 12 ({plan['decoded'] / 12:.1%}); damage inside "
+    assert looked + "the files of the others is only found during extraction" in told
     lost = (~np.isin(np.asarray(store.reasons), natural)).any(axis=1).sum()
     assert plan["clips_lost_to_faults"] == lost == 5
 
@@ -180,8 +179,8 @@ def test_the_disk_that_is_planned_is_what_an_extraction_takes(
 ) -> None:
     plan, folder = extracted
     for modality, size in plan["disk"]["token_bytes"]["one"].items():
-        files = list((folder / modality / "tokens/c").rglob("0"))
-        assert sum(path.stat().st_size for path in files if path.is_file()) == size
+        files = [f for f in (folder / modality / "tokens/c").rglob("0") if f.is_file()]
+        assert sum(path.stat().st_size for path in files) == size
     assert plan["disk"]["shards"] == 3
 
 
@@ -202,7 +201,7 @@ def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Pat
     assert {label: [*clips] for label, clips in plan["lost"].items()} == {"decode_error": ["c3"]}
     assert "noise.mp4: frame " in plan["lost"]["decode_error"]["c3"]
     assert plan["present"] == {"rgb": 3, "audio": 3}
-    assert plan["array_tasks"] == 1
+    assert plan["time"]["array_tasks"] == 1
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -210,7 +209,7 @@ def test_the_time_is_measured_and_nothing_stays(make_video: Maker, tmp_path: Pat
     ("marks", "clip_s", "said"),
     [
         ([(1, 10.0), (2, 60.0), (4, 120.0), (6, 180.0)], 30.0, "about 2 min"),  # 2 workers
-        ([(6, 60.0)], 200.0, "at most 17 min"),  # one batch: with all that happens only once
+        ([(6, 1200.0)], 200.0, "at most 17 min"),  # one batch: with all that happens only once
     ],
 )
 def test_the_time_is_that_of_a_stream_at_work(
@@ -229,10 +228,9 @@ def test_the_time_is_that_of_a_stream_at_work(
         (recipe.out / "failures.csv").write_text("clip_id,modality,reason,detail\n" + rows)
         return ExtractReport({}, marks=marks)
 
-    monkeypatch.setattr(openvino_engine, "is_installed", lambda: clip_s == 30.0)
     monkeypatch.setattr(cost, "extract", stand_in)
     monkeypatch.setattr(cost, "max_workers", lambda device: 2)
-    monkeypatch.setattr(cost, "perf_counter", iter((0.0, 1200.0)).__next__)
+    monkeypatch.setattr(cost, "perf_counter", lambda: 0.0)
     (tmp_path / "v.mp4").touch()
     rows = "".join(f"c{i},v.mp4,{i},{i + 1},x,\n" for i in range(6))
     recipe = recipe_of(tmp_path, rows, device="cpu")
@@ -243,12 +241,9 @@ def test_the_time_is_that_of_a_stream_at_work(
     assert (plan["present"], plan["no_stream"]) == ({"rgb": 5, "audio": 5}, {"audio": 1})
     assert plan["time"]["hours"] == pytest.approx(5 * clip_s / 3600)
     told = text(plan, recipe, Path("r.yaml"))
-    assert "clips were decoded" not in told  # all were
-    assert "1 clips lost (decode_error): c1 (v.mp4: frame 3 is damaged)" in told
+    assert "that were decoded" not in told  # all were
+    assert "clips lost to decode_error (1): c1 (v.mp4: frame 3 is damaged)" in told
     assert f"{said} on one cpu like this" in told
-    assert (
-        "openvino is installed and was measured to be faster for s3d (1.2 times), " in told
-    ) == (clip_s == 30.0)
     ((folder, failures, clips),) = seen
     assert (folder.exists(), failures, clips) == (False, 1.0, 6)
 
@@ -266,8 +261,9 @@ def test_the_command_prints_writes_json_and_ends_with_3_if_too_much_is_lost(tmp_
     arguments = ["plan", str(tmp_path / "r.yaml"), "--no-calibrate", "--json", str(target)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 3
-    assert "1 missing: " in result.output
-    assert "lost to errors: 1 of 1 (100.0%), more than max_failures=0.05" in result.output
+    assert "missing files (1): " in result.output
+    assert "1 of 1 clip will lose a modality" in result.output
+    assert "more than max_failures=0.05 allows" in result.output
     assert json.loads(target.read_text())["files"]["faulty"] == {
         "missing": {str(tmp_path / "gone.mp4"): ""}
     }
@@ -281,18 +277,31 @@ def test_the_command_prints_writes_json_and_ends_with_3_if_too_much_is_lost(tmp_
     assert CliRunner().invoke(main, [*arguments, *allowed, "--no-probe"]).exit_code == 0
 
 
-def test_weights_that_are_missing_end_a_plan_as_they_end_an_extraction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change", [{"weights": "gone.pt"}, {"weights": "random:0", "engine": "openvino"}]
+)
+def test_what_ends_an_extraction_at_its_start_ends_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda: False)
     (tmp_path / "v.mp4").touch()
-    sets = {"one": {"rgb": {"name": "s3d", "weights": str(tmp_path / "gone.pt")}}}
+    sets = {"one": {"rgb": {"name": "s3d", **change}}}
     config.save(recipe_of(tmp_path, "a,v.mp4,0,1,x,\n", sets=sets), tmp_path / "r.yaml")
     ends = [
         CliRunner().invoke(main, [*command, str(tmp_path / "r.yaml")])
         for command in (["plan", "--no-probe"], ["extract"])
     ]
-    assert [end.exit_code for end in ends] == [1, 1]
+    assert ends[0].exit_code == 1
+    assert ends[1].exit_code in {1, 2}
     assert ends[0].output.splitlines()[-1] == ends[1].output.splitlines()[-1]
+
+
+def test_a_device_that_is_not_here_ends_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").touch()
+    recipe = recipe_of(tmp_path, "a,v.mp4,0,1,x,\n", device="cuda:77")
+    plan = estimate(recipe, probe=False)
+    assert plan["problem"] == ""
+    assert "unknown: device='cuda:77': not available here" in text(plan, recipe, Path("r.yaml"))
 
 
 def test_a_list_without_a_single_file_is_one_sentence_and_no_store(tmp_path: Path) -> None:

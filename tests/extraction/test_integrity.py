@@ -221,7 +221,7 @@ def test_whatever_is_no_media_file_is_said(tmp_path: Path) -> None:
         *(SoundArray(tmp_path / name, key, RATE) for name, key in arrays),
     ]
     found = list(check_sources(dict(enumerate(sources)), check_source).values())
-    states = ["missing", "empty", "damaged", "damaged", "missing", "damaged", "fine", "fine"]
+    states = ["missing", "damaged", "damaged", "damaged", "missing", "damaged", "fine", "fine"]
     assert [check.state for check in found] == states
     assert [check.ends for check in found[-2:]] == [{"audio": 3.0}, {}]
 

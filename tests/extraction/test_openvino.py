@@ -335,6 +335,18 @@ def test_without_the_library_one_sentence_names_the_extra(
         Networks(make_recipe(tmp_path))
 
 
+def test_a_network_that_it_computes_faster_is_named_as_an_extraction_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = {"name": "s3d", **VIDEO, "engine": "torch"}
+    recipe = make_recipe(tmp_path, sets={"one": {"rgb": choice}}, device="cpu")
+    for there in (True, False):
+        said: list[str] = []
+        monkeypatch.setattr(openvino_engine, "is_installed", lambda there=there: there)
+        configure(Networks(recipe), {}, said.append)
+        assert ("faster (1.2 times): set engine: openvino" in said[-1]) == there
+
+
 def test_another_device_than_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_engine, "is_installed", lambda: True)
     choice = BackboneChoice(**TINY)

@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from support.media_files import counter_picture, mirror, read_counter, write_video
+from support.media_files import RATE, counter_picture, mirror, read_counter, write_video
 
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource
@@ -21,6 +21,7 @@ from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
 from karmma_pipeline.extraction.types import DecodeSettings, InputSpec
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 
 FPS = 25
@@ -164,10 +165,10 @@ def test_clips_of_a_long_file_without_time_stamps_cost_less_than_scans(
     path = encode(tmp_path / "v.avi", "libx264", 1500, preset="ultrafast", bf="2", g="60")
     count, original = 0, packet_index.decoded
 
-    def counted(packet: Any, tag: int) -> Any:
+    def counted(packet: Any, *about: Any) -> Any:
         nonlocal count
         count += 1
-        return original(packet, tag)
+        return original(packet, *about)
 
     monkeypatch.setattr(packet_index, "decoded", counted)
     monkeypatch.setattr(pyav_video, "decoded", counted)
@@ -243,3 +244,47 @@ def test_a_slide_show_is_as_good_as_a_film(tmp_path: Path, rate: Fraction) -> No
     (found,) = decode_clips([clip], settings)
     assert not found.reasons
     assert [read_counter(p.transpose(1, 2, 0)) for p in found.arrays[rgb]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "shown"),
+    [
+        (5.0, [(1.955, 0, 47), (1.995, 0, 48), (4.9, 0, 49), (5.0, 1, 0), (6.5, 1, 15)]),
+        (0.0, [(0.57, 0, 12), (1.57, 0, 37), (2.05, 0, 49)]),
+        (1.0, [(0.57, 0, 12), (1.57, 0, 37), (2.05, 0, 49), (2.5, 1, 15), (2.6, 1, 16)]),
+    ],
+)
+def test_streams_joined_byte_by_byte_keep_their_times_and_a_moment_has_one_picture(
+    tmp_path: Path, delay_s: float, shown: list[tuple[float, int, int]]
+) -> None:
+    """FFmpeg misses packets at the joint; time stamps may leap ahead there, or begin anew."""
+    later: dict[str, Any] = {"video_delay_s": delay_s, "audio_delay_s": delay_s}
+    parts = [
+        write_video(tmp_path / "a.ts", click_s=0.5),
+        write_video(tmp_path / "b.ts", fps=10, seconds=1.7, click_s=1.5, **later),
+    ]
+    # Zero is where the encoder's run-in of the first sound starts.
+    begins = (0.064, delay_s - 0.016)
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    file = MediaFile(path)
+    for t, part, number in shown:
+        frames, starts = file.frames(np.array([t]))
+        assert read_counter(frames[0]) == number
+        assert starts[0] == pytest.approx(begins[part] + number / (25, 10)[part], abs=2e-3)
+    sound = np.abs(file.sound(0, 8, RATE))
+    clicks = [begins[0] + 0.5, *([begins[1] + 1.5] if delay_s else [])]
+    heard = np.flatnonzero(sound > 0.1) / RATE
+    assert np.abs(heard[:, None] - clicks).min(axis=1).max() < 0.02
+    assert np.abs(heard[:, None] - clicks).min(axis=0).max() < 0.02
+
+
+def test_what_lies_behind_the_end_of_a_stream_is_said(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.ts")
+    path.write_bytes(2 * path.read_bytes())
+    view = FrameTransform(resize=(48, 96), crop=(48, 96), mean=(0, 0, 0), std=(1, 1, 1))
+    rgb = InputSpec("rgb", 5, view, (48, 96), per_frame=True)
+    clip = Clip("c", {"rgb": FileSource(path)}, 2.5, 3.5, {})
+    (found,) = decode_clips([clip], DecodeSettings(Sampling(), Flow(), Audio(), (rgb,)))
+    assert found.reasons == {rgb: Reason.OUT_OF_RANGE}
+    assert "then its time stamps begin anew" in found.details[rgb]

@@ -1,7 +1,7 @@
 """Sensors from a CSV's column to a prediction, by the same path as media."""
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from karmma_pipeline.data.sources import SensorSource
 from karmma_pipeline.errors import ConfigError, ManifestError
 from karmma_pipeline.extraction.decode import pool
 from karmma_pipeline.extraction.estimate import survey
-from karmma_pipeline.extraction.media.integrity import WHOLE, SourceCheck
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips
 from karmma_pipeline.modalities import Reason
@@ -78,18 +77,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def here(
-    sources: Mapping[object, Any], check: Callable[[Any], SourceCheck], *, probe: bool
-) -> dict[object, SourceCheck]:
-    """Check in this process, not in others that must start first."""
-    return {
-        key: check(s)
-        if s.path.exists()
-        else SourceCheck.of(s.path, {WHOLE: (Reason.FILE_MISSING, "")})
-        for key, s in sources.items()
-    }
-
-
 def test_sensors_are_extracted_and_planned_as_media_are(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,12 +110,17 @@ def test_sensors_are_extracted_and_planned_as_media_are(
     facts = store.provenance["imu"]["sensor"]
     assert (facts["channels"], facts["rate_hz"], facts["max_gap_s"]) == (["a", "b"], 50, 0.25)
 
-    monkeypatch.setattr(survey, "check_sources", here)
+    monkeypatch.setattr(
+        survey, "check_sources", lambda some, check, probe: {k: check(s) for k, s in some.items()}
+    )
+    monkeypatch.setattr(survey, "open_pool", lambda settings, *_: HerePool(settings))
+    monkeypatch.setattr(survey, "TRIED", 1)  # which is not for sensors
     seen = survey.Survey(made, read_clips(made))
-    planned, found = seen.reasons(), seen.facts()
-    assert [planned[m].tolist() for m in store.modalities] == store.reasons.T.tolist()
-    assert found["files"]["kinds"] == {"sensor files": 3}
-    assert "no sample from 5.990 s" in found["files"]["faulty"]["damaged"][f"{folder}/imu.csv"]
+    planned = [[seen.outcomes[clip.clip_id, m][0] for m in store.modalities] for clip in seen.clips]
+    assert planned == store.reasons.tolist()
+    found = seen.facts()
+    assert found["files"]["count"] == 3
+    assert "no sample from 5.990 s" in found["lost"]["gap"]["c2"]
 
 
 def test_a_mended_file_and_a_longer_list_are_extracted_by_the_same_command(folder: Path) -> None:

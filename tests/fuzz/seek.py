@@ -157,10 +157,15 @@ def cases() -> Iterator[Case]:
         yield Case(codec, "mp4", cut="5.7", sound=True, more=("-use_editlist", "0"))
         yield Case(codec, "mkv", "variable", cut="4.1", sound=True)
         yield Case(codec, "mp4", more=("two",))
+    for codec in ("h264", "h264_gop25", "h264_open", "hevc_open", "mpeg2", "mpeg4"):
+        for offset in ("0", "3", "6", "14"):  # of the second part, whose time begins there
+            yield Case(codec, "ts", sound=codec != "mpeg4", more=("joined", offset))
 
 
 def make(case: Case, folder: Path) -> Path:
     """Write the file of a case; how long depends on its rate alone."""
+    if "joined" in case.more:
+        return joined(case, folder)
     path = folder / f"whole.{case.container}"
     command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{SIZE}x{SIZE}"]
     command += ["-r", RATES[case.rate], "-i", "-"]
@@ -184,6 +189,20 @@ def make(case: Case, folder: Path) -> Path:
         cut = ["-ss", case.cut, "-i", str(whole), "-t", "5", "-map", "0", "-c", "copy", *options]
         run(["ffmpeg", *cut, str(path)])
     return mirror(path, case.matrix) if case.matrix else path
+
+
+def joined(case: Case, folder: Path) -> Path:
+    """Write two transport streams, each with half of the pictures, and join them byte by byte."""
+    data, half = b"", len(raw_pictures()) // 2
+    for offset, given in (("0", raw_pictures()[:half]), (case.more[1], raw_pictures()[half:])):
+        command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{SIZE}x{SIZE}", "-r", "25"]
+        command += ["-i", "-", "-f", "lavfi", "-t", "6", "-i", "sine=440:sample_rate=16000"]
+        command += ["-map", "0:v", *(["-map", "1:a"] if case.sound else []), *CODECS[case.codec]]
+        command += ["-pix_fmt", "yuv420p", "-output_ts_offset", offset]
+        run(["ffmpeg", *command, str(folder / "part.ts")], given)
+        data += (folder / "part.ts").read_bytes()
+    (folder / "joined.ts").write_bytes(data)
+    return folder / "joined.ts"
 
 
 def _pixels(codec: str) -> str:
@@ -232,7 +251,18 @@ def scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
     pictures = np.frombuffer(raw, np.uint8).reshape(-1, SIZE, SIZE, 3)
     if len(pictures) != len(times):
         raise RuntimeError(f"ffmpeg gives {len(pictures)} pictures, ffprobe {len(times)}")
-    return pictures, np.maximum.accumulate(times) - min(starts, default=0.0)
+    ahead = leading(times)
+    return pictures[ahead], np.maximum.accumulate(times[ahead]) - min(starts, default=0.0)
+
+
+def leading(times: np.ndarray) -> np.ndarray:
+    """Tell frames from those after a leap back by more than half a second, up to where it began."""
+    kept, latest, away = [], -np.inf, False
+    for time in times.tolist():
+        away = time < latest - 0.5 or (away and time <= latest)
+        latest = max(latest, time)
+        kept.append(not away)
+    return np.array(kept)
 
 
 def filled(stamps: Sequence[str | None], frame_s: float) -> np.ndarray:

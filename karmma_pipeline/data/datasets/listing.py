@@ -97,7 +97,7 @@ def missing(path: Path) -> str:
     return f"{path}: {hint}" if hint else str(path)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=16)
 def _listed(_folder: Path, _changed_ns: int) -> Listing:
     return Listing()
 

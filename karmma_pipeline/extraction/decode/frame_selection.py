@@ -103,26 +103,30 @@ def clip_span(
     source = clip.media[modality]
     if isinstance(source, FrameSource) and source.span:
         start, stop = video.span(*source.span)
-    return clamped(start, stop, video.stop_s, tolerance_s)
+    return clamped(start, stop, video.stop_s, tolerance_s, video.beyond)
 
 
 def clamped(
-    start_s: float, stop_s: float | None, end_s: float, tolerance_s: float
+    start_s: float, stop_s: float | None, end_s: float, tolerance_s: float, beyond: str = ""
 ) -> tuple[float, float]:
     """Return a span that ends with its stream.
+
+    Args:
+        start_s: of the clip.
+        stop_s: of the clip; None: the stream's end.
+        end_s: of the stream.
+        tolerance_s: how far the clip may reach beyond it.
+        beyond: what lies there, for people.
 
     Raises:
         MediaFaultError: it lies outside, or reaches out of it by more than the tolerance.
     """
     stop = end_s if stop_s is None else min(stop_s, end_s)
+    ends = f"its file ends at {end_s:.2f} s{beyond}"
     if start_s >= end_s:
-        raise MediaFaultError(
-            Reason.OUT_OF_RANGE, f"starts at {start_s:.2f} s, but its file ends at {end_s:.2f} s"
-        )
+        raise MediaFaultError(Reason.OUT_OF_RANGE, f"starts at {start_s:.2f} s, but {ends}")
     if stop_s is not None and stop_s > end_s + tolerance_s:
-        raise MediaFaultError(
-            Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, but its file ends at {end_s:.2f} s"
-        )
+        raise MediaFaultError(Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, but {ends}")
     if stop <= start_s:
         raise MediaFaultError(Reason.TOO_SHORT, f"nothing from {start_s} to {stop} s")
     return start_s, stop

@@ -3,16 +3,12 @@
 N windows, W samples of each, C channels.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline.data.sensors import Sensor
-from karmma_pipeline.extraction.media.integrity import WHOLE, Outcome, SourceCheck, Span
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.sensor_series import SensorSeries, series_of
+from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import Times
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.views import View
@@ -84,27 +80,3 @@ def window_starts(sensor: Sensor, start_s: float, stop_s: float) -> Times:
         shares = np.arange(count) / (count - 1) if count > 1 else np.array([0.5])
         return start_s + room_s * shares
     return start_s + room_s / 2 + np.arange(count) * hop / sensor.rate_hz
-
-
-@dataclass(frozen=True)
-class SeriesProbe:
-    """A file of a sensor to be looked at before extraction, with the spans of its clips."""
-
-    path: Path
-    sensor: Sensor
-    spans: list[Span]
-
-
-def check_series(probe: SeriesProbe) -> SourceCheck:
-    """Read a series and every span of it, as extraction will; faults are said, not raised."""
-    lost: dict[object, Outcome] = {}
-    try:
-        series = series_of(probe.path, probe.sensor)
-    except MediaFaultError as fault:
-        return SourceCheck.of(probe.path, {WHOLE: (fault.reason, fault.detail)})
-    for span in probe.spans:
-        try:
-            read_windows(series, probe.sensor, *span)
-        except MediaFaultError as fault:
-            lost[span] = fault.reason, fault.detail
-    return SourceCheck.of(probe.path, lost, ends={"series": series.stop_s})

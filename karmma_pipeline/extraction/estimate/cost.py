@@ -1,26 +1,23 @@
 """What an extraction will cost: disk, exactly; time, from a few clips done for real."""
 
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from karmma_pipeline import files
 from karmma_pipeline.data.manifest import Manifest
-from karmma_pipeline.errors import KarmmaError, ManifestError
+from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.estimate.survey import FOUND, Survey
-from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.workers import max_workers
-from karmma_pipeline.extraction.media.integrity import Outcome
 from karmma_pipeline.extraction.pipeline import check_room, extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, check_files
 from karmma_pipeline.extraction.tables import read_failures
-from karmma_pipeline.extraction.types import NATURAL, input_spec, stored_as
+from karmma_pipeline.extraction.types import stored_as
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import BackboneChoice
 from karmma_pipeline.models.device import pick_device
@@ -32,47 +29,34 @@ from karmma_pipeline.views import Views
 _RUN = 8
 
 
-def disk(
-    recipe: ExtractRecipe, manifest: Manifest, reasons: Mapping[str, npt.NDArray[np.uint8]]
-) -> dict[str, Any]:
-    """Work out the bytes of every shard file from the clips that will be in it, JSON-plain.
-
-    Args:
-        recipe: the extraction.
-        manifest: its rows.
-        reasons: modality to the reason's code of each row, see `Survey.reasons`.
-    """
-    size, rows = recipe.store.clips_per_shard, len(manifest.clips)
-    specs = _specs(recipe)
-    tokens: dict[str, dict[str, int]] = {name: {} for name in specs}
-    tables, lost = rows * (120 + 4 * len(manifest.heads)) * len(specs), 0
-    for name, modalities in specs.items():
-        for m, spec in modalities.items():
-            there = reasons[m] == Reason.PRESENT
-            wanted = there | ~np.isin(reasons[m], [*NATURAL])
-            tokens[name][m] = _shard_bytes(spec, there, size)
-            lost += _shard_bytes(spec, wanted, size) - tokens[name][m]
-            times = 16 * input_spec(m, recipe.sets[name][m]).times
-            tables += 2 * rows * (times + 5) + 12 * rows  # in commit records, in the clip table
-    total = tables + sum(sum(of.values()) for of in tokens.values())
+def disk(recipe: ExtractRecipe, seen: Survey) -> dict[str, Any]:
+    """Work out the bytes of all token files from the clips that will be in them, JSON-plain."""
+    size, counts = recipe.store.clips_per_shard, {}
+    rows = [clip.clip_id for clip in seen.clips for _ in range(recipe.views.count)]
+    shards = [rows[at : at + size] for at in range(0, len(rows), size)]
+    for m in seen.modalities:
+        counts[m] = [sum(seen.outcomes[of, m] == FOUND for of in shard) for shard in shards]
     return {
-        "token_bytes": tokens,
-        "table_bytes_about": tables,
-        "total_bytes_about": total,
-        "total_bytes_about_without_faults": total + lost,
+        "token_bytes": {
+            name: {
+                m: sum(layout.file_bytes(a, size, n) for a in spec.arrays for n in counts[m])
+                for m, spec in modalities.items()
+            }
+            for name, modalities in _specs(recipe).items()
+        },
         "free_bytes": files.free_bytes(recipe.out),
-        "shards": math.ceil(rows / size),
+        "shards": len(shards),
     }
 
 
-def problem(recipe: ExtractRecipe, manifest: Manifest) -> str:
-    """Return why the extraction would end before its first clip; empty if it would not."""
-    try:
-        check_files(recipe, manifest)
-        check_room(recipe.out, manifest, _specs(recipe))
-    except KarmmaError as error:
-        return str(error)
-    return ""
+def check(recipe: ExtractRecipe, manifest: Manifest) -> None:
+    """Refuse what an extraction would refuse before its first clip.
+
+    Raises:
+        KarmmaError: not one of the files is there, or the disk is too small.
+    """
+    check_files(recipe, manifest)
+    check_room(recipe.out, manifest, _specs(recipe))
 
 
 def _specs(recipe: ExtractRecipe) -> dict[str, dict[str, ModalitySpec]]:
@@ -80,11 +64,6 @@ def _specs(recipe: ExtractRecipe) -> dict[str, dict[str, ModalitySpec]]:
         name: {m: _stored(m, choice, recipe) for m, choice in choices.items()}
         for name, choices in recipe.sets.items()
     }
-
-
-def _shard_bytes(spec: ModalitySpec, there: npt.NDArray[np.bool_], size: int) -> int:
-    counts = [int(there[at : at + size].sum()) for at in range(0, len(there), size)]
-    return sum(layout.file_bytes(array, size, count) for array in spec.arrays for count in counts)
 
 
 def _stored(modality: str, choice: BackboneChoice, recipe: ExtractRecipe) -> ModalitySpec:
@@ -115,54 +94,50 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, seen: Survey) -> di
     Until all workers are busy much happens that happens only once. Nothing is left behind; what
     became of the clips is told to the survey.
 
+    Returns:
+        JSON-plain; nothing but why it is not known, where that says nothing of the extraction:
+        there are no clips to do it with, or no such device here.
+
     Raises:
-        KarmmaError: there is nothing to extract, weights are missing, or another fault.
+        KarmmaError: extraction would end so, too.
     """
     views = recipe.views.count
-    there = np.stack([of == Reason.PRESENT for of in seen.reasons().values()]).repeat(views, axis=1)
-    usable = np.flatnonzero(there.all(axis=0) if there.all(axis=0).any() else there.any(axis=0))
-    if not len(usable):
-        raise ManifestError("not measured: no clip has all of its files")
-    device = pick_device(recipe.device)
+    there = Counter(clip_id for (clip_id, _), found in seen.outcomes.items() if found == FOUND)
+    if not there:
+        return {"problem": "not measured: no clip has its files"}
+    # Of clips that have more or less, those that have most.
+    most = max(there.values())
+    usable = [n for n, clip in enumerate(seen.clips) if there[clip.clip_id] == most]
+    try:
+        device = pick_device(recipe.device)
+    except ConfigError as error:
+        return {"problem": str(error)}
     # Clips until everybody is at work, and a batch that is small next to so few clips.
     busy, small = (max_workers(device), 1) if device.type == "cpu" else (_RUN, _RUN)
-    rows = _chosen(usable.tolist(), 5 * busy)
+    rows = _chosen([n * views + v for n in usable for v in range(views)], 5 * busy)
     few = Manifest(tuple(manifest.clips[n] for n in rows), manifest.heads)
     size = small if recipe.batch_size == "auto" else recipe.batch_size
     with tempfile.TemporaryDirectory(prefix="karmma-plan-") as name:
         out = Path(name) / "out"
         changes = {"out": out, "batch_size": size, "max_failures": 1.0}
         changes |= {"views": Views()}  # of a clip's views perhaps not all are among the few
-        started = perf_counter()
-        marks = extract(recipe.model_copy(update=changes), manifest=few).marks
-        total_s = perf_counter() - started
-        lost: dict[tuple[str, str], Outcome] = {
-            (row["clip_id"], row["modality"]): (Reason[row["reason"].upper()], row["detail"])
-            for row in read_failures(out)
-        }
-    ids = {manifest.clips[n].clip_id: seen.clips[n // views].clip_id for n in rows}
-    seen.learn(
-        {(of, m): lost.get((row, m), FOUND) for row, of in ids.items() for m in seen.modalities}
-    )
+        marks = [(0, perf_counter())]
+        marks += extract(recipe.model_copy(update=changes), manifest=few).marks
+        ids = {manifest.clips[n].clip_id: seen.clips[n // views].clip_id for n in rows}
+        shown = {(of, m): FOUND for of in ids.values() for m in seen.modalities}
+        for row in read_failures(out):
+            outcome = Reason[row["reason"].upper()], row["detail"]
+            shown[ids[row["clip_id"]], row["modality"]] = outcome
+    seen.learn(shown)
     last, end = marks[-1]
-    first, begin = next((mark for mark in marks if mark[0] >= busy), marks[-1])
-    clip_s = (end - begin) / (last - first) if last > first else total_s / last
+    first, begin = next((mark for mark in marks if busy <= mark[0] < last), marks[0])
     return {
         "device": device.type,
         "measured_on_clips": last,
-        "seconds_per_clip": clip_s,
-        "without_start_up": last > first,
+        "seconds_per_clip": (end - begin) / (last - first),
+        "without_start_up": first > 0,
         "problem": "",
     }
-
-
-def faster_with_openvino(recipe: ExtractRecipe) -> list[str]:
-    """Return the networks that openvino, which is installed, computes faster on this CPU."""
-    if not openvino_engine.is_installed() or pick_device(recipe.device).type != "cpu":
-        return []
-    choices = [choice for of in recipe.sets.values() for choice in of.values()]
-    names = dict.fromkeys(choice.name for choice in choices if choice.engine == "torch")
-    return [name for name in names if name in openvino_engine.FASTER]
 
 
 def _chosen(rows: Sequence[int], count: int) -> list[int]:

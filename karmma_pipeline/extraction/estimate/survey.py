@@ -5,30 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
-from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from karmma_pipeline.data.manifest import Clip, Manifest
-from karmma_pipeline.data.sources import (
-    BoxSource,
-    FileSource,
-    FrameSource,
-    SensorSource,
-    SoundArray,
-    Source,
-)
+from karmma_pipeline.data.sources import FrameSource, SensorSource
 from karmma_pipeline.extraction.decode.frame_selection import clamped
 from karmma_pipeline.extraction.decode.pool import default_workers, open_pool
-from karmma_pipeline.extraction.decode.sensor_windows import SeriesProbe, check_series
 from karmma_pipeline.extraction.media.integrity import (
     WHOLE,
     Outcome,
-    SourceCheck,
-    Span,
     check_source,
     check_sources,
 )
@@ -41,22 +26,15 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.views import Views
 
-#: Clips in doubt that are decoded at most.
+#: Clips in doubt whose media are decoded at most; of sensors all are, which takes little.
 TRIED = 500
 
 _BATCH = 16
 
-# How much a clip may reach past its file's stated end before it is told.
+# How much a clip may reach past its file's stated end at least.
 _NEAR_S = 0.1
 
-_KINDS = {
-    FileSource: "media files",
-    FrameSource: "frame folders",
-    SoundArray: "sound arrays",
-    BoxSource: "box files",
-    SeriesProbe: "sensor files",
-}
-
+Span = tuple[float, float | None]
 FOUND: Outcome = (Reason.PRESENT, "")
 #: What becomes of the modalities of clips, by clip and modality.
 Outcomes = Mapping[tuple[str, str], Outcome]
@@ -81,31 +59,20 @@ class Survey:
     def __init__(self, recipe: ExtractRecipe, manifest: Manifest, *, probe: bool = True) -> None:
         self.clips, self._recipe, self._probed = manifest.clips, recipe, probe
         self.modalities = list(dict.fromkeys(m for of in recipe.sets.values() for m in of))
-        self._sources: dict[object, Source | SeriesProbe] = {}
-        for clip in self.clips:
-            for modality in self.modalities:
-                self._add(clip, modality)
-        self._checks = check_sources(self._sources, _check, probe=probe)
+        media = (clip.media[m] for clip in self.clips for m in self.modalities if m in clip.media)
+        self._sources = {source_key(source): source for source in media}
+        self._checks = check_sources(self._sources, check_source, probe=probe)
         self.outcomes: dict[tuple[str, str], Outcome] = {}
         self.decoded: set[str] = set()
         doubtful = [clip for clip in map(self._in_doubt, self.clips) if clip.media]
-        self.learn(_decoded(recipe, doubtful[:TRIED]))
-
-    def _add(self, clip: Clip, modality: str) -> None:
-        source = clip.media.get(modality)
-        if isinstance(source, SensorSource):
-            new = SeriesProbe(source.path, self._recipe.sensors[modality], [])
-            probe: Any = self._sources.setdefault(_key(modality, source), new)
-            probe.spans.append((clip.start_s, clip.stop_s))
-        elif source is not None:
-            self._sources[source_key(source)] = source
+        beyond = (_sensors(clip) for clip in doubtful[TRIED:])
+        self.learn(_decoded(recipe, doubtful[:TRIED] + [clip for clip in beyond if clip.media]))
 
     def _in_doubt(self, clip: Clip) -> Clip:
         """Foretell what becomes of a clip; return it with the media of which that is not sure."""
         media = {}
         for modality in self.modalities:
-            outcome, sure = self._foretold(clip, modality)
-            self.outcomes[clip.clip_id, modality] = outcome
+            self.outcomes[clip.clip_id, modality], sure = self._foretold(clip, modality)
             if not sure:
                 media[modality] = clip.media[modality]
         if "audio" in media and "rgb" in clip.media:  # whose span sound takes
@@ -117,24 +84,23 @@ class Survey:
         if modality not in clip.media:
             return (Reason.NOT_IN_DATASET, modality), True
         source, start, stop = clip.media[modality], clip.start_s, clip.stop_s
-        check = self._checks[_key(modality, source)]
+        check = self._checks[source_key(source)]
         kind = "audio" if modality == "audio" else "video"
-        lost = [check.lost[key] for key in (WHOLE, kind, (start, stop)) if key in check.lost]
-        if lost or check.ends is None or isinstance(source, SensorSource):
-            return (lost or [FOUND])[0], check.sure
+        lost = check.lost.get(WHOLE) or check.lost.get(kind)
+        if lost or check.ends is None:
+            return lost or FOUND, check.sure
         if kind not in check.ends:
             return (Reason.NO_STREAM, f"{source.path}: no {kind} stream"), check.sure
         if isinstance(source, FrameSource) and source.span:
             start, stop = source.start_s(source.span[0]), source.start_s(source.span[1] + 1)
-        tolerance, length = self._recipe.sampling.tolerance_s, 0 if stop is None else stop - start
-        begin, end, slack = check.begins.get(kind, 0), check.ends[kind], max(tolerance, _NEAR_S)
-        edges = [start + tolerance, start + length - slack]
-        if kind == "audio":  # it is padded, and there if its middle is
-            edges = [start + length / 2]
-        sure = check.sure and edges[0] >= begin and (end is None or max(edges) <= end)
-        if end is not None and not (kind == "audio" and start < end):
+        begin, end = check.begins.get(kind, 0), check.ends[kind]
+        if end is None:
+            return FOUND, False
+        near = max(self._recipe.sampling.tolerance_s, _NEAR_S)
+        sure = check.sure and begin - near <= start <= end - near and (stop or 0) <= end + near
+        if kind == "video" or start >= end:  # sound is padded
             try:
-                clamped(start, stop, end, slack)
+                clamped(start, stop, end, near)
             except MediaFaultError as fault:
                 return (fault.reason, fault.detail), sure
         return FOUND, sure
@@ -144,99 +110,71 @@ class Survey:
         self.outcomes |= outcomes
         self.decoded |= {clip_id for clip_id, _ in outcomes}
 
-    def reasons(self) -> dict[str, npt.NDArray[np.uint8]]:
-        """Return modality to the reason's code of each clip, 0 where it will be there."""
-        return {
-            m: np.array([self.outcomes[clip.clip_id, m][0] for clip in self.clips], np.uint8)
-            for m in self.modalities
-        }
-
     def facts(self) -> dict[str, Any]:
         """Return counts and the ids of clips that are odd, JSON-plain."""
         spans = [self._span(clip) for clip in self.clips]
-        lengths = [stop - start for start, stop in spans if stop is not None]
         lost: dict[str, dict[str, str]] = defaultdict(dict)
         for (clip_id, _), (reason, detail) in self.outcomes.items():
             if reason not in NATURAL:
                 lost[reason.label].setdefault(clip_id, detail)
         faulty: dict[str, dict[str, str]] = defaultdict(dict)
-        for key, source in self._sources.items():
-            if self._checks[key].state != "fine":
-                faulty[self._checks[key].state][str(source.path)] = self._checks[key].detail
-        kinds = Counter({source.path: _kind(source) for source in self._sources.values()}.values())
-        failed = {clip_id for of in lost.values() for clip_id in of}
+        for key, check in self._checks.items():
+            if check.state != "fine":
+                faulty[check.state][str(self._sources[key].path)] = check.detail
         count = Counter((m, reason) for (_, m), (reason, _) in self.outcomes.items())
-        muted = {m: count[m, Reason.NO_STREAM] for m in sorted(self.modalities)}
+        muted = {m: count[m, Reason.NO_STREAM] for m in self.modalities}
+        paths = {source.path for source in self._sources.values()}
         return {
             "clips": len(self.clips),
-            "videos": len({c.media[_main(c)].path for c in self.clips if c.media}),
-            "hours": round(sum(lengths) / 3600, 4),
-            "median_s": median(lengths or [0.0]),
-            "clips_of_unknown_length": len(spans) - len(lengths),
+            "videos": len({clip.media[_main(clip)].path for clip in self.clips if clip.media}),
+            "hours": round(sum(stop - start for start, stop in spans if stop) / 3600, 4),
+            "clips_of_unknown_length": sum(stop is None for _, stop in spans),
             "splits": dict(sorted(Counter(clip.split for clip in self.clips).items())),
-            "files": {"probed": self._probed, "kinds": dict(kinds.most_common()), "faulty": faulty},
+            "files": {"probed": self._probed, "count": len(paths), "faulty": faulty},
             "present": {m: count[m, Reason.PRESENT] for m in self.modalities},
             "no_stream": {m: clips for m, clips in muted.items() if clips},
             "decoded": len(self.decoded),
-            "clips_lost_to_faults": len(failed),
+            "clips_lost_to_faults": len({clip_id for of in lost.values() for clip_id in of}),
             "lost": lost,
-            "stop_after_end": [
-                clip.clip_id
-                for clip, (_, stop) in zip(self.clips, spans, strict=True)
-                if (clip.stop_s or 0) > (stop or 0) + _NEAR_S and clip.clip_id not in failed
-            ],
             "shorter_than_window": list(self._windows(spans)),
             **_overlaps(self.clips, spans),
         }
 
     def _span(self, clip: Clip) -> Span:
         """Return a clip's start and stop, cut at its file's end; the stop is None if unknown."""
-        main = _main(clip)
-        check = self._checks.get(_key(main, clip.media[main])) if main else None
-        end = next(iter((check.ends or {}).values()), None) if check else None
-        stops = [s for s in (clip.stop_s, end) if s is not None]
+        check = self._checks.get(source_key(clip.media[_main(clip)])) if clip.media else None
+        ends = [clip.stop_s, *((check.ends or {}).values() if check else [])][:2]
+        stops = [stop for stop in ends if stop is not None]
         return clip.start_s, max(clip.start_s, min(stops)) if stops else None
 
     def _windows(self, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
         """Yield how many clips are shorter than what a network looks at, per modality and T."""
-        sampling, pairs = self._recipe.sampling, (of.items() for of in self._recipe.sets.values())
-        wanted = dict.fromkeys((m, input_spec(m, choice).times) for of in pairs for m, choice in of)
-        for modality, frames in wanted:
+        pairs = [pair for of in self._recipe.sets.values() for pair in of.items()]
+        for modality, frames in dict.fromkeys((m, input_spec(m, of).times) for m, of in pairs):
             short = [
-                stop - start < needed - 1e-9
+                (stop - start) * rate < frames - 1e-6
                 for clip, (start, stop) in zip(self.clips, spans, strict=True)
-                if stop is not None and (needed := self._window_s(clip, modality, frames))
+                if stop is not None and (rate := self._rate(clip, modality))
             ]
             if short and frames > 1:
-                seconds = frames / sampling.fps if sampling.mode == "fps" else None
                 counts = {"clips": sum(short), "of": len(short)}
-                yield {"modality": modality, "frames": frames, "seconds": seconds, **counts}
+                yield {"modality": modality, "frames": frames, **counts}
 
-    def _window_s(self, clip: Clip, modality: str, frames: int) -> float | None:
-        """Return how long a clip must be so that no frame repeats; None if that is not known."""
+    def _rate(self, clip: Clip, modality: str) -> float | None:
+        """Return how many different frames a second can be sampled; None if that is not known."""
         source, sampling = clip.media.get(modality), self._recipe.sampling
         if source is None or isinstance(source, SensorSource):
             return None
         if sampling.mode == "fps":
-            return frames / sampling.fps
+            return sampling.fps
         grid = source.fps / source.stride if isinstance(source, FrameSource) else None
         rate = grid or self._checks[source_key(source)].fps
-        return frames * self._recipe.views.clips / rate if rate else None
+        return rate / self._recipe.views.clips if rate else None
 
 
-def _key(modality: str, source: Source) -> object:
-    """Return what tells sources apart: of one sensor file, each sensor looks at other columns."""
-    return (modality, source.path) if isinstance(source, SensorSource) else source_key(source)
-
-
-def _check(source: Any) -> SourceCheck:
-    return check_series(source) if isinstance(source, SeriesProbe) else check_source(source)
-
-
-def _kind(source: Source | SeriesProbe) -> str:
-    if isinstance(source, FrameSource) and source.path.suffix == ".tar":
-        return "frame tars"
-    return _KINDS[type(source)]
+def _sensors(clip: Clip) -> Clip:
+    media = {m: source for m, source in clip.media.items() if isinstance(source, SensorSource)}
+    return replace(clip, media=media)
 
 
 def _main(clip: Clip) -> str:
@@ -251,8 +189,8 @@ def _decoded(recipe: ExtractRecipe, clips: Sequence[Clip]) -> Outcomes:
     plain = recipe.model_copy(update={"views": Views()})
     settings = replace(DecodeSettings.of(plain), index_folder=None)
     workers = min(recipe.decode.workers or default_workers(beside_gpu=False), len(clips))
-    batches = (clips[at : at + _BATCH] for at in range(0, len(clips), _BATCH))
-    plans = [BatchPlan(0, some, [], last=False) for some in batches]
+    starts = range(0, len(clips), _BATCH)
+    plans = [BatchPlan(0, clips[at : at + _BATCH], [], last=False) for at in starts]
     outcomes = {(clip.clip_id, modality): FOUND for clip in clips for modality in clip.media}
     with (
         open_pool(settings, recipe.decode, workers, _BATCH, StopFlag()) as pool,
@@ -263,37 +201,35 @@ def _decoded(recipe: ExtractRecipe, clips: Sequence[Clip]) -> Outcomes:
                 for spec, reason in found.reasons.items():  # one network may lack what another has
                     if spec.modality in clip.media:
                         outcomes[clip.clip_id, spec.modality] = reason, found.details.get(spec, "")
-                bar.update()
+            bar.update(len(decoded))
     return outcomes
 
 
 def _overlaps(clips: Sequence[Clip], spans: Sequence[Span]) -> dict[str, list[Any]]:
     """Find clips with the same video and span, and clips of two splits that overlap in time."""
-    by_video: dict[Path, list[tuple[float, float, Clip]]] = defaultdict(list)
+    by_video: dict[str, list[tuple[float, float, Clip]]] = defaultdict(list)
     for clip, (start, stop) in zip(clips, spans, strict=True):
         if clip.media:
-            path = clip.media[_main(clip)].path
+            path = str(clip.media[_main(clip)].path)
             by_video[path].append((start, inf if stop is None else stop, clip))
-    same, shared, leaks = [], [], []
-    for path, some in by_video.items():
+    same: list[list[str]] = []
+    shared = [path for path, some in by_video.items() if len({one[2].split for one in some}) > 1]
+    for some in by_video.values():
         some.sort(key=lambda item: item[:2])
-        same += [[a[2].clip_id, b[2].clip_id] for a, b in pairwise(some) if a[:2] == b[:2]]
-        if len({clip.split for *_, clip in some}) > 1:
-            shared.append(str(path))
-            leaks += list(_leaks(some))
+        same += ([a[2].clip_id, b[2].clip_id] for a, b in pairwise(some) if a[:2] == b[:2])
     return {
         "same_video_and_span": same,
         "videos_in_several_splits": shared,
-        "overlaps_between_splits": leaks,
+        "overlaps_between_splits": [pair for path in shared for pair in _leaks(by_video[path])],
     }
 
 
 def _leaks(some: Sequence[tuple[float, float, Clip]]) -> Iterator[list[str]]:
     """Yield overlapping clips of different splits: each clip once, with an earlier one."""
-    latest: dict[str, tuple[float, str]] = {}
-    for start, stop, clip in some:
-        others = (one for split, one in latest.items() if split != clip.split)
-        if (other := max(others, default=(start, "")))[0] > start:
-            yield [other[1], clip.clip_id]
-        if stop > latest.get(clip.split, (0.0, ""))[0]:
-            latest[clip.split] = (stop, clip.clip_id)
+    running: list[tuple[float, float, Clip]] = []
+    for one in some:
+        running = [before for before in running if before[1] > one[0]]
+        others = (before[2].clip_id for before in running if before[2].split != one[2].split)
+        if other := next(others, ""):
+            yield [other, one[2].clip_id]
+        running.append(one)

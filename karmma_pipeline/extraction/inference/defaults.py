@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from karmma_pipeline import config
+from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.inference.networks import Networks, network_key
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, MemoryFormat, Network
 from karmma_pipeline.extraction.recipe import ExtractRecipe
@@ -56,6 +57,8 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         if backbone.choice.source != "none":
             unmeasured = network.config.chosen == BY_RULE.format("cuda")
             says = "; the defaults for GPUs were not measured" if unmeasured else ""
+            if not says and network.openvino is None and network.device.type == "cpu":
+                says = openvino_engine.advice(backbone.choice.name)
             note(f"{_users(recipe, key)}: {backbone.choice.name}, {network.config}{says}")
 
 

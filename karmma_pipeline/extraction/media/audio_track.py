@@ -42,7 +42,8 @@ LONGEST_S = 48 * 3600
 #: How far sound may be from its time stamps before it is put right; less is their rounding, s.
 DRIFT_S = 0.03
 
-# Time stamps that go back farther begin anew, as in files that were joined.
+# Time stamps that go back farther begin anew, as in sound files that were joined. Beside pictures
+# that is left out, as a moment has one picture.
 _JUMP_S = 10.0
 
 # Seconds that are resampled at a time.
@@ -179,6 +180,7 @@ class _Timeline:
 
     def __init__(self, path: Path, info: StreamInfo, rate: int, damaged: list[Span]) -> None:
         self._path, self._stream, self._damaged = path, info.index, damaged
+        self._may_begin_anew = info.alone
         # What comes before zero is the encoder's run-in (priming), which the decoder drops itself.
         self._zero_s = max(0.0, info.first_s)
         self._native, self._length = info.rate or rate, 0
@@ -191,8 +193,8 @@ class _Timeline:
                 self._native = frame.sample_rate
             hole = self._hole_before(frame)
             # A packet that is lost, or left out by a recorder, must not move what follows it.
-            if hole > 0:
-                yield self._counted(np.zeros(hole, np.float32))
+            for at in range(0, hole, self._native):  # second by second: it may take a day
+                yield self._counted(np.zeros(min(hole - at, self._native), np.float32))
             if -hole < frame.samples:
                 yield self._counted(_mono(frame)[max(0, -hole) :])
 
@@ -208,7 +210,7 @@ class _Timeline:
         if start_s > LONGEST_S:
             raise MediaFaultError(Reason.DECODE_ERROR, f"{self._path}: damaged audio")
         hole = round(start_s * self._native) - self._length
-        if hole < -_JUMP_S * self._native:
+        if hole < -_JUMP_S * self._native and self._may_begin_anew:
             self._zero_s += hole / self._native
             return 0
         return hole if abs(hole) > DRIFT_S * self._native else 0

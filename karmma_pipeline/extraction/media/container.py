@@ -52,6 +52,7 @@ class StreamInfo:
         delay_s: where it starts on the file's clock, seconds.
         rate: of sound, Hz.
         default: it is the one that a player would take.
+        alone: the file has no other.
         tick_s: unit of its time stamps, seconds.
         claimed: the file says that it holds something: a number of packets, or a length.
         end_s: where it ends on the file's clock, as the headers state it; None: they do not.
@@ -62,6 +63,7 @@ class StreamInfo:
     delay_s: float
     rate: int | None
     default: bool
+    alone: bool = False
     tick_s: float = 1.0
     claimed: bool = True
     end_s: float | None = None
@@ -158,6 +160,7 @@ def _stream_info(stream: Any, zero_s: float, default: Any) -> StreamInfo:
         delay_s=_start_s(stream) - zero_s,
         rate=stream.sample_rate if known else None,
         default=stream is default,
+        alone=alone,
         tick_s=float(stream.time_base or 1),
         claimed=bool(stream.frames or (alone and stream.duration)),
         end_s=_end_s(stream, zero_s, stream.container.duration),

@@ -20,8 +20,8 @@ import av
 from pebble import ProcessExpired
 
 from karmma_pipeline import files, jobs
-from karmma_pipeline.data.datasets.listing import Listing
-from karmma_pipeline.data.sources import BoxSource, FileSource, Source
+from karmma_pipeline.data.datasets.listing import missing
+from karmma_pipeline.data.sources import BoxSource, FileSource, SensorSource, Source
 from karmma_pipeline.extraction.media.audio_track import set_order
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container, read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line
@@ -31,8 +31,7 @@ from karmma_pipeline.jobs.processes import WorkerPool
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 
-State = Literal["fine", "missing", "empty", "truncated", "damaged"]
-Span = tuple[float, float | None]
+State = Literal["fine", "missing", "truncated", "damaged"]
 #: What becomes of something: its reason, as extraction has it, and the decoder's own words.
 Outcome = tuple[Reason, str]
 
@@ -60,10 +59,7 @@ _NEAR_S = 0.5
 _OPEN_RIFF = 0x7FFF_0000
 
 _STATES: dict[Reason, State] = {Reason.PRESENT: "fine", Reason.FILE_MISSING: "missing"}
-_ENDED = {
-    ProcessExpired: (Reason.CRASHED, "the library crashes when opening it"),
-    TimeoutError: (Reason.TIMEOUT, "opening it took too long"),
-}
+_ENDED: dict[type, Reason] = {ProcessExpired: Reason.CRASHED, TimeoutError: Reason.TIMEOUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +68,25 @@ class SourceCheck:
 
     Attributes:
         detail: what is wrong, for people.
-        lost: what of it cannot be had, and why: `WHOLE`, a kind of stream, or a sensor's span.
+        lost: what of it cannot be had, and why: `WHOLE`, or a kind of stream.
         ends: kinds of stream that it holds, and where they end on its clock, seconds (None where
             it does not say); None as a whole if it was not opened.
         begins: kinds of stream of a media file, and where they begin.
         fps: frames per second; None where it does not say.
-        sure: a file that proves to be whole; what others hold is known by decoding it.
+        sure: a file that proves to be whole; what others hold is known by decoding it, and what a
+            sensor's holds.
     """
 
     state: State = "fine"
     detail: str = ""
-    lost: Mapping[object, Outcome] = field(default_factory=dict)
+    lost: Mapping[str, Outcome] = field(default_factory=dict)
     ends: Mapping[str, float | None] | None = None
     begins: Mapping[str, float] = field(default_factory=dict)
     fps: float | None = None
     sure: bool = True
 
     @classmethod
-    def of(cls, path: Path, lost: Mapping[object, Outcome], **known: Any) -> "SourceCheck":
+    def of(cls, path: Path, lost: Mapping[str, Outcome], **known: Any) -> "SourceCheck":
         """Judge a source by the first thing of it that cannot be had."""
         reason, detail = next(iter(lost.values()), (Reason.PRESENT, ""))
         said = detail.removeprefix(f"{path}").removeprefix(": ")
@@ -106,11 +103,11 @@ def check_sources(
         check: opens one; a function of a module, for it runs in another process.
         probe: open each, in at most eight processes; else tell only what is not there.
     """
-    checks, listing = dict.fromkeys(sources, SourceCheck()), Listing()
+    checks = dict.fromkeys(sources, SourceCheck())
     for key, source in sources.items():
         if not files.exists(source.path):
-            detail = f"{source.path}: {listing.beside(source.path)}".removesuffix(": ")
-            checks[key] = SourceCheck.of(source.path, {WHOLE: (Reason.FILE_MISSING, detail)})
+            lost = {WHOLE: (Reason.FILE_MISSING, missing(source.path))}
+            checks[key] = SourceCheck.of(source.path, lost)
     there = {k: s for k, s in sources.items() if probe and checks[k].state == "fine"}
     if not there:  # no process is started for what is not there
         return checks
@@ -123,31 +120,31 @@ def check_sources(
             try:
                 checks[key] = next(found)
             except Exception as error:  # whatever a library may raise, as extraction has it
-                said = (Reason.DECODE_ERROR, f"{type(error).__name__}: {first_line(error)}")
-                checks[key] = SourceCheck.of(source.path, {WHOLE: _ENDED.get(type(error), said)})
+                said = f"{type(error).__name__}: {first_line(error)}"
+                reason = _ENDED.get(type(error), Reason.DECODE_ERROR)
+                checks[key] = SourceCheck.of(source.path, {WHOLE: (reason, said)})
             bar.update()
     return checks
 
 
 def check_source(source: Source) -> SourceCheck:
     """Open one source as extraction does; whatever is wrong with it is said, not raised."""
-    path, size, stated, check = source.path, 1, 0, SourceCheck()
+    path, size, stated, check = source.path, 0, 0, SourceCheck()
+    with suppress(OSError):  # who opens it says why
+        size = path.stat().st_size
+        stated = stated_size(path, size)
     try:
-        if path.is_file():
-            size = path.stat().st_size
-            with suppress(PermissionError):
-                stated = stated_size(path, size)
         with OpenMedia("pyav") as media:
             if isinstance(source, FileSource):
                 check = _check_file(source, media, whole=size - 1 <= stated <= size)
+            elif isinstance(source, SensorSource):
+                check = SourceCheck(sure=False)
             elif not isinstance(source, BoxSource):
                 check = _measured(media.of(source))
     except MediaFaultError as fault:
         check = SourceCheck.of(path, {WHOLE: (fault.reason, fault.detail)})
     except (OSError, ValueError) as error:
         check = SourceCheck.of(path, {WHOLE: (Reason.DECODE_ERROR, str(error))})
-    if size == 0:
-        return replace(check, state="empty", detail="0 bytes")
     cut = f"{size:,} of {stated:,} bytes"
     return replace(check, state="truncated", detail=cut) if stated > size else check
 
@@ -157,15 +154,15 @@ def _check_file(source: FileSource, media: OpenMedia, *, whole: bool) -> SourceC
     ends = {kind: stream.end_s for kind, stream in info.streams.items()}
     begins = {kind: stream.delay_s for kind, stream in info.streams.items()}
     # FFmpeg opens a file whose end is missing as if it were whole.
-    if whole and None not in ends.values() and _is_sound(source.path, info.streams.values()):
-        return SourceCheck(ends=ends, begins=begins, fps=info.fps)
-    return replace(_measured(media.of(source)), begins=begins, fps=info.fps, sure=False)
+    sure = whole and None not in ends.values() and _is_sound(source.path, info.streams.values())
+    check = SourceCheck(ends=ends) if sure else _measured(media.of(source))
+    return replace(check, begins=begins, fps=info.fps, sure=sure)
 
 
 def _measured(reader: MediaReader) -> SourceCheck:
     """Tell where the streams of an open source really end."""
     ends: dict[str, float] = {}
-    lost: dict[object, Outcome] = {}
+    lost: dict[str, Outcome] = {}
     for kind in ("video", "audio"):
         try:
             ends[kind] = reader.stop_s if kind == "video" else reader.sound_span(16_000)[1]

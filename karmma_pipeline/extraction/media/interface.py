@@ -49,11 +49,13 @@ class MediaReader:
         path: the file or folder.
         audio_decoder: what reads its sound.
         stores_flow: its pictures are optical flow, see `motion`.
+        beyond: what lies behind the end of its pictures, for people.
     """
 
     path: Path
     audio_decoder: str = ""
     stores_flow: bool = False
+    beyond: str = ""
 
     def _lacks(self, what: str) -> MediaFaultError:
         return MediaFaultError(Reason.NO_STREAM, f"{self.path}: contains no {what}")

@@ -19,6 +19,8 @@ from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.types import ROUNDING_S, Decoder, Numbers, Pictures, Times, covering
 from karmma_pipeline.modalities import Reason
 
+_BEGINS_ANEW = " (then its time stamps begin anew; join files with ffmpeg's concat, not with cat)"
+
 if TYPE_CHECKING:
     from karmma_pipeline.extraction.media.decord_video import DecordVideo
 
@@ -63,7 +65,9 @@ class MediaFile(MediaReader):
             from karmma_pipeline.extraction.media.decord_video import DecordVideo
 
             return DecordVideo(self.path, info, self._left_half)
-        return PyavVideo(self.path, info, self._left_half)
+        video = PyavVideo(self.path, info, self._left_half)
+        self.beyond = _BEGINS_ANEW if video.index.begins_anew else ""
+        return video
 
     @property
     def video_decoder(self) -> str:

@@ -40,6 +40,9 @@ _PROBED = 64
 # Packets at the end that are decoded to know their order: the filter is wrong about a few.
 _TAIL = 32
 
+# Seconds by which time stamps go back that begin anew; less is a writer's carelessness.
+_BACK_S = 0.5
+
 # Seconds per frame where neither time stamps nor the stream tell.
 _FRAME_S = 0.04
 
@@ -60,6 +63,7 @@ class PacketIndex:
         packet: that makes a frame [F].
         times: of each frame, ascending, in ticks of the container's clock [F].
         last: duration of the last frame as its packet states it, ticks.
+        begins_anew: behind the last frame come others whose time stamps go back.
     """
 
     timed: bool
@@ -73,6 +77,7 @@ class PacketIndex:
     packet: Numbers
     times: Times
     last: int
+    begins_anew: bool = False
 
     @property
     def is_clean(self) -> bool:
@@ -144,15 +149,20 @@ def _read(path: Path, number: int, _key: tuple[int, int]) -> PacketIndex:
         codec: Any = stream.codec_context
         rate = codec.framerate or stream.guessed_rate or stream.average_rate
         length_s = float(1 / rate) if rate else _FRAME_S
-        tick = length_s / float(stream.time_base or 1)
+        tick_s = float(stream.time_base or 1)
         name, reordered = codec.name, bool(codec.has_b_frames)
-    found = _Order(path, number, packets, name, reordered, tick).frames()
+    found = _Order(path, number, packets, name, reordered, length_s / tick_s).frames()
     if not len(found[1]):
         raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame can be decoded")
-    return _assembled(packets, *found)
+    return _assembled(packets, *found, back=_BACK_S / tick_s)
 
 
-def _assembled(packets: _Packets, order: Times, frames: Numbers, times: Times) -> PacketIndex:
+def _assembled(
+    packets: _Packets, order: Times, frames: Numbers, times: Times, back: float
+) -> PacketIndex:
+    # A moment can have one picture: of files that were joined byte by byte, the first's.
+    ahead = _goes_ahead(times, back)
+    frames, times = frames[ahead], times[ahead]
     number = np.full(len(order), -1, np.int64)
     number[frames] = np.arange(len(frames))
     keys = np.array(packets.key) & np.isfinite(order)
@@ -167,10 +177,21 @@ def _assembled(packets: _Packets, order: Times, frames: Numbers, times: Times) -
         order,
         number,
         frames,
-        # A search by time needs them ascending, whatever a damaged or joined file says.
+        # A search by time needs them ascending, whatever a damaged file says.
         np.maximum.accumulate(times),
         packets.duration[frames[-1]],
+        not bool(ahead[-1]),
     )
+
+
+def _goes_ahead(times: Times, back: float) -> npt.NDArray[np.bool_]:
+    """Tell frames from those that follow a leap back, up to where that began, bool [F]."""
+    latest = np.maximum.accumulate(times)
+    # The number of the last leap, and of the last frame that is later than all before it.
+    count = np.arange(len(times))
+    leapt = np.maximum.accumulate(np.where(times < latest - back, count, -1))
+    led = np.maximum.accumulate(np.where(times > np.append(-np.inf, latest[:-1]), count, -1))
+    return led >= leapt
 
 
 def mark_of(packet: Any, timed: bool) -> int:
@@ -183,6 +204,7 @@ def mark_of(packet: Any, timed: bool) -> int:
 def _demuxed(path: Path, container: Any, stream: Any) -> _Packets:
     names = set(container.format.name.split(","))
     found = _Packets(bool(_TIMED & names), "avi" in names)
+    corrupt: list[bool] = []
     for packet in until_end(container.demux(stream)):
         if packet.size:
             check_clear(packet, path)
@@ -196,6 +218,12 @@ def _demuxed(path: Path, container: Any, stream: Any) -> _Packets:
             found.hidden.append(packet.is_discard)
             found.marks.append(mark_of(packet, found.timed))
             found.places.append(-1 if packet.pos is None else packet.pos)
+            corrupt.append(packet.is_corrupt)
+    # Where two files were joined FFmpeg misses what never was, and marks the last packet or the one
+    # before it. Whether these pictures are whole is for their decoder to say.
+    for at in np.flatnonzero(corrupt).tolist():
+        if any(found.key[at + 1 : at + 3]) and not any(corrupt[at + 1 : at + 3]):
+            found.shown[at] = not found.hidden[at]
     return found
 
 
@@ -223,13 +251,15 @@ def until_end(packets: Iterator[Any]) -> Iterator[Any]:
         yield packet
 
 
-def decoded(packet: Any, tag: int) -> list[Any]:
+def decoded(packet: Any, tag: int, shown: bool) -> list[Any]:
     """Decode a packet; frames carry the number of the packet that made them (`tag_of`).
+
+    One that is corrupt is passed over unless its picture is shown all the same.
 
     Raises:
         FFmpegError, ValueError: it cannot be decoded.
     """
-    if packet.is_corrupt:
+    if packet.is_corrupt and not shown:
         return []
     if packet.size:
         packet.opaque = (tag,)  # a tuple of its own for each: PyAV keeps them by identity
@@ -269,7 +299,7 @@ class _Order:
             if packets.timed:
                 return told, frames, told[frames]
             return told, frames, self._best_effort(frames, self._triggers(len(frames)))
-        if self.codec in _PARSED:
+        if self.codec in _PARSED and not self._goes_back():
             parsed = self._parsed()
             if parsed is not None and self._agrees(parsed):
                 frames = self._shown(parsed)
@@ -283,9 +313,13 @@ class _Order:
         # Of pictures of one time stamp, as clocks too coarse for the rate give, only the order
         # of decoding is known.
         unsure = not packets.timed or self.reordered
-        if None in own or (unsure and len(set(own)) < len(own)):
+        if None in own or (unsure and len(set(own)) < len(own)) or self._goes_back():
             return None
         return np.array([-inf if pts is None else pts for pts in packets.pts], np.float64)
+
+    def _goes_back(self) -> bool:
+        """Tell streams in which another one begins, whose time stamps may be any."""
+        return not self.packets.timed and not _ascends(self.packets.dts, or_same=True)
 
     def _suspicious(self) -> bool:
         """Tell streams whose pictures are reordered but whose stamps are not.
@@ -333,10 +367,13 @@ class _Order:
                 if at < first:
                     continue
                 try:
-                    frames = decoded(packet, at)
+                    frames = decoded(packet, at, self._is_shown(at))
                 except (av.error.FFmpegError, ValueError):
                     continue
                 yield from ((tag_of(frame), frame, at) for frame in frames if tag_of(frame) >= 0)
+
+    def _is_shown(self, at: int) -> bool:
+        return at < len(self.packets.shown) and self.packets.shown[at]
 
     def _parsed(self) -> Times | None:
         """Return the order that the bitstream states, undecoded; None if it is damaged."""
@@ -399,9 +436,9 @@ class _Order:
         return order, np.array(frames, np.int64), self._best_effort(np.array(frames), triggers)
 
 
-def _ascends(stamps: Sequence[Any]) -> bool:
+def _ascends(stamps: Sequence[Any], or_same: bool = False) -> bool:
     known = [stamp for stamp in stamps if stamp is not None]
-    return all(a < b for a, b in pairwise(known))
+    return all(a < b or (or_same and a == b) for a, b in pairwise(known))
 
 
 def _corrected(pts: Sequence[int | None], dts: Sequence[int | None]) -> Iterator[int | None]:

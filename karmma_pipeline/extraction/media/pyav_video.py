@@ -150,9 +150,10 @@ class PyavVideo:
         least = index.order[entry] if entry else -np.inf
         for place, packet in self._packets_from(entry):
             order = float(index.order[place]) if place < len(index.order) else np.inf
-            damage.pass_on(packet, place, order)
+            shown = place < len(index.number) and bool(index.number[place] >= 0)
+            damage.pass_on(packet, place, order, shown)
             try:
-                frames = decoded(packet, place)
+                frames = decoded(packet, place, shown)
             except (av.error.FFmpegError, ValueError):
                 frames = []
                 damage.starts(place)
@@ -243,13 +244,13 @@ class _Damage:
         self._open = True
         self.touched.add(place)
 
-    def pass_on(self, packet: Any, place: int, order: float) -> None:
-        """Let a packet inherit the damage before it."""
+    def pass_on(self, packet: Any, place: int, order: float, shown: bool) -> None:
+        """Let a packet inherit the damage before it, or begin some unless its picture is shown."""
         if packet.is_keyframe and packet.size:
             # What is shown before this key frame may still build on what came before it.
             self._leading = order if self._open else None
             self._open = False
-        if packet.is_corrupt:
+        if packet.is_corrupt and not shown:
             self.starts(place)
         if self._open or (self._leading is not None and order < self._leading):
             self.touched.add(place)
