@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from karmma_pipeline.cli.options import named_by_option
 from karmma_pipeline.errors import ConfigError, KarmmaError, MediaError, counted
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="New path of a backbone's weights; repeatable.")  # fmt: skip
+@named_by_option
 def predict(
     run: Path,
     inputs: tuple[Path, ...],

@@ -397,6 +397,7 @@ def test_too_short_a_file_is_refused_alone_and_left_out_of_several(tmp_path: Pat
         (["{run}", "{video}", "--window", "0.001"], 2, "must be at least 0.01"),
         (["nowhere", "{video}", "--drop", "2"], 2, "must be a probability between 0 and 1"),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
+        (["{run}", "{video}", "--without", "imu"], 2, "Error: --without 'imu': the model takes"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
         (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for this modality"),
     ],
