@@ -24,8 +24,8 @@ from karmma_pipeline.extraction.types import Decoder
 from karmma_pipeline.modalities import Reason
 
 # The media files of the last task, for tasks of one video follow one another, each with some of
-# its clips: FFmpeg's tables of a file of hours take a second to read, and their memory, given
-# back and asked for again by every task, would leave ever more holes.
+# its clips: the memory of FFmpeg's tables of a file of hours, given back and asked for again by
+# every task, would leave ever more holes.
 _kept: dict[object, MediaFile] = {}
 
 
