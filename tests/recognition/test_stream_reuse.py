@@ -1,5 +1,6 @@
 """What windows of a live stream have in common is computed once, and no answer shows it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,15 @@ def test_what_is_kept_ends_with_the_windows_that_may_want_it() -> None:
     assert digest(np.zeros(3)) != digest(np.zeros(4))
 
 
+@pytest.fixture
+def one_thread_of_blas() -> Iterator[None]:
+    """Let whole spectrograms be those of live columns to the last bit."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 @pytest.mark.parametrize("front_end", ["radevski", "auditory_slowfast", "ast"])
-@threadpool_limits.wrap(limits=1, user_api="blas")  # as live columns, to the last bit
+@pytest.mark.usefixtures("one_thread_of_blas")
 def test_columns_of_the_window_before_are_not_computed_again(
     front_end: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +170,7 @@ def test_live_spectrograms_have_one_thread_and_leave_all_to_others(
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     seen: list[set[int]] = []
-    real = spectrograms.front_end
+    real = spectrogram.front_end
 
     def front_end(*arguments: Any) -> Any:
         seen.append(threads())
