@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from karmma_pipeline.cli.options import named_by_option
 from karmma_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ _TOO_LATE = (
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="New path of a backbone's weights; repeatable.")  # fmt: skip
+@named_by_option
 def live(
     run: Path,
     source: Path | None,
@@ -97,6 +99,10 @@ def live(
         _measure(recognizer, window_s, hop_s)
         return
     stream = recognizer.stream(window_s, hop_s, deadline_s)
+    if unknown := [m for m in without if m not in recognizer.modalities]:
+        raise ConfigError(
+            f"without={unknown[0]!r}: the model takes {', '.join(recognizer.modalities)}."
+        )
     for modality in without:
         stream.switch(modality, on=False)
     with ExitStack() as stack:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,26 @@ class Commands(click.Group):
         if args[0] not in self.commands and near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {names[near[0]]!r}?")
         return super().resolve_command(ctx, args)
+
+
+def named_by_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Let an error of a command that names an argument of the API (``window_s=0``) name its option.
+
+    Recipes have no part in such a command: their keys are named as they are.
+    """
+
+    @functools.wraps(command)
+    def named(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except ConfigError as error:
+            name, _, rest = str(error).partition("=")
+            for option in click.get_current_context().command.params:
+                if option.name == name and rest:
+                    raise ConfigError(f"{option.opts[-1]} {rest}") from error
+            raise
+
+    return named
 
 
 def _raise_if_full(error: OSError) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from karmma_pipeline.errors import ConfigError, counted
+from karmma_pipeline.cli.options import named_by_option
+from karmma_pipeline.errors import ConfigError, KarmmaError, MediaError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip
 @click.option("--weights", multiple=True, metavar="MODALITY=FILE",
               help="New path of a backbone's weights; repeatable.")  # fmt: skip
+@named_by_option
 def predict(
     run: Path,
     inputs: tuple[Path, ...],
@@ -75,14 +77,15 @@ def predict(
 
     INPUTS are videos, manifests (the CSV of `karmma extract`; labels are optional), or ROS 2 bags
     in MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
-    and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html.
+    and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html. Inputs that
+    cannot be read are named at the end, after the others; the exit code is then 1.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; choose a folder.")
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.backbones import parse_weights, sensors_of
-    from karmma_pipeline.recognition.clips import Spans, wanted_clips
-    from karmma_pipeline.recognition.output import summary, write_timeline
+    from karmma_pipeline.recognition.clips import Spans, unread, wanted_clips
+    from karmma_pipeline.recognition.output import summary, unseen, write_timeline
     from karmma_pipeline.recognition.prediction import Dropout
     from karmma_pipeline.recognition.recognizer import Recognizer
 
@@ -92,18 +95,22 @@ def predict(
     sensors = sensors_of(run) if others else {}
     bags = _unpacked(inputs, topics, sensors, out, clock)
     wanted = wanted_clips(inputs, spans, sensors, bags)
+    faults = dict(wanted.faults)
     recognizer = Recognizer.load(run, device, parse_weights(weights), engine)
-    for note in recognizer.notes:
+    for note in (*recognizer.notes, *faults.values()):
         click.echo(f"note: {note}", err=True)
     with StopFlag() as stop:
         rows = _answers(recognizer, wanted, dropout, out, top, stop)
         write_timeline(out / "timeline.html", rows, recognizer.card.name)
+        faults |= {path: fault for path, fault in unseen(rows).items() if path in inputs}
         if video:
-            _overlays(rows, out, stop)
+            faults |= _overlays([row for row in rows if row.source not in faults], out, stop)
     seconds = time.perf_counter() - started
     made, missing = counted(len(rows), "prediction"), summary(rows) or "no modality was missing"
     click.echo(f"{made} in {seconds:.1f} s; {missing}")
     click.echo(f"predictions: {out / 'predictions.csv'}, timeline: {out / 'timeline.html'}")
+    if faults:
+        raise unread(faults)
 
 
 def _unpacked(
@@ -112,7 +119,7 @@ def _unpacked(
     sensors: Mapping[str, Sensor],
     out: Path,
     clock: Clock,
-) -> dict[Path, Recording]:
+) -> dict[Path, Recording | KarmmaError]:
     """Write the topics of bags as files into the folder of the answers."""
     bags = [path for path in inputs if path.suffix.lower() == ".mcap"]
     if topics and not bags:
@@ -121,8 +128,13 @@ def _unpacked(
         return {}
     from karmma_pipeline.recognition.bag import parse_topics, unpack
 
-    wanted = parse_topics(topics)
-    return {bag: unpack(bag, wanted, sensors, out, clock) for bag in bags}
+    wanted, found = parse_topics(topics), dict[Path, "Recording | KarmmaError"]()
+    for bag in bags:
+        try:
+            found[bag] = unpack(bag, wanted, sensors, out, clock)
+        except (ConfigError, MediaError) as error:
+            found[bag] = error
+    return found
 
 
 def _answers(
@@ -146,10 +158,11 @@ def _answers(
     return rows
 
 
-def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> None:
+def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> dict[Path, KarmmaError]:
+    """Write the videos; return those whose frames cannot be read again."""
     from karmma_pipeline.recognition.overlay import has_pictures, write_overlay
 
-    sources = dict.fromkeys(row.source for row in rows)
+    sources, faults = dict.fromkeys(row.source for row in rows), dict[Path, "KarmmaError"]()
     for number, source in enumerate(sources):
         if not has_pictures(source):
             click.echo(f"no video: {source} has no pictures", err=True)
@@ -159,5 +172,10 @@ def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> None:
         path = out / f"{name}.mp4"
         if any(path.resolve() == other.resolve() for other in sources):  # out holds the videos
             path = out / f"{name}.predictions.mp4"
-        write_overlay(source, some, path, stop)
+        try:
+            write_overlay(source, some, path, stop)
+        except MediaError as error:
+            faults[source] = error
+            continue
         click.echo(f"video: {path}")
+    return faults

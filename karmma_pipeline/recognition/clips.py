@@ -3,17 +3,20 @@
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from karmma_pipeline.data.manifest import UNKNOWN, Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource, Source
-from karmma_pipeline.errors import ConfigError, MediaError
+from karmma_pipeline.errors import ConfigError, KarmmaError, MediaError, counted
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.open import OpenMedia
 
 # A window may reach this far past the end of its file: times are rounded in many containers.
 _SLACK_S = 0.05
+
+# So many files that could not be read are named in one error.
+_NAMED = 5
 
 #: Of a window and of a hop: no sensor brings anything new sooner.
 SHORTEST_S = 0.01
@@ -56,12 +59,14 @@ class Wanted:
         count: of them.
         truth: clip id to head to the class that a CSV names.
         ends: file to its end in seconds, where it was looked up.
+        faults: inputs that give no clip, and why; the clips are those of the others.
     """
 
     clips: Iterable[Clip]
     count: int
     truth: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ends: Mapping[Path, float] = field(default_factory=dict)
+    faults: Mapping[Path, KarmmaError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,24 +86,24 @@ def wanted_clips(
     inputs: Sequence[Path],
     spans: Spans,
     sensors: Collection[str] = (),
-    recordings: Mapping[Path, Recording] | None = None,
+    recordings: Mapping[Path, Recording | KarmmaError] | None = None,
 ) -> Wanted:
-    """Return the clips of videos and manifests.
+    """Return the clips of videos and manifests; what cannot be read is left out of several.
 
     Args:
         inputs: videos and sound files, or CSVs as `karmma extract` reads them, with or without
             labels.
         spans: of the videos.
         sensors: modalities of the model that are columns of a CSV with the files of a sensor.
-        recordings: those inputs whose media lie elsewhere.
+        recordings: those inputs whose media lie elsewhere, or why they cannot be had.
 
     Raises:
-        ConfigError: an input is a folder, or spans are asked of a CSV, whose rows have their own.
-        MediaError: a file is missing or holds neither pictures nor sound.
+        ConfigError: an input is a folder, or spans are asked of a CSV, whose rows have their own,
+            or the only input ends before they start.
+        MediaError: a file is missing, or none holds pictures or sound.
         ManifestError: a CSV is faulty.
     """
-    for path in inputs:
-        _check(path)
+    _check(inputs)
     tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     if tables and spans != Spans():
         raise ConfigError(
@@ -111,33 +116,50 @@ def wanted_clips(
         manifest = read_manifest(path, sensors=sensors)
         clips += manifest.clips
         truth |= {clip.clip_id: _named(clip, manifest.heads) for clip in manifest.clips}
-    found = {
-        path: (recordings or {}).get(path) or _recording(path)
-        for path in inputs
-        if path not in tables
-    }
-    starts = {path: _starts(path, one.end_s, spans) for path, one in found.items()}
-    streamed = (
-        clip for path, one in found.items() for clip in _clips(path, one, starts[path], spans)
-    )
-    count = len(clips) + sum(len(of) for of in starts.values())
-    ends = {source.path: one.end_s for one in found.values() for source in one.media.values()}
-    return Wanted(chain(clips, streamed), count, truth, ends)
+    found: dict[Path, tuple[Recording, Sequence[float]]] = {}
+    faults: dict[Path, KarmmaError] = {}
+    for path in inputs:
+        if path not in tables:
+            try:
+                recording = _recording(path, recordings or {})
+                found[path] = recording, _starts(path, recording.end_s, spans)
+            except (MediaError, ConfigError) as error:
+                faults[path] = error
+    if faults and not (found or tables):
+        raise next(iter(faults.values())) if len(faults) == 1 else unread(faults)
+    streamed = (clip for path, of in found.items() for clip in _clips(path, *of, spans))
+    count = len(clips) + sum(len(starts) for _, starts in found.values())
+    ends = {source.path: one.end_s for one, _ in found.values() for source in one.media.values()}
+    return Wanted(chain(clips, streamed), count, truth, ends, faults)
 
 
-def _recording(path: Path) -> Recording:
+def unread(faults: Mapping[Path, KarmmaError]) -> MediaError:
+    """Return the error that names files which could not be read, after the others are done."""
+    said = " ".join(str(fault) for fault in islice(faults.values(), _NAMED))
+    more = f" And {len(faults) - _NAMED} more." if len(faults) > _NAMED else ""
+    return MediaError(f"{counted(len(faults), 'file')} could not be recognised: {said}{more}")
+
+
+def _recording(path: Path, elsewhere: Mapping[Path, Recording | KarmmaError]) -> Recording:
+    known = elsewhere.get(path)
+    if isinstance(known, KarmmaError):
+        raise known
+    if known is not None:
+        return known
     return Recording(dict.fromkeys(("rgb", "flow", "audio"), FileSource(path)), file_end_s(path))
 
 
-def _check(path: Path) -> None:
-    if (path / "spec.json").is_file():
-        raise ConfigError(
-            f"{path}: is a feature store; use `karmma evaluate`, or give videos or a CSV."
-        )
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; give videos, or a CSV that lists them.")
-    if not path.is_file():
-        raise MediaError(f"{path}: no such file.")
+def _check(inputs: Sequence[Path]) -> None:
+    """Refuse what is no file, before anything is read: a typo should cost nothing."""
+    for path in inputs:
+        if (path / "spec.json").is_file():
+            raise ConfigError(
+                f"{path}: is a feature store; use `karmma evaluate`, or give videos or a CSV."
+            )
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; give videos, or a CSV that lists them.")
+    if absent := [str(path) for path in inputs if not path.is_file()]:
+        raise MediaError(f"{', '.join(absent)}: no such file.")
 
 
 def _named(clip: Clip, heads: Mapping[str, Sequence[str]]) -> dict[str, str]:

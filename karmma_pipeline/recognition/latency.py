@@ -94,6 +94,7 @@ def _timed(stream: Stream, subset: tuple[str, ...], stop: StopFlag, most: int) -
         stop.check(_ASKED)
         now_s = settings.window_s + settings.tolerance_s + number * settings.hop_s
         for sensor, at_s, values in noise.until(now_s):
+            stop.check(_ASKED)
             stream.push(sensor, at_s, values)
         started = time.perf_counter()
         prediction = stream.step(now_s)

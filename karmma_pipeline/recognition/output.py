@@ -20,9 +20,10 @@ from typing import Any, Self, TextIO
 from jinja2 import Environment, StrictUndefined
 
 from karmma_pipeline import files
+from karmma_pipeline.errors import KarmmaError, MediaError
 from karmma_pipeline.metrics import ACTION
-from karmma_pipeline.modalities import NOTHING, label
-from karmma_pipeline.recognition.prediction import Prediction
+from karmma_pipeline.modalities import NOTHING, Reason, label
+from karmma_pipeline.recognition.prediction import DROPPED, Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +301,18 @@ def _fitting(text: str, width: float) -> str:
 def _colour(name: str) -> str:
     """Return a class's colour: the same in every row, video and run."""
     return _COLOURS[hashlib.sha256(name.encode()).digest()[0] % len(_COLOURS)]
+
+
+def unseen(rows: Sequence[Row]) -> dict[Path, KarmmaError]:
+    """Return the files of which nothing was seen since they could not be read, and the error."""
+    seen = {row.source for row in rows if row.seen}
+    faults: dict[Path, KarmmaError] = {}
+    for row in rows:
+        known = (Reason[why.upper()] for why in row.reasons.values() if why != DROPPED)
+        fault = next((why for why in known if why.is_passing), None)
+        if fault is not None and row.source not in seen | faults.keys():
+            faults[row.source] = MediaError(f"{row.source}: {fault.label}: {fault.hint}")
+    return faults
 
 
 def summary(rows: Iterable[Row]) -> str:

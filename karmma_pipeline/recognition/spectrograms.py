@@ -6,10 +6,14 @@ may have come late.
 """
 
 import math
-from functools import partial
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from karmma_pipeline.extraction.decode.spectrogram import (
     Image,
@@ -21,6 +25,9 @@ from karmma_pipeline.extraction.decode.spectrogram import (
 )
 from karmma_pipeline.extraction.inference.recent import Recent, digest
 from karmma_pipeline.models.backbones.front_end import Audio
+
+# How many threads BLAS has is a setting of the process: two streams must not restore one another's.
+_setting = threading.Lock()
 
 
 class _Last(NamedTuple):
@@ -54,13 +61,29 @@ class Spectrograms:
         """Return the columns of a window, [mels, hops], see `front_end`."""
         last = self._last.get(settings)
         columns = None
-        if last is not None:
-            later = round((start_s - last.start_s) * settings.sample_rate)
-            columns = _continued(settings, last, later, sound)
-        if columns is None:
-            columns = front_end(settings, sound)
+        with _one_thread():
+            if last is not None:
+                later = round((start_s - last.start_s) * settings.sample_rate)
+                columns = _continued(settings, last, later, sound)
+            if columns is None:
+                columns = front_end(settings, sound)
         self._last[settings] = _Last(start_s, sound, columns)
         return columns
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let BLAS compute by itself: its threads wait for one that has no CPU, and gain nothing here.
+
+    The last bits of a matrix product depend on it; those of an extraction are not touched.
+    """
+    with _setting, _pools().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all libraries, which takes milliseconds
 
 
 def _continued(settings: Audio, last: _Last, later: int, sound: Sound) -> Image | None:

@@ -58,8 +58,8 @@ Answer = Callable[[Clip, DecodedClip, Recent], Prediction]
 # How long nobody may ask before what is sent meanwhile is no longer kept, seconds.
 _PAUSE_S = 10.0
 
-# Of a window and of a hop, seconds: no machine holds a shorter one.
-_SHORTEST_S = 0.001
+# Of a window and of a hop, seconds: no machine holds a shorter one, no memory a longer one.
+_SHORTEST_S, _LONGEST_S = 0.001, 3600
 
 # Two moments that are one but for rounding, in hops.
 _ROUNDING = 1e-6
@@ -99,8 +99,10 @@ class StreamSettings:
         deadlines = self.deadline_s
         named = deadlines if isinstance(deadlines, Mapping) else {"": deadlines}
         for key, seconds in {"window_s": self.window_s, "hop_s": self.hop_s}.items():
-            if not _SHORTEST_S <= seconds < math.inf:
-                raise ConfigError(f"{key}={seconds}: seconds from {_SHORTEST_S} on are allowed.")
+            if not _SHORTEST_S <= seconds <= _LONGEST_S:
+                raise ConfigError(
+                    f"{key}={seconds}: must be from {_SHORTEST_S} to {_LONGEST_S} seconds."
+                )
         above = {"frozen_s": self.frozen_s, "audio_hz": self.audio_hz}
         above |= {f"deadline_s {name}".strip(): value for name, value in named.items()}
         for key, value in above.items():

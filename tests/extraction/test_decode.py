@@ -1,10 +1,13 @@
 """What a decode process makes of clips: one clock, one decode, nothing of other clips."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numpy as np
+import psutil
 import pytest
 from support.media_files import RATE, Maker, pack, read_counter, write_frames
 
@@ -224,3 +227,31 @@ def test_a_tar_is_no_sound_and_a_track_no_picture(tmp_path: Path) -> None:
     )
     (found,) = decode([wrong], RGB, AUDIO)
     assert found.reasons == {RGB: Reason.NO_STREAM, AUDIO: Reason.NO_STREAM}
+
+
+def test_a_file_stays_open_for_the_next_task_of_its_video_and_no_longer(
+    make_video: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, changed = make_video("v.mp4", click_s=1.5), make_video("w.mp4", pan_px_s=20, fps=10)
+    copies = [Path(shutil.copy(path, tmp_path / f"{start}.mp4")) for start in (0, 1)]
+    wanted = [decode([clip(copy, i, i + 1)], RGB, AUDIO) for i, copy in enumerate(copies)]
+    opened: list[Any] = []
+    original = av.open
+
+    def spy(*args: Any, **options: Any) -> Any:
+        opened.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(av, "open", spy)
+    found = [decode([clip(path, 0, 1)], RGB, AUDIO)]
+    first = len(opened)
+    found.append(decode([clip(path, 1, 2)], RGB, AUDIO))
+    assert len(opened) == first + 1  # to begin anew at the only key frame
+    for (one,), (other,) in zip(found, wanted, strict=True):
+        for spec in (RGB, AUDIO):
+            np.testing.assert_array_equal(one.arrays[spec], other.arrays[spec])
+    shutil.copy(changed, path)
+    (one,), (other,) = (decode([clip(of, 0, 1)], RGB) for of in (path, changed))
+    np.testing.assert_array_equal(one.arrays[RGB], other.arrays[RGB])
+    here = {Path(file.path) for file in psutil.Process().open_files()}
+    assert {file for file in here if file.is_relative_to(tmp_path)} == {changed}

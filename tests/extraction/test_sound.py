@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 
-from karmma_pipeline.extraction.media import media_file
 from karmma_pipeline.extraction.media.interface import MediaFaultError
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.modalities import Reason
@@ -139,7 +138,6 @@ def test_little_of_a_long_track_is_kept_and_nothing_of_it_changes(tmp_path: Path
     path = write_blocks(tmp_path / "v.mkv", wave, np.arange(len(wave) // BLOCK) * 0.05)
     spans = [(50.0, 51.0), (3.0, 4.5), (20.0, 21.0), (19.0, 22.0), (59.5, 61.0)]
     wanted = [MediaFile(path).sound(a, b, 24_000) for a, b in spans]
-    media_file._kept_tracks.cache_clear()
     file = MediaFile(path, sound_kept_s=5)
     assert file.sound_span(24_000)[1] == pytest.approx(60, abs=0.01)
     for (a, b), sound in zip(spans, wanted, strict=True):

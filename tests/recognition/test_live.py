@@ -189,11 +189,12 @@ def test_the_page_shows_answers_and_switches_to_who_knows_its_token() -> None:
         (("--camera", "-1"), "-1 is not in the range"),  # OpenCV crashes
         (("--camera", "0", "--fast"), "only for --source"),
         (("--camera", "0", "--measure"), "omit --source and --camera"),
-        (("--source", "{video}", "--hop", "0"), "hop_s=0.0"),
-        (("--source", "{video}", "--hop", "1e-9"), "seconds from 0.001 on"),
+        (("--source", "{video}", "--hop", "0"), "Error: --hop 0.0: must be"),
+        (("--measure", "--window", "1e300"), "Error: --window 1e+300: must be from 0.001 to 3600"),
+        (("--source", "{video}", "--deadline", "0"), "Error: --deadline 0.0: must be"),
         (("--source", "{video}", "--chaos", "0.5", "--seed", "-1"), "-1 is not in the range"),
         (("--source", "{video}", "--chaos", "2"), "--chaos 2.0"),
-        (("--source", "{video}", "--without", "imu"), "the model takes"),
+        (("--source", "{video}", "--without", "imu"), "Error: --without 'imu': the model takes"),
     ],
 )
 def test_bad_input_is_one_sentence(root: Path, options: tuple[str, ...], says: str) -> None:

@@ -355,6 +355,43 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
         away.rename(media)
 
 
+def test_of_several_files_those_that_cannot_be_read_are_named_after_the_others(
+    root: Path, tmp_path: Path
+) -> None:
+    good = [write_video(tmp_path / f"{name}.mp4", seconds=1) for name in ("first", "last")]
+    text, rotten, out = tmp_path / "text.mp4", tmp_path / "rotten.mp4", tmp_path / "out"
+    text.write_text("no video")
+    data = bytearray(good[0].read_bytes())
+    media = slice(data.index(b"mdat") + 8, data.rindex(b"moov") - 8)
+    data[media] = np.random.default_rng(0).bytes(media.stop - media.start)
+    rotten.write_bytes(data)  # opens, and no frame of it can be decoded
+    files = [good[0], text, rotten, good[1]]
+    told = run("predict", root / "run", *files, "--out", out, "--video", code=1).splitlines()
+    assert [(row["source"], bool(row["seen"])) for row in rows(out)] == [
+        (str(path), path in good) for path in files if path != text
+    ]
+    assert {path.name for path in out.glob("*.mp4")} == {"000_first.mp4", "001_last.mp4"}
+    assert told[-1].startswith("Error: 2 files could not be recognised: ")
+    assert f"{text}: decode_error" in told[-1]
+    assert f"{rotten}: decode_error" in told[-1]
+    assert not any(str(path) in told[-1] for path in good)
+
+    told = run("predict", root / "run", text, "--out", tmp_path / "none", code=1).splitlines()
+    assert told[-1].startswith(f"Error: {text}: decode_error: ")
+    words = (good[0], tmp_path / "a.mp4", tmp_path / "b.mp4", "--out", tmp_path / "none")
+    assert f"{words[1]}, {words[2]}: no such file." in run("predict", root / "run", *words, code=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_too_short_a_file_is_refused_alone_and_left_out_of_several(tmp_path: Path) -> None:
+    short, long = (write_video(tmp_path / f"{s}.mp4", seconds=s, sound=False) for s in (1, 3))
+    wanted = wanted_clips([short, long], Spans(start_s=2))
+    assert [clip.media["rgb"].path for clip in wanted.clips] == [long]
+    assert (wanted.count, [*wanted.faults]) == (1, [short])
+    with pytest.raises(ConfigError, match=r"--start 2: .*1.mp4 ends at 1.00 s"):
+        wanted_clips([short], Spans(start_s=2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -368,6 +405,7 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
         (["{run}", "{video}", "--window", "0.001"], 2, "must be at least 0.01"),
         (["nowhere", "{video}", "--drop", "2"], 2, "must be a probability between 0 and 1"),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
+        (["{run}", "{video}", "--without", "imu"], 2, "Error: --without 'imu': the model takes"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
         (["{run}", "{video}", "--weights", "imu=random:1"], 2, "no backbone for this modality"),
     ],

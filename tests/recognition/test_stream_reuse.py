@@ -1,11 +1,13 @@
 """What windows of a live stream have in common is computed once, and no answer shows it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.live import Signals, offline, tiny_recognizer
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from karmma_pipeline.extraction.decode import spectrogram
@@ -92,7 +94,15 @@ def test_what_is_kept_ends_with_the_windows_that_may_want_it() -> None:
     assert digest(np.zeros(3)) != digest(np.zeros(4))
 
 
+@pytest.fixture
+def one_thread_of_blas() -> Iterator[None]:
+    """Let whole spectrograms be those of live columns to the last bit."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 @pytest.mark.parametrize("front_end", ["radevski", "auditory_slowfast", "ast"])
+@pytest.mark.usefixtures("one_thread_of_blas")
 def test_columns_of_the_window_before_are_not_computed_again(
     front_end: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,3 +161,24 @@ def test_raft_looks_once_at_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = offline(model, whole, n / 2, n / 2 + 2, ("rgb", "flow"))
         del pairs[4 + n :]
         near(live, expected, atol=1e-4)
+
+
+def test_live_spectrograms_have_one_thread_and_leave_all_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen: list[set[int]] = []
+    real = spectrogram.front_end
+
+    def front_end(*arguments: Any) -> Any:
+        seen.append(threads())
+        return real(*arguments)
+
+    monkeypatch.setattr(spectrograms, "front_end", front_end)
+    settings, sound = Audio(), np.random.default_rng(0).random(16_000, np.float32)
+    with threadpool_limits(2, user_api="blas"):
+        spectrograms.Spectrograms(Recent(4)).of(0.0)(settings, sound, (16, 16))
+        assert threads() == {2}
+    assert seen == [{1}]

@@ -123,14 +123,16 @@ def lost(clip_id: str, settings: DecodeSettings, fault: MediaFaultError) -> Deco
 
 
 def decode_clips(clips: list[Clip], settings: DecodeSettings) -> list[DecodedClip]:
-    """Decode clips; each file is opened once. A fault costs its modality of its clip.
+    """Decode clips; each file is opened once, and kept for the next ones of the same video.
+
+    A fault costs its modality of its clip.
 
     Args:
         clips: of one video, as far as possible.
         settings: what to decode.
     """
     kept_s = settings.sound_kept_s
-    with OpenMedia(settings.video_decoder, settings.index_folder, kept_s) as media:
+    with OpenMedia(settings.video_decoder, settings.index_folder, kept_s, keep=True) as media:
         begun = [_begin(clip, settings, media) for clip in clips]
         several = len(begun) > 1
         frames = DecodedFrames([s for _, chosen in begun for s in chosen.values()], several)

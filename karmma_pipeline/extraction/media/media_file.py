@@ -6,7 +6,7 @@ T frames, S audio samples.
 """
 
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,7 @@ class MediaFile(MediaReader):
     ) -> None:
         self.path, self._stream, self._decoder = path, stream, decoder
         self._left_half, self._sound_kept_s = left_half, sound_kept_s
+        self._tracks: dict[int, SoundTrack] = {}  # at each rate that networks want
 
     @cached_property
     def _info(self) -> MediaInfo:
@@ -107,7 +108,7 @@ class MediaFile(MediaReader):
         try:
             yield from self._video.decode(np.unique(numbers))
         except MediaFaultError:
-            self.close()
+            self._close_video()
             raise
 
     def frames(self, times: Times) -> tuple[Pictures, Times]:
@@ -141,21 +142,17 @@ class MediaFile(MediaReader):
         return self._track(rate).window(start_s - delay, stop_s - start_s)
 
     def _track(self, rate: int) -> SoundTrack:
-        info, status = self._stream_info("audio"), self.path.stat()
-        tracks = _kept_tracks(self.path, info, (status.st_size, status.st_mtime_ns))
-        if rate not in tracks:
-            tracks[rate] = SoundTrack(self.path, info, rate, self._sound_kept_s)
-        return tracks[rate]
+        if rate not in self._tracks:
+            info = self._stream_info("audio")
+            self._tracks[rate] = SoundTrack(self.path, info, rate, self._sound_kept_s)
+        return self._tracks[rate]
 
     def close(self) -> None:
         """Let go of the file."""
+        self._close_video()
+        self._tracks.clear()
+
+    def _close_video(self) -> None:
         video = self.__dict__.pop("_video", None)
         if video is not None:
             video.close()
-
-
-# One file's track is kept, at each rate that networks want, for tasks of one video follow one
-# another, each with some of its clips. Size and time are part of the key: a file may be replaced.
-@lru_cache(maxsize=1)
-def _kept_tracks(path: Path, info: StreamInfo, _key: tuple[int, int]) -> dict[int, SoundTrack]:
-    return {}

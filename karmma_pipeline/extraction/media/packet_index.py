@@ -6,10 +6,10 @@ or else the scan itself. An index is made anew in every process: no file is beli
 one. P packets in the order of decoding, F frames in the order of display.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ _TAIL = 32
 
 # Seconds by which time stamps go back that begin anew; less is a writer's carelessness.
 _BACK_S = 0.5
+
+# A time stamp that a packet lacks, as FFmpeg writes it too (AV_NOPTS_VALUE).
+_NONE = -(2**63)
 
 # Seconds per frame where neither time stamps nor the stream tell.
 _FRAME_S = 0.04
@@ -100,9 +103,9 @@ class PacketIndex:
         return int(self.keys[max(0, int(np.searchsorted(self.keys, key)) - back)])
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Packets:
-    """What one pass through a file tells of a stream's packets.
+    """What one pass through a file tells of a stream's packets; stamps may be `_NONE`.
 
     Attributes:
         timed: see `PacketIndex`.
@@ -111,14 +114,14 @@ class _Packets:
 
     timed: bool
     unstamped: bool
-    pts: list[int | None] = field(default_factory=list)
-    dts: list[int | None] = field(default_factory=list)
-    duration: list[int] = field(default_factory=list)
-    key: list[bool] = field(default_factory=list)
-    shown: list[bool] = field(default_factory=list)
-    hidden: list[bool] = field(default_factory=list)
-    marks: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    pts: Numbers
+    dts: Numbers
+    duration: Numbers
+    marks: Numbers
+    places: Numbers
+    key: npt.NDArray[np.bool_]
+    shown: npt.NDArray[np.bool_]
+    hidden: npt.NDArray[np.bool_]
 
 
 # Order of the packets [P], the packets of the frames [F], and the frames' times [F].
@@ -144,7 +147,7 @@ def _read(path: Path, number: int, _key: tuple[int, int]) -> PacketIndex:
     with open_container(path) as container:
         stream = container.streams[number]
         packets = _demuxed(path, container, stream)
-        if not any(packets.shown):
+        if not packets.shown.any():
             raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
         codec: Any = stream.codec_context
         rate = codec.framerate or stream.guessed_rate or stream.average_rate
@@ -165,21 +168,21 @@ def _assembled(
     frames, times = frames[ahead], times[ahead]
     number = np.full(len(order), -1, np.int64)
     number[frames] = np.arange(len(frames))
-    keys = np.array(packets.key) & np.isfinite(order)
+    keys = packets.key & np.isfinite(order)
     keys[0] = True
     return PacketIndex(
         packets.timed,
-        np.array(packets.marks, np.int64),
-        np.array(packets.places, np.int64),
-        np.array([0 if pts is None else pts for pts in packets.pts], np.int64),
+        packets.marks,
+        packets.places,
+        np.where(packets.pts == _NONE, 0, packets.pts),
         np.flatnonzero(keys),
-        np.array(packets.hidden),
+        packets.hidden,
         order,
         number,
         frames,
         # A search by time needs them ascending, whatever a damaged file says.
         np.maximum.accumulate(times),
-        packets.duration[frames[-1]],
+        int(packets.duration[frames[-1]]),
         not bool(ahead[-1]),
     )
 
@@ -203,28 +206,35 @@ def mark_of(packet: Any, timed: bool) -> int:
 
 def _demuxed(path: Path, container: Any, stream: Any) -> _Packets:
     names = set(container.format.name.split(","))
-    found = _Packets(bool(_TIMED & names), "avi" in names)
-    corrupt: list[bool] = []
+    timed = bool(_TIMED & names)
+    # Hours have hundreds of thousands of packets: bytes, for Python's numbers take five times as
+    # much, and what a process has once taken it hardly gives back.
+    numbers, flags = [array("q") for _ in range(5)], [bytearray() for _ in range(3)]
     for packet in until_end(container.demux(stream)):
         if packet.size:
             check_clear(packet, path)
-            found.pts.append(
-                packet.pts if packet.pts is not None or not found.timed else packet.dts
+            pts = packet.dts if packet.pts is None and timed else packet.pts
+            told = (
+                _NONE if pts is None else pts,
+                _NONE if packet.dts is None else packet.dts,
+                packet.duration or 0,
+                mark_of(packet, timed),
+                -1 if packet.pos is None else packet.pos,
             )
-            found.dts.append(packet.dts)
-            found.duration.append(packet.duration or 0)
-            found.key.append(packet.is_keyframe)
-            found.shown.append(not (packet.is_corrupt or packet.is_discard))
-            found.hidden.append(packet.is_discard)
-            found.marks.append(mark_of(packet, found.timed))
-            found.places.append(-1 if packet.pos is None else packet.pos)
-            corrupt.append(packet.is_corrupt)
+            said = packet.is_keyframe, packet.is_corrupt, packet.is_discard
+            for of, number in zip(numbers, told, strict=True):
+                of.append(number)
+            for row, is_so in zip(flags, said, strict=True):
+                row.append(is_so)
+    pts, dts, duration, marks, places = (np.frombuffer(of, np.int64) for of in numbers)
+    key, corrupt, hidden = (np.frombuffer(row, bool) for row in flags)
+    shown = ~(hidden | corrupt)
     # Where two files were joined FFmpeg misses what never was, and marks the last packet or the one
     # before it. Whether these pictures are whole is for their decoder to say.
     for at in np.flatnonzero(corrupt).tolist():
-        if any(found.key[at + 1 : at + 3]) and not any(corrupt[at + 1 : at + 3]):
-            found.shown[at] = not found.hidden[at]
-    return found
+        if key[at + 1 : at + 3].any() and not corrupt[at + 1 : at + 3].any():
+            shown[at] = not hidden[at]
+    return _Packets(timed, "avi" in names, pts, dts, duration, marks, places, key, shown, hidden)
 
 
 def check_clear(packet: Any, path: Path) -> None:
@@ -309,13 +319,13 @@ class _Order:
     def _told(self) -> Times | None:
         """Return the order by time stamps, None where some lack or cannot be right."""
         packets = self.packets
-        own = [pts for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
+        own = packets.pts[packets.shown]
         # Of pictures of one time stamp, as clocks too coarse for the rate give, only the order
         # of decoding is known.
         unsure = not packets.timed or self.reordered
-        if None in own or (unsure and len(set(own)) < len(own)) or self._goes_back():
+        if _NONE in own or (unsure and len(np.unique(own)) < len(own)) or self._goes_back():
             return None
-        return np.array([-inf if pts is None else pts for pts in packets.pts], np.float64)
+        return np.where(packets.pts == _NONE, -inf, packets.pts)
 
     def _goes_back(self) -> bool:
         """Tell streams in which another one begins, whose time stamps may be any."""
@@ -330,7 +340,7 @@ class _Order:
 
     def _shown(self, order: Times) -> Numbers:
         frames = np.argsort(order, kind="stable")
-        frames = frames[np.array(self.packets.shown)[frames]]
+        frames = frames[self.packets.shown[frames]]
         # In a container without times of presentation the order may look clean and not be so.
         if self.packets.timed and self._starts_clean(order):
             return frames
@@ -344,12 +354,12 @@ class _Order:
 
     def _starts_clean(self, order: Times) -> bool:
         key = self.packets.key
-        following = order[: key.index(True, 1) if True in key[1:] else len(key)]
-        return key[0] and bool((following >= order[0]).all())
+        following = order[: 1 + next(iter(np.flatnonzero(key[1:])), len(key))]
+        return bool(key[0] and (following >= order[0]).all())
 
     def _agrees(self, order: Times) -> bool:
         """Tell whether the decoder gives the first pictures in this order."""
-        return _ascends([order[tag] for tag, _ in self._first])
+        return _ascends(order[[tag for tag, _ in self._first]])
 
     @cached_property
     def _first(self) -> list[tuple[int, int]]:
@@ -415,12 +425,12 @@ class _Order:
     def _best_effort(self, frames: Numbers, triggers: Sequence[int | None]) -> Times:
         """Return FFmpeg's best_effort_timestamp of frames [F] in their order; gaps are filled."""
         packets = self.packets
-        pts = [packets.pts[packet] for packet in frames]
+        pts = packets.pts[frames]
         copied = not packets.timed and _ascends(packets.pts) and not _ascends(pts)
         if packets.unstamped or copied:
-            pts = [None] * len(pts)  # FFmpeg's guess: the packets' numbers
-        dts = [None if at is None else packets.dts[at] for at in triggers]
-        return _filled(list(_corrected(pts, dts)), self.tick)
+            pts = np.full_like(pts, _NONE)  # FFmpeg's guess: the packets' numbers
+        dts = [None if at is None else _stamp(packets.dts[at]) for at in triggers]
+        return _filled(list(_corrected([_stamp(own) for own in pts], dts)), self.tick)
 
     def _scanned(self) -> _Frames:
         """Decode the whole stream once, as what its packets say is not how it is shown."""
@@ -432,13 +442,19 @@ class _Order:
                 frames.append(tag)
                 triggers.append(at if at < packets else None)
         order = np.full(packets, inf)
-        order[frames] = np.arange(len(frames))
-        return order, np.array(frames, np.int64), self._best_effort(np.array(frames), triggers)
+        numbers = np.array(frames, np.int64)
+        order[numbers] = np.arange(len(frames))
+        return order, numbers, self._best_effort(numbers, triggers)
 
 
-def _ascends(stamps: Sequence[Any], or_same: bool = False) -> bool:
-    known = [stamp for stamp in stamps if stamp is not None]
-    return all(a < b or (or_same and a == b) for a, b in pairwise(known))
+def _ascends(stamps: Numbers | Times, or_same: bool = False) -> bool:
+    known = stamps[stamps != _NONE]
+    ahead = known[1:] >= known[:-1] if or_same else known[1:] > known[:-1]
+    return bool(ahead.all())
+
+
+def _stamp(number: np.int64) -> int | None:
+    return None if number == _NONE else int(number)
 
 
 def _corrected(pts: Sequence[int | None], dts: Sequence[int | None]) -> Iterator[int | None]:
