@@ -32,7 +32,7 @@ On a machine with network, for the Python of the host (here 3.12):
     get="pip download --only-binary :all: --python-version 3.12 --no-deps"
     $get --dest wheels/core 'av<19' click google-crc32c h5py absl-py lazy_loader 'librosa<1' \\
         'pebble<6' protobuf psutil pydantic==2.14.4 pydantic-core==2.50.5 annotated-types \\
-        typing-inspection pyyaml safetensors 'soxr<2' tensorboard tqdm
+        typing-inspection pyyaml safetensors 'soxr<2' tensorboard 'threadpoolctl<4' tqdm
     $get --dest wheels/opencv 'opencv-python-headless<5'
 
 and on the host, in a clone of the repository:

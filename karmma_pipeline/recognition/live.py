@@ -90,12 +90,13 @@ def camera_events(number: int) -> Iterator[Event]:
     Raises:
         ConfigError: there is no such camera.
     """
-    before = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    log = getattr(cv2.utils, "logging", cv2)  # of cv2 itself before OpenCV 4.13
+    before = log.getLogLevel()
+    log.setLogLevel(0)  # silent
     try:
         camera = cv2.VideoCapture(number)
     finally:
-        cv2.utils.logging.setLogLevel(before)
+        log.setLogLevel(before)
     if not camera.isOpened():
         raise ConfigError(f"--camera {number}: no such camera, or another program uses it.")
     return _of_camera(camera)
