@@ -116,9 +116,9 @@ def test_measuring_times_every_subset_and_plays_hops_until_one_is_missed(
     monkeypatch.setattr(latency, "_play", play)
     said = live(root, "--measure", "--window", 1)
     assert [line.split(":")[0] for line in said[:7]] == [
-        *("V+F+A", "V+F", "V+A", "F+A", "V", "F", "A")
+        *("rgb+flow+audio", "rgb+flow", "rgb+audio", "flow+audio", "rgb", "flow", "audio")
     ]
-    assert all("(2 answers)" in line for line in said[:7])
+    assert all("(2 predictions)" in line for line in said[:7])
     hops = [float(line.split()[1]) for line in said[7:11]]
     assert hops[1] > hops[0]
     assert hops[2:] == pytest.approx([hops[1] / 2, hops[1] / 4], rel=0.01)
