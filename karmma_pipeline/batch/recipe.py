@@ -143,7 +143,7 @@ class Method(Recipe):
             raise ValueError(f"teacher={list(self.teacher)}: {least}")
         taken = {"out", "seed", "name", "teacher", "teacher_store", "teacher_table"}
         if ours := sorted(taken & {*self.set, *self.grid}):
-            also = "; set the key name of the method instead" if ours[0] == "name" else ""
+            also = "; set the method's own key name instead" if ours[0] == "name" else ""
             raise ValueError(f"{ours[0]} is set by the sweep and cannot be in set or grid{also}")
         if both := sorted(self.set.keys() & self.grid.keys()):
             raise ValueError(f"{both[0]} is both in set and in grid")

@@ -174,7 +174,7 @@ def test_methods_on_one_recipe_are_told_apart_in_the_report(here: Path) -> None:
         ({"baseline": {**METHODS["baseline"], "grid": {"exclude": ["a/b", "a_b"]}}},
          "two combinations would have the name baseline,exclude=a_b"),
         ({"seeds": [1, 1]}, "1 is listed twice"),
-        ({"baseline": {**METHODS["baseline"], "set": {"name": "B"}}}, "has a name of its own"),
+        ({"baseline": {**METHODS["baseline"], "set": {"name": "B"}}}, "set the method's own key name instead"),
         ({"baseline": {**METHODS["baseline"], "name": "Teacher"}},
          "methods.baseline: another method is named 'Teacher'"),
     ],

@@ -132,7 +132,9 @@ def test_a_modality_that_the_model_lacks_is_left_out(run: Path, tmp_path: Path) 
 
 def test_other_features_are_refused_and_what_is_other_is_named(run: Path, tmp_path: Path) -> None:
     other = videos(tmp_path / "a", provenance={"backbone": "y", "weights": "random:3"})
-    with pytest.raises(StoreError, match=r"different features \(.*rgb\.backbone is 'y' there"):
+    with pytest.raises(
+        StoreError, match=r"different features \(.*rgb\.backbone is 'y' in the store"
+    ):
         ask(run, other)
     wide = videos(tmp_path / "b", modalities={"rgb": (4, 7)})
     with pytest.raises(
