@@ -87,9 +87,10 @@ def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
         "clips": _clips(plan),
         "files": _files(plan),
         "present": [
-            f"{modality}: {_share(count, plan['clips'])}; without such a stream: "
-            f"{plan['no_stream'].get(modality, 0):,}"
+            f"{modality}: {_share(count, plan['clips'])}"
+            + (f"; without such a stream: {without:,}" if without else "")
             for modality, count in plan["present"].items()
+            for without in [plan["no_stream"].get(modality, 0)]
         ],
         "short": [_short(window, recipe) for window in plan["shorter_than_window"]],
         "problems": _problems(plan, recipe),

@@ -57,7 +57,9 @@ def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[st
         if backbone.choice.source != "none":
             unmeasured = network.config.chosen == BY_RULE.format("cuda")
             says = "; the defaults for GPUs were not measured" if unmeasured else ""
-            if not says and network.openvino is None and network.device.type == "cpu":
+            # A store that was begun keeps its engine.
+            begins = bool(stores) and key not in recorded
+            if begins and network.openvino is None and network.device.type == "cpu":
                 says = openvino_engine.advice(backbone.choice.name)
             note(f"{_users(recipe, key)}: {backbone.choice.name}, {network.config}{says}")
 
