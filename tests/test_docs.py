@@ -103,6 +103,18 @@ def test_a_modality_of_ones_own_works_word_for_word(
 
 
 @pytest.mark.slow
+def test_the_modules_on_the_path_of_a_clip_are_those_of_the_page() -> None:
+    traced = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "clip_path.py"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    # The last line is their number.
+    assert (DOCS / "data_flow.md").read_text("utf-8").endswith(traced.rpartition("\n\n")[0] + "\n")
+
+
+@pytest.mark.slow
 def test_the_notebook_runs_and_is_that_of_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
