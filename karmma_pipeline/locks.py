@@ -150,7 +150,7 @@ def _refuse_living(path: Path, now: float, message: str) -> None:
         if not _is_dead(text, now - touched):
             raise KarmmaError(
                 f"{path.parent}: {_name(text)} {message}. If that process was killed, the lock "
-                f"expires within {DEAD_S:.0f} s, or remove {path}."
+                f"expires within {DEAD_S:.0f} s; to continue at once, remove {path}."
             )
 
 

@@ -107,7 +107,7 @@ _HINTS = {
     Reason.TIMESTAMP_MISMATCH: "The file has no frame near a requested time; check for missing "
     f"frames or, if its frame rate is this low, raise sampling.tolerance_s {_NEW}.",
     Reason.UNSAFE_FILE: "The file refers to other files (a playlist, an HDF5 link) or has an "
-    f"implausible size; replace it by a file that contains the media itself, {_THEN}.",
+    f"implausible size; replace it with a file that contains the media itself, {_THEN}.",
     Reason.NO_CHANNEL: "The file lacks an array or a column named in the recipe; correct "
     f"channels, variable or time under sensors, or the file, {_THEN}.",
     Reason.GAP: "Samples are missing or NaN for longer than max_gap_s; fill the gap in the "

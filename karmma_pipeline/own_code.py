@@ -60,7 +60,7 @@ def find(name: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}={name!r}: is a {type(made).__name__}, not a function or class.")
     if _source(made) is None:
         raise ConfigError(
-            f"{key}={name!r}: has no source file, which runs need for identification."
+            f"{key}={name!r}: has no source file; one is needed to identify the code of a run."
         )
     return made
 

@@ -80,7 +80,7 @@ class RunFolder:
                     f"{ELSE}, or remove this one."
                 )
             if differing:  # of a start that failed
-                check_output(self.path, {RECIPE, *_STARTED, *_MADE}, "and a recipe")
+                check_output(self.path, {RECIPE, *_STARTED, *_MADE}, "besides a recipe")
         else:
             check_output(self.path, _STARTED, "and no run")
 

@@ -30,7 +30,7 @@ except KeyboardInterrupt:  # Ctrl-C at once: before `main`, which says the same,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     # Click keeps the line breaks of a paragraph that a backspace opens.
     epilog="""\b
-Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 done but too many
+Exit codes: 0 done, 1 failed, 2 usage or recipe error, 3 done but too many
 clips failed, 75 stopped by a signal (run the same command again to resume).""",
 )
 @click.version_option(__version__, prog_name="karmma")

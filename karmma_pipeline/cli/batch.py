@@ -68,13 +68,13 @@ def status(chain: Path) -> None:
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Runs at once; default: as many as CPUs and GPUs allow.",
+    help="Parallel runs; default: as many as CPUs and GPUs allow.",
 )
 @click.option("--status", "shown", is_flag=True, help="Show the progress of each method.")
 @click.option("--slurm", is_flag=True, help="Submit the runs to Slurm as job arrays.")
 @site_option
 @click.option("--dry-run", is_flag=True, help="Print the batch scripts and submit nothing.")
-@click.option("--run", "name", metavar="NAME", help="Only this run, METHOD/seedS, or `report`.")
+@click.option("--run", "name", metavar="NAME", help="Do only this run, METHOD/seedS, or `report`.")
 def sweep(
     sweep: Path,
     overrides: tuple[str, ...],

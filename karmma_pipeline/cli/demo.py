@@ -53,7 +53,7 @@ def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool
     "--test",
     default=0,
     show_default=True,
-    help="Number of test clips, with digits of unseen writers.",
+    help="Number of test clips, with digits by unseen writers.",
 )
 @_seed_option
 def sample(out: Path, clips: int, test: int, seed: int) -> None:

@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Report accuracy and cost of trained models.
 
-    Accuracy is measured on every subset of modalities and over rates of random modality drops. RUNS
+    Accuracy is measured on every subset of modalities and at a range of drop rates. RUNS
     are run folders; each is evaluated on the store that it was trained on, unless --store names
     others.
     """

@@ -67,7 +67,7 @@ class _Extract(click.Command):
 @click.option(
     "--max-failures",
     metavar="SHARE",
-    help="Exit with code 3 if a larger share of the clips loses a modality to an error; "
+    help="Exit with code 3 if more than this share of clips loses a modality to an error; "
     "overrides max_failures.",
 )
 def extract(
@@ -237,8 +237,8 @@ def plan(
     """Check the inputs and estimate time and disk.
 
     Checks files, clips and splits, and writes nothing. Exits with code 3 if more clips will fail
-    than the recipe allows, and with code 1 if extraction would refuse to start, such as for too
-    small a disk.
+    than the recipe allows, and with code 1 if extraction would refuse to start, for example
+    if the disk is too small.
     """
     resolved = load_recipe("extract", recipe, overrides, writes=False)
     click.echo("reading the manifest and checking the files ...", err=True)

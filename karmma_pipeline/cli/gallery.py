@@ -108,7 +108,7 @@ def _pictures(
         truth = _names(one.heads, one.clip.labels)
         video = f"{number:02d}_{shown.kind}.mp4"
         write_overlay(path, [row_of(one, 3, truth, ends)], folder / video, stop)
-        said = {"true": truth, "said": _names(one.heads, shown.best)}
+        said = {"true": truth, "predicted": _names(one.heads, shown.best)}
         if shown.kind == "rescued":
             said[f"{choice.alone} alone"] = _names(one.heads, shown.alone)
         lines = [f"{who}: {', '.join(classes.values())}" for who, classes in said.items()]

@@ -35,7 +35,7 @@ _TOO_LATE = (
 @click.option("--hop", "hop_s", type=float, default=0.5, show_default=True,
               help="Seconds between windows.")  # fmt: skip
 @click.option("--deadline", "deadline_s", type=float, default=0.5, show_default=True,
-              help="Seconds without data after which a sensor is absent.")  # fmt: skip
+              help="Seconds without data after which a sensor counts as absent.")  # fmt: skip
 @click.option(
     "--without", multiple=True, metavar="MODALITY", help="Modality to switch off; repeatable."
 )
@@ -48,7 +48,7 @@ _TOO_LATE = (
 @click.option("--browser", is_flag=True, help="Show the stream in a browser, on localhost only.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0,
               help="Port for --browser; default: a free one.")  # fmt: skip
-@click.option("--top", type=click.IntRange(1, 100), default=3, help="Top classes to show.")
+@click.option("--top", type=click.IntRange(1, 100), default=3, help="Number of classes to show.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--engine", type=click.Choice(["torch", "openvino"]),
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip

@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 )
 @click.option("--drop", type=float, default=0.0, help="Probability of dropping each modality.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --drop.")
-@click.option("--top", type=click.IntRange(1, 100), default=5, help="Top classes to write.")
+@click.option("--top", type=click.IntRange(1, 100), default=5, help="Number of classes to write.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
               show_default=True, help="Output folder.")  # fmt: skip
 @click.option("--video", is_flag=True, help="Also write videos with predictions overlaid.")
 @click.option("--topic", "topics", multiple=True, metavar="MODALITY=/TOPIC",
               help="ROS topic to read as a modality; repeatable.")  # fmt: skip
 @click.option("--clock", type=click.Choice(["header", "log"]), default="header",
-              help="Timestamps to use: of the message headers or of logging.")  # fmt: skip
+              help="Timestamps to use: message header or log time.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--engine", type=click.Choice(["torch", "openvino"]),
               help="Inference engine of the backbones; default: as in training.")  # fmt: skip

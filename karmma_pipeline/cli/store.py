@@ -58,8 +58,8 @@ def store_verify(path: Path, repair: bool) -> None:
         )
     elif damages:
         raise StoreError(
-            f"{path}: {len(damages)} damaged places, listed above. --repair removes them; "
-            "`karmma extract` with the same recipe then rebuilds only these."
+            f"{path}: {counted(len(damages), 'damaged part')}, listed above; --repair removes "
+            "them all, and `karmma extract` with the same recipe then rebuilds what was removed."
         )
     else:
         click.echo(f"{path}: OK")
@@ -195,7 +195,7 @@ def _grid(text: str) -> tuple[str, list[int]]:
     type=click.Choice(["npy", "pt", "actionformer", "tim"]),
     default="npy",
     show_default=True,
-    help="Plain files, or the layout of this trainer.",
+    help="Plain files, or the named trainer's layout.",
 )
 def store_export(store: Path, out: Path, layout: Any) -> None:
     """Export tokens as one file per clip, for other trainers."""

@@ -55,7 +55,7 @@ def train_baseline(
 ) -> None:
     """Train the student's architecture without a teacher.
 
-    With modality_dropout 0 it is the paper's Baseline, above 0 its Baseline w/ delta.
+    modality_dropout 0 gives the paper's Baseline; above 0, its Baseline w/ delta.
     """
     resolved = load_recipe("train-baseline", recipe, _with_stage(overrides, stage), check)
     from karmma_pipeline.training import stages

@@ -61,8 +61,8 @@ class ModelView(TokenSource):
             count = int(((theirs >= 0) & (labels < 0)).sum())
             self.notes.append(
                 f"{counted(count, 'clip')} with a {head} that the model was not trained on "
-                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}): counted as "
-                f"without a {head}."
+                f"({', '.join(other[:5])}{', ...' if len(other) > 5 else ''}): treated as "
+                f"having no {head}."
             )
         return labels
 

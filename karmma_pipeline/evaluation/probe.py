@@ -66,8 +66,8 @@ def probe_all(
             if size > MOST_BYTES:
                 notes.append(
                     f"{label(subset, modalities)}: no linear probe was trained, because its "
-                    f"tokens need {size / 2**30:.1f} GiB of memory, and at most "
-                    f"{MOST_BYTES / 2**30:.0f} GiB."
+                    f"tokens need {size / 2**30:.1f} GiB of memory (limit: "
+                    f"{MOST_BYTES / 2**30:.0f} GiB)."
                 )
                 continue
             probes += _Data(run, subset, [*clips, run.clips]).probes(check)

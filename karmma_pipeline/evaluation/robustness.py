@@ -125,9 +125,9 @@ def lacking(path: Path, store: TokenSource, clips: ClipNumbers) -> Bools:
     """
     if len(store.modalities) > ALL_SUBSETS_UP_TO:
         raise ConfigError(
-            f"robustness.patterns={str(path)!r}: patterns need the logits of every subset, which "
-            f"are evaluated of up to {ALL_SUBSETS_UP_TO} modalities; {store.path} has "
-            f"{len(store.modalities)}."
+            f"robustness.patterns={str(path)!r}: patterns need the logits of every subset, and all "
+            f"subsets are evaluated only with up to {ALL_SUBSETS_UP_TO} modalities; {store.path} "
+            f"has {len(store.modalities)}."
         )
     patterns = read_patterns(path, store, "robustness.patterns")
     if epochs := [epoch for epoch in patterns if epoch]:

@@ -72,8 +72,8 @@ def _notes(
         yield f"{counted(nothing, 'clip')} without any modality: counted as wrong."
     if len(run.subsets) < 2 ** len(run.store.modalities) - 1:
         yield (
-            f"Of the {len(run.store.modalities)} modalities' subsets, {len(run.subsets)} were "
-            f"evaluated. The drop curve is an estimate from these and from {len(run.drawn)} "
+            f"Of all subsets of the {len(run.store.modalities)} modalities, {len(run.subsets)} "
+            f"were evaluated. The drop curve is an estimate from these and {len(run.drawn)} "
             "random subsets of other sizes per clip; its intervals cover clips and draws."
         )
     if recipe.exclude is not None:
@@ -147,8 +147,8 @@ def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
         names = {run.name: None for run in runs if of_run(run) and split in ("", of_run(run))}
         same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
         if names:
-            clips = f"the split {split!r}," if split else "every clip of the store, also those"
-            where = "" if same else ", although of another store; make sure that no clip is in both"
+            clips = f"the split {split!r}," if split else "every clip of the store, including those"
+            where = "" if same else ", but in another store; make sure that no clip is in both"
             yield (
                 f"This report evaluates {clips} on which {what} ({', '.join(names)}){where}. "
                 "Such accuracies are optimistic."

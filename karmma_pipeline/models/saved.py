@@ -338,12 +338,14 @@ def _begin_alike(
     """Take over all weights; only our fusion block knows which of them mean the same elsewhere."""
     for key in ("model", "model_args", "size", "heads"):
         if (here := getattr(card, key)) != (there := getattr(theirs, key)):
-            raise CheckpointError(f"{folder}: {key} is {there!r} there and {here!r} here.")
+            raise CheckpointError(
+                f"{folder}: its {key} is {there!r}, here {here!r}; must be equal."
+            )
     if list(model.modalities) != list(found.modalities) or not all(
         _same_tokens(card, theirs, m) for m in model.modalities
     ):
         raise CheckpointError(
-            f"{folder}: its tokens come from different backbones than those here."
+            f"{folder}: its tokens come from other backbones than those of this run."
         )
     _begin_suffixes(model, found, ())
     model_of_tokens(model).load_state_dict(model_of_tokens(found).state_dict())

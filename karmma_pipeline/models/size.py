@@ -69,8 +69,8 @@ class FusionSize(Recipe):
         if (weights := self.layers * of_a_layer + self.dim * self.head_width) > _MOST_WEIGHTS:
             raise ValueError(
                 f"dim={self.dim}, layers={self.layers}, ffn_width={self.ffn_width}, "
-                f"head_width={self.head_width} make {weights:.2g} weights, of {_MOST_WEIGHTS:.0e} "
-                "at most; make one of them smaller"
+                f"head_width={self.head_width} give {weights:.2g} weights, more than the maximum "
+                f"of {_MOST_WEIGHTS:.0e}; reduce one of them"
             )
         return self
 

@@ -105,7 +105,9 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
 
 def _check_files(catalog: Catalog, digests: dict[str, str]) -> Iterator[Damage]:
     if set(digests) != set(digested_files(catalog.spec)):
-        yield Damage(-1, "all", "lists files that a store does not have", path=layout.MANIFEST)
+        yield Damage(
+            -1, "all", "does not list exactly the files of this store", path=layout.MANIFEST
+        )
         return
     for name, digest in digests.items():
         try:

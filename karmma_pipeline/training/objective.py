@@ -383,7 +383,7 @@ class OwnObjective:
             )
         if self.terms and terms.keys() != {*self.terms}:
             raise ConfigError(
-                f"objective={self.name!r}: returned the terms {', '.join(terms)} but before "
+                f"objective={self.name!r}: returned the terms {', '.join(terms)}, but previously "
                 f"{', '.join(self.terms)}; return the same terms for every batch."
             )
         return terms

@@ -104,7 +104,7 @@ def _resume_or_start(
 ) -> TrainReport:
     state, faults = load_state(recipe.out / "state")
     for fault in faults:
-        run.note(f"{fault} The training state before it is used.")
+        run.note(f"{fault} Using the previous training state instead.")
     if state is not None:
         progress, sources = TrainingProgress(**state["progress"]), state["sources"]
     else:
