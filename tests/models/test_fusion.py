@@ -195,9 +195,9 @@ def test_attention_heads_must_divide_the_width() -> None:
     [
         (
             {"dim": 1_000_002},
-            "dim=1000002, layers=1, ffn_width=384, head_width=768 make 4e.12 weig",
+            "dim=1000002, layers=1, ffn_width=384, head_width=768 give 4e.12 weig",
         ),
-        ({"head_width": 10**9}, "head_width=1000000000 make"),
+        ({"head_width": 10**9}, "head_width=1000000000 give"),
         ({"layers": 10**9}, "layers"),
     ],
 )
