@@ -91,6 +91,7 @@ def live(
     from karmma_pipeline.recognition.backbones import parse_weights
     from karmma_pipeline.recognition.output import row_of
     from karmma_pipeline.recognition.page import LivePage
+    from karmma_pipeline.recognition.prediction import Dropout
     from karmma_pipeline.recognition.recognizer import Recognizer
 
     failures = playing.Failures(chaos, seed)
@@ -99,10 +100,7 @@ def live(
         _measure(recognizer, window_s, hop_s)
         return
     stream = recognizer.stream(window_s, hop_s, deadline_s)
-    if unknown := [m for m in without if m not in recognizer.modalities]:
-        raise ConfigError(
-            f"without={unknown[0]!r}: the model takes {', '.join(recognizer.modalities)}."
-        )
+    Dropout(without).check(recognizer.modalities)
     for modality in without:
         stream.switch(modality, on=False)
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from karmma_pipeline.errors import ConfigError, one_line
+from karmma_pipeline.errors import ConfigError, counted, one_line
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -24,8 +24,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name in {"auto", "cuda"} and gpus:
         if local_rank >= gpus:
             raise ConfigError(
-                f"device={name!r}: at least {local_rank + 1} processes, but GPUs on this node: "
-                f"{gpus}; start torchrun with --nproc-per-node {gpus}."
+                f"device={name!r}: at least {local_rank + 1} processes for {counted(gpus, 'GPU')}; "
+                f"start torchrun with --nproc-per-node {gpus}."
             )
         return torch.device("cuda", local_rank)
     try:

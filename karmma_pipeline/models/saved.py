@@ -339,7 +339,7 @@ def _begin_alike(
     for key in ("model", "model_args", "size", "heads"):
         if (here := getattr(card, key)) != (there := getattr(theirs, key)):
             raise CheckpointError(
-                f"{folder}: its {key} is {there!r}, here {here!r}; must be equal."
+                f"{folder}: {key} is {there!r} in this model, but {here!r} in the recipe."
             )
     if list(model.modalities) != list(found.modalities) or not all(
         _same_tokens(card, theirs, m) for m in model.modalities

@@ -64,3 +64,12 @@ class Dropout:
             raise ConfigError(f"--drop {self.rate}: must be a probability between 0 and 1.")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: must be a non-negative integer.")
+
+    def check(self, modalities: Sequence[str]) -> None:
+        """Refuse to leave out what a model does not take.
+
+        Raises:
+            ConfigError: ``without`` has a name that is not among the model's ``modalities``.
+        """
+        if unknown := [m for m in self.without if m not in modalities]:
+            raise ConfigError(f"without={unknown[0]!r}: the model takes {', '.join(modalities)}.")

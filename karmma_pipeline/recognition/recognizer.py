@@ -21,7 +21,6 @@ from torch import Tensor
 
 from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.pool import default_workers, open_pool
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
@@ -184,10 +183,7 @@ class Recognizer:
             StoppedError: ``stop`` was set.
         """
         dropout, stop = dropout or Dropout(), stop or StopFlag()
-        if unknown := [m for m in dropout.without if m not in self.modalities]:
-            raise ConfigError(
-                f"without={unknown[0]!r}: the model takes {', '.join(self.modalities)}."
-            )
+        dropout.check(self.modalities)
         with ExitStack() as stack:
             stack.enter_context(one_thread(self.networks.device))
             batches = self._batches(stack, clips, workers, stop)
