@@ -6,8 +6,6 @@ states, and if its first picture and first sound can be decoded; any other is me
 through it once.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +25,7 @@ from karmma_pipeline.extraction.media.container import StreamInfo, open_containe
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line
 from karmma_pipeline.extraction.media.open import OpenMedia
 from karmma_pipeline.extraction.media.packet_index import check_clear, prepare, until_end
+from karmma_pipeline.extraction.media.stated_size import stated_size
 from karmma_pipeline.jobs.processes import WorkerPool
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
@@ -42,9 +41,6 @@ WHOLE = "whole"
 _TIMEOUT_S = 300.0
 
 _MAX_PROCESSES = 8
-_BOXED = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"sidx", b"styp"}
-_NAME = re.compile(rb"[ -~\xa9]{4}")
-_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 # Packets among which the first picture and the first sound are looked for.
 _PROBED = 500
@@ -54,9 +50,6 @@ _PROBED = 500
 _PROBED_LAST = 5_000
 _ZEROS = 16
 _NEAR_S = 0.5
-
-# Sizes from here on are placeholders: whoever writes into a pipe does not know the real one.
-_OPEN_RIFF = 0x7FFF_0000
 
 _STATES: dict[Reason, State] = {Reason.PRESENT: "fine", Reason.FILE_MISSING: "missing"}
 _ENDED: dict[type, Reason] = {ProcessExpired: Reason.CRASHED, TimeoutError: Reason.TIMEOUT}
@@ -219,58 +212,3 @@ def _end(packets: Iterator[Any], last: dict[int, float]) -> bool:
         if stamp is not None and stamp * packet.time_base >= last.get(packet.stream_index, inf):
             del last[packet.stream_index]
     return not last
-
-
-def stated_size(path: Path, size: int) -> int:
-    """Return how many bytes a file's own structure asks for; 0 if it does not say."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-        if head[:4] == _EBML:
-            return _segment_end(head)
-        if head[:4] == b"RIFF" or head[4:8] in _BOXED:
-            return _last_end(file.fileno(), size, riff=head[:4] == b"RIFF")
-    # Packets of transport streams begin with G, one in every 188 bytes, or 192, or 204. How many
-    # they should be is not said.
-    for packet, mark in ((188, 0), (192, 4), (204, 0)):
-        if head[mark::packet][:3] == b"GGG":
-            return size + packet - size % packet if size % packet else 0
-    return -(-size // 512) * 512 if head[257:262] == b"ustar" else 0
-
-
-def _last_end(descriptor: int, size: int, *, riff: bool) -> int:
-    """Return where the last top-level part of an MP4, MOV, AVI or WAV file ends."""
-    # A part of RIFF has its name, its length (small end first) without these eight bytes, its
-    # content. A box has its length (big end first), its name, its content; length 1: the real one
-    # follows in 8 bytes; length 0: to the end of the file. Parts are jumped over, and their number
-    # is bounded: a hostile file may hold a million of nothing.
-    end = 0
-    for _ in range(10_000):
-        head = os.pread(descriptor, 16, end)
-        length = (
-            int.from_bytes(head[4:8], "little") + 8 if riff else int.from_bytes(head[:4], "big")
-        )
-        length = int.from_bytes(head[8:], "big") if length == 1 else length
-        if len(head) < 8:
-            return end + 8
-        if not (riff or _NAME.match(head, 4)):
-            return 0  # something else that was appended
-        if length < 8 or (riff and (head[:4] != b"RIFF" or not 8 < length < _OPEN_RIFF)):
-            return end if riff else 0
-        end += length
-        if end >= size:
-            return end - riff  # a last byte may be padding
-    return 0
-
-
-def _segment_end(head: bytes) -> int:
-    """Return where the segment of a Matroska or WebM file ends, 0 where that is left open."""
-    # The one segment holds all media. Its name is followed by its length: the zero bits before the
-    # first one bit tell how many bytes that has, and nothing but ones means that it is unknown, as
-    # live recordings leave it.
-    rest = head.partition(_SEGMENT)[2]
-    if not rest or not rest[0]:
-        return 0
-    width = 9 - rest[0].bit_length()
-    mask = (1 << 7 * width) - 1
-    length = int.from_bytes(rest[:width], "big") & mask
-    return 0 if length == mask else len(head) - len(rest) + width + length
