@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import psutil
 from pebble import ProcessExpired, ProcessFuture
+from threadpoolctl import threadpool_limits
 
 from karmma_pipeline import files, jobs
 from karmma_pipeline.data.manifest import Clip
@@ -456,7 +457,10 @@ def _place(clip: Clip, wanted: Iterable[str]) -> Path | None:
 
 def _start_worker(settings: DecodeSettings) -> None:
     jobs.become_worker()
-    # Each process has a CPU to itself; threads of their own would only get into each other's way.
+    # Each process has a CPU to itself; threads of their own would only get into each other's way,
+    # and the last bits of a spectrogram would depend on how many CPUs the machine has.
+    # BLAS came with numpy and no longer looks at the environment.
+    threadpool_limits(1, user_api="blas")
     # torch is imported where a resize needs it, or was, if a network of one's own is named.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
