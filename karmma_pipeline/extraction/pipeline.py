@@ -27,8 +27,7 @@ from karmma_pipeline.extraction.inference.batching import (
     collate,
     plan_batches,
 )
-from karmma_pipeline.extraction.inference.defaults import configure
-from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
+from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks, configure
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.recipe import (
     ExtractRecipe,

@@ -24,8 +24,7 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.decode.pool import default_workers, open_pool
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
-from karmma_pipeline.extraction.inference.defaults import configure
-from karmma_pipeline.extraction.inference.networks import Computed, Networks
+from karmma_pipeline.extraction.inference.networks import Computed, Networks, configure
 from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.inference.workers import (
     ForwardWorkers,

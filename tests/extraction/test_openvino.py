@@ -16,8 +16,7 @@ from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.extraction import pipeline
 from karmma_pipeline.extraction.inference import openvino_engine, runner
-from karmma_pipeline.extraction.inference.defaults import configure, example
-from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.networks import Networks, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.inference.workers import ForwardWorkers
 from karmma_pipeline.extraction.pipeline import extract

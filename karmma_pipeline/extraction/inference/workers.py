@@ -17,8 +17,7 @@ import torch
 
 from karmma_pipeline import jobs
 from karmma_pipeline.extraction.inference.batching import Batch
-from karmma_pipeline.extraction.inference.defaults import example
-from karmma_pipeline.extraction.inference.networks import Computed, Networks
+from karmma_pipeline.extraction.inference.networks import Computed, Networks, example
 
 # A pass whose largest operation handles less than that has one thread: about what a core's own
 # cache holds.
