@@ -257,9 +257,11 @@ class ExtractRecipe(Recipe):
     @classmethod
     def _published(cls, given: Any, info: ValidationInfo) -> Any:
         """Fill in what the data set says of its sensors and the recipe leaves out."""
-        published = published_sensors(info.data.get("dataset"))
-        if not isinstance(given, dict) or not all(isinstance(of, dict) for of in given.values()):
+        dataset = info.data.get("dataset")
+        usable = isinstance(given, dict) and all(isinstance(of, dict) for of in given.values())
+        if dataset is None or not usable:
             return given
+        published = published_sensors(dataset)
         return {name: {**published.get(name, {}), **given.get(name, {})}
                 for name in {**published, **given}}  # fmt: skip
 
