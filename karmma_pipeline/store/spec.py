@@ -7,9 +7,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Recipe, without_defaults
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.views import Views, frame_windows
 
@@ -231,11 +231,7 @@ class StoreSpec(Recipe):
         None, description="Views per clip, stored as consecutive rows; null: one row."
     )
 
-    @model_serializer(mode="wrap")
-    def _as_stored(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what stores of earlier versions do not have, where there are no views."""
-        values: dict[str, Any] = default(self)
-        return values if self.views else {k: v for k, v in values.items() if k != "views"}
+    _as_stored = without_defaults("views")
 
     @property
     def order(self) -> tuple[str, ...]:
