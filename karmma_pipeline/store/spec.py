@@ -1,7 +1,7 @@
 """Specification of a feature store: modalities, label space and clips."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from karmma_pipeline.config import Recipe, without_defaults
+from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.views import Views, frame_windows
 
@@ -219,6 +220,18 @@ class ModalitySpec(Recipe):
         if self.dtype == "bfloat16":
             return (arrays[0].astype("<u4") << 16).view("<f4")
         return arrays[0].astype(np.float32)
+
+
+def check_head_names(heads: Collection[str]) -> None:
+    """Refuse a head that has the name of the composite: one name would have two accuracies.
+
+    Raises:
+        ValueError: a head is called action, and there are others.
+    """
+    if len(heads) > 1 and ACTION in map(str.casefold, heads):
+        raise ValueError(
+            f"head {ACTION!r}: with several heads, this is the name of their composite"
+        )
 
 
 class StoreSpec(Recipe):
