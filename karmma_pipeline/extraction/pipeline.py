@@ -22,7 +22,6 @@ from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
 from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
-    Batch,
     Prefetcher,
     collate,
     plan_batches,
@@ -37,7 +36,7 @@ from karmma_pipeline.extraction.recipe import (
 )
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
 from karmma_pipeline.extraction.tables import note_media, read_notes
-from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
+from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, ModalitySpec, ShardWriter, create_store

@@ -7,7 +7,7 @@ so that a run that was killed and goes on writes the same bytes as one that was 
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -16,35 +16,12 @@ import torch
 from torch import Tensor
 
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.types import NATURAL, BatchPlan, DecodedClip, InputSpec
+from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodedClip
 
 T = TypeVar("T")
 
 # How often a thread that cannot hand over an item looks whether anybody still wants it.
 _POLL_INTERVAL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A decoded batch; ``clips`` without their arrays, which lie in ``inputs`` [B, ...].
-
-    Clips that lack an input have zeros there.
-    """
-
-    plan: BatchPlan
-    clips: list[DecodedClip]
-    inputs: dict[InputSpec, Tensor]
-
-    def rows(self, spec: InputSpec, first: int, count: int) -> list[int]:
-        """Return which of some clips are computed together; none if all of them lack it.
-
-        A clip lost to a transient error keeps a row of zeros, so that the batches of other
-        clips do not change.
-        """
-        some = range(first, min(first + count, len(self.clips)))
-        if all(spec in self.clips[i].reasons for i in some):
-            return []
-        return [i for i in some if self.clips[i].reasons.get(spec) not in NATURAL]
 
 
 def plan_batches(

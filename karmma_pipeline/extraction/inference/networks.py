@@ -18,14 +18,13 @@ from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.decode import boxes
 from karmma_pipeline.extraction.decode.frame_selection import PAIRS
 from karmma_pipeline.extraction.inference import openvino_engine
-from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.recent import Recent
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, MemoryFormat, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.media.sensor_series import RESAMPLING as RESAMPLED
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec, stored_as
+from karmma_pipeline.extraction.types import ROUNDING_S, Batch, InputSpec, input_spec, stored_as
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.models.device import pick_device

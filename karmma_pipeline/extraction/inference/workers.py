@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from karmma_pipeline import jobs
-from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.networks import Computed, Networks, example
+from karmma_pipeline.extraction.types import Batch
 
 # A pass whose largest operation handles less than that has one thread: about what a core's own
 # cache holds.
