@@ -41,10 +41,14 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference import openvino_engine
-from karmma_pipeline.extraction.inference.batching import collate, plan_batches
+from karmma_pipeline.extraction.inference.batching import (
+    ForwardWorkers,
+    collate,
+    one_thread,
+    plan_batches,
+)
 from karmma_pipeline.extraction.inference.networks import Networks, by_rule, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe

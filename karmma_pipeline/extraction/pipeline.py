@@ -22,12 +22,14 @@ from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
 from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
+    ForwardWorkers,
     Prefetcher,
     collate,
+    one_thread,
     plan_batches,
+    worker_count,
 )
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks, configure
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
 from karmma_pipeline.extraction.recipe import (
     ExtractRecipe,
     check_files,

@@ -17,9 +17,9 @@ from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.extraction import pipeline
 from karmma_pipeline.extraction.inference import networks as inference_networks
 from karmma_pipeline.extraction.inference import openvino_engine, runner
+from karmma_pipeline.extraction.inference.batching import ForwardWorkers
 from karmma_pipeline.extraction.inference.networks import Networks, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
