@@ -246,11 +246,8 @@ def _absences(
                 found.get(clip_id, {})[modality] = Reason(int(code))
     for catalog in catalogs:
         for shard in sorted(catalog.committed()):
-            reasons = catalog.read_record(shard).reason.tolist()
-            for clip_id, row in zip(catalog.clips_in(shard), reasons, strict=True):
-                for modality, code in zip(catalog.spec.order, row, strict=True):
-                    if code:
-                        found.get(clip_id, {})[modality] = Reason(code)
+            for clip_id, modality, reason in catalog.absent(shard):
+                found.get(clip_id, {})[modality] = reason
     return found
 
 

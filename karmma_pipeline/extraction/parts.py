@@ -11,7 +11,7 @@ from karmma_pipeline.errors import StoreError, TooManyFailuresError, counted
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.tables import FAILURES, write_tables
 from karmma_pipeline.jobs import Part
-from karmma_pipeline.store import Catalog, FeatureStore, finalize
+from karmma_pipeline.store import Catalog, finalize
 from karmma_pipeline.store.format import layout
 
 #: In the folder of an extraction: the resolved recipe that made it.
@@ -86,7 +86,7 @@ def join(recipe: ExtractRecipe, stores: Mapping[str, Path]) -> int:
     """Complete whole stores and write their tables; return how many clips failed."""
     for path in stores.values():
         finalize(path)
-    failed = write_tables(recipe.out, [FeatureStore.open(path) for path in stores.values()])
+    failed = write_tables(recipe.out, [Catalog(path) for path in stores.values()])
     files.sweep([recipe.out])
     return failed
 

@@ -6,17 +6,15 @@ before the shard's clips are stored, and becomes a table when all shards are the
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from karmma_pipeline import files
 from karmma_pipeline.extraction.types import NATURAL, DecodedClip
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.store import Catalog
 
 FAILURES, MEDIA = "failures.csv", "media.csv"
 #: The folder of the notes, a file per shard, which one part alone writes.
@@ -102,29 +100,21 @@ def one_line(detail: str) -> str:
     return f"{line[:half]} .. {line[-half:]}"
 
 
-def write_tables(out: Path, stores: Sequence[FeatureStore]) -> int:
+def write_tables(out: Path, stores: Sequence[Catalog]) -> int:
     """Write both tables of an extraction; return how many clips lost something to an error."""
     notes = _read_notes(out / NOTES)
     # Several sets may have lost the same clip's modality in the same way.
-    lost = sorted({row for store in stores for row in _lost(store)})
+    lost = sorted({row for s in stores for shard in range(s.shards) for row in s.absent(shard)})
     rows = (_failure_row(*one, detail=notes.details.get(one, "")) for one in lost)
     _write_csv(out / FAILURES, _FAILURE_COLUMNS, rows)
     ids = [clip_id.decode() for clip_id in stores[0].clip_ids]
     noted = [notes.rows[clip_id] for clip_id in ids if clip_id in notes.rows]
     decoders = sorted({n for row in noted for n in row if n.endswith(_DECODER)})
     _write_csv(out / MEDIA, (*_MEDIA_COLUMNS, *decoders), noted)
-    return len({clip_id for clip_id, _, code in lost if Reason(code) not in NATURAL})
+    return len({clip_id for clip_id, _, reason in lost if reason not in NATURAL})
 
 
-def _lost(store: FeatureStore) -> Iterator[tuple[str, str, int]]:
-    """Yield clip, modality and reason code of everything that a store lacks."""
-    for clip, column in np.argwhere(np.asarray(store.reasons) != Reason.PRESENT):
-        clip_id = store.clip_ids[clip].decode()
-        yield clip_id, store.modalities[column], int(store.reasons[clip, column])
-
-
-def _failure_row(clip_id: str, modality: str, code: int, detail: str) -> dict[str, str]:
-    reason = Reason(code)
+def _failure_row(clip_id: str, modality: str, reason: Reason, detail: str) -> dict[str, str]:
     stage = _STAGE.get(reason, "decode")
     values = (clip_id, modality, stage, reason.label, reason.hint_for(detail), detail)
     return dict(zip(_FAILURE_COLUMNS, values, strict=True))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from karmma_pipeline import config, files
 from karmma_pipeline.errors import StoreError
+from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.format import clip_table, layout
 from karmma_pipeline.store.format.clip_table import Record, parse_record, write_column
 from karmma_pipeline.store.format.layout import zarr_group, zarr_shards
@@ -458,6 +459,12 @@ class Catalog:
         """Check the bytes of a shard's commit record; see `read_record`."""
         path = layout.record_file(self.root, shard)
         return parse_record(path, data, self.spec, len(self.shard_range(shard)))
+
+    def absent(self, shard: int) -> Iterator[tuple[str, str, Reason]]:
+        """Yield clip, modality and reason of everything that a committed shard lacks."""
+        ids, reasons = self.clips_in(shard), self.read_record(shard).reason
+        for clip, column in np.argwhere(reasons != Reason.PRESENT).tolist():
+            yield ids[clip], self.spec.order[column], Reason(int(reasons[clip, column]))
 
     def committed(self) -> set[int]:
         """Return the shards that are whole."""
