@@ -67,6 +67,11 @@ def spool_folder(root: Path, shard: int) -> Path:
     return root / SPOOL / f"{shard:06d}"
 
 
+def former_record(root: Path, shard: int) -> Path:
+    """Return where the commit record of a shard lies while clips of it are made again."""
+    return spool_folder(root, shard) / "former.safetensors"
+
+
 def chunk_rows(array: StoredArray, clips_per_shard: int) -> int:
     """Return the token rows of an inner chunk: about 1 MB, at most 255 chunks a shard."""
     # A chunk per clip makes Zarr libraries slow, one per shard makes them read all for one clip.
