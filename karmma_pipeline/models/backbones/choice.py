@@ -19,9 +19,9 @@ from karmma_pipeline.models.backbones import names
 from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, Audio
 
 if TYPE_CHECKING:
+    from karmma_pipeline.models.backbones.layers import Stages
     from karmma_pipeline.models.backbones.names import Kind
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
-    from karmma_pipeline.models.backbones.stages import Stages
     from karmma_pipeline.models.backbones.watched import Chain
 
 Engine = Literal["torch", "openvino"]
