@@ -179,10 +179,10 @@ class ModalitySpec(Recipe):
 
         More frames than it takes are stored before a network that is cut at its input.
         """
-        facts, taken = self.provenance, self.tokens
+        facts = self.provenance
         if self.is_cut and facts["cut"]["before"] == "input" and len(facts["input"]) == 4:
-            taken = facts["input"][1]
-        return frame_windows(self.tokens, taken)
+            return frame_windows(self.tokens, facts["input"][1])
+        return np.arange(self.tokens, dtype=np.int64)[None]
 
     @property
     def clip_bytes(self) -> int:

@@ -157,7 +157,7 @@ class Networks:
             modalities=specs,
             heads=dict(manifest.heads),
             clips_per_shard=self.recipe.store.clips_per_shard,
-            views=self.recipe.views if self.recipe.views.count > 1 else None,
+            views=self.recipe.several_views,
         )
 
     def _provenance(self, modality: str, choice: BackboneChoice) -> dict[str, Any]:
