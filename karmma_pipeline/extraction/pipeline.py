@@ -18,7 +18,7 @@ from karmma_pipeline import config, files
 from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
 from karmma_pipeline.errors import StoreError
 from karmma_pipeline.extraction import parts
-from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
+from karmma_pipeline.extraction.again import Retry, clips_again
 from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
@@ -37,7 +37,7 @@ from karmma_pipeline.extraction.recipe import (
     write_groups,
 )
 from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
-from karmma_pipeline.extraction.tables import note_media, read_notes
+from karmma_pipeline.extraction.tables import note_media, note_sources, read_notes
 from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
@@ -84,7 +84,7 @@ def extract(
         beside_gpu=networks.device.type != "cpu"
     )
     rows = [_row(clip) for clip in manifest.clips]
-    again = _again(recipe, manifest, report.stores.values(), retry or Retry())
+    again = _again(recipe, manifest, report.stores.values(), retry)
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
@@ -209,14 +209,17 @@ def _run(
 
 
 def _again(
-    recipe: ExtractRecipe, manifest: Manifest, stores: Iterable[Path], retry: Retry
+    recipe: ExtractRecipe, manifest: Manifest, stores: Iterable[Path], retry: Retry | None
 ) -> dict[str, bool]:
     """Return the clips that are made again, see `clips_again`, and say which."""
+    notes = read_notes(recipe.out)
+    if not notes:
+        return {}
     catalogs = []
     for path in stores:
         with suppress(StoreError):  # not there yet, or a part was killed while its list grew
             catalogs.append(Catalog(path))
-    again = clips_again(manifest.clips, read_notes(recipe.out), catalogs, retry)
+    again = clips_again(manifest.clips, notes, catalogs, retry or Retry())
     if again:
         named = ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
         _logger.info("extracting %d clips again: %s", len(again), named)
