@@ -51,8 +51,8 @@ from karmma_pipeline.extraction.inference.networks import Networks, by_rule, con
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.progress import STARTING
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.report import STARTING
 from karmma_pipeline.extraction.types import Batch, DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.device import device_name, pick_device

@@ -17,7 +17,6 @@ from typing import Any, Self
 from karmma_pipeline import config, files
 from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.extraction import parts
 from karmma_pipeline.extraction.again import Retry, clips_again
 from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
@@ -30,13 +29,22 @@ from karmma_pipeline.extraction.inference.batching import (
     worker_count,
 )
 from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks, configure
+from karmma_pipeline.extraction.progress import (
+    BACKBONES,
+    STARTING,
+    WRITING,
+    Bar,
+    ExtractReport,
+    check_failures,
+    join,
+    shard_seconds,
+)
 from karmma_pipeline.extraction.recipe import (
     ExtractRecipe,
     check_files,
     read_clips,
     write_groups,
 )
-from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
 from karmma_pipeline.extraction.tables import note_media, note_sources, read_notes
 from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
@@ -156,7 +164,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     if not all_whole():
         return
     try:
-        report.failed = parts.join(recipe, report.stores)
+        report.failed = join(recipe, report.stores)
     except StoreError:
         if all_whole():
             raise
@@ -164,7 +172,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     report.complete = True
     if report.clips:
         files.write_json(recipe.out / "extract.json", report.facts())
-    parts.check_failures(recipe, report.failed, clips)
+    check_failures(recipe, report.failed, clips)
 
 
 def _run(
@@ -236,7 +244,7 @@ def _missing_shards(
     first = next(iter(catalogs.values()))
     committed = {name: catalog.committed() for name, catalog in catalogs.items()}
     missing = {}
-    for shard in part.shards(parts.shard_seconds(first)):
+    for shard in part.shards(shard_seconds(first)):
         names = [name for name, shards in committed.items() if shard not in shards]
         if again and not again.isdisjoint(first.clips_in(shard)):
             names = list(catalogs)
