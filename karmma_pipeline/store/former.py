@@ -19,8 +19,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record
-from karmma_pipeline.store.format.layout import crc32c
+from karmma_pipeline.store.format.layout import Record, crc32c
 from karmma_pipeline.store.spec import StoredArray
 
 #: One clip as `ModalitySpec.arrays` hold it, to be written as it is.

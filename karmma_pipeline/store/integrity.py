@@ -17,9 +17,8 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.finalize import digested_files
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
-from karmma_pipeline.store.format.layout import crc32c, shard_index
+from karmma_pipeline.store.format.layout import Record, crc32c, shard_index
 from karmma_pipeline.store.spec import StoredArray
 
 _PIECE = 4 << 20

@@ -24,8 +24,7 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record, write_record
-from karmma_pipeline.store.format.layout import crc32c, create_shard_file
+from karmma_pipeline.store.format.layout import Record, crc32c, create_shard_file, write_record
 from karmma_pipeline.store.former import Encoded, FormerShard, reopen
 from karmma_pipeline.store.spec import StoredArray
 
