@@ -1,4 +1,4 @@
-"""Tables next to the stores of an extraction: failures with reasons, and media that were read.
+"""Notes of the clips of an extraction, and its tables: failures with reasons, and media read.
 
 Stores keep a reason per clip and modality and no more. The rest is noted in a file per shard
 before the shard's clips are stored, and becomes a table when all shards are there.
