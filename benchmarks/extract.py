@@ -41,16 +41,19 @@ from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.extraction.decode.frame_selection import sample_times
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference import openvino_engine
-from karmma_pipeline.extraction.inference.batching import Batch, collate, plan_batches
-from karmma_pipeline.extraction.inference.defaults import by_rule, configure, example
-from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.batching import (
+    ForwardWorkers,
+    collate,
+    one_thread,
+    plan_batches,
+)
+from karmma_pipeline.extraction.inference.networks import Networks, by_rule, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread
 from karmma_pipeline.extraction.media.media_file import MediaFile
 from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.progress import STARTING
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.report import STARTING
-from karmma_pipeline.extraction.types import DecodeSettings, input_spec
+from karmma_pipeline.extraction.types import Batch, DecodeSettings, input_spec
 from karmma_pipeline.models.backbones import ARCHITECTURES, Backbone, BackboneChoice
 from karmma_pipeline.models.device import device_name, pick_device
 

@@ -30,8 +30,7 @@ from karmma_pipeline.data.manifest import Manifest, read_manifest
 from karmma_pipeline.evaluation.paper import HEADS, SIZES
 from karmma_pipeline.extraction.decode.worker import decode_clips
 from karmma_pipeline.extraction.inference.batching import collate
-from karmma_pipeline.extraction.inference.defaults import configure
-from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.networks import Networks, configure
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings

@@ -30,8 +30,7 @@ from karmma_pipeline.errors import StoppedError
 from karmma_pipeline.evaluation.paper import BACKBONES, HEADS, SIZES
 from karmma_pipeline.extraction.decode.pool import open_pool
 from karmma_pipeline.extraction.inference.batching import plan_batches
-from karmma_pipeline.extraction.inference.defaults import configure, example
-from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.networks import Networks, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe

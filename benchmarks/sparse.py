@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from karmma_pipeline.store import ClipRow, ModalitySpec, StoreSpec, create_store, finalize
-from karmma_pipeline.store.format.clip_table import Record
-from karmma_pipeline.store.format.layout import file_bytes, record_file, shard_file
+from karmma_pipeline.store.format.layout import Record, file_bytes, record_file, shard_file
 
 
 def write_sparse_store(root: Path, clips: int, absent: float = 0.2) -> Path:

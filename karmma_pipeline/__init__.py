@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from karmma_pipeline.evaluation.evaluate import EvaluateReport
     from karmma_pipeline.evaluation.predictions import Predictions
     from karmma_pipeline.evaluation.recipe import EvaluateRecipe
+    from karmma_pipeline.extraction.progress import ExtractReport
     from karmma_pipeline.extraction.recipe import ExtractRecipe
-    from karmma_pipeline.extraction.report import ExtractReport
     from karmma_pipeline.models.saved import TrainedModel
     from karmma_pipeline.recognition.recognizer import Recognizer
     from karmma_pipeline.store import FeatureStore, JoinedStore

@@ -20,8 +20,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -57,6 +59,20 @@ class Recipe(BaseModel):
         paths = {key: _as_path(key, of) for key, of in given.items() if _may_be_path(cls, key)}
         given = given | paths
         return newer_keys(cls, version) | {k: v for k, v in given.items() if k not in cls.OLD_KEYS}
+
+
+def without_defaults(*keys: str) -> Any:
+    """Return a serializer that leaves keys out where they have their default.
+
+    What earlier versions wrote lacks them and means that, and stays equal to what is written now.
+    """
+
+    def as_saved(self: Recipe, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in keys or v != fields[k].default}
+
+    return model_serializer(mode="wrap")(as_saved)
 
 
 def _as_path(key: str, value: Any) -> Any:

@@ -4,7 +4,7 @@ Pure functions of numpy arrays. N clips, C classes of a head, M modalities.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import product
 
 import numpy as np
@@ -16,19 +16,6 @@ Labels = npt.NDArray[np.integer]
 
 #: Name of the composite of all heads, where there are several.
 ACTION = "action"
-
-
-def check_head_names(heads: Collection[str]) -> None:
-    """Refuse a head that has the name of the composite: one name would have two accuracies.
-
-    Raises:
-        ValueError: a head is called action, and there are others.
-    """
-    if len(heads) > 1 and ACTION in map(str.casefold, heads):
-        raise ValueError(
-            f"head {ACTION!r}: with several heads, this is the name of their composite"
-        )
-
 
 # Classes of each head that may form an action.
 _CANDIDATES = 100

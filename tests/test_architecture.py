@@ -36,7 +36,7 @@ STAGES = {"extraction", "training", "evaluation", "recognition"}
 TYPES = MIDDLE | {"extraction.recipe", "extraction.types"}
 DECODE = TYPES | {"extraction.media", "extraction.decode"}
 INFERENCE = DECODE | {"extraction.inference"}
-PIPELINE = ("again", "parts", "pipeline", "preview", "report", "tables")
+PIPELINE = ("again", "pipeline", "preview", "progress", "tables")
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),

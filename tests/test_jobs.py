@@ -15,9 +15,14 @@ from support.starting import Started, blocked, ignored
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
 from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
-from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, without
+from karmma_pipeline.jobs.allocation import (
+    JOB,
+    ONE_OF_SEVERAL,
+    STOP_SIGNALS,
+    become_worker,
+    without,
+)
 from karmma_pipeline.jobs.processes import WorkerPool
-from karmma_pipeline.jobs.signals import STOP_SIGNALS, become_worker
 
 COSTS = st.lists(st.floats(0, 1e6), max_size=40)
 

@@ -6,7 +6,7 @@ from karmma_pipeline.batch import local
 from karmma_pipeline.batch.local import LocalCommand, last_line
 from karmma_pipeline.batch.recipe import Resources, Site
 from karmma_pipeline.errors import ConfigError, ExitCode, KarmmaError
-from karmma_pipeline.extraction.parts import finish
+from karmma_pipeline.extraction.progress import finish
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import Part, StopFlag, cpu_count
 

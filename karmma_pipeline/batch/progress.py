@@ -12,7 +12,12 @@ from karmma_pipeline.batch.chain import ChainStage
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, StoreError, TooManyFailuresError, counted
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
-from karmma_pipeline.extraction import parts
+from karmma_pipeline.extraction.progress import (
+    check_failures,
+    is_joined,
+    missing_parts,
+    missing_shards,
+)
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.jobs import Part
@@ -81,19 +86,19 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
     everything = tuple(Part(index, count) for index in range(count))
     try:
         shards = Catalog(stores[0]).shards
-        lacking = len(parts.missing_shards(stores))
-        missing = tuple(parts.missing_parts(list(stores), count))
+        lacking = len(missing_shards(stores))
+        missing = tuple(missing_parts(list(stores), count))
     except StoreError:
         return StageProgress(done=False, text="not begun", missing=everything)
     text = f"{shards - lacking} of {counted(shards, 'shard')}"
     changed = changed_keys(recipe.out, recipe, _HOW)
     if missing:
         return StageProgress(done=False, text=text, missing=missing, changed=changed)
-    if not all(parts.is_joined(store) for store in stores):
+    if not all(is_joined(store) for store in stores):
         return StageProgress(done=False, text=f"{text}, not finalized", changed=changed)
     try:
         failed = count_failed(recipe.out)
-        parts.check_failures(recipe, failed, Catalog(stores[0]).count)
+        check_failures(recipe, failed, Catalog(stores[0]).count)
     except TooManyFailuresError as error:
         return StageProgress(done=True, text=text, fault=str(error), changed=changed)
     text = f"{text}, {counted(failed, 'clip')} failed" if failed else text

@@ -99,7 +99,7 @@ def extract(
         share = Part.parse(part) if part else Part.from_environment()
         if share.count > 1:
             click.echo(f"part {share} (from {share.why})", err=True)
-        again = Retry() if retry is None else Retry.parse(retry.split(","))
+        again = None if retry is None else Retry.parse(retry.split(","))
         report = run(resolved, share, stop, retry=again)
     if report.complete:
         then = next_command(recipe, "teacher", "train-teacher")
@@ -125,16 +125,16 @@ def _extract_on(
 
 def _absences(stores: dict[str, Path]) -> Iterator[str]:
     """Yield how many clips lack each modality, whatever the reason."""
-    from karmma_pipeline.store import FeatureStore
+    from karmma_pipeline.store import Catalog
 
     said = set()
     for path in stores.values():
-        store = FeatureStore.open(path)
-        for m, present in zip(store.modalities, store.present.T, strict=True):
-            missing = int((~present).sum())
+        store = Catalog(path)
+        lacking = store.column("reason", "u1", len(store.spec.order)).astype(bool)
+        for m, missing in zip(store.spec.order, lacking.sum(axis=0).tolist(), strict=True):
             if missing and m not in said:
                 said.add(m)
-                clips = counted(len(store), "clip")
+                clips = counted(store.count, "clip")
                 yield f"{m} is missing in {missing} of {clips}: {path.parent / 'failures.csv'}"
 
 

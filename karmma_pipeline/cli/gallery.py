@@ -56,7 +56,7 @@ def _clips(recipe: EvaluateRecipe, choice: Choice) -> list[Clip]:
     from karmma_pipeline.data.sources import FileSource
     from karmma_pipeline.errors import MediaError
     from karmma_pipeline.evaluation.recipe import with_stores
-    from karmma_pipeline.extraction.parts import recipe_of
+    from karmma_pipeline.extraction.progress import recipe_of
     from karmma_pipeline.extraction.recipe import read_clips
 
     stores = with_stores(recipe).stores

@@ -85,7 +85,7 @@ def live(
         raise ConfigError("give either --source VIDEO or --camera NUMBER.")
     if fast and source is None:
         raise ConfigError("--fast: only for --source; a camera has its own frame rate.")
-    from karmma_pipeline.extraction.media.open import OpenMedia
+    from karmma_pipeline.extraction.media.media_file import OpenMedia
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition import live as playing
     from karmma_pipeline.recognition.backbones import parse_weights

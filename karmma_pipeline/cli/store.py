@@ -76,7 +76,7 @@ def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
     The last part to finish does this by itself. Fails while shards are missing, and prints the
     command that extracts them.
     """
-    from karmma_pipeline.extraction.parts import finish, recipe_of
+    from karmma_pipeline.extraction.progress import finish, recipe_of
     from karmma_pipeline.store import finalize
 
     for path in paths:

@@ -24,7 +24,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from karmma_pipeline import files, metrics
+from karmma_pipeline import files
 from karmma_pipeline.config import Recipe
 from karmma_pipeline.data import annotations
 from karmma_pipeline.data.annotations import Row
@@ -36,6 +36,8 @@ from karmma_pipeline.data.sources import (
     Source,
 )
 from karmma_pipeline.errors import ManifestError, counted
+from karmma_pipeline.metrics import ACTION
+from karmma_pipeline.store.spec import check_head_names
 from karmma_pipeline.views import View
 
 RESERVED = (
@@ -287,9 +289,9 @@ def _head_columns(
     for head in chosen:
         _check_head(path, head, chosen)
     try:
-        metrics.check_head_names(chosen)
+        check_head_names(chosen)
     except ValueError as error:
-        others = [head for head in chosen if head.casefold() != metrics.ACTION]
+        others = [head for head in chosen if head.casefold() != ACTION]
         raise ManifestError(
             f"{path}: {error}; rename the column, or list the other label columns in the recipe: "
             f"{_naming(path, *others)}."

@@ -23,7 +23,7 @@ from karmma_pipeline.modalities import canonical, evaluated_subsets
 from karmma_pipeline.models.absence import find_rule
 from karmma_pipeline.models.architectures import build_model
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
-from karmma_pipeline.models.backbones.choice import recorded
+from karmma_pipeline.models.backbones.backbone import recorded
 from karmma_pipeline.models.backbones.describe import describe
 from karmma_pipeline.models.backbones.registry import LIBRARIES, find
 from karmma_pipeline.models.fusion import FusionSize, TokenModel

@@ -1,24 +1,22 @@
 """Clips to extract again: those with changed files, and those selected by --retry.
 
-What was read of each clip lies in its note beside the stores (see `tables`): its span, and of each
-source the path, the size and digests of its first and last MiB. A source is another one if these
-differ; its times never matter, except that a file whose inode and time of change are as noted
-is not read for its digests.
+A source is another one than that noted in `tables` if its span, path, size or digests differ; its
+times never matter, except that a file whose inode and time of change are as noted is not read for
+its digests.
 """
 
 import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from karmma_pipeline import files
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.data.sources import Source
 from karmma_pipeline.errors import ConfigError, StoreError, counted
+from karmma_pipeline.extraction.tables import END_BYTES, SourceState, settings_of, state_of
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog
 
@@ -27,67 +25,7 @@ CHANGED = "changed"
 
 PASSING = tuple(reason.label for reason in Reason if reason.is_passing)
 
-_END_BYTES = 1 << 20
 _PATHS_NAMED = 5
-
-
-class SourceState(NamedTuple):
-    """What a file or folder was when it was read; ``head`` and ``tail`` are hexadecimal.
-
-    Of a folder of pictures: how many bytes they have, and a digest of their names and sizes.
-    """
-
-    size: int
-    head: str
-    tail: str
-    inode: int
-    changed_ns: int
-
-    def is_same(self, other: "SourceState") -> bool:
-        """Tell whether two states are of the same content, as far as the ends of files tell."""
-        return self[:3] == other[:3]
-
-
-def state_of(path: Path, before: SourceState | None = None) -> SourceState | None:
-    """Return the state of a file or folder; None if it is not there.
-
-    Args:
-        path: what to look at.
-        before: a state that is returned if nothing has touched the path since.
-    """
-    try:
-        state = path.stat()
-        changed_ns = state.st_ctime_ns
-        if path.is_dir():
-            folders = [Path(folder) for folder, _, _ in os.walk(path)]
-            changed_ns = max(folder.stat().st_ctime_ns for folder in folders)
-        size = before.size if before and path.is_dir() else state.st_size
-        if before and (size, state.st_ino, changed_ns) == (before[0], *before[3:]):
-            return before
-        return _read_state(path, state.st_size, state.st_ino, changed_ns)
-    except OSError:
-        return None
-
-
-# Clips of one video follow one another.
-@lru_cache(maxsize=16)
-def _read_state(path: Path, size: int, inode: int, changed_ns: int) -> SourceState | None:
-    if path.is_dir():
-        sizes = {str(p.relative_to(path)): p.stat().st_size for p in _files_in(path)}
-        names = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:32]
-        return SourceState(sum(sizes.values()), names, "", inode, changed_ns)
-    if not path.is_file():  # a pipe would be waited for
-        return None
-    with path.open("rb") as file:
-        head = hashlib.sha256(file.read(_END_BYTES)).hexdigest()[:32]
-        file.seek(max(0, size - _END_BYTES))
-        tail = hashlib.sha256(file.read(_END_BYTES)).hexdigest()[:32]
-    return SourceState(size, head, tail, inode, changed_ns)
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
-        yield from (Path(place, name) for name in names)
 
 
 def _has_grown(path: Path, before: SourceState) -> bool:
@@ -95,31 +33,8 @@ def _has_grown(path: Path, before: SourceState) -> bool:
     if not path.is_file() or path.stat().st_size <= before.size:
         return False
     with path.open("rb") as file:
-        head = file.read(min(before.size, _END_BYTES))
+        head = file.read(min(before.size, END_BYTES))
     return hashlib.sha256(head).hexdigest()[:32] == before.head
-
-
-def note_sources(clip: Clip) -> dict[str, Any]:
-    """Return what a note says of a clip's span and sources, JSON-plain; to be asked before reading.
-
-    A source that changes while it is read is then told from what it was, and read again.
-    """
-    by_source: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for modality, source in clip.media.items():
-        by_source[str(source.path), _settings(source)].append(modality)
-    sources = [
-        [of, path, settings, state_of(Path(path))] for (path, settings), of in by_source.items()
-    ]
-    job = os.environ.get("SLURM_JOB_ID")
-    note: dict[str, Any] = {"span": [clip.start_s, clip.stop_s], "sources": sources}
-    return note | ({"job": job} if job else {})
-
-
-def _settings(source: Source) -> str:
-    """Return what else decides what is read: the fields that have not their default value."""
-    set_ = [(f.name, getattr(source, f.name)) for f in fields(source) if f.name != "path"]
-    defaults = {f.name: f.default for f in fields(source)}
-    return repr([(name, value) for name, value in set_ if value != defaults[name]])
 
 
 @dataclass(frozen=True)
@@ -246,11 +161,8 @@ def _absences(
                 found.get(clip_id, {})[modality] = Reason(int(code))
     for catalog in catalogs:
         for shard in sorted(catalog.committed()):
-            reasons = catalog.read_record(shard).reason.tolist()
-            for clip_id, row in zip(catalog.clips_in(shard), reasons, strict=True):
-                for modality, code in zip(catalog.spec.order, row, strict=True):
-                    if code:
-                        found.get(clip_id, {})[modality] = Reason(code)
+            for clip_id, modality, reason in catalog.absent(shard):
+                found.get(clip_id, {})[modality] = reason
     return found
 
 
@@ -266,7 +178,7 @@ def _changes(
         if noted is None:  # an older program said only what was missing
             if absent.get(modality) is Reason.FILE_MISSING and files.exists(source.path):
                 change = "grown"
-        elif rest != _settings(source) or note.get("span") != [clip.start_s, clip.stop_s]:
+        elif rest != settings_of(source) or note.get("span") != [clip.start_s, clip.stop_s]:
             change = "other"
         else:
             change = _change(source.path, state)

@@ -17,28 +17,36 @@ from typing import Any, Self
 from karmma_pipeline import config, files
 from karmma_pipeline.data.manifest import Clip, Manifest, describe_heads
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.extraction import parts
-from karmma_pipeline.extraction.again import Retry, clips_again, note_sources
+from karmma_pipeline.extraction.again import Retry, clips_again
 from karmma_pipeline.extraction.decode.pool import DecodePool, default_workers, open_pool
 from karmma_pipeline.extraction.inference.batching import (
     BackgroundWriter,
-    Batch,
+    ForwardWorkers,
     Prefetcher,
     collate,
+    one_thread,
     plan_batches,
+    worker_count,
 )
-from karmma_pipeline.extraction.inference.defaults import configure
-from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, one_thread, worker_count
+from karmma_pipeline.extraction.inference.networks import Computed, Job, Networks, configure
+from karmma_pipeline.extraction.progress import (
+    BACKBONES,
+    STARTING,
+    WRITING,
+    Bar,
+    ExtractReport,
+    check_failures,
+    join,
+    shard_seconds,
+)
 from karmma_pipeline.extraction.recipe import (
     ExtractRecipe,
     check_files,
     read_clips,
     write_groups,
 )
-from karmma_pipeline.extraction.report import BACKBONES, STARTING, WRITING, Bar, ExtractReport
-from karmma_pipeline.extraction.tables import note_media, read_notes
-from karmma_pipeline.extraction.types import BatchPlan, DecodeSettings
+from karmma_pipeline.extraction.tables import note_media, note_sources, read_notes
+from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodeSettings
 from karmma_pipeline.jobs import Part, StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ClipRow, ModalitySpec, ShardWriter, create_store
@@ -84,7 +92,7 @@ def extract(
         beside_gpu=networks.device.type != "cpu"
     )
     rows = [_row(clip) for clip in manifest.clips]
-    again = _again(recipe, manifest, report.stores.values(), retry or Retry())
+    again = _again(recipe, manifest, report.stores.values(), retry)
     # The networks are settled before the stores are made: a store records how they compute, and
     # is refused if another job made it with networks that compute otherwise.
     with one_thread(networks.device):
@@ -156,7 +164,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     if not all_whole():
         return
     try:
-        report.failed = parts.join(recipe, report.stores)
+        report.failed = join(recipe, report.stores)
     except StoreError:
         if all_whole():
             raise
@@ -164,7 +172,7 @@ def _complete(recipe: ExtractRecipe, report: ExtractReport, clips: int) -> None:
     report.complete = True
     if report.clips:
         files.write_json(recipe.out / "extract.json", report.facts())
-    parts.check_failures(recipe, report.failed, clips)
+    check_failures(recipe, report.failed, clips)
 
 
 def _run(
@@ -209,14 +217,17 @@ def _run(
 
 
 def _again(
-    recipe: ExtractRecipe, manifest: Manifest, stores: Iterable[Path], retry: Retry
+    recipe: ExtractRecipe, manifest: Manifest, stores: Iterable[Path], retry: Retry | None
 ) -> dict[str, bool]:
     """Return the clips that are made again, see `clips_again`, and say which."""
+    notes = read_notes(recipe.out)
+    if not notes:
+        return {}
     catalogs = []
     for path in stores:
         with suppress(StoreError):  # not there yet, or a part was killed while its list grew
             catalogs.append(Catalog(path))
-    again = clips_again(manifest.clips, read_notes(recipe.out), catalogs, retry)
+    again = clips_again(manifest.clips, notes, catalogs, retry or Retry())
     if again:
         named = ", ".join(islice(again, 5)) + (", ..." if len(again) > 5 else "")
         _logger.info("extracting %d clips again: %s", len(again), named)
@@ -233,7 +244,7 @@ def _missing_shards(
     first = next(iter(catalogs.values()))
     committed = {name: catalog.committed() for name, catalog in catalogs.items()}
     missing = {}
-    for shard in part.shards(parts.shard_seconds(first)):
+    for shard in part.shards(shard_seconds(first)):
         names = [name for name, shards in committed.items() if shard not in shards]
         if again and not again.isdisjoint(first.clips_in(shard)):
             names = list(catalogs)

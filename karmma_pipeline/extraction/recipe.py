@@ -248,6 +248,11 @@ class ExtractRecipe(Recipe):
             return {("memory_format" if k == "layout" else k): v for k, v in given.items()}
         return given
 
+    @property
+    def several_views(self) -> Views | None:
+        """The views of each clip; None if there is one alone."""
+        return None if self.views == Views() else self.views
+
     def allows(self, failed: int, clips: int) -> bool:
         """Tell whether so many clips may lose a modality to an error; of a few any number may."""
         few = clips < FEW_CLIPS and failed < clips
@@ -257,9 +262,11 @@ class ExtractRecipe(Recipe):
     @classmethod
     def _published(cls, given: Any, info: ValidationInfo) -> Any:
         """Fill in what the data set says of its sensors and the recipe leaves out."""
-        published = published_sensors(info.data.get("dataset"))
-        if not isinstance(given, dict) or not all(isinstance(of, dict) for of in given.values()):
+        dataset = info.data.get("dataset")
+        usable = isinstance(given, dict) and all(isinstance(of, dict) for of in given.values())
+        if dataset is None or not usable:
             return given
+        published = published_sensors(dataset)
         return {name: {**published.get(name, {}), **given.get(name, {})}
                 for name in {**published, **given}}  # fmt: skip
 
@@ -353,7 +360,7 @@ def read_clips(recipe: ExtractRecipe) -> Manifest:
                     f"did you mean {near[0]!r}?" if near else f"the clips have: {', '.join(there)}"
                 )
                 raise ConfigError(f"sets.{name}.{modality}: no clip has this modality; {hint}")
-    return with_views(manifest, recipe.views)
+    return with_views(manifest, recipe.views) if recipe.several_views else manifest
 
 
 def with_views(manifest: Manifest, views: Views) -> Manifest:

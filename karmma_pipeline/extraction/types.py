@@ -2,7 +2,7 @@
 
 Naming one of these types imports no decoder: libraries that open media are the business of
 `media` and `decode` alone. Nor does it import torch, so that a process which only opens media
-starts in a second. T frames, h and w a network's input size.
+starts in a second. B clips in a batch, T frames, h and w a network's input size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.store.spec import StoredDtype, activation_dtype
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from karmma_pipeline.data.manifest import Clip
     from karmma_pipeline.data.sensors import Sensor
     from karmma_pipeline.extraction.recipe import ExtractRecipe, Flow, Sampling
@@ -241,6 +243,29 @@ class BatchPlan:
     stores: Sequence[str]
     last: bool
     skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A decoded batch; ``clips`` without their arrays, which lie in ``inputs`` [B, ...].
+
+    Clips that lack an input have zeros there.
+    """
+
+    plan: BatchPlan
+    clips: list[DecodedClip]
+    inputs: dict[InputSpec, Tensor]
+
+    def rows(self, spec: InputSpec, first: int, count: int) -> list[int]:
+        """Return which of some clips are computed together; none if all of them lack it.
+
+        A clip lost to a transient error keeps a row of zeros, so that the batches of other
+        clips do not change.
+        """
+        some = range(first, min(first + count, len(self.clips)))
+        if all(spec in self.clips[i].reasons for i in some):
+            return []
+        return [i for i in some if self.clips[i].reasons.get(spec) not in NATURAL]
 
 
 def covering(starts: Times, times: Times) -> Numbers:

@@ -27,7 +27,7 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.architectures import LateFusion, OwnModel, build_model
-from karmma_pipeline.models.backbones.choice import BackboneChoice, recorded
+from karmma_pipeline.models.backbones.choice import BackboneChoice
 from karmma_pipeline.models.cut import CutModel, model_of_tokens, suffixes_of
 from karmma_pipeline.models.fusion import FusionModel, FusionSize, TokenModel
 from karmma_pipeline.runs import CARD
@@ -121,6 +121,11 @@ class ModelCard(Recipe):
     @property
     def _choices(self) -> dict[str, BackboneChoice]:
         """The networks that are cut, with weights that cost nothing."""
+        if not self.cut:
+            return {}
+        # It imports torchvision, which a model of cached tokens does without.
+        from karmma_pipeline.models.backbones.backbone import recorded
+
         facts = {m: recorded(self.provenance[m]) for m in self.cut}
         return {m: BackboneChoice(**{**of, "weights": "random:0"}) for m, of in facts.items()}
 

@@ -1,17 +1,11 @@
 """How a recipe says how large a fusion model is; torch is not needed to read it."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from karmma_pipeline import own_code
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Recipe, without_defaults
 
 #: Rules for absent tokens that have a name; `karmma_pipeline.models.absence` says what each does.
 ABSENT = ("learned", "zeros", "mean", "drop")
@@ -74,10 +68,4 @@ class FusionSize(Recipe):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_saved(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a key that earlier versions do not know, while it says what they do."""
-        values: dict[str, Any] = default(self)
-        if values.get("pool") == "mean":
-            del values["pool"]
-        return values
+    _as_saved = without_defaults("pool")

@@ -17,7 +17,8 @@ from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.recipe import Audio, ExtractRecipe, Flow
 from karmma_pipeline.models.backbones import BackboneChoice, registry
-from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS, Engine, recorded
+from karmma_pipeline.models.backbones.backbone import recorded
+from karmma_pipeline.models.backbones.choice import WITHOUT_WEIGHTS, Engine
 from karmma_pipeline.models.exported import ExportedModel, card_of
 from karmma_pipeline.models.saved import PLACES, VERSIONS, ModelCard, TrainedModel
 from karmma_pipeline.store import ModalitySpec

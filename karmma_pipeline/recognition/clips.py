@@ -10,7 +10,7 @@ from karmma_pipeline.data.manifest import UNKNOWN, Clip, read_manifest
 from karmma_pipeline.data.sources import FileSource, Source
 from karmma_pipeline.errors import ConfigError, KarmmaError, MediaError, counted
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 
 # A window may reach this far past the end of its file: times are rounded in many containers.
 _SLACK_S = 0.05

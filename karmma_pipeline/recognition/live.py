@@ -14,7 +14,7 @@ import numpy as np
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import ConfigError, MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.recognition.prediction import Prediction
 from karmma_pipeline.recognition.stream import Stream

@@ -19,7 +19,7 @@ from karmma_pipeline import files
 from karmma_pipeline.data.sources import FileSource
 from karmma_pipeline.errors import MediaError
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import NOTHING, Reason
 from karmma_pipeline.recognition.output import Row, shown_spans

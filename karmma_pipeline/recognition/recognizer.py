@@ -23,18 +23,18 @@ from karmma_pipeline.data.loading.masks import clip_keys, modality_mask
 from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.extraction.decode.pool import default_workers, open_pool
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import Batch, Prefetcher, collate
-from karmma_pipeline.extraction.inference.defaults import configure
-from karmma_pipeline.extraction.inference.networks import Computed, Networks
-from karmma_pipeline.extraction.inference.recent import Recent
-from karmma_pipeline.extraction.inference.workers import (
+from karmma_pipeline.extraction.inference.batching import (
     ForwardWorkers,
+    Prefetcher,
+    collate,
     fastest_threads,
     one_thread,
     threads_of_pass,
     worker_count,
 )
-from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings
+from karmma_pipeline.extraction.inference.networks import Computed, Networks, configure
+from karmma_pipeline.extraction.inference.recent import Recent
+from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodedClip, DecodeSettings
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones.choice import Engine

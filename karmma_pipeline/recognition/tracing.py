@@ -23,8 +23,7 @@ from torch.onnx.utils import register_custom_op_symbolic
 
 from karmma_pipeline import files
 from karmma_pipeline.errors import CheckpointError, ConfigError, one_line
-from karmma_pipeline.extraction.inference.defaults import example
-from karmma_pipeline.extraction.inference.networks import network_key
+from karmma_pipeline.extraction.inference.networks import example, network_key
 from karmma_pipeline.extraction.types import InputSpec
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice, hub

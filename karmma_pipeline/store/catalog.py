@@ -13,9 +13,15 @@ import numpy.typing as npt
 
 from karmma_pipeline import config, files
 from karmma_pipeline.errors import StoreError
-from karmma_pipeline.store.format import clip_table, layout
-from karmma_pipeline.store.format.clip_table import Record, parse_record, write_column
-from karmma_pipeline.store.format.layout import zarr_group, zarr_shards
+from karmma_pipeline.modalities import Reason
+from karmma_pipeline.store.format import layout
+from karmma_pipeline.store.format.layout import (
+    Record,
+    parse_record,
+    write_column,
+    zarr_group,
+    zarr_shards,
+)
 from karmma_pipeline.store.spec import ClipRow, StoreSpec
 
 
@@ -71,7 +77,7 @@ def create_store(
         for array in one.arrays:
             meta = zarr_shards(one, array, spec.clips_per_shard, shards)
             files.write_json(folder / array.name / "zarr.json", meta)
-    files.write_json(root / clip_table.FOLDER / "zarr.json", zarr_group({}))
+    files.write_json(root / layout.CLIPS / "zarr.json", zarr_group({}))
     for name, (values, attributes) in table.items():
         write_column(root, name, values, **attributes)
     files.write_json(path, description)  # last: its being there means that the rest is
@@ -193,7 +199,7 @@ class _Listed:
 
 
 def _read_list(root: Path) -> _Listed:
-    path, column = root / layout.SPEC, clip_table.column_file(root, "clip_id", 2)
+    path, column = root / layout.SPEC, layout.column_file(root, "clip_id", 2)
     try:
         for _ in range(2):  # another part may let it grow just between the two reads
             there = layout.read_json(root, path)
@@ -229,13 +235,13 @@ def described_files(spec: StoreSpec) -> dict[str, int]:
     Names are relative to the store; the value is the number of dimensions of a column of the
     clip table, 0 for other files.
     """
-    names = {layout.ROOT: 0, f"{clip_table.FOLDER}/zarr.json": 0}
+    names = {layout.ROOT: 0, f"{layout.CLIPS}/zarr.json": 0}
     for m, array in spec.arrays:
         names |= {f"{m}/zarr.json": 0, f"{m}/{array.name}/zarr.json": 0}
     for name in ("clip_id", *(f"label_{h}" for h in spec.heads), *PLAIN):
         dimensions = 2 if name == "clip_id" else 1
-        names[f"{clip_table.FOLDER}/{name}/zarr.json"] = 0
-        path = clip_table.column_file(Path(), name, dimensions)
+        names[f"{layout.CLIPS}/{name}/zarr.json"] = 0
+        path = layout.column_file(Path(), name, dimensions)
         names[str(path)] = dimensions
     return names
 
@@ -243,8 +249,7 @@ def described_files(spec: StoreSpec) -> dict[str, int]:
 def _has_all(root: Path, spec: StoreSpec, table: "_Table") -> bool:
     """Tell whether all is there, as it may not be after a kill or `verify --repair`."""
     files_of_columns = (
-        (clip_table.column_file(root, name, values.ndim), values)
-        for name, (values, _) in table.items()
+        (layout.column_file(root, name, values.ndim), values) for name, (values, _) in table.items()
     )
     return all((root / name).is_file() for name in described_files(spec)) and all(
         path.read_bytes() == values.tobytes() for path, values in files_of_columns
@@ -387,7 +392,7 @@ class Catalog:
             self._starts = [*shard_starts(self.spec, self.count, grown), self.count]
             self.shards = len(self._starts) - 1
             self.version = int(description.get("version", layout.VERSION))
-            raw = clip_table.map_column(root, "clip_id", np.uint8, (self.count, width))
+            raw = layout.map_column(root, "clip_id", np.uint8, (self.count, width))
             self.clip_ids: npt.NDArray[np.bytes_] = raw.view(f"S{width}").reshape(self.count)
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, StoreError):
@@ -401,7 +406,7 @@ class Catalog:
             StoreError: it is missing or has the wrong size.
         """
         try:
-            return clip_table.map_column(self.root, name, dtype, (self.count, *shape))
+            return layout.map_column(self.root, name, dtype, (self.count, *shape))
         except OSError as error:
             raise StoreError(f"{self.root}: the clip table is damaged ({error}).") from None
 
@@ -458,6 +463,12 @@ class Catalog:
         """Check the bytes of a shard's commit record; see `read_record`."""
         path = layout.record_file(self.root, shard)
         return parse_record(path, data, self.spec, len(self.shard_range(shard)))
+
+    def absent(self, shard: int) -> Iterator[tuple[str, str, Reason]]:
+        """Yield clip, modality and reason of everything that a committed shard lacks."""
+        ids, reasons = self.clips_in(shard), self.read_record(shard).reason
+        for clip, column in np.argwhere(reasons != Reason.PRESENT).tolist():
+            yield ids[clip], self.spec.order[column], Reason(int(reasons[clip, column]))
 
     def committed(self) -> set[int]:
         """Return the shards that are whole."""

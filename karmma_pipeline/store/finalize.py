@@ -15,9 +15,8 @@ from karmma_pipeline import files
 from karmma_pipeline.errors import StoreError, counted
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, described_files
-from karmma_pipeline.store.format import clip_table, layout
-from karmma_pipeline.store.format.clip_table import Record, column_writer
-from karmma_pipeline.store.format.layout import crc32c
+from karmma_pipeline.store.format import layout
+from karmma_pipeline.store.format.layout import Record, column_writer, crc32c
 from karmma_pipeline.store.spec import StoreSpec
 
 
@@ -70,8 +69,8 @@ def digested_files(spec: StoreSpec) -> list[str]:
     """Return the files, relative to the store, whose digests the manifest keeps."""
     names = [layout.SPEC, layout.INDEX, *described_files(spec)]
     for name, (_, shape) in _presence_columns(spec, 0).items():
-        names.append(f"{clip_table.FOLDER}/{name}/zarr.json")
-        names.append(str(clip_table.column_file(Path(), name, len(shape))))
+        names.append(f"{layout.CLIPS}/{name}/zarr.json")
+        names.append(str(layout.column_file(Path(), name, len(shape))))
     return names
 
 
@@ -173,14 +172,12 @@ def _fill_index(index: h5py.File, catalog: Catalog, present: npt.NDArray[np.int6
         made = h5py.h5d.create(group, array.name.encode(), kind, space, plan)
         if array.name == "tokens":
             h5py.Dataset(made).attrs["logical_dtype"] = spec.modalities[m].dtype
-    table = _group(index, clip_table.FOLDER)
-    names = [Path(n).parts for n in digested_files(spec) if n.startswith(clip_table.FOLDER)]
+    table = _group(index, layout.CLIPS)
+    names = [Path(n).parts for n in digested_files(spec) if n.startswith(layout.CLIPS)]
     for column in sorted({parts[1] for parts in names if len(parts) > 2}):
-        meta = layout.read_json(
-            catalog.root, catalog.root / clip_table.FOLDER / column / "zarr.json"
-        )
+        meta = layout.read_json(catalog.root, catalog.root / layout.CLIPS / column / "zarr.json")
         shape = tuple(meta["shape"])
-        raw = clip_table.map_column(catalog.root, column, meta["data_type"], shape)
+        raw = layout.map_column(catalog.root, column, meta["data_type"], shape)
         table.create_dataset(column, data=raw, track_times=False)
 
 

@@ -9,7 +9,6 @@ replace them by renames.
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,13 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record
-from karmma_pipeline.store.format.layout import crc32c
+from karmma_pipeline.store.format.layout import Record, crc32c
 from karmma_pipeline.store.spec import StoredArray
 
 #: One clip as `ModalitySpec.arrays` hold it, to be written as it is.
 Encoded = tuple[npt.NDArray[Any], ...]
 
-_RECORD, _AGAIN = "former.safetensors", "again.json"
-
-
-def is_made_again(root: Path, shard: int) -> bool:
-    """Tell whether clips of a shard that was committed before are being made again."""
-    return (layout.spool_folder(root, shard) / _RECORD).is_file()
+_AGAIN = "again.json"
 
 
 def reopen(catalog: Catalog, shard: int, again: Mapping[str, bool]) -> None:
@@ -45,17 +38,18 @@ def reopen(catalog: Catalog, shard: int, again: Mapping[str, bool]) -> None:
     """
     folder = layout.spool_folder(catalog.root, shard)
     committed = layout.record_file(catalog.root, shard)
+    former = layout.former_record(catalog.root, shard)
     before: dict[str, bool] = {}
     if committed.is_file():
         os.truncate(folder / "journal", 0)  # of a writer that was killed after its commit
-    elif is_made_again(catalog.root, shard):
+    elif former.is_file():
         before = json.loads((folder / _AGAIN).read_text(encoding="utf-8"))
     else:
         return
     merged = before | {clip: anew or before.get(clip, False) for clip, anew in again.items()}
     files.write_json(folder / _AGAIN, merged)
     if committed.is_file():
-        committed.replace(folder / _RECORD)
+        committed.replace(former)
         files.sync_folder(folder)
         files.sync_folder(committed.parent)
     # After the rename, so that no other part completes a store that lacks this shard.
@@ -72,7 +66,8 @@ class FormerShard:
     def __init__(self, catalog: Catalog, shard: int) -> None:
         folder = layout.spool_folder(catalog.root, shard)
         self._catalog, self._shard = catalog, shard
-        self._record: Record = catalog.parse_record(shard, (folder / _RECORD).read_bytes())
+        record = layout.former_record(catalog.root, shard).read_bytes()
+        self._record: Record = catalog.parse_record(shard, record)
         listed = json.loads((folder / _AGAIN).read_text(encoding="utf-8"))
         ids = catalog.clips_in(shard)
         self.again: dict[int, bool] = {i: listed[c] for i, c in enumerate(ids) if c in listed}

@@ -17,10 +17,8 @@ from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.store.catalog import Catalog, described_files
 from karmma_pipeline.store.finalize import digested_files
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record
 from karmma_pipeline.store.format.hdf5_safety import index_faults, shard_faults
-from karmma_pipeline.store.format.layout import crc32c, shard_index
-from karmma_pipeline.store.former import is_made_again
+from karmma_pipeline.store.format.layout import Record, crc32c, shard_index
 from karmma_pipeline.store.spec import StoredArray
 
 _PIECE = 4 << 20
@@ -87,7 +85,8 @@ def repair(root: Path, damages: list[Damage]) -> list[str]:
     if shards or mine:
         (root / layout.MANIFEST).unlink(missing_ok=True)  # first: the store is incomplete now
     for shard in shards:
-        if is_made_again(root, shard):  # its files have the clips that are not
+        # Its files have the clips that are not made again.
+        if layout.former_record(root, shard).is_file():
             lines.append(f"shard {shard}: is being rebuilt; `karmma extract` will resume it")
             continue
         layout.record_file(root, shard).unlink(missing_ok=True)

@@ -1,15 +1,16 @@
 """Specification of a feature store: modalities, label space and clips."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Recipe, without_defaults
+from karmma_pipeline.metrics import ACTION
 from karmma_pipeline.modalities import canonical
 from karmma_pipeline.views import Views, frame_windows
 
@@ -178,10 +179,10 @@ class ModalitySpec(Recipe):
 
         More frames than it takes are stored before a network that is cut at its input.
         """
-        facts, taken = self.provenance, self.tokens
+        facts = self.provenance
         if self.is_cut and facts["cut"]["before"] == "input" and len(facts["input"]) == 4:
-            taken = facts["input"][1]
-        return frame_windows(self.tokens, taken)
+            return frame_windows(self.tokens, facts["input"][1])
+        return np.arange(self.tokens, dtype=np.int64)[None]
 
     @property
     def clip_bytes(self) -> int:
@@ -221,6 +222,18 @@ class ModalitySpec(Recipe):
         return arrays[0].astype(np.float32)
 
 
+def check_head_names(heads: Collection[str]) -> None:
+    """Refuse a head that has the name of the composite: one name would have two accuracies.
+
+    Raises:
+        ValueError: a head is called action, and there are others.
+    """
+    if len(heads) > 1 and ACTION in map(str.casefold, heads):
+        raise ValueError(
+            f"head {ACTION!r}: with several heads, this is the name of their composite"
+        )
+
+
 class StoreSpec(Recipe):
     """Everything that must be equal for two runs to write into one store."""
 
@@ -231,11 +244,7 @@ class StoreSpec(Recipe):
         None, description="Views per clip, stored as consecutive rows; null: one row."
     )
 
-    @model_serializer(mode="wrap")
-    def _as_stored(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what stores of earlier versions do not have, where there are no views."""
-        values: dict[str, Any] = default(self)
-        return values if self.views else {k: v for k, v in values.items() if k != "views"}
+    _as_stored = without_defaults("views")
 
     @property
     def order(self) -> tuple[str, ...]:

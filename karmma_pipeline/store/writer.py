@@ -24,9 +24,8 @@ from karmma_pipeline.errors import StoreError
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog
 from karmma_pipeline.store.format import layout
-from karmma_pipeline.store.format.clip_table import Record, write_record
-from karmma_pipeline.store.format.layout import crc32c, create_shard_file
-from karmma_pipeline.store.former import Encoded, FormerShard, is_made_again, reopen
+from karmma_pipeline.store.format.layout import Record, crc32c, create_shard_file, write_record
+from karmma_pipeline.store.former import Encoded, FormerShard, reopen
 from karmma_pipeline.store.spec import StoredArray
 
 _COPY_BYTES = 4 << 20
@@ -80,7 +79,7 @@ class ShardWriter:
                 for m, array in self.spec.arrays
             }
             self._recover()
-            if is_made_again(self.root, self.shard):
+            if layout.former_record(self.root, self.shard).is_file():
                 self._former = FormerShard(self.catalog, self.shard)
                 self._former.check(self.next)
             self._stack = self._stack.pop_all()  # kept open from here on

@@ -21,7 +21,7 @@ from karmma_pipeline.batch.recipe import Chain, Site
 from karmma_pipeline.errors import ConfigError, StoreError, TooManyFailuresError
 from karmma_pipeline.evaluation.evaluate import evaluate
 from karmma_pipeline.evaluation.recipe import EvaluateRecipe
-from karmma_pipeline.extraction import parts
+from karmma_pipeline.extraction import progress
 from karmma_pipeline.extraction.tables import count_failed
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import Catalog, ShardWriter
@@ -80,7 +80,7 @@ def test_progress_is_what_lies_on_disk(here: Path) -> None:
     lose(stores[1], 1)
     found = stage_progress(extract)
     assert (found.done, found.text) == (False, "2 of 3 shards")
-    costs = parts.shard_seconds(Catalog(stores[0]))
+    costs = progress.shard_seconds(Catalog(stores[0]))
     assert [part.shards(costs) for part in found.missing] == [[1]]
     assert stage_progress(teacher).text == "epoch 0 of 2"
     assert not stage_progress(report).done
@@ -175,25 +175,25 @@ def test_finalize_names_the_command_for_what_is_missing(here: Path) -> None:
             (store / "manifest.json").unlink(missing_ok=True)
         (stores[0] / "commit/000001.safetensors").unlink(missing_ok=True)
         with pytest.raises(StoreError, match=rf"1 shard missing \(1\); run `.*{command}"):
-            parts.finish(extract_recipe(), count)
+            progress.finish(extract_recipe(), count)
     (stores[1] / "commit/000002.safetensors").unlink()
     message = "sbatch --array=.*,.* --export=ALL,KARMMA_PARTS=3 extract/slurm.sbatch features"
     with pytest.raises(StoreError, match=message):
-        parts.finish(extract_recipe(), 3)
+        progress.finish(extract_recipe(), 3)
 
 
 def test_finalize_is_idempotent_and_judges_the_failures(here: Path) -> None:
     extraction(here)
     strict = extract_recipe().model_copy(update={"max_failures": 0.0})
     before = {p: p.stat().st_mtime_ns for p in here.rglob("*") if p.is_file()}
-    assert parts.finish(strict) == 0  # clips without sound are no failures
+    assert progress.finish(strict) == 0  # clips without sound are no failures
     for path, when in before.items():
         assert path.stat().st_mtime_ns == when
     table = here / "features/failures.csv"
     table.write_text(table.read_text() + f"c1,rgb,decode,{Reason.CRASHED.name.lower()},\n")
     assert count_failed(strict.out) == 1
     with pytest.raises(TooManyFailuresError, match="1 of 96"):
-        parts.check_failures(strict, 1, 96)
+        progress.check_failures(strict, 1, 96)
 
 
 def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> None:
@@ -205,7 +205,7 @@ def test_durations_balance_and_unknown_ones_count_as_middling(here: Path) -> Non
     ends = [4.0, 6.0, float("nan"), 2.0, 9.0]
     rows = [ClipRow(f"c{i}", {}, "", "", 1.0, end) for i, end in enumerate(ends)]
     create_store(here / "s", spec, rows)
-    assert parts.shard_seconds(Catalog(here / "s")) == [3 + 5, 4 + 1, 8]
+    assert progress.shard_seconds(Catalog(here / "s")) == [3 + 5, 4 + 1, 8]
 
 
 def faults(path: Path) -> str:

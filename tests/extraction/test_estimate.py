@@ -17,8 +17,8 @@ from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.report import estimate, tasks, text
 from karmma_pipeline.extraction.inference import openvino_engine
 from karmma_pipeline.extraction.pipeline import extract
+from karmma_pipeline.extraction.progress import ExtractReport
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.report import ExtractReport
 from karmma_pipeline.extraction.types import NATURAL
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore

@@ -17,10 +17,16 @@ from karmma_pipeline.data.manifest import Clip
 from karmma_pipeline.data.sources import FileSource, FrameSource, Source
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.extraction.decode.worker import decode_clips
-from karmma_pipeline.extraction.inference.batching import Batch, collate
+from karmma_pipeline.extraction.inference.batching import collate
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
-from karmma_pipeline.extraction.types import BatchPlan, DecodedClip, DecodeSettings, InputSpec
+from karmma_pipeline.extraction.types import (
+    Batch,
+    BatchPlan,
+    DecodedClip,
+    DecodeSettings,
+    InputSpec,
+)
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import FrameTransform
 

@@ -15,15 +15,14 @@ from torch import nn
 
 from karmma_pipeline import config, jobs
 from karmma_pipeline.errors import ConfigError, KarmmaError, StoreError
-from karmma_pipeline.extraction.inference import defaults
 from karmma_pipeline.extraction.inference.batching import collate
-from karmma_pipeline.extraction.inference.defaults import (
+from karmma_pipeline.extraction.inference.networks import (
+    Networks,
     by_rule,
     configure,
     example,
     memory_format,
 )
-from karmma_pipeline.extraction.inference.networks import Networks
 from karmma_pipeline.extraction.inference.runner import (
     ComputeConfig,
     Network,
@@ -215,7 +214,7 @@ def test_what_the_rule_chooses_for_gpus_is_said_to_be_unmeasured(
     configure(networks, {}, notes.append)
     assert "not measured" not in " ".join(notes)
     way = ComputeConfig(chosen="default for cuda")
-    monkeypatch.setattr("karmma_pipeline.extraction.inference.defaults.by_rule", lambda *_: way)
+    monkeypatch.setattr("karmma_pipeline.extraction.inference.networks.by_rule", lambda *_: way)
     configure(networks, {}, notes.append)
     assert notes[-1].endswith("; the defaults for GPUs were not measured")
 
@@ -257,7 +256,7 @@ def test_a_store_keeps_to_the_choice_that_its_first_run_made(
     """A store that an earlier version began keeps to what was measured then."""
     first = ComputeConfig(batch_size=2, chosen="by calibration on a first machine")
     with monkeypatch.context() as patch:
-        patch.setattr(defaults, "by_rule", lambda *_: first)
+        patch.setattr("karmma_pipeline.extraction.inference.networks.by_rule", lambda *_: first)
         extract(make_recipe(clips))
     assert forward_facts(clips / "out/student") == first.model_dump(by_alias=True)
     before = {p: p.read_bytes() for p in clips.glob("out/student/rgb/tokens/c/*/*")}

@@ -28,8 +28,7 @@ from karmma_pipeline.extraction.media.integrity import (
     check_sources,
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.media_file import MediaFile
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import MediaFile, OpenMedia
 from karmma_pipeline.extraction.media.packet_index import until_end
 from karmma_pipeline.modalities import Reason
 

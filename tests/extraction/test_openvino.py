@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from karmma_pipeline import config
 from karmma_pipeline.errors import ConfigError, StoreError
 from karmma_pipeline.extraction import pipeline
+from karmma_pipeline.extraction.inference import networks as inference_networks
 from karmma_pipeline.extraction.inference import openvino_engine, runner
-from karmma_pipeline.extraction.inference.defaults import configure, example
-from karmma_pipeline.extraction.inference.networks import Networks
+from karmma_pipeline.extraction.inference.batching import ForwardWorkers
+from karmma_pipeline.extraction.inference.networks import Networks, configure, example
 from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import input_spec
@@ -344,7 +344,7 @@ def test_a_network_that_it_computes_faster_is_named_as_an_extraction_starts(
     # A model that is in use, without a store, keeps the engine of its tokens.
     for there, stores in ((True, store), (False, store), (True, {})):
         said: list[str] = []
-        monkeypatch.setattr(openvino_engine, "is_installed", lambda there=there: there)
+        monkeypatch.setattr(inference_networks, "find_spec", lambda _, there=there: there or None)
         configure(Networks(recipe), stores, said.append)
         told = "faster (1.2 times): set engine: openvino" in said[-1]
         assert told == (there and bool(stores))

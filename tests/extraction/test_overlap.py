@@ -32,8 +32,8 @@ from karmma_pipeline.extraction.inference.batching import (
     plan_batches,
 )
 from karmma_pipeline.extraction.inference.raft import Raft
+from karmma_pipeline.extraction.progress import BACKBONES, DECODING, ExtractReport
 from karmma_pipeline.extraction.recipe import Audio, Flow, Sampling
-from karmma_pipeline.extraction.report import BACKBONES, DECODING, ExtractReport
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec, input_spec
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.modalities import Reason

@@ -20,7 +20,7 @@ from karmma_pipeline.extraction.tables import (
 )
 from karmma_pipeline.extraction.types import DecodedClip, InputSpec
 from karmma_pipeline.modalities import Reason
-from karmma_pipeline.store import FeatureStore
+from karmma_pipeline.store import Catalog
 
 RGB = InputSpec("rgb", 8, None, (32, 32), per_frame=True)
 
@@ -55,7 +55,7 @@ def failed(clip_id: str, reason: Reason, detail: str) -> DecodedClip:
 
 
 def test_every_clip_has_its_last_note_whatever_a_killed_run_left(tmp_path: Path) -> None:
-    store = FeatureStore.open(write_store(tmp_path / "s", clips=4))
+    store = Catalog(write_store(tmp_path / "s", clips=4))
     note_media(tmp_path, 1, [decoded("c002", 8000), decoded("c001", 16000)])
     with (tmp_path / NOTES / "1.jsonl").open("a") as file:
         file.write('\n{"clip_id": "c003", "audio_ra')
@@ -74,7 +74,7 @@ def test_every_clip_has_its_last_note_whatever_a_killed_run_left(tmp_path: Path)
 
 def test_a_detail_stands_beside_the_reason_that_it_belongs_to(tmp_path: Path) -> None:
     absent = [("c001", "rgb"), ("c002", "rgb")]
-    store = FeatureStore.open(write_store(tmp_path / "s", clips=4, absent=absent))
+    store = Catalog(write_store(tmp_path / "s", clips=4, absent=absent))
     note_media(tmp_path, 0, [failed("c001", Reason.BAD_VALUE, "first\n  second")])
     note_media(tmp_path, 0, [failed("c002", Reason.TIMEOUT, "of another set")])
     note_media(tmp_path, 0, [decoded("c001", 1)])  # read again for a set that lacked it

@@ -11,9 +11,9 @@ from support.patience import PATIENCE_S
 
 from karmma_pipeline import config, jobs
 from karmma_pipeline.extraction import pipeline
+from karmma_pipeline.extraction.inference.batching import ForwardWorkers, worker_count
 from karmma_pipeline.extraction.inference.networks import Computed, Networks
 from karmma_pipeline.extraction.inference.runner import ComputeConfig
-from karmma_pipeline.extraction.inference.workers import ForwardWorkers, worker_count
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 

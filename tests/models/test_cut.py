@@ -12,7 +12,7 @@ from support.lanes import slow_unless
 
 from karmma_pipeline.errors import CheckpointError, ConfigError
 from karmma_pipeline.models.backbones import ARCHITECTURES, BackboneChoice
-from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.layers import Stages
 from karmma_pipeline.models.backbones.suffix import Suffix, weights_behind
 from karmma_pipeline.store import FeatureStore
 

@@ -15,7 +15,7 @@ from karmma_pipeline.data.loading.loader import FeatureLoader
 from karmma_pipeline.data.manifest import read_manifest
 from karmma_pipeline.evaluation.costs import model_costs
 from karmma_pipeline.extraction.estimate.report import estimate, text
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 from karmma_pipeline.extraction.pipeline import extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.jobs import StopFlag

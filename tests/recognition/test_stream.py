@@ -13,7 +13,7 @@ from support.live import Signals, offline, tiny_recognizer
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode import flow
-from karmma_pipeline.extraction.inference import workers
+from karmma_pipeline.extraction.inference import batching
 from karmma_pipeline.recognition import sensors
 from karmma_pipeline.recognition import stream as stream_module
 from karmma_pipeline.recognition.recognizer import Recognizer
@@ -214,7 +214,7 @@ def test_small_networks_have_one_thread_and_large_ones_all(
     monkeypatch: pytest.MonkeyPatch, shared_bytes: int, threads: int
 ) -> None:
     """Threads wait for one another after every operation, which takes long on a busy machine."""
-    monkeypatch.setattr(workers, "_SHARED_BYTES", shared_bytes)
+    monkeypatch.setattr(batching, "_SHARED_BYTES", shared_bytes)
     recognizer, had = tiny_recognizer(), list[int]()
 
     def seen(real: Any, clips: Any) -> Any:
@@ -223,7 +223,7 @@ def test_small_networks_have_one_thread_and_large_ones_all(
 
     for network in recognizer.networks.all.values():
         monkeypatch.setattr(network, "tokens", partial(seen, network.tokens))
-    with workers.threads_of_pass(2):
+    with batching.threads_of_pass(2):
         stream = recognizer.stream(window_s=2, hop_s=0.5)
         had.clear()
         feed(stream, 0, 2.1)

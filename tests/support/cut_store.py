@@ -10,7 +10,7 @@ from torch import nn
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.models.backbones import Architecture, Backbone, BackboneChoice, FrameTransform
 from karmma_pipeline.models.backbones.backbone import pooled
-from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.layers import Stages
 from karmma_pipeline.models.backbones.suffix import Suffix
 from karmma_pipeline.store import (
     ClipRow,

@@ -87,6 +87,6 @@ def read_dataset(dataset: Dataset, sensors: Collection[str] = ()) -> Manifest:
             return utd_mhad.read(dataset)
 
 
-def published_sensors(dataset: Dataset | None) -> Mapping[str, Mapping[str, Any]]:
+def published_sensors(dataset: Dataset) -> Mapping[str, Mapping[str, Any]]:
     """Return what a data set says of its sensors, as a recipe's ``sensors`` would."""
     return utd_mhad.SENSORS if isinstance(dataset, UtdMhad) else {}

@@ -36,7 +36,7 @@ from karmma_pipeline.extraction.decode.frame_selection import (
 from karmma_pipeline.extraction.decode.sensor_windows import read_windows
 from karmma_pipeline.extraction.decode.spectrogram import ImageOf, longest_s, mel_image
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 from karmma_pipeline.extraction.media.sensor_series import SensorSeries
 from karmma_pipeline.extraction.types import DecodedClip, DecodeSettings, InputSpec
 from karmma_pipeline.modalities import Reason

@@ -13,7 +13,7 @@ from karmma_pipeline import files
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.estimate.survey import FOUND, Survey
-from karmma_pipeline.extraction.inference.workers import max_workers
+from karmma_pipeline.extraction.inference.batching import max_workers
 from karmma_pipeline.extraction.pipeline import check_room, extract
 from karmma_pipeline.extraction.recipe import ExtractRecipe, check_files
 from karmma_pipeline.extraction.tables import read_failures

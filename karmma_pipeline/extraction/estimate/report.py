@@ -15,8 +15,8 @@ from karmma_pipeline.data.manifest import describe_heads
 from karmma_pipeline.errors import KarmmaError, counted
 from karmma_pipeline.extraction.estimate import cost
 from karmma_pipeline.extraction.estimate.survey import Survey
+from karmma_pipeline.extraction.progress import per_second
 from karmma_pipeline.extraction.recipe import ExtractRecipe, read_clips, with_views
-from karmma_pipeline.extraction.report import per_second
 from karmma_pipeline.views import Views
 
 Plan = dict[str, Any]

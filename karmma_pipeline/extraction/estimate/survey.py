@@ -18,7 +18,7 @@ from karmma_pipeline.extraction.media.integrity import (
     check_sources,
 )
 from karmma_pipeline.extraction.media.interface import MediaFaultError
-from karmma_pipeline.extraction.media.open import source_key
+from karmma_pipeline.extraction.media.media_file import source_key
 from karmma_pipeline.extraction.recipe import ExtractRecipe
 from karmma_pipeline.extraction.types import NATURAL, BatchPlan, DecodeSettings, input_spec
 from karmma_pipeline.jobs import StopFlag

@@ -1,50 +1,38 @@
-"""Batches of clips: planned, collated, prefetched, and written in the background.
+"""Batches of clips on their way: planned, collated, prefetched, computed, written.
 
-B clips in a batch. Where a clip lies in its shard decides with which others it is computed,
-so that a run that was killed and goes on writes the same bytes as one that was not.
+Where a clip lies in its shard decides with which others it is computed, so that a run that was
+killed and goes on writes the same bytes as one that was not.
 """
 
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from torch import Tensor
 
+from karmma_pipeline import jobs
 from karmma_pipeline.data.manifest import Clip
-from karmma_pipeline.extraction.types import NATURAL, BatchPlan, DecodedClip, InputSpec
+from karmma_pipeline.extraction.inference.networks import Computed, Networks, example
+from karmma_pipeline.extraction.types import Batch, BatchPlan, DecodedClip
 
 T = TypeVar("T")
 
 # How often a thread that cannot hand over an item looks whether anybody still wants it.
 _POLL_INTERVAL_S = 0.2
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A decoded batch; ``clips`` without their arrays, which lie in ``inputs`` [B, ...].
-
-    Clips that lack an input have zeros there.
-    """
-
-    plan: BatchPlan
-    clips: list[DecodedClip]
-    inputs: dict[InputSpec, Tensor]
-
-    def rows(self, spec: InputSpec, first: int, count: int) -> list[int]:
-        """Return which of some clips are computed together; none if all of them lack it.
-
-        A clip lost to a transient error keeps a row of zeros, so that the batches of other
-        clips do not change.
-        """
-        some = range(first, min(first + count, len(self.clips)))
-        if all(spec in self.clips[i].reasons for i in some):
-            return []
-        return [i for i in some if self.clips[i].reasons.get(spec) not in NATURAL]
+# A pass whose largest operation handles less than that has one thread: about what a core's own
+# cache holds.
+_SHARED_BYTES = 4_000_000
 
 
 def plan_batches(
@@ -186,3 +174,111 @@ class BackgroundWriter(Generic[T]):
                     self._write(item)
                 except BaseException as error:
                     self._error = error
+
+
+class ForwardWorkers:
+    """Computes batches, each on one CPU, and gives them back in order; a context manager.
+
+    Threads inside of a pass wait for one another after every layer, longest where other work shares
+    the CPUs, as decoding does. Passes beside one another do not: they take whatever the decoders
+    leave, and their numbers do not depend on how many CPUs there are. On a GPU there is one.
+
+    Args:
+        networks: what is run on them.
+        count: batches at a time.
+    """
+
+    def __init__(self, networks: Networks, count: int) -> None:
+        self._networks, self.count = networks, count
+        self._running: deque[Future[Computed]] = deque()
+        networks.serve(count)
+        # The number of threads of a pass is a setting of the thread that starts it.
+        self._pool = ThreadPoolExecutor(count, "forward", lambda: torch.set_num_threads(1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more batch is waiting than can be computed."""
+        return len(self._running) > self.count
+
+    @property
+    def idle(self) -> float:
+        """Share of the workers that have nothing to do."""
+        working = sum(not (f.done() and f.result().is_done) for f in self._running)
+        return max(0, self.count - working) / self.count
+
+    def put(self, batch: Batch) -> None:
+        """Hand over a batch."""
+        self._running.append(self._pool.submit(self._networks.compute, batch))
+
+    def take(self) -> Computed:
+        """Wait for the batch that was handed over first."""
+        return self._running.popleft().result()
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let a pass on the CPU have one thread."""
+    with threads_of_pass(1 if device.type == "cpu" else torch.get_num_threads()):
+        yield
+
+
+@contextmanager
+def threads_of_pass(count: int) -> Iterator[None]:
+    """Let passes that this thread starts have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fastest_threads(networks: Networks) -> int:
+    """Return how many threads a pass should have that runs by itself: all, or one.
+
+    Sharing the operations of a small network gains little, and where other processes share the
+    CPUs too, most of the time goes into waiting for the thread that has none.
+    """
+    largest = max(
+        (n.clip_bytes(example(networks.inputs[key], 1)) for key, n in networks.all.items()),
+        default=0,
+    )
+    return torch.get_num_threads() if largest > _SHARED_BYTES else 1
+
+
+def worker_count(networks: Networks) -> int:
+    """Return how many passes may run at once: one per CPU, as memory allows; beside a GPU one.
+
+    Free memory may be looked at here: how many passes run at once changes no token.
+    """
+    most = max_workers(networks.device)
+    if most == 1:
+        return 1
+    stated = networks.recipe.memory_gb
+    room = stated * 1e9 if stated else 0.5 * psutil.virtual_memory().available
+    return max(1, min(most, int(room / _pass_bytes(networks))))
+
+
+def max_workers(device: torch.device) -> int:
+    """Return how many workers there are where memory is no concern."""
+    if device.type != "cpu":
+        return 1
+    cpus, asked = jobs.cpu_count(), os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
+
+
+def _pass_bytes(networks: Networks) -> int:
+    """Return the memory of a pass of the network with the largest memory use."""
+    return max(
+        network.config.batch_size * network.clip_bytes(example(networks.inputs[key], 1))
+        for key, network in networks.all.items()
+    )

@@ -1,32 +1,56 @@
-"""The frozen backbones of all sets on one device: batches of decoded clips in, tokens out."""
+"""The frozen backbones of all sets on one device: how each computes, batches in, tokens out."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from math import lcm
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from karmma_pipeline import config
 from karmma_pipeline.data.manifest import Manifest
 from karmma_pipeline.extraction.decode import boxes
 from karmma_pipeline.extraction.decode.frame_selection import PAIRS
 from karmma_pipeline.extraction.inference import openvino_engine
-from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.raft import Raft
 from karmma_pipeline.extraction.inference.recent import Recent
-from karmma_pipeline.extraction.inference.runner import ComputeConfig, Network
+from karmma_pipeline.extraction.inference.runner import ComputeConfig, MemoryFormat, Network
 from karmma_pipeline.extraction.media.audio_track import RESAMPLING
 from karmma_pipeline.extraction.media.sensor_series import RESAMPLING as RESAMPLED
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.extraction.types import ROUNDING_S, InputSpec, input_spec, stored_as
+from karmma_pipeline.extraction.types import ROUNDING_S, Batch, InputSpec, input_spec, stored_as
 from karmma_pipeline.models.backbones import Backbone, BackboneChoice
 from karmma_pipeline.models.backbones.choice import INPUT
 from karmma_pipeline.models.device import pick_device
-from karmma_pipeline.store import ModalitySpec, StoreSpec
+from karmma_pipeline.store import Catalog, ModalitySpec, StoreSpec
+
+_KEYS = ("precision", "memory_format", "batch_size")
+_MAX_BATCH = {"cpu": 16, "cuda": 128}
+
+#: What a store records of who chose, by the kind of the device.
+BY_RULE = "default for {}"
+
+# Memory of a pass that a batch may fill. On a CPU larger ones leave its caches and gain nothing; on
+# a GPU it fits beside the weights into cards of 16 GB.
+_BATCH_BYTES = {"cpu": 120e6, "cuda": 8e9}
+
+# Shipped networks that openvino computes faster than torch, and how much: swin3d_t and s3d a whole
+# extraction, the others a pass (docs/extraction.md). Of r2plus1d_18 the extraction gains nothing.
+_FASTER = {
+    "swin3d_t": "2.5 times",
+    **dict.fromkeys(("swin3d_s", "swin3d_b"), "2.5 times for swin3d_t, which has the same blocks"),
+    "s3d": "1.2 times",
+    "r3d_18": "1.2 times",
+    "resnet18": "1.5 times",
+    "efficientnet_b0": "1.4 times",
+    "mobilenet_v3_large": "2.2 times",
+}
 
 
 class Job(NamedTuple):
@@ -133,7 +157,7 @@ class Networks:
             modalities=specs,
             heads=dict(manifest.heads),
             clips_per_shard=self.recipe.store.clips_per_shard,
-            views=self.recipe.views if self.recipe.views.count > 1 else None,
+            views=self.recipe.several_views,
         )
 
     def _provenance(self, modality: str, choice: BackboneChoice) -> dict[str, Any]:
@@ -246,3 +270,126 @@ def _to_host(tokens: Tensor) -> Tensor:
 def network_key(choice: BackboneChoice) -> str:
     """Return what tells networks apart: equal choices are one network."""
     return hashlib.sha256(choice.model_dump_json().encode()).hexdigest()
+
+
+def configure(networks: Networks, stores: Mapping[str, Path], note: Callable[[str], None]) -> None:
+    """Settle how each network computes: the recipe counts first, then the store, then the rule.
+
+    Args:
+        networks: of all sets.
+        stores: by the name of the set; there or not.
+        note: told in a line what matched in a weights file, and how a network computes.
+    """
+    recipe = networks.recipe
+    recorded = dict(_recorded(recipe, stores))
+    for key, network in networks.all.items():
+        backbone = network.backbone
+        if backbone.choice.source == "file":
+            note(f"{backbone.choice.weights}: {backbone.loaded.report()}")
+        # Stores begun by earlier versions hold what was found fastest on one machine: they are
+        # finished in that way, whatever the rule says.
+        chosen = recorded.get(key) or by_rule(network, networks.inputs[key], recipe)
+        if network.openvino is None:
+            chosen = chosen.model_copy(update=_stated(recipe))
+        elif key not in recorded:  # what cannot be converted is told before a store is made
+            network.openvino.convert()
+        network.use(chosen)
+        if backbone.choice.source != "none":
+            unmeasured = network.config.chosen == BY_RULE.format("cuda")
+            says = "; the defaults for GPUs were not measured" if unmeasured else ""
+            # A store that was begun keeps its engine.
+            begins = bool(stores) and key not in recorded
+            if begins and network.openvino is None and network.device.type == "cpu":
+                says = _advice(backbone.choice.name)
+            note(f"{_users(recipe, key)}: {backbone.choice.name}, {network.config}{says}")
+
+
+def _advice(name: str) -> str:
+    """Return what to add to a line on a network that torch computes on a CPU; may be empty."""
+    if name not in _FASTER or find_spec("openvino") is None:
+        return ""
+    return f"; openvino is installed and was faster ({_FASTER[name]}): set engine: openvino"
+
+
+def _users(recipe: ExtractRecipe, key: str) -> str:
+    """Return the modalities whose tokens a network computes, such as ``teacher.rgb``."""
+    return ", ".join(
+        f"{name}.{modality}"
+        for name, choices in recipe.sets.items()
+        for modality, choice in choices.items()
+        if network_key(choice) == key
+    )
+
+
+def by_rule(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> ComputeConfig:
+    """Return how a network computes if no store records it; `docs/extraction.md` has the rule.
+
+    The rule looks at the network, the recipe and the kind of the device; at no clock and at no free
+    memory. So parts of an extraction that start at the same time on different machines come to the
+    same answer without asking one another, which they must: which clips are computed together, and
+    in which order, decides the last bits of their tokens.
+    """
+    if network.openvino is not None:  # whatever a recipe states for the others
+        return ComputeConfig(chosen="by the engine")
+    stated = _stated(recipe)
+    if network.backbone.choice.source == "none" or all(key in stated for key in _KEYS):
+        return ComputeConfig(**stated)
+    chosen: dict[str, Any] = {"memory_format": memory_format(network.backbone), **stated}
+    if "batch_size" not in chosen:
+        chosen["batch_size"] = _batch_size(network, spec, recipe)
+    return ComputeConfig(**chosen, chosen=BY_RULE.format(network.device.type))
+
+
+def memory_format(net: nn.Module) -> MemoryFormat:
+    """Return channels_last for a network of convolutions, contiguous for a transformer.
+
+    Convolutions are faster with the channels together, everything else does not care or loses.
+    A transformer has convolutions, too: its patch embedding and perhaps some that pool. So they
+    are counted against the linear layers.
+    """
+    convolutions = sum(isinstance(m, nn.Conv2d | nn.Conv3d) for m in net.modules())
+    linear = sum(isinstance(m, nn.Linear) for m in net.modules())
+    return "channels_last" if convolutions > linear else "contiguous"
+
+
+def example(spec: InputSpec, count: int) -> Tensor:
+    """Return decoded clips [count, ...] of noise, as a network's input looks."""
+    generator = torch.Generator().manual_seed(0)
+    frames = (spec.frames,) if spec.per_frame else (1,)
+    if spec.transform is None:  # log-mel, already standardised
+        shape = (count, *(frames if spec.per_frame else ()), *spec.image)
+        return torch.randn(shape, generator=generator)
+    shape = (count, *frames, 3, *spec.image)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def _stated(recipe: ExtractRecipe) -> dict[str, Any]:
+    """Return the keys that a recipe states itself."""
+    stated = {key: getattr(recipe, key) for key in _KEYS}
+    return {"compile": recipe.compile, **{k: v for k, v in stated.items() if v != "auto"}}
+
+
+def _batch_size(network: Network, spec: InputSpec, recipe: ExtractRecipe) -> int:
+    """Return the largest power of two that fits; sizes of several networks then share factors."""
+    kind = network.device.type
+    room = _BATCH_BYTES[kind]
+    if recipe.memory_gb:  # on a CPU it says how many passes run at once, seldom how large they are
+        stated = recipe.memory_gb * 1e9
+        room = min(room, stated) if kind == "cpu" else stated
+    clip, size = network.clip_bytes(example(spec, 1)), 1
+    while 2 * size <= _MAX_BATCH[kind] and 2 * size * clip <= room:
+        size *= 2
+    return size
+
+
+def _recorded(
+    recipe: ExtractRecipe, stores: Mapping[str, Path]
+) -> Iterator[tuple[str, ComputeConfig]]:
+    for name, root in stores.items():
+        if not (root / "spec.json").is_file():
+            continue
+        there = Catalog(root).spec.modalities
+        for modality, choice in recipe.sets[name].items():
+            computed = there[modality].computed if modality in there else {}
+            if computed:
+                yield network_key(choice), config.build(ComputeConfig, computed, str(root))

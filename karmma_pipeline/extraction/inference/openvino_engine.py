@@ -32,18 +32,6 @@ from karmma_pipeline.models.backbones import Backbone, BackboneChoice, state_dic
 
 _logger = logging.getLogger(__name__)
 
-#: Shipped networks that are faster than with torch, and how much: swin3d_t and s3d a whole
-#: extraction, the others a pass (docs/extraction.md). Of r2plus1d_18 the extraction gains nothing.
-FASTER = {
-    "swin3d_t": "2.5 times",
-    **dict.fromkeys(("swin3d_s", "swin3d_b"), "2.5 times for swin3d_t, which has the same blocks"),
-    "s3d": "1.2 times",
-    "r3d_18": "1.2 times",
-    "resnet18": "1.5 times",
-    "efficientnet_b0": "1.4 times",
-    "mobilenet_v3_large": "2.2 times",
-}
-
 # How far the tokens of noise may be from those of torch, of their norm; rounding is 1e-6 to 1e-5.
 _TOLERANCE = 1e-3
 
@@ -53,13 +41,6 @@ _OPERATIONS = re.compile(r"No conversion rule found for operations: (.+)")
 def is_installed() -> bool:
     """Tell whether the library is there."""
     return find_spec("openvino") is not None
-
-
-def advice(name: str) -> str:
-    """Return what to add to a line on a network that torch computes on a CPU; may be empty."""
-    if name not in FASTER or not is_installed():
-        return ""
-    return f"; openvino is installed and was faster ({FASTER[name]}): set engine: openvino"
 
 
 def name_and_version() -> str:

@@ -14,12 +14,11 @@ from torchvision.models import get_model, get_model_weights
 
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.extraction.decode.flow import as_pictures
-from karmma_pipeline.extraction.inference.batching import Batch
 from karmma_pipeline.extraction.inference.recent import Recent, digest
 from karmma_pipeline.extraction.recipe import Flow
-from karmma_pipeline.extraction.types import InputSpec, Pictures
+from karmma_pipeline.extraction.types import Batch, InputSpec, Pictures
 from karmma_pipeline.models.backbones import state_dicts
-from karmma_pipeline.models.backbones.names import parse_seed
+from karmma_pipeline.models.backbones.choice import parse_seed
 from karmma_pipeline.models.backbones.state_dicts import seeded
 
 # RAFT takes sides that are multiples of 8 and not below 128 px; smaller ones are padded.

@@ -23,7 +23,7 @@ from karmma_pipeline.data.sources import BoxSource, FileSource, SensorSource, So
 from karmma_pipeline.extraction.media.audio_track import set_order
 from karmma_pipeline.extraction.media.container import StreamInfo, open_container, read_info
 from karmma_pipeline.extraction.media.interface import MediaFaultError, MediaReader, first_line
-from karmma_pipeline.extraction.media.open import OpenMedia
+from karmma_pipeline.extraction.media.media_file import OpenMedia
 from karmma_pipeline.extraction.media.packet_index import check_clear, prepare, until_end
 from karmma_pipeline.extraction.media.stated_size import stated_size
 from karmma_pipeline.jobs.processes import WorkerPool

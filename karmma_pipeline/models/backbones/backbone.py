@@ -1,6 +1,6 @@
 """A frozen backbone: preprocessed clips in, pooled tokens out, with its provenance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ import torchvision
 from torch import Tensor, nn
 
 from karmma_pipeline.models.backbones import registry, state_dicts
-from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice
+from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, parse_seed
 from karmma_pipeline.models.backbones.layers import Parts
-from karmma_pipeline.models.backbones.names import parse_seed
 
 
 class Backbone(nn.Module):
@@ -104,6 +103,29 @@ class Backbone(nn.Module):
         if choice.cut is None:
             return {}
         return {"cut": {"before": choice.cut, "grid": list(choice.stored_grid)}}
+
+
+def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of the choice that a `Backbone.provenance` records, all but its weights.
+
+    Raises:
+        ConfigError: the network that it names is not there.
+    """
+    shape = facts["input"]
+    of_input = {
+        "boxes": {"frames": shape[1]},
+        "series": {"series": tuple(shape)},
+        "image": {"image": tuple(shape[1:])},
+        "video": {"frames": shape[1], "size": shape[-1]},
+    }
+    kept = {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
+    kind = registry.find(facts["backbone"]).kind
+    if "cut" in facts:
+        kept["cut"] = facts["cut"]["before"]
+        stored = facts["cut"]["grid"][0]
+        if kept["cut"] == INPUT and kind == "video" and stored != shape[1]:
+            kept["stored_frames"] = stored
+    return {"name": facts["backbone"], "tokens": facts["token_grid"], **kept, **of_input[kind]}
 
 
 def prepare(choice: BackboneChoice, clips: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -18,12 +17,11 @@ from karmma_pipeline.config import Recipe
 from karmma_pipeline.errors import ConfigError
 from karmma_pipeline.models.backbones import names
 from karmma_pipeline.models.backbones.front_end import BOX_NUMBERS, BOX_SLOTS, Audio
-from karmma_pipeline.models.backbones.names import parse_seed
 
 if TYPE_CHECKING:
+    from karmma_pipeline.models.backbones.layers import Stages
     from karmma_pipeline.models.backbones.names import Kind
     from karmma_pipeline.models.backbones.registry import Architecture, FrameTransform
-    from karmma_pipeline.models.backbones.stages import Stages
     from karmma_pipeline.models.backbones.watched import Chain
 
 Engine = Literal["torch", "openvino"]
@@ -455,31 +453,6 @@ class BackboneChoice(Recipe):
         return t * h * w + extra, width
 
 
-def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of the choice that a store's provenance records, all but its weights.
-
-    Raises:
-        ConfigError: the network that it names is not there.
-    """
-    from karmma_pipeline.models.backbones import registry
-
-    shape = facts["input"]
-    of_input = {
-        "boxes": {"frames": shape[1]},
-        "series": {"series": tuple(shape)},
-        "image": {"image": tuple(shape[1:])},
-        "video": {"frames": shape[1], "size": shape[-1]},
-    }
-    kept = {key: facts[key] for key in ("layer", "class_tokens") if key in facts}
-    kind = registry.find(facts["backbone"]).kind
-    if "cut" in facts:
-        kept["cut"] = facts["cut"]["before"]
-        stored = facts["cut"]["grid"][0]
-        if kept["cut"] == INPUT and kind == "video" and stored != shape[1]:
-            kept["stored_frames"] = stored
-    return {"name": facts["backbone"], "tokens": facts["token_grid"], **kept, **of_input[kind]}
-
-
 def _check_pair(pattern: str, replacement: str) -> None:
     try:
         re.sub(f"(?:{pattern})?", replacement, "")  # the replacement is parsed even so
@@ -488,3 +461,20 @@ def _check_pair(pattern: str, replacement: str) -> None:
             f"key_map: [{pattern!r}, {replacement!r}] is not a valid regular expression and "
             f"replacement ({error})"
         ) from None
+
+
+def parse_seed(weights: str) -> int | None:
+    """Return the seed of ``random:SEED``, None for any other source.
+
+    Raises:
+        ConfigError: what follows the colon is no whole number.
+    """
+    if not weights.startswith("random:"):
+        return None
+    try:
+        seed = int(weights.removeprefix("random:"))
+    except ValueError:
+        seed = 2**64
+    if not -(2**63) <= seed < 2**64:  # what PyTorch takes
+        raise ConfigError(f"weights={weights!r}: write random:SEED, where SEED is an integer.")
+    return seed

@@ -5,9 +5,9 @@ Torch is not imported.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from karmma_pipeline.config import Recipe
+from karmma_pipeline.config import Recipe, without_defaults
 
 #: Boxes of a frame.
 BOX_SLOTS = 14
@@ -128,8 +128,4 @@ class Audio(Recipe):
         """Mel bands and hops of a spectrogram; None if sound of any length is one."""
         return None if self.hops is None else (self.mels, self.hops)
 
-    @model_serializer(mode="wrap")
-    def _as_stored(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out keys that stores of earlier versions do not have, where they say nothing."""
-        values: dict[str, Any] = default(self)
-        return {k: v for k, v in values.items() if v is not None or k not in {"low_hz", "high_hz"}}
+    _as_stored = without_defaults("low_hz", "high_hz")

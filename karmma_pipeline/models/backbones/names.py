@@ -14,8 +14,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from karmma_pipeline.errors import ConfigError
-
 Kind = Literal["video", "image", "boxes", "series"]
 
 #: The group of entry points under which packages give names to networks of their own.
@@ -96,20 +94,3 @@ def near(name: str, among: Iterable[str] | None = None) -> str:
     folded = {one.lower(): one for one in (known() if among is None else among)}
     found = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.7)
     return f" (did you mean {', '.join(folded[one] for one in found)}?)" if found else ""
-
-
-def parse_seed(weights: str) -> int | None:
-    """Return the seed of ``random:SEED``, None for any other source.
-
-    Raises:
-        ConfigError: what follows the colon is no whole number.
-    """
-    if not weights.startswith("random:"):
-        return None
-    try:
-        seed = int(weights.removeprefix("random:"))
-    except ValueError:
-        seed = 2**64
-    if not -(2**63) <= seed < 2**64:  # what PyTorch takes
-        raise ConfigError(f"weights={weights!r}: write random:SEED, where SEED is an integer.")
-    return seed

@@ -32,9 +32,9 @@ from karmma_pipeline.models.backbones import layers, names
 from karmma_pipeline.models.backbones.frame_transform import FrameTransform as FrameTransform
 from karmma_pipeline.models.backbones.frame_transform import of_weights as of_weights
 from karmma_pipeline.models.backbones.layers import Parts as Parts
+from karmma_pipeline.models.backbones.layers import Stages as Stages
 from karmma_pipeline.models.backbones.names import ENTRY_POINTS as ENTRY_POINTS
 from karmma_pipeline.models.backbones.names import Kind as Kind
-from karmma_pipeline.models.backbones.stages import Stages as Stages
 from karmma_pipeline.models.backbones.watched import Blocks as Blocks
 from karmma_pipeline.models.backbones.watched import Chain, in_passes, of_passes
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from karmma_pipeline.errors import CheckpointError
 from karmma_pipeline.models.augment import RandomViews
-from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare
+from karmma_pipeline.models.backbones.backbone import Backbone, pooled, prepare, recorded
 from karmma_pipeline.models.backbones.checkpointing import compute_again
-from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice, recorded
-from karmma_pipeline.models.backbones.stages import Stages
+from karmma_pipeline.models.backbones.choice import INPUT, BackboneChoice
+from karmma_pipeline.models.backbones.layers import Stages
 from karmma_pipeline.models.backbones.watched import Blocks
 from karmma_pipeline.views import middle_frames
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karmma_pipeline import files, metrics
+from karmma_pipeline import files
 from karmma_pipeline.errors import ManifestError, StoreError
 from karmma_pipeline.jobs import StopFlag
 from karmma_pipeline.logs import progress_bar
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.catalog import Catalog, create_store
 from karmma_pipeline.store.finalize import finalize
-from karmma_pipeline.store.spec import ClipRow, Dtype, ModalitySpec, StoreSpec
+from karmma_pipeline.store.spec import ClipRow, Dtype, ModalitySpec, StoreSpec, check_head_names
 from karmma_pipeline.store.writer import ShardWriter
 
 _COLUMNS = ("clip_id", "split", "group", "start", "stop")
@@ -96,7 +96,7 @@ def _read_clips(
         raise ManifestError(f"{path}: needs a column clip_id and one row per clip.")
     names = [c for c in table[0] if c and c not in _COLUMNS and c not in modalities]
     try:
-        metrics.check_head_names(names)
+        check_head_names(names)
     except ValueError as error:
         raise ManifestError(f"{path}: {error}; rename or delete the column.") from None
     heads = {h: tuple(sorted({row[h] for row in table if row[h]})) for h in names}
