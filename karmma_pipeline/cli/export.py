@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Export a trained model to ONNX.
 
-    One file per backbone, one for the fusion model, export.json and a model card (README.md).
+    Writes a file per backbone, one for the fusion model, export.json and a model card (README.md).
     `karmma predict` and `karmma live` load the folder on any machine, without the run, its store or
     PyTorch weights. Nothing is written if logits differ from PyTorch's by more than 1e-4 on any
     subset of modalities.

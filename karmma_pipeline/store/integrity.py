@@ -69,7 +69,7 @@ def verify(root: Path, stop: StopFlag | None = None) -> list[Damage]:
     except StoreError as error:
         damages.append(Damage(-1, "all", str(error), path=layout.MANIFEST))
     for shard in progress_bar(range(catalog.shards), "verify", unit="shard"):
-        (stop or StopFlag()).check("nothing was changed")
+        (stop or StopFlag(resumes=False)).check("nothing was changed")
         damages += _check_shard(catalog, shard, records[shard] if shard < len(records) else None)
     return damages + list(_foreign(catalog))
 

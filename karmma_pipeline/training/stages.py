@@ -335,7 +335,7 @@ def _begin_from(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> list
     if recipe.init_from is None:
         return []
     anew = begin_from(model, card, saved_folder(recipe.init_from))
-    return [f"init_from {recipe.init_from}: all weights but {', '.join(anew) or 'none'}"]
+    return [f"init_from {recipe.init_from}: newly initialised weights: {', '.join(anew) or 'none'}"]
 
 
 def _describe_start(

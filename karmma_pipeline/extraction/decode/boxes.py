@@ -69,7 +69,9 @@ def read_boxes(
     starts, frames = _frames(source)
     stop = starts[-1] + 1 / FPS if clip.stop_s is None else clip.stop_s
     if clip.start_s >= starts[-1] + 1 / FPS:
-        raise MediaFaultError(Reason.OUT_OF_RANGE, f"{source.path}: {source.key}: ends before")
+        raise MediaFaultError(
+            Reason.OUT_OF_RANGE, f"{source.path}: {source.key}: ends before the clip starts"
+        )
     times = sample_times(sampling, *picture_span(clip, clip.start_s, stop, sampling, count), count)
     numbers = covering(starts, times + ROUNDING_S)
     if "rgb" not in clip.media:

@@ -80,8 +80,8 @@ def check(choice: BackboneChoice, device: torch.device) -> None:
         )
     if device.type != "cpu":
         raise ConfigError(
-            f"{choice.name}: engine openvino computes on CPUs and the device is {device}; choose "
-            "device cpu, or set engine: torch."
+            f"{choice.name}: engine openvino runs on CPUs only, but the device is {device}; set "
+            "device: cpu or engine: torch."
         )
 
 

@@ -19,7 +19,7 @@ from karmma_pipeline.extraction.media.pyav_video import PyavVideo
 from karmma_pipeline.extraction.types import ROUNDING_S, Decoder, Numbers, Pictures, Times, covering
 from karmma_pipeline.modalities import Reason
 
-_BEGINS_ANEW = " (then its time stamps begin anew; join files with ffmpeg's concat, not with cat)"
+_BEGINS_ANEW = " (its timestamps restart there; join files with ffmpeg's concat, not with cat)"
 
 if TYPE_CHECKING:
     from karmma_pipeline.extraction.media.decord_video import DecordVideo

@@ -70,9 +70,9 @@ class BackboneChoice(Recipe):
     )
     stored_frames: PositiveInt | None = Field(
         None,
-        description="cut: input: frames that are stored of a clip, as many as `frames` or more. A "
-        "training takes other `frames` of them in each epoch, everything else the middle ones; "
-        "three times as many are best under sampling.mode uniform. null: `frames`.",
+        description="With cut: input, frames to store per clip, at least `frames`. Training "
+        "samples `frames` of them in each epoch; everything else uses the middle ones. With "
+        "sampling.mode uniform, three times `frames` works best. null: `frames`.",
     )
     size: Pixels | None = Field(
         None,
