@@ -50,11 +50,11 @@ def export(
         gap = found["difference"][subset]
         click.echo(
             f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, "
-            f"largest difference of a logit from PyTorch {gap:.1e}"
+            f"largest logit difference from PyTorch {gap:.1e}"
         )
     if made.verdict:
         click.echo(f"int8: {made.verdict}")
     finish(
-        f"exported: {made.folder}, {len(made.card.files)} files of {megabytes:.0f} MB",
+        f"exported: {made.folder}, {len(made.card.files)} files, {megabytes:.0f} MB",
         then=f"karmma predict {made.folder} VIDEO",
     )

@@ -129,9 +129,7 @@ def live(
                 page.show(_plain(row, stream, answered))
     said = f"windows skipped: {stream.skipped}"
     click.echo(
-        said
-        if fast
-        else f"{said}; the largest delay of a prediction was {late_s:.2f} s after its window"
+        said if fast else f"{said}; largest delay of a prediction after its window: {late_s:.2f} s"
     )
     if late_s > window_s and not fast:
         click.echo(_TOO_LATE.format(late_s, window_s))

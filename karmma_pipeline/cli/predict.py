@@ -78,9 +78,9 @@ def predict(
     """Recognise actions in videos with a trained model.
 
     INPUTS are videos, manifests (the CSV of `karmma extract`; labels are optional), or ROS 2 bags
-    in MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
-    and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html. Inputs that
-    cannot be read are named at the end, after the others; the exit code is then 1.
+    in MCAP (see --topic). Predictions match `karmma evaluate`: same decoding, backbones and fusion
+    model. Writes predictions.csv, predictions.jsonl and timeline.html. Inputs that cannot be read
+    are listed at the end, with exit code 1.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; choose a folder.")

@@ -73,7 +73,7 @@ def store_verify(path: Path, repair: bool) -> None:
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
     """Complete a store that was extracted in parts.
 
-    The last part to finish does this by itself. Fails while shards are missing, and prints the
+    The last part to finish does this automatically. Fails if shards are missing and prints the
     command that extracts them.
     """
     from karmma_pipeline.extraction.parts import finish, recipe_of
@@ -133,7 +133,7 @@ def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) 
 @click.option(
     "--ids",
     type=click.File(),
-    help="Text file with one clip id per line; OUT will have these clips.",
+    help="Text file with one clip id per line; OUT contains these clips.",
 )
 def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     """Split a store by split, group or a list of clips."""

@@ -96,7 +96,7 @@ class EvaluateRecipe(Recipe):
     title: Annotated[str, Field(max_length=120)] = Field(
         "", description="Name of the data in titles; default: that of the manifest or data set."
     )
-    split: str = Field("val", description="Split to evaluate; empty: every clip.")
+    split: str = Field("val", description="Split to evaluate; empty: all clips.")
     exclude: Path | None = Field(
         None, description="Text file with ids of clips to exclude, one per line."
     )

@@ -159,7 +159,7 @@ def _measured(card: ExportCard) -> Iterator[str]:
         yield (
             f"Latency of one clip from decoded arrays to logits, {latency['rounds']} rounds, "
             f"{latency['threads']} threads, float32, {latency['machine']}. Difference: the "
-            "largest difference of a logit from PyTorch's, on noise"
+            "largest difference between a logit and PyTorch's, on random inputs"
             + (f"; on the clips {accuracy['difference']:.1e}." if accuracy else ".")
         )
     if card.int8:

@@ -230,7 +230,9 @@ def _locate(
 
 def _foreign(catalog: Catalog) -> Iterator[Damage]:
     for path, name in foreign_files(catalog):
-        what = "left over from an interrupted run" if files.is_temporary(path) else "foreign file"
+        what = (
+            "left over from an interrupted run" if files.is_temporary(path) else "unexpected file"
+        )
         yield Damage(-1, "all", f"{what}; `karmma store gc` removes it", path=name)
 
 
@@ -302,7 +304,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
         temporary = files.is_temporary(path)
         if temporary and alive:
             continue  # a living writer's, perhaps
-        what = "left over from an interrupted run" if temporary else f"foreign file {name}"
+        what = "left over from an interrupted run" if temporary else f"unexpected file {name}"
         yield Garbage(path, what, path.lstat().st_size)
 
 

@@ -292,7 +292,7 @@ def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iter
     if both := len(np.intersect1d(train, val)):
         yield (
             f"val_split={recipe.val_split!r}: {both} of its {counted(len(val), 'clip')} also in "
-            "training; its accuracy says nothing about other clips"
+            "training; its accuracy does not measure generalisation"
         )
 
 

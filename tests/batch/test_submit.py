@@ -143,9 +143,7 @@ def test_a_chain_run_here_looks_at_what_its_commands_have_left(
     monkeypatch.setattr(sys, "executable", str(stand_in(here / "python", here / "env")))
     result = run("submit", str(chain), "--launcher", "local")
     assert result.exit_code == 1
-    assert (
-        "extract: its commands ended without an error, but the stage is not done" in result.output
-    )
+    assert "extract: its commands exited with code 0, but the stage is not done" in result.output
     assert "nothing to do" not in result.output
     assert "SLURM_ARRAY_TASK_ID" not in (here / "env").read_text()
 

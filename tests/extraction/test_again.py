@@ -285,7 +285,7 @@ def test_only_what_is_asked_for_is_tried_again_where_files_are_the_same(
     ("arguments", "said"),
     [
         (["--retry", "no_stream"], "no_stream"),
-        (["--retry=no_stream"], "is a permanent reason"),
+        (["--retry=no_stream"], "is permanent, so"),
         (["--retry=slow"], "slow: is not a reason; allowed: file_missing, decode_error"),
     ],
 )

@@ -303,7 +303,7 @@ def test_what_cannot_be_converted_says_why_before_a_store_is_made(
     choice = {"name": f"own_nets:{factory}", "weights": "random:0", "engine": "openvino"}
     with pytest.raises(ConfigError, match=rf"(?i){reason}.*set engine: torch") as raised:
         extract(make_recipe(videos, sets={"one": {"rgb": choice}}))
-    assert f"own_nets:{factory}: engine openvino cannot compute this network" in str(raised.value)
+    assert f"own_nets:{factory}: engine openvino does not support this network" in str(raised.value)
     assert not (videos / "out").exists()
 
 

@@ -335,10 +335,12 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
     words = ["evaluate", root / "run", "--out", out, "--gallery", 2, *switches]
     (rule,) = [line for line in run(*words).splitlines() if line.startswith("gallery: ")]
     videos = sorted(path.name for path in (out / "gallery").iterdir())
-    counts = {kind: sum(kind in name for name in videos) for kind in ("right", "wrong", "rescued")}
+    counts = {
+        kind: sum(kind in name for name in videos) for kind in ("correct", "wrong", "rescued")
+    }
     assert [f"{count} of" in rule for count in counts.values()] == [True] * 3
     page = (out / "index.html").read_text()
-    assert rule.removeprefix("gallery of ") in page
+    assert rule.removeprefix("gallery: ") in page
     for name in videos:
         assert f'src="gallery/{name}#t=0.01"' in page
         with av.open(out / "gallery" / name) as video:

@@ -311,7 +311,7 @@ class DecodePool:
         try:
             return future.result(0)
         except MemoryError:
-            return MediaFaultError(Reason.OUT_OF_MEMORY, "could not get the memory it asked for")
+            return MediaFaultError(Reason.OUT_OF_MEMORY, "memory allocation failed")
         except (ProcessExpired, BrokenProcessPool) as death:
             # A batch system that ends the job signals its processes in any order. If ours is
             # among them, this is no fault of the clip, which must not be marked as lost.

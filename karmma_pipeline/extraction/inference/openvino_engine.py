@@ -177,12 +177,12 @@ def _refusal(name: str, error: BaseException) -> ConfigError:
     text = str(error).strip()
     lacking = _OPERATIONS.search(text)
     reason = (
-        f"it does not support {lacking[1]}"
+        f"no conversion rule for {lacking[1]}"
         if lacking
         else (text.splitlines() or [repr(error)])[0][:200]
     )
     return ConfigError(
-        f"{name}: engine openvino cannot compute this network ({reason}); set engine: torch."
+        f"{name}: engine openvino does not support this network ({reason}); set engine: torch."
     )
 
 

@@ -132,7 +132,7 @@ class BackboneChoice(Recipe):
         if self.cut is not None:
             self._check_cut(self.cut)
         if self.stored_frames is not None and self.cut != INPUT:
-            raise ValueError(f"stored_frames={self.stored_frames}: is for cut: input; leave it out")
+            raise ValueError(f"stored_frames={self.stored_frames}: requires cut: input; remove it")
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no parameter names to map")
@@ -293,7 +293,7 @@ class BackboneChoice(Recipe):
             return
         if architecture.kind != "video":
             raise ConfigError(
-                f"stored_frames={self.stored_frames}: {self.name} takes no frames; leave it out."
+                f"stored_frames={self.stored_frames}: {self.name} takes no frames; remove it."
             )
         if self.stored_frames < self.frame_count:
             raise ConfigError(
