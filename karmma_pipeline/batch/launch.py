@@ -75,7 +75,7 @@ def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
         if not ended.done:
             raise KarmmaError(
                 f"{stage.name}: its commands exited with code 0, but the stage is not done "
-                f"({ended.text}); {chain.folder / 'logs'} has their output."
+                f"({ended.text}); see the logs in {chain.folder / 'logs'}."
             )
     say("all stages are done")
 

@@ -119,7 +119,7 @@ def _changed_rows(root: Path, clips: Sequence[ClipRow]) -> Iterator[tuple[str, s
                 old = column[number]
                 new = clip.labels.get(name, -1) if names else getattr(clip, name)
                 if old != new and not (old != old and new != new):  # NaN: the file's end
-                    text = f"clip {clip.clip_id!r}: {name} was {old} and is now {new}"
+                    text = f"clip {clip.clip_id!r}: {name} was {old}, now {new}"
                     yield clip.clip_id, name, text
 
 

@@ -175,7 +175,7 @@ def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, st
     """Refuse to go on with other data than a run began with; where they lie does not matter."""
     for kind, path, before, there in _changed_sources(recipe, began, now):
         raise CheckpointError(
-            f"{recipe.out}: the run started with {kind} {_digest(before)}, now there is {path} "
+            f"{recipe.out}: the run started with {kind} {_digest(before)}, but now uses {path} "
             f"{_digest(there)}; restore the old one, or choose another folder with --set "
             "out=FOLDER."
         )

@@ -46,7 +46,7 @@ def test_a_chain_is_submitted_once_with_its_dependencies(here: Path, slurm: Fake
     assert len(slurm.jobs()) == 5
     assert "report: already queued as job 105" in again.output
     status = run("status", "chain.yaml").output
-    assert re.search(r"extract +2 pending +not begun", status)
+    assert re.search(r"extract +2 pending +not started", status)
     assert re.search(r"student +1 pending +epoch 0 of 2", status)
 
 
@@ -168,7 +168,7 @@ def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: Fak
     result = run("status", "chain.yaml")
     assert result.exit_code == 0
     assert result.output.endswith(
-        "\n(the queue could not be read: Slurm does not answer: slurm_load_jobs error: Unable to "
+        "\n(the queue could not be read: Slurm is not responding: slurm_load_jobs error: Unable to "
         "contact slurm controller (connect failure).)\n"
     )
     assert "teacher.5.log ends with: Error: the disk is full." in result.output

@@ -79,7 +79,7 @@ def test_what_changes_numbers_is_refused_and_named(store: Path, tmp_path: Path) 
             train_teacher(teacher_recipe(store, tmp_path / "r", **({"epochs": 3} | change)))
     (tmp_path / "list").write_text("c001\n")
     fewer = teacher_recipe(store, tmp_path / "r", epochs=3, exclude=str(tmp_path / "list"))
-    with pytest.raises(CheckpointError, match=r"started with exclude not set, now there is .*list"):
+    with pytest.raises(CheckpointError, match=r"started with exclude not set, but now uses .*list"):
         train_teacher(fewer)
 
 

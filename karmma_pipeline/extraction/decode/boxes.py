@@ -115,7 +115,7 @@ def _frames(source: BoxSource) -> tuple[Times, list[list[_Box]]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {error}") from None
     if not frames:
-        raise MediaFaultError(Reason.TOO_SHORT, f"{where}: no frame")
+        raise MediaFaultError(Reason.TOO_SHORT, f"{where}: no frames")
     starts = np.array([(number - 1) / FPS for number, _ in frames])
     return starts, [boxes for _, boxes in frames]
 
@@ -176,5 +176,5 @@ def _first_picture(source: FrameSource) -> npt.NDArray[Any]:
     except (OSError, tarfile.TarError, StopIteration, cv2.error) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: {error}") from None
     if picture is None:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no frame")
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no frames")
     return picture

@@ -336,10 +336,10 @@ class DecodePool:
             return MediaFaultError(
                 Reason.TIMEOUT, f"a clip took more than {self.timeout_s:g} s of CPU time"
             )
-        how = "without a result"
+        how = "exited without a result"
         if code is not None:
-            how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        return MediaFaultError(Reason.CRASHED, f"its decode process ended {how}")
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        return MediaFaultError(Reason.CRASHED, f"its decode process {how}")
 
     def _is_done(self, future: _Future) -> bool:
         """Wait for a task; False if it was lost with its pool.
