@@ -150,7 +150,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_name(
     make_video("fine.mp4")
     write_rows(tmp_path, ["a,fine.mp4,0,1,x,train"])
     extract(make_recipe(tmp_path, sets=ONLY_RGB))
-    with pytest.raises(StoreError, match=r"rgb\.provenance\.sampling\.mode is 'uniform' there"):
+    with pytest.raises(StoreError, match=r"rgb\.provenance\.sampling\.mode was 'uniform', now"):
         extract(make_recipe(tmp_path, sets=ONLY_RGB, sampling={"mode": "fps"}))
 
 
