@@ -335,8 +335,8 @@ class DistillRecipe(TrainRecipe):
     kl_clips: Literal["all", "right", "better"] = Field(
         "all",
         description="Clips that contribute to the KL term, per head and mask. all: all clips; "
-        "right: clips that the teacher classifies correctly; better: clips whose label gets a higher "
-        "probability from the teacher than from the student. The mean is over all clips; "
+        "right: clips that the teacher classifies correctly; better: clips whose label gets a "
+        "higher probability from the teacher than from the student. The mean is over all clips; "
         "clips without a label always contribute.",
     )
     cross_fitted: bool = Field(
