@@ -398,7 +398,7 @@ class Difference(NamedTuple):
     here: Any
 
     def __str__(self) -> str:
-        return self.said("there", "here")
+        return f"{self.path} was {self.there!r}, now {self.here!r}"
 
     def said(self, there: str, here: str) -> str:
         """Return it in words, with names for the two places, such as ``in the store``."""

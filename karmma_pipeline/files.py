@@ -144,7 +144,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number in _BROKEN:
             raise KarmmaError(
                 f"{path}: file system error ({os.strerror(number)}); everything saved before is "
-                "kept. Fix the disk and run the same command again to resume."
+                "kept. Fix the disk and run the same command again."
             ) from error
         raise
 
@@ -171,7 +171,7 @@ def _full(path: Path) -> KarmmaError:
         left = f"{disk.f_bavail * disk.f_frsize / 1e6:.0f} MB and {disk.f_favail} inodes free"
         return KarmmaError(
             f"{path}: the disk or your quota is full ({left}); free some space and run the same "
-            "command again to resume."
+            "command again."
         )
     return KarmmaError(f"{path}: the disk or your quota is full; free some space and try again.")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 #: Stands in place of a class, in tables, for clips without any modality.
-NOTHING = "nothing to see"
+NOTHING = "no modality"
 
 #: Canonical order: a mask's column is the modality's place in this order.
 KNOWN = ("rgb", "flow", "audio", "boxes")
@@ -79,7 +79,7 @@ NO_MEDIA = {
     "an archive": "unpack it",
     "a web page": "download it again",
     "a Git LFS pointer": "fetch the file with git lfs pull",
-    "zero bytes": "download or copy it again",
+    "all zeros": "download or copy it again",
 }
 
 _FINAL = {Reason.PRESENT, Reason.NO_STREAM, Reason.NOT_IN_DATASET, Reason.TOO_SHORT}
@@ -90,7 +90,8 @@ _NEW = "with another folder (--set out=FOLDER)"
 _HINTS = {
     Reason.PRESENT: "",
     Reason.FILE_MISSING: f"Check the path in the manifest, or download the file; {_THEN}.",
-    Reason.NO_STREAM: "The file has no such stream; nothing to do if it was recorded without one.",
+    Reason.NO_STREAM: "The file has no stream of this kind; nothing to do if it was recorded "
+    "without one.",
     Reason.DECODE_ERROR: "The file is damaged or in an unknown codec; download or re-encode it, "
     f"{_THEN}.",
     Reason.TIMEOUT: "Decoding took too long; re-encode the file, or raise decode.timeout_s; "

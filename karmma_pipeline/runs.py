@@ -82,7 +82,7 @@ class RunFolder:
             if differing:  # of a start that failed
                 check_output(self.path, {RECIPE, *_STARTED, *_MADE}, "besides a recipe")
         else:
-            check_output(self.path, _STARTED, "and no run")
+            check_output(self.path, _STARTED, "but no run")
 
     def claim(self, recipe: Recipe) -> None:
         """Make the folder that of this run; called after every check that may fail.

@@ -201,8 +201,8 @@ def test_classes_meet_by_name_and_foreign_tokens_are_refused(trained: Path, tmp_
     with pytest.raises(km.KarmmaError, match="come from a different backbone"):
         km.predict(trained / "run", tmp_path / "wide")
     for without, message in (
-        (["sound"], "no such modality"),
-        (["rgb", "flow", "audio"], "no modality is left"),
+        (["sound"], "unknown modality"),
+        (["rgb", "flow", "audio"], "leaves no modality"),
     ):
         with pytest.raises(km.KarmmaError, match=message):
             km.predict(trained / "run", trained / "s", without=without)

@@ -316,7 +316,7 @@ def test_an_interrupt_during_imports_is_one_line_and_code_75(tmp_path: Path) -> 
     )
     ended, said = light("extract", "r.yaml", cwd=tmp_path, before=interrupt)
     assert ended == "75 []"
-    assert said == "Error: stopped by SIGINT; run the same command again to resume."
+    assert said == "Error: stopped by SIGINT; run the same command again."
 
 
 def test_a_missing_weights_file_is_an_error() -> None:

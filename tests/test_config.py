@@ -188,7 +188,7 @@ def test_a_saved_recipe_means_by_a_key_that_it_lacks_what_was_done_before(tmp_pa
         "rule: the default is now 'new'; it was 'old' in earlier versions"
     ]
     wanted = config.build(Old, {"lr": 0.1, "rule": "new"}, "mine")
-    assert config.saved_differences(path, wanted) == ["rule is 'old' there and 'new' here"]
+    assert config.saved_differences(path, wanted) == ["rule was 'old', now 'new'"]
     assert list(config.changed_defaults(wanted)) == []
 
 

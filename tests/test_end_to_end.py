@@ -47,5 +47,5 @@ def test_the_quick_demo_ends_in_a_report_and_is_not_repeated(tmp_path: Path) -> 
     before = files()
     second = CliRunner().invoke(main, words, catch_exceptions=False)
     assert second.exit_code == 0
-    assert "6 of 6 are done" in second.output
+    assert "6 of 6 stages done" in second.output
     assert files() == before

@@ -42,13 +42,13 @@ def test_a_run_folder_explains_itself_and_can_be_opened_again(tmp_path: Path) ->
 def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     begin(tmp_path / "r", Example())
     (tmp_path / "r/best").mkdir()
-    with pytest.raises(ConfigError, match=r"part\.a is 1 there and 2 here"):
+    with pytest.raises(ConfigError, match=r"part\.a was 1, now 2"):
         RunFolder(tmp_path / "r", Example(part={"a": 2}))
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"contains other files, such as thesis\.tex, and no run"):
+    with pytest.raises(ConfigError, match=r"contains other files, such as thesis\.tex, but no run"):
         RunFolder(tmp_path, Example())
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is a file"):

@@ -48,7 +48,7 @@ def check_stores(stages: Sequence[ChainStage]) -> None:
     """
     stores = _Stores()
     found = [(stage.name, fault) for stage in stages for fault in _settings(stage, stages, stores)]
-    _refuse("nothing can be trained on what was extracted", found)
+    _refuse("cannot train on the extracted stores", found)
 
 
 def _refuse(what: str, found: Sequence[tuple[str, str]]) -> None:

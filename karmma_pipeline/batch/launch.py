@@ -74,8 +74,8 @@ def run_locally(path: Path, site: Site, stop: StopFlag, say: Say) -> None:
         _stop_at_faults([ended])
         if not ended.done:
             raise KarmmaError(
-                f"{stage.name}: its commands ended without an error, but the stage is not done "
-                f"({ended.text}); {chain.folder / 'logs'} has their output."
+                f"{stage.name}: its commands exited with code 0, but the stage is not done "
+                f"({ended.text}); see the logs in {chain.folder / 'logs'}."
             )
     say("all stages are done")
 

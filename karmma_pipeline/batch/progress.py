@@ -89,7 +89,7 @@ def _extraction(recipe: ExtractRecipe, stores: tuple[Path, ...], count: int) -> 
         lacking = len(missing_shards(stores))
         missing = tuple(missing_parts(list(stores), count))
     except StoreError:
-        return StageProgress(done=False, text="not begun", missing=everything)
+        return StageProgress(done=False, text="not started", missing=everything)
     text = f"{shards - lacking} of {counted(shards, 'shard')}"
     changed = changed_keys(recipe.out, recipe, _HOW)
     if missing:
@@ -161,7 +161,7 @@ def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
     if page.stat().st_mtime_ns < results.stat().st_mtime_ns:
         return StageProgress(done=False, text="report incomplete")
     if changed := changed_keys(recipe.out, recipe):
-        return StageProgress(done=False, text="report", changed=changed)
+        return StageProgress(done=False, text="report written", changed=changed)
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
     others = [
         str(run)
@@ -169,7 +169,7 @@ def _evaluation(recipe: EvaluateRecipe) -> StageProgress:
         if _digest(run / recipe.checkpoint / WEIGHTS) != evaluated["model_digest"]
         or not _hold(recipe.stores, evaluated["store_digest"])
     ]
-    return StageProgress(True, "report", changed=tuple(others))
+    return StageProgress(True, "report written", changed=tuple(others))
 
 
 def _digest(path: Path) -> str:

@@ -260,7 +260,7 @@ def queue() -> list[QueuedJob]:
         fields = _run(["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%j"])
     except _FailedError as error:
         # It says in several lines which of its ways to the controller failed, the cause last.
-        raise KarmmaError(f"Slurm does not answer: {error.lines[-1].rstrip('.')}.") from None
+        raise KarmmaError(f"Slurm is not responding: {error.lines[-1].rstrip('.')}.") from None
     return [QueuedJob(*line.split("|", 3)) for line in fields.splitlines() if line.count("|") >= 3]
 
 

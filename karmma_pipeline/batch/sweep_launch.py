@@ -47,7 +47,7 @@ def run_locally(sweep: LoadedSweep, jobs: int | None, site: Site, stop: StopFlag
     check(sweep, progresses)
     todo = [stage for stage in sweep.stages if not progresses[stage.name].done]
     names = {stage.name for stage in todo}
-    say(f"{len(sweep.stages) - len(todo)} of {len(sweep.stages)} are done")
+    say(f"{len(sweep.stages) - len(todo)} of {len(sweep.stages)} stages done")
     commands = [
         LocalCommand(
             stage.name,

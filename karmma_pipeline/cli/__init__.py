@@ -21,7 +21,7 @@ try:
     from karmma_pipeline.cli.store import store
     from karmma_pipeline.cli.train import distill, train_baseline, train_teacher
 except KeyboardInterrupt:  # Ctrl-C at once: before `main`, which says the same, is there
-    sys.stderr.write("Error: stopped by SIGINT; run the same command again to resume.\n")
+    sys.stderr.write("Error: stopped by SIGINT; run the same command again.\n")
     sys.exit(75)
 
 
@@ -30,8 +30,8 @@ except KeyboardInterrupt:  # Ctrl-C at once: before `main`, which says the same,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     # Click keeps the line breaks of a paragraph that a backspace opens.
     epilog="""\b
-Exit codes: 0 done, 1 failed, 2 usage or recipe error, 3 done but too many
-clips failed, 75 stopped by a signal (run the same command again to resume).""",
+Exit codes: 0 success, 1 error, 2 usage or recipe error, 3 finished but too
+many clips failed, 75 stopped by a signal (run the same command again).""",
 )
 @click.version_option(__version__, prog_name="karmma")
 def main() -> None:

@@ -23,18 +23,18 @@ site_option = click.option(
 @click.command()
 @chain_argument
 @site_option
-@click.option("--dry-run", is_flag=True, help="Print the batch scripts and submit nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the batch scripts without submitting them.")
 @click.option(
     "--launcher",
     type=click.Choice(["slurm", "local"]),
     default="slurm",
     show_default=True,
-    help="local: run the chain on this machine, parts of an array side by side.",
+    help="local: run the chain on this machine, array tasks in parallel.",
 )
 def submit(chain: Path, site: Path | None, dry_run: bool, launcher: str) -> None:
     """Submit a chain of stages to Slurm, or run it locally.
 
-    Running it again skips finished stages.
+    Finished stages are skipped.
     """
     from karmma_pipeline.batch import launch
 
@@ -73,8 +73,8 @@ def status(chain: Path) -> None:
 @click.option("--status", "shown", is_flag=True, help="Show the progress of each method.")
 @click.option("--slurm", is_flag=True, help="Submit the runs to Slurm as job arrays.")
 @site_option
-@click.option("--dry-run", is_flag=True, help="Print the batch scripts and submit nothing.")
-@click.option("--run", "name", metavar="NAME", help="Do only this run, METHOD/seedS, or `report`.")
+@click.option("--dry-run", is_flag=True, help="Print the batch scripts without submitting them.")
+@click.option("--run", "name", metavar="NAME", help="Run only METHOD/seedS, or only `report`.")
 def sweep(
     sweep: Path,
     overrides: tuple[str, ...],
@@ -85,9 +85,9 @@ def sweep(
     dry_run: bool,
     name: str | None,
 ) -> None:
-    """Train methods with many settings and seeds.
+    """Train methods with several settings and seeds.
 
-    One report compares them all. Running it again trains only what is missing.
+    Writes one report that compares all runs. Finished runs are skipped.
     """
     from karmma_pipeline.batch import sweep_launch
     from karmma_pipeline.batch.sweep import load_sweep, run_one

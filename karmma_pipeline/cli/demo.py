@@ -28,9 +28,9 @@ _seed_option = click.option(
 def demo(ctx: click.Context, out: Path, quick: bool, seed: int, end_to_end: bool) -> None:
     """Run all stages on generated clips and write a report.
 
-    Takes a few minutes on a CPU. Each stage is a printed command that can be run by itself;
-    running the demo again skips finished stages. Models are trained with three seeds and reported
-    on a held-out test split.
+    Takes a few minutes on a CPU. Each stage is printed as a command that can also be run by
+    itself; finished stages are skipped when the demo is run again. Models are trained with three
+    seeds and evaluated on a held-out test split.
     """
     from karmma_pipeline.demo import commands, write_recipes
 

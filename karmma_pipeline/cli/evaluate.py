@@ -27,8 +27,8 @@ from karmma_pipeline.cli.options import check_option, finish, load_recipe, set_o
     "--gallery",
     type=click.IntRange(1, 50),
     metavar="N",
-    help="Add videos to the report: N clips that the last run gets right, N that it gets wrong, "
-    "and N that it only gets right with several modalities.",
+    help="Add videos to the report: N clips that the last run classifies correctly, N that it gets "
+    "wrong, and N that it gets wrong with its best single modality but right with all.",
 )
 @set_option
 @check_option
@@ -56,13 +56,13 @@ def evaluate(
     from karmma_pipeline.evaluation.evaluate import evaluate as run
     from karmma_pipeline.jobs import StopFlag
 
-    with StopFlag() as stop:
+    with StopFlag(resumes=False) as stop:
         report = run(resolved, stop)
         lines = [report.summary()]
         if gallery is not None:
             from karmma_pipeline.cli.gallery import write_gallery
 
-            lines.append(f"gallery of {write_gallery(resolved, report, gallery, stop)}")
+            lines.append(f"gallery: {write_gallery(resolved, report, gallery, stop)}")
         finish(*lines)
 
 

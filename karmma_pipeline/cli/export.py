@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Export a trained model to ONNX.
 
-    One file per backbone, one for the fusion model, export.json and a model card (README.md).
+    Writes a file per backbone, one for the fusion model, export.json and a model card (README.md).
     `karmma predict` and `karmma live` load the folder on any machine, without the run, its store or
     PyTorch weights. Nothing is written if logits differ from PyTorch's by more than 1e-4 on any
     subset of modalities.
@@ -50,11 +50,11 @@ def export(
         gap = found["difference"][subset]
         click.echo(
             f"{subset}: p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, "
-            f"largest difference of a logit from PyTorch {gap:.1e}"
+            f"largest logit difference from PyTorch {gap:.1e}"
         )
     if made.verdict:
         click.echo(f"int8: {made.verdict}")
     finish(
-        f"exported: {made.folder}, {len(made.card.files)} files of {megabytes:.0f} MB",
+        f"exported: {made.folder}, {len(made.card.files)} files, {megabytes:.0f} MB",
         then=f"karmma predict {made.folder} VIDEO",
     )

@@ -57,7 +57,7 @@ class _Extract(click.Command):
     "transient ones). changed: clips whose files have changed since they were extracted.",
 )
 @click.option(
-    "--part", metavar="I/N", help="Extract only part I of N; default: that of the Slurm array task."
+    "--part", metavar="I/N", help="Extract only part I of N; default: from the Slurm array task."
 )
 @click.option(
     "--devices",

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from karmma_pipeline.recognition.stream import Stream
 
 _TOO_LATE = (
-    "predictions come up to {:.3g} s late, longer than a window of {:g} s: one prediction takes "
-    "that long, so skipping windows does not help; use a smaller model, a faster device or a "
-    "longer --window"
+    "predictions are up to {:.3g} s late, more than the window of {:g} s: a single prediction "
+    "takes that long, so skipping windows does not help; use a smaller model, a faster device or "
+    "a longer --window"
 )
 
 
@@ -39,7 +39,7 @@ _TOO_LATE = (
 @click.option(
     "--without", multiple=True, metavar="MODALITY", help="Modality to switch off; repeatable."
 )
-@click.option("--chaos", type=float, default=0.0,
+@click.option("--chaos", "rate", type=float, default=0.0,
               help="Probability per second that a sensor fails or recovers.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --chaos.")
 @click.option("--fast", is_flag=True, help="Process --source as fast as inference allows.")
@@ -63,7 +63,7 @@ def live(
     hop_s: float,
     deadline_s: float,
     without: tuple[str, ...],
-    chaos: float,
+    rate: float,
     seed: int,
     fast: bool,
     measure: bool,
@@ -94,7 +94,7 @@ def live(
     from karmma_pipeline.recognition.prediction import Dropout
     from karmma_pipeline.recognition.recognizer import Recognizer
 
-    failures = playing.Failures(chaos, seed)
+    failures = playing.Failures(rate, seed)
     recognizer = Recognizer.load(run, device, parse_weights(weights), engine)
     if measure:
         _measure(recognizer, window_s, hop_s)
@@ -104,7 +104,7 @@ def live(
     for modality in without:
         stream.switch(modality, on=False)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopFlag())
+        stop = stack.enter_context(StopFlag(resumes=False))
         if source is None:
             assert camera is not None  # noqa: S101  (one of the two is there)
             events = playing.camera_events(camera)
@@ -129,9 +129,7 @@ def live(
                 page.show(_plain(row, stream, answered))
     said = f"windows skipped: {stream.skipped}"
     click.echo(
-        said
-        if fast
-        else f"{said}; the largest delay of a prediction was {late_s:.2f} s after its window"
+        said if fast else f"{said}; largest delay of a prediction after its window: {late_s:.2f} s"
     )
     if late_s > window_s and not fast:
         click.echo(_TOO_LATE.format(late_s, window_s))
@@ -142,7 +140,7 @@ def _measure(recognizer: Recognizer, window_s: float, hop_s: float) -> None:
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.recognition.latency import latencies, play_hops
 
-    with StopFlag() as stop:
+    with StopFlag(resumes=False) as stop:
         slowest_s = 0.0
         for latency in latencies(recognizer, window_s, hop_s, stop):
             click.echo(latency.sentence())

@@ -57,7 +57,7 @@ class Commands(click.Group):
         except KarmmaError as error:
             raise Problem(error) from error
         except KeyboardInterrupt:  # while nobody looked at a `StopFlag`, such as during imports
-            raise Stopped("stopped by SIGINT; run the same command again to resume.") from None
+            raise Stopped("stopped by SIGINT; run the same command again.") from None
         except OSError as error:
             if error.filename is not None and error.strerror:
                 raise click.ClickException(f"{error.filename}: {error.strerror}.") from error

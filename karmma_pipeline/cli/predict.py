@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 @click.option(
     "--without", multiple=True, metavar="MODALITY", help="Modality to leave out; repeatable."
 )
-@click.option("--drop", type=float, default=0.0, help="Probability of dropping each modality.")
+@click.option(
+    "--drop", "rate", type=float, default=0.0, help="Probability of dropping each modality."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of --drop.")
 @click.option("--top", type=click.IntRange(1, 100), default=5, help="Number of classes to write.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"),
@@ -62,7 +64,7 @@ def predict(
     window_s: float | None,
     hop_s: float | None,
     without: tuple[str, ...],
-    drop: float,
+    rate: float,
     seed: int,
     top: int,
     out: Path,
@@ -76,9 +78,9 @@ def predict(
     """Recognise actions in videos with a trained model.
 
     INPUTS are videos, manifests (the CSV of `karmma extract`; labels are optional), or ROS 2 bags
-    in MCAP (see --topic). Predictions are those of `karmma evaluate`: the same decoding, backbones
-    and fusion model. Writes predictions.csv, predictions.jsonl and timeline.html. Inputs that
-    cannot be read are named at the end, after the others; the exit code is then 1.
+    in MCAP (see --topic). Predictions match `karmma evaluate`: same decoding, backbones and fusion
+    model. Writes predictions.csv, predictions.jsonl and timeline.html. Inputs that cannot be read
+    are listed at the end, with exit code 1.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; choose a folder.")
@@ -90,7 +92,7 @@ def predict(
     from karmma_pipeline.recognition.recognizer import Recognizer
 
     started = time.perf_counter()
-    spans, dropout = Spans(start_s, stop_s, window_s, hop_s), Dropout(without, drop, seed)
+    spans, dropout = Spans(start_s, stop_s, window_s, hop_s), Dropout(without, rate, seed)
     others = any(path.suffix.lower() in {".csv", ".mcap"} for path in inputs)
     sensors = sensors_of(run) if others else {}
     bags = _unpacked(inputs, topics, sensors, out, clock)
@@ -99,7 +101,7 @@ def predict(
     recognizer = Recognizer.load(run, device, parse_weights(weights), engine)
     for note in (*recognizer.notes, *faults.values()):
         click.echo(f"note: {note}", err=True)
-    with StopFlag() as stop:
+    with StopFlag(resumes=False) as stop:
         rows = _answers(recognizer, wanted, dropout, out, top, stop)
         write_timeline(out / "timeline.html", rows, recognizer.card.name)
         faults |= {path: fault for path, fault in unseen(rows).items() if path in inputs}
@@ -165,7 +167,7 @@ def _overlays(rows: list[Row], out: Path, stop: StopFlag) -> dict[Path, KarmmaEr
     sources, faults = dict.fromkeys(row.source for row in rows), dict[Path, "KarmmaError"]()
     for number, source in enumerate(sources):
         if not has_pictures(source):
-            click.echo(f"no video: {source} has no pictures", err=True)
+            click.echo(f"note: no overlay for {source}: it has no video stream", err=True)
             continue
         some = sorted((r for r in rows if r.source == source), key=lambda row: row.start_s)
         name = f"{number:03d}_{source.stem}" if len(sources) > 1 else source.stem

@@ -39,13 +39,13 @@ def store_info(path: Path) -> None:
     "--repair", is_flag=True, help="Remove damaged shards; the next extract rebuilds them."
 )
 def store_verify(path: Path, repair: bool) -> None:
-    """Verify every byte of a store against its checksums."""
+    """Verify a store against its checksums."""
     from karmma_pipeline.errors import StoreError
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store import repair as take_away
     from karmma_pipeline.store import verify
 
-    with StopFlag() as stop:
+    with StopFlag(resumes=False) as stop:
         damages = verify(path, stop)
     for damage in damages:
         click.echo(str(damage))
@@ -73,7 +73,7 @@ def store_verify(path: Path, repair: bool) -> None:
 def store_finalize(paths: tuple[Path, ...], parts: int) -> None:
     """Complete a store that was extracted in parts.
 
-    The last part to finish does this by itself. Fails while shards are missing, and prints the
+    The last part to finish does this automatically. Fails if shards are missing and prints the
     command that extracts them.
     """
     from karmma_pipeline.extraction.progress import finish, recipe_of
@@ -133,7 +133,7 @@ def store_merge(stores: tuple[Path, ...], out: Path, label_spaces: LabelSpaces) 
 @click.option(
     "--ids",
     type=click.File(),
-    help="Text file with one clip id per line; OUT will have these clips.",
+    help="Text file with one clip id per line; OUT contains these clips.",
 )
 def store_split(store: Path, out: Path, by: Any, ids: Any) -> None:
     """Split a store by split, group or a list of clips."""
@@ -229,8 +229,8 @@ def store_export(store: Path, out: Path, layout: Any) -> None:
 def store_import(folder: Path, out: Path, clips: Path | None, source: str, dtype: Any) -> None:
     """Import .npy or .npz features into a store.
 
-    FOLDER has a folder per modality with a file per clip, CLIP_ID.npy, of its tokens [N, D]: the
-    layout that `karmma store export` writes.
+    FOLDER contains one folder per modality with one file per clip, CLIP_ID.npy, of shape [N, D].
+    `karmma store export` writes this layout.
     """
     from karmma_pipeline.jobs import StopFlag
     from karmma_pipeline.store.tools.imports import import_features
@@ -251,13 +251,13 @@ def store_diff(store: Path, other: Path) -> None:
     from karmma_pipeline.store.tools.info import diff
 
     differ = False
-    with StopFlag() as stop:
+    with StopFlag(resumes=False) as stop:
         for line in diff(store, other, stop):
             click.echo(line)
             differ = True
     if differ:
         raise click.exceptions.Exit(1)
-    click.echo("the same")
+    click.echo("the stores are identical")
 
 
 @store.command("gc")

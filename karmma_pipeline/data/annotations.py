@@ -153,7 +153,7 @@ def read_table(path: Path, required: Iterable[str], what: str = "manifest") -> l
         plain = {c.casefold(): c for c in columns}
         near = (difflib.get_close_matches(c.casefold(), plain, n=1) for c in missing)
         hint = "".join(
-            f"; call {plain[n[0]]!r} {c}" for c, n in zip(missing, near, strict=True) if n
+            f"; rename {plain[n[0]]!r} to {c}" for c, n in zip(missing, near, strict=True) if n
         )
         if len(columns) == 1:
             hint = ", separated by commas, semicolons or tabs"
@@ -191,7 +191,7 @@ def _text(path: Path, what: str) -> str:
         # Of UTF-16 without its mark, and of some databases, every byte is UTF-8.
         if kind or b"\0" in data[:4096]:
             raise ManifestError(
-                f"{path}: line 1: not a UTF-8 CSV file ({kind or 'it contains zero bytes'}); "
+                f"{path}: line 1: not a UTF-8 CSV file ({kind or 'it contains NUL bytes'}); "
                 "save it as CSV UTF-8."
             )
         return data.decode("utf-8-sig")
@@ -277,7 +277,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     if not isinstance(value, kind):
         raise ManifestError(f"{path}: the {what} must be a JSON {_called(kind)}.")
     if isinstance(value, _Twice):
-        raise ManifestError(f"{path}: {value.keys_twice[0]!r:.90} stands twice in the {what}.")
+        raise ManifestError(f"{path}: {value.keys_twice[0]!r:.90} appears twice in the {what}.")
     return value
 
 
@@ -311,7 +311,7 @@ def field(entry: Any, key: str, kind: type[T], default: T | None = None) -> T:
     if not isinstance(entry, dict):
         raise ValueError(f"is not a JSON object: {entry!r:.60}")
     if isinstance(entry, _Twice) and key in entry.keys_twice:
-        raise ValueError(f"{key} stands twice")
+        raise ValueError(f"{key} appears twice")
     value = entry.get(key)
     if value is None:
         if default is None:

@@ -311,12 +311,12 @@ class _Comparison:
 
     def _covers(self, common: int, counts: Sequence[int]) -> str:
         clips = self.values.shape[2]
-        units = f"these {clips} clips"
+        units = f"{clips} clips"
         if self.grouped:
-            units = f"these {len(self._names)} groups of {clips} clips"
+            units = f"{clips} clips in {len(self._names)} groups"
         one, other = counts
         if not common:
-            return f"{units}, {_count(one)} and {_count(other)} that are not paired"
+            return f"{units}, {_count(one)} and {_count(other)}, unpaired"
         of = "" if common == one == other else " in common"
         return f"{units}, {_count(common)}{of}"
 

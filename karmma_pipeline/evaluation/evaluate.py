@@ -78,10 +78,10 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
         StoppedError: a stop was asked for; run again, nothing is lost but time.
         KarmmaError: see the message.
     """
-    stop, recipe = stop or StopFlag(), with_stores(recipe)
+    stop, recipe = stop or StopFlag(resumes=False), with_stores(recipe)
     device = pick_device(recipe.device)
     layout.check_outside(recipe.out)
-    runs.check_output(recipe.out, _OURS, "and is not a report folder")
+    runs.check_output(recipe.out, _OURS, "but no report")
     with locks.locked(recipe.out / ".lock", "writes a report into this folder", runs.ELSE):
         folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]
         cards = [(run, read_card(f)) for run, f in zip(recipe.runs, folders, strict=True)]

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from karmma_pipeline.evaluation.results import metric_names
 from karmma_pipeline.metrics import metric_correct
 
-Kind = Literal["right", "wrong", "rescued"]
-KINDS: tuple[Kind, ...] = ("right", "wrong", "rescued")
+Kind = Literal["correct", "wrong", "rescued"]
+KINDS: tuple[Kind, ...] = ("correct", "wrong", "rescued")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def choose(logits: Path, count: int, seed: int) -> Choice:
     best = max(singles, key=lambda place: int((right(place) & present[place]).sum()))
     alone = right(best) & present[best]
     pools: dict[Kind, npt.NDArray[np.bool_]] = {
-        "right": every & alone,
+        "correct": every & alone,
         "wrong": known & ~every,
         "rescued": every & ~alone & present[best],
     }

@@ -62,7 +62,7 @@ def peak_memory_mib(
     }
     text = json.dumps(request)
     if text not in _measured:  # runs of one architecture share what was measured
-        _measured[text] = _measure_elsewhere(text, stop or StopFlag())
+        _measured[text] = _measure_elsewhere(text, stop or StopFlag(resumes=False))
     return dict(zip(chosen, _measured[text], strict=True))
 
 

@@ -176,9 +176,9 @@ def predict_clips(
     kept = tuple(m for m in store.modalities if m not in without)
     if unknown := sorted(without - set(model.card.modalities)):
         known = ", ".join(store.modalities)
-        raise ConfigError(f"without={unknown[0]!r}: no such modality; there are {known}.")
+        raise ConfigError(f"without={unknown[0]!r}: unknown modality; the run has {known}.")
     if not kept:
-        raise ConfigError("without: no modality is left; keep at least one.")
+        raise ConfigError("without: leaves no modality; keep at least one.")
     rows = clips_of_split(store, split)
     clips, V = store.view_rows(rows), store.view_count
     present = store.present[rows].reshape(len(clips), V, -1).any(axis=1)

@@ -92,11 +92,11 @@ class EvaluateRecipe(Recipe):
         description="Run folder as written in `runs` -> name in the legend; "
         "default: the name in the saved model.",
     )
-    checkpoint: Literal["best", "last"] = Field("best", description="Which saved model of a run.")
+    checkpoint: Literal["best", "last"] = Field("best", description="Model of a run to evaluate.")
     title: Annotated[str, Field(max_length=120)] = Field(
         "", description="Name of the data in titles; default: that of the manifest or data set."
     )
-    split: str = Field("val", description="Split to evaluate; empty: every clip.")
+    split: str = Field("val", description="Split to evaluate; empty: all clips.")
     exclude: Path | None = Field(
         None, description="Text file with ids of clips to exclude, one per line."
     )
@@ -140,7 +140,7 @@ class EvaluateRecipe(Recipe):
 
     robustness: RobustnessTests | None = Field(
         None,
-        description="Tests beyond independent drops: `robustness: {}` for one missing "
+        description="Further robustness tests: `robustness: {}` for one missing "
         "modality, `{stale: [0.5, 1]}` for a sensor that repeats old data; null: none.",
     )
     submission: EpicSubmission | None = Field(

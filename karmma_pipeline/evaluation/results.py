@@ -43,7 +43,7 @@ class SubsetScores(Recipe):
     modalities: tuple[str, ...] = Field(description="The modalities used.")
     protocol: Protocol = Field(
         description="all: every clip, natively absent modalities are absent; "
-        "complete: only clips that natively have every modality."
+        "complete: only clips that natively have all modalities."
     )
     clips: int = Field(description="Clips evaluated.")
     without: int = Field(
@@ -179,12 +179,12 @@ class RunResult(Recipe):
     costs: tuple[Cost, ...] = Field((), description="Costs per subset; empty if not requested.")
     cost_note: str = Field("", description="How the costs were measured.")
     class_correct: dict[str, tuple[int, ...]] = Field(
-        description="Correct predictions per class with every modality, protocol `all`."
+        description="Correct predictions per class with all modalities, protocol `all`."
     )
     confusion: dict[str, tuple[tuple[int, int, int], ...]] = Field(
         {},
-        description="Per head: class, prediction, number of clips (if any), with every "
-        "modality; prediction -1: no modality present.",
+        description="Per head: class, prediction, number of clips (if any), with all "
+        "modalities; prediction -1: no modality present.",
     )
     calibration: dict[str, Calibration] = Field(
         {}, description="Per head, and of `action` by the product of the heads' probabilities."
@@ -264,7 +264,7 @@ class Difference(Recipe):
     seeds: tuple[int | None, ...] = Field(description="The seeds in common; empty: not paired.")
     by_seed: tuple[float, ...] = Field(description="Difference for each of `seeds`.")
     seeds_low: float | None = Field(
-        None, description="Lower end of the 95 % t interval over seeds, for these very clips."
+        None, description="Lower end of the 95 % t interval over seeds, with the clips fixed."
     )
     seeds_high: float | None = Field(None, description="Upper end.")
     bootstrap_low: float = Field(
@@ -303,10 +303,10 @@ class Data(Recipe):
     """The clips on which every run was evaluated."""
 
     name: str = Field(description="Name of the data in titles.")
-    split: str = Field(description="Split; empty means every clip of the store.")
+    split: str = Field(description="Split; empty means all clips of the store.")
     clips: int = Field(description="Clips evaluated.")
     official_clips: int | None = Field(None, description="Size of the official split, if stated.")
-    complete: int = Field(description="Clips that natively have every modality.")
+    complete: int = Field(description="Clips that natively have all modalities.")
     empty: int = Field(description="Clips that natively have none.")
     present: dict[str, int] = Field(description="Clips that natively have each modality.")
     reasons: dict[str, dict[str, int]] = Field(

@@ -147,7 +147,7 @@ def split_warnings(runs: Sequence[SubsetLogits], split: str) -> Iterator[str]:
         names = {run.name: None for run in runs if of_run(run) and split in ("", of_run(run))}
         same = all(run.store.digest == run.card.store_digest for run in runs if run.name in names)
         if names:
-            clips = f"the split {split!r}," if split else "every clip of the store, including those"
+            clips = f"the split {split!r}," if split else "all clips of the store, including those"
             where = "" if same else ", but in another store; make sure that no clip is in both"
             yield (
                 f"This report evaluates {clips} on which {what} ({', '.join(names)}){where}. "

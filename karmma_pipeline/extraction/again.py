@@ -58,11 +58,7 @@ class Retry:
         for name in given:
             if name not in (*PASSING, CHANGED):
                 final = name in {reason.label for reason in Reason}
-                why = (
-                    "is a permanent reason that a retry cannot change"
-                    if final
-                    else "is not a reason"
-                )
+                why = "is permanent, so a retry would not help" if final else "is not a reason"
                 raise ConfigError(
                     f"--retry {name}: {why}; allowed: {', '.join((*PASSING, CHANGED))}."
                 )

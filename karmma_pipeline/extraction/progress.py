@@ -139,8 +139,8 @@ class ExtractReport:
             )
         if self.halved:
             lines.append(
-                f"{counted(self.halved, 'batch', 'batches')} halved, being too large for memory; "
-                "reduce batch_size or memory_gb to avoid this"
+                f"{counted(self.halved, 'batch', 'batches')} did not fit into memory and ran in "
+                "halves; reduce batch_size or memory_gb to avoid this"
             )
         if not self.complete:
             lines.append("this part is done; the stores will be complete when all other parts are")

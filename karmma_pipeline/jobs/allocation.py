@@ -307,9 +307,13 @@ class StopFlag:
     The first SIGINT says so at once; a second one ends the process there and then, which costs no
     more than what was not saved yet. A SIGHUP that is ignored, as under ``nohup``, stays so. Used
     as a context manager in the main thread; elsewhere it only holds the flag.
+
+    Args:
+        resumes: whether the command goes on where it stopped if it is run again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resumes: bool = True) -> None:
+        self._again = "run the same command again" + (" to resume" if resumes else "")
         self._signal: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -333,7 +337,7 @@ class StopFlag:
         # than set the flag: a lock that it took could be held by the code that it interrupted.
         # os.write takes none.
         if self._signal == signal.SIGINT == number:
-            _say("stopped immediately; run the same command again to resume.")
+            _say(f"stopped immediately; {self._again}.")
             os._exit(ExitCode.STOPPED)
         if number == signal.SIGINT:
             _say("stopping after this batch; press Ctrl-C again to stop now")
@@ -352,7 +356,7 @@ class StopFlag:
         """Raise StoppedError if a stop was asked for; ``saved`` says what is safe."""
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            raise StoppedError(f"stopped by {name}: {saved}; run the same command again to resume.")
+            raise StoppedError(f"stopped by {name}: {saved}; {self._again}.")
 
 
 def _say(line: str) -> None:

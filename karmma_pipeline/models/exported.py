@@ -93,7 +93,7 @@ class ExportCard(Recipe):
 
     version: Literal[1] = Field(1, description="Version of this schema.")
     model: ModelCard = Field(description="Model card of the exported model.")
-    opset: int = Field(description="Version of ONNX's operators.")
+    opset: int = Field(description="ONNX opset version.")
     backbones: dict[str, ExportedBackbone] = Field(
         description="Modality -> network, where it has one."
     )

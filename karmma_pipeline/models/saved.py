@@ -312,8 +312,8 @@ def begin_from(model: TokenModel, card: ModelCard, folder: Path) -> list[str]:
         here, there = getattr(card.size, key), getattr(theirs.size, key)
         if here != there:
             raise CheckpointError(
-                f"{folder}: size.{key} is {there} there and {here} here; to start from its "
-                f"weights, set size.{key}: {there}."
+                f"{folder}: size.{key} is {there} in this model, but {here} in the recipe; to "
+                f"start from its weights, set size.{key}: {there}."
             )
     anew = [m for m in model.modalities if not _same_tokens(card, theirs, m)]
     _begin_suffixes(model, found, anew)

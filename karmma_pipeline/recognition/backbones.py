@@ -156,7 +156,7 @@ def check_networks(networks: Networks, card: ModelCard) -> list[str]:
         now = spec.model_dump(mode="json")["provenance"]  # plain, as the card has it
         for key, here, was in config.differences(now, card.provenance[modality]):
             if key not in PLACES:
-                said = f"{modality}.{key} is {here} here and was {was} in training"
+                said = f"{modality}.{key} was {was} in training, now {here}"
                 (notes if key in VERSIONS else faults).append(said)
     if faults:
         raise ConfigError(

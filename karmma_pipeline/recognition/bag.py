@@ -381,7 +381,8 @@ def _sound(message: Any) -> _Sound:
     channels = max(1, int(info.channels))
     if channels > 2 or not len(samples):
         raise MediaError(
-            f"audio: {channels} channels and {len(samples)} samples of a supported type."
+            f"audio: expected int16 or float32 samples of 1 or 2 channels, found {len(samples)} "
+            f"samples of {channels} channels."
         )
     return _Sound(samples.reshape(-1, channels), int(info.rate))
 

@@ -137,7 +137,7 @@ def unread(faults: Mapping[Path, KarmmaError]) -> MediaError:
     """Return the error that names files which could not be read, after the others are done."""
     said = " ".join(str(fault) for fault in islice(faults.values(), _NAMED))
     more = f" And {len(faults) - _NAMED} more." if len(faults) > _NAMED else ""
-    return MediaError(f"{counted(len(faults), 'file')} could not be recognised: {said}{more}")
+    return MediaError(f"{counted(len(faults), 'file')} could not be read: {said}{more}")
 
 
 def _recording(path: Path, elsewhere: Mapping[Path, Recording | KarmmaError]) -> Recording:

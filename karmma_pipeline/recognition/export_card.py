@@ -72,7 +72,7 @@ def _sections(card: ExportCard) -> Iterator[str]:
         f"- {head} ({len(names)}): {', '.join(names)}" for head, names in model.heads.items()
     )
     yield "## Training\n\n" + _training(model)
-    yield "## Measured\n\n" + "\n\n".join(_measured(card))
+    yield "## Results\n\n" + "\n\n".join(_measured(card))
 
 
 def _what(card: ExportCard) -> str:
@@ -143,7 +143,15 @@ def _measured(card: ExportCard) -> Iterator[str]:
         )
         for subset, gap in found.get("difference", {}).items()
     ]
-    header = ("modalities", "top-1, %", "GFLOPs", "M weights", "p50, ms", "p99, ms", "difference")
+    header = (
+        "modalities",
+        "top-1 (%)",
+        "GFLOPs",
+        "params (M)",
+        "p50 (ms)",
+        "p99 (ms)",
+        "difference",
+    )
     yield _table(header, rows)
     if accuracy:
         yield (
@@ -158,9 +166,9 @@ def _measured(card: ExportCard) -> Iterator[str]:
     if latency:
         yield (
             f"Latency of one clip from decoded arrays to logits, {latency['rounds']} rounds, "
-            f"{latency['threads']} threads, float32, {latency['machine']}. Difference: the "
-            "largest difference of a logit from PyTorch's, on noise"
-            + (f"; on the clips {accuracy['difference']:.1e}." if accuracy else ".")
+            f"{latency['threads']} threads, float32, {latency['machine']}. Difference: largest "
+            "absolute difference of the logits from PyTorch's, on random inputs"
+            + (f" (on the clips: {accuracy['difference']:.1e})." if accuracy else ".")
         )
     if card.int8:
         yield "\n\n".join(_int8(found["int8"]))

@@ -125,7 +125,7 @@ class Failures:
 
     def __init__(self, rate: float, seed: int) -> None:
         if not 0 <= rate <= 1:
-            raise ConfigError(f"--chaos {rate}: must be a probability between 0 and 1.")
+            raise ConfigError(f"rate={rate}: must be a probability between 0 and 1.")
         self._rate, self._rng = rate, np.random.default_rng(seed)
         self._until: dict[str, int] = {}
         self._dead: dict[str, bool] = {}

@@ -61,9 +61,9 @@ class Dropout:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:  # no NaN either
-            raise ConfigError(f"--drop {self.rate}: must be a probability between 0 and 1.")
+            raise ConfigError(f"rate={self.rate}: must be a probability between 0 and 1.")
         if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: must be a non-negative integer.")
+            raise ConfigError(f"seed={self.seed}: must be a non-negative integer.")
 
     def check(self, modalities: Sequence[str]) -> None:
         """Refuse to leave out what a model does not take.

@@ -182,7 +182,7 @@ class Recognizer:
             ConfigError: ``dropout`` contains an unknown modality.
             StoppedError: ``stop`` was set.
         """
-        dropout, stop = dropout or Dropout(), stop or StopFlag()
+        dropout, stop = dropout or Dropout(), stop or StopFlag(resumes=False)
         dropout.check(self.modalities)
         with ExitStack() as stack:
             stack.enter_context(one_thread(self.networks.device))

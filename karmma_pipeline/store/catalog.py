@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karmma_pipeline import config, files
-from karmma_pipeline.errors import StoreError
+from karmma_pipeline.errors import StoreError, counted
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store.format import layout
 from karmma_pipeline.store.format.layout import (
@@ -125,7 +125,7 @@ def _changed_rows(root: Path, clips: Sequence[ClipRow]) -> Iterator[tuple[str, s
                 old = column[number]
                 new = clip.labels.get(name, -1) if names else getattr(clip, name)
                 if old != new and not (old != old and new != new):  # NaN: the file's end
-                    text = f"clip {clip.clip_id!r}: {name} was {old} and is now {new}"
+                    text = f"clip {clip.clip_id!r}: {name} was {old}, now {new}"
                     yield clip.clip_id, name, text
 
 
@@ -165,9 +165,9 @@ def continue_list(
     ids = there.ids or [clip.clip_id for clip in clips]
     if gone := [clip_id for clip_id in ids if clip_id not in by_id]:
         raise StoreError(
-            f"{there.root}: {len(gone)} of its clips no longer in the manifest, such as "
-            f"{gone[0]!r}. Clips can be added but not removed: restore them, or choose another "
-            "folder with --set out=FOLDER."
+            f"{there.root}: the manifest no longer lists {counted(len(gone), 'clip')} of the "
+            f"store, such as {gone[0]!r}. Clips can be added but not removed: restore them, or "
+            "choose another folder with --set out=FOLDER."
         )
     known = set(ids)
     rows = [by_id[i] for i in ids] + [clip for clip in clips if clip.clip_id not in known]

@@ -67,7 +67,7 @@ def verify(root: Path, stop: StopFlag | None = None) -> list[Damage]:
     except StoreError as error:
         damages.append(Damage(-1, "all", str(error), path=layout.MANIFEST))
     for shard in progress_bar(range(catalog.shards), "verify", unit="shard"):
-        (stop or StopFlag()).check("nothing was changed")
+        (stop or StopFlag(resumes=False)).check("nothing was changed")
         damages += _check_shard(catalog, shard, records[shard] if shard < len(records) else None)
     return damages + list(_foreign(catalog))
 
@@ -229,7 +229,9 @@ def _locate(
 
 def _foreign(catalog: Catalog) -> Iterator[Damage]:
     for path, name in foreign_files(catalog):
-        what = "left over from an interrupted run" if files.is_temporary(path) else "foreign file"
+        what = (
+            "left over from an interrupted run" if files.is_temporary(path) else "unexpected file"
+        )
         yield Damage(-1, "all", f"{what}; `karmma store gc` removes it", path=name)
 
 
@@ -301,7 +303,7 @@ def garbage(root: Path) -> Iterator[Garbage]:
         temporary = files.is_temporary(path)
         if temporary and alive:
             continue  # a living writer's, perhaps
-        what = "left over from an interrupted run" if temporary else f"foreign file {name}"
+        what = "left over from an interrupted run" if temporary else f"unexpected file {name}"
         yield Garbage(path, what, path.lstat().st_size)
 
 

@@ -90,9 +90,9 @@ class JoinedStore(MappedStore):
             for key in mine:
                 if mine[key] != its[key]:
                     raise StoreError(
-                        f"{having[0].path} and {other.path}: {modality}.{key} is {mine[key]!r} "
-                        f"and {its[key]!r}; only features of the same kind can be joined; "
-                        "convert one."
+                        f"{having[0].path} and {other.path}: {modality}.{key} differs "
+                        f"({mine[key]!r} and {its[key]!r}); only features of the same kind can be "
+                        "joined; convert one."
                     )
         return first
 

@@ -113,7 +113,7 @@ class TrainReport:
 
     def summary(self) -> str:
         """Return the closing lines of the command."""
-        done = " (was already done)" if self.already_done else ""
+        done = " (already done)" if self.already_done else ""
         early = ", stopped early after `patience` epochs without improvement"
         scores = ", ".join(
             f"{k.removeprefix('val_').removesuffix('_top1')} {v:.1f} %"

@@ -1,4 +1,4 @@
-"""The recipes of training. What the paper does not publish is a default of ours, marked (ours)."""
+"""The recipes of training. Defaults that the paper does not publish are marked."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,14 +21,23 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Optimiser(Recipe):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Peak learning rate (ours).")
-    weight_decay: float = Field(0.05, ge=0, description="Weight decay of weight matrices (ours).")
+    lr: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="Peak learning rate (not from the paper)."
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="Weight decay of weight matrices (not from the paper)."
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas.")
     warmup: float = Field(
-        0.1, ge=0, lt=1, description="Fraction of all steps with linear warm-up (ours)."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of all steps with linear warm-up (not from the paper).",
     )
     clip_norm: float = Field(
-        5.0, gt=0, description="Gradient norm above which gradients are clipped (ours)."
+        5.0,
+        gt=0,
+        description="Gradient norm above which gradients are clipped (not from the paper).",
     )
 
 
@@ -41,10 +50,10 @@ class SuffixSettings(Recipe):
         1e-5,
         ge=0,
         description="Peak learning rate of the suffixes, with the schedule of optimiser.lr "
-        "(ours); 0 freezes them.",
+        "(not from the paper); 0 freezes them.",
     )
     freeze_norm: bool = Field(
-        True, description="Freeze batch norms: statistics, scale and shift (ours)."
+        True, description="Freeze batch norms: statistics, scale and shift (not from the paper)."
     )
     stochastic: bool = Field(
         False,
@@ -71,7 +80,7 @@ class SuffixSettings(Recipe):
     )
     jitter: bool = Field(
         True,
-        description="cut: input with stored_frames: use other frames in each epoch; false: "
+        description="cut: input with stored_frames: sample different frames in each epoch; false: "
         "always the middle ones.",
     )
     save_memory: bool = Field(
@@ -154,11 +163,12 @@ class TrainRecipe(Recipe):
         SuffixSettings(),
         description="Training of backbone suffixes, if the stores were extracted with a cut.",
     )
-    epochs: int = Field(30, gt=0, description="Number of epochs (ours).")
+    epochs: int = Field(30, gt=0, description="Number of epochs (not from the paper).")
     batch_size: int = Field(
         64,
         gt=0,
-        description="Clips per optimiser step, summed over ranks and accumulation steps (ours).",
+        description="Clips per optimiser step, summed over ranks and accumulation steps "
+        "(not from the paper).",
     )
     accumulate: int = Field(
         1,
@@ -168,7 +178,7 @@ class TrainRecipe(Recipe):
     modality_dropout: ModalityDropout = Field(
         0.3,
         description="delta: probability of dropping each present modality in training; at "
-        "least one is always kept (ours). Or a schedule: {rate: 0.3 or {rgb: 0.1}, "
+        "least one is always kept (not from the paper). Or a schedule: {rate: 0.3 or {rgb: 0.1}, "
         "ramp_epochs: 10, ramp_from: 0.0, burst: 8}, or {patterns: FILE.csv}.",
     )
     label_smoothing: float = Field(
@@ -315,17 +325,18 @@ class DistillRecipe(TrainRecipe):
         None,
         description="Folder for the cached teacher logits, which runs can share; null: in `out`.",
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (ours).")
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the KL term (not from the paper).")
     temperature: float = Field(
         1.0,
         gt=0,
-        description="Temperature T of both softmaxes in the KL term, scaled by T^2 (ours).",
+        description="Temperature T of both softmaxes in the KL term, scaled by T^2 "
+        "(not from the paper).",
     )
     kl_clips: Literal["all", "right", "better"] = Field(
         "all",
-        description="Clips that contribute to the KL term, per head and mask. all; right: "
-        "clips that the teacher classifies correctly; better: clips whose label gets a higher "
-        "probability from the teacher than from the student. The mean is over all clips; "
+        description="Clips that contribute to the KL term, per head and mask. all: all clips; "
+        "right: clips that the teacher classifies correctly; better: clips whose label gets a "
+        "higher probability from the teacher than from the student. The mean is over all clips; "
         "clips without a label always contribute.",
     )
     cross_fitted: bool = Field(

@@ -175,7 +175,7 @@ def _check_sources(recipe: TrainRecipe, began: dict[str, str], now: dict[str, st
     """Refuse to go on with other data than a run began with; where they lie does not matter."""
     for kind, path, before, there in _changed_sources(recipe, began, now):
         raise CheckpointError(
-            f"{recipe.out}: the run started with {kind} {_digest(before)}, now there is {path} "
+            f"{recipe.out}: the run started with {kind} {_digest(before)}, but now uses {path} "
             f"{_digest(there)}; restore the old one, or choose another folder with --set "
             "out=FOLDER."
         )
@@ -292,7 +292,7 @@ def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iter
     if both := len(np.intersect1d(train, val)):
         yield (
             f"val_split={recipe.val_split!r}: {both} of its {counted(len(val), 'clip')} also in "
-            "training; its accuracy says nothing about other clips"
+            "training; its accuracy does not measure generalisation"
         )
 
 
@@ -335,7 +335,7 @@ def _begin_from(recipe: TrainRecipe, model: TokenModel, card: ModelCard) -> list
     if recipe.init_from is None:
         return []
     anew = begin_from(model, card, saved_folder(recipe.init_from))
-    return [f"init_from {recipe.init_from}: all weights but {', '.join(anew) or 'none'}"]
+    return [f"init_from {recipe.init_from}: newly initialised weights: {', '.join(anew) or 'none'}"]
 
 
 def _describe_start(

@@ -326,9 +326,7 @@ class TeacherLogitsCache:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
             differences = [
-                f"{k}={there.get(k)!r} there, {v!r} here"
-                for k, v in key.items()
-                if there.get(k) != v
+                f"{k} was {there.get(k)!r}, now {v!r}" for k, v in key.items() if there.get(k) != v
             ]
         except (OSError, ValueError, AttributeError) as error:
             differences = [str(error)]

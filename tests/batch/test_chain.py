@@ -116,10 +116,10 @@ def test_a_report_of_other_models_is_made_again(here: Path) -> None:
     (here / "report/index.html").write_text("x")
     assert stage_progress(report).done
     weights.write_bytes(b"trained again")
-    assert stage_progress(report).text == "report, changed since: runs/student"
+    assert stage_progress(report).text == "report written, changed since: runs/student"
     assert not stage_progress(report).done
     fewer = replace(report, recipe=report.recipe.model_copy(update={"draws": 3}))
-    assert stage_progress(fewer).text == "report, changed since: draws"
+    assert stage_progress(fewer).text == "report written, changed since: draws"
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_what_was_made_from_something_else_is_not_done(here: Path) -> None:
         shutil.rmtree(store)
         write_store(store, seed=1)
     assert said("teacher") == "epoch 1 of 1, changed since: features/teacher"
-    assert said("report") == "report, changed since: runs/teacher, runs/student"
+    assert said("report") == "report written, changed since: runs/teacher, runs/student"
     shutil.rmtree("features")  # to free the disk: nobody knows any better
     assert stage_progress(stages[1]).done
     train_teacher(teacher_recipe(write_store(here / "s"), here / "again", epochs=1))

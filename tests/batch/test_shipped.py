@@ -74,4 +74,4 @@ def test_the_shipped_chain_is_sent_off_from_videos_to_the_report(
     assert result.exit_code == 0, result.output
     assert result.output.count("submitted as job") == 7
     assert "report: submitted as job 107, afterok:102:103:104:105:106" in result.output
-    assert "extract         2 pending  not begun" in run("status", CHAIN).output
+    assert "extract         2 pending  not started" in run("status", CHAIN).output

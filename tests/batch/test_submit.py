@@ -46,7 +46,7 @@ def test_a_chain_is_submitted_once_with_its_dependencies(here: Path, slurm: Fake
     assert len(slurm.jobs()) == 5
     assert "report: already queued as job 105" in again.output
     status = run("status", "chain.yaml").output
-    assert re.search(r"extract +2 pending +not begun", status)
+    assert re.search(r"extract +2 pending +not started", status)
     assert re.search(r"student +1 pending +epoch 0 of 2", status)
 
 
@@ -143,9 +143,7 @@ def test_a_chain_run_here_looks_at_what_its_commands_have_left(
     monkeypatch.setattr(sys, "executable", str(stand_in(here / "python", here / "env")))
     result = run("submit", str(chain), "--launcher", "local")
     assert result.exit_code == 1
-    assert (
-        "extract: its commands ended without an error, but the stage is not done" in result.output
-    )
+    assert "extract: its commands exited with code 0, but the stage is not done" in result.output
     assert "nothing to do" not in result.output
     assert "SLURM_ARRAY_TASK_ID" not in (here / "env").read_text()
 
@@ -170,7 +168,7 @@ def test_status_does_without_a_slurm_that_does_not_answer(here: Path, slurm: Fak
     result = run("status", "chain.yaml")
     assert result.exit_code == 0
     assert result.output.endswith(
-        "\n(the queue could not be read: Slurm does not answer: slurm_load_jobs error: Unable to "
+        "\n(the queue could not be read: Slurm is not responding: slurm_load_jobs error: Unable to "
         "contact slurm controller (connect failure).)\n"
     )
     assert "teacher.5.log ends with: Error: the disk is full." in result.output

@@ -358,12 +358,12 @@ def test_a_cell_of_another_encoding_is_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(UTF-16\)"):
         read_manifest(tmp_path / "m.csv")
     (tmp_path / "m.csv").write_bytes(head.decode().encode("utf-16-le"))
-    with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(it contains zero bytes\)"):
+    with pytest.raises(ManifestError, match=r"not a UTF-8 CSV file \(it contains NUL bytes\)"):
         read_manifest(tmp_path / "m.csv")
 
 
 def test_a_table_with_other_separators_is_told_them(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"'clip_id\|video', separated by commas, semicolons"):
         read(tmp_path, "clip_id|video\na|v.mp4\n")
-    with pytest.raises(ManifestError, match=r"call 'Clip_ID' clip_id"):
+    with pytest.raises(ManifestError, match=r"rename 'Clip_ID' to clip_id"):
         read(tmp_path, "Clip_ID,Video\na,v.mp4\n")

@@ -136,7 +136,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
     (tmp_path / "something-something-v2-train.json").write_text(f"[{entry}, {twice}]")
     manifest = read(tmp_path)
     assert [clip.clip_id for clip in manifest.clips] == ["9"]
-    assert manifest.left_out[0].endswith("train.json: entry 2: id stands twice")
+    assert manifest.left_out[0].endswith("train.json: entry 2: id appears twice")
     (tmp_path / "something-something-v2-labels.json").write_text('{"a": "0", "b": "1", "a": "1"}')
-    with pytest.raises(ManifestError, match="'a' stands twice in the label list"):
+    with pytest.raises(ManifestError, match="'a' appears twice in the label list"):
         read(tmp_path)

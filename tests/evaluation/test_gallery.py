@@ -63,7 +63,7 @@ def test_each_kind_is_what_it_is_called(
     every, rgb = answers["rgb+audio"] == 1, answers["rgb"] == 1
     labelled, seen = np.arange(CLIPS) < 50, np.arange(CLIPS) < 40
     pools = {
-        "right": every & rgb & seen,
+        "correct": every & rgb & seen,
         "wrong": ~every & labelled,
         "rescued": every & ~rgb & seen,
     }
@@ -84,7 +84,7 @@ def test_the_same_seed_draws_the_same_and_the_rule_says_so(logits: Path) -> None
     first, again, other = (choose(logits, 3, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first.clips != other.clips
-    for kind in ("right", "wrong", "rescued"):
+    for kind in ("correct", "wrong", "rescued"):
         assert len(set(numbers(first, kind))) == 3
     assert first.rule.startswith("net: 3 of ")
     assert first.rule.endswith(

@@ -111,7 +111,7 @@ def test_the_clip_before_is_of_the_group_and_has_the_modality() -> None:
 
 def test_the_report_shows_every_test(place: Path, found: Results) -> None:
     table = (place / "report/tables/robustness.md").read_text()
-    assert "| test | modality or list | clips affected | r0 | r1 |" in table
+    assert "| test | modality or pattern | clips affected | r0 | r1 |" in table
     assert table.count("\n") == 2 + 3 * len(SHARES) * 2 + 1
     assert (place / "report/figures/robustness.svg").is_file()
     assert "clips affected" in (place / "report/index.html").read_text()

@@ -153,9 +153,9 @@ def difference(found: Results, first: str, second: str) -> Difference:
 
 
 def test_what_an_interval_covers_is_said(place: Path, found: Results, tmp_path: Path) -> None:
-    assert difference(found, "student", "late").covers == "these 60 clips, 3 seeds"
+    assert difference(found, "student", "late").covers == "60 clips, 3 seeds"
     apart = difference(found, "other", "student")
-    assert apart.covers == "these 60 clips, one seed and 3 seeds that are not paired"
+    assert apart.covers == "60 clips, one seed and 3 seeds, unpaired"
     assert apart.seeds_low is None
     of_groups = difference(found, "student", "late")  # P0, P1, P2: too few to be resampled
     assert set(of_groups.by_group) == {"P0", "P1", "P2"}
@@ -164,7 +164,7 @@ def test_what_an_interval_covers_is_said(place: Path, found: Results, tmp_path: 
     out = str(tmp_path / "r")
     some = evaluate(recipe_of(place, "late0", "late1", "student1", out=out)).results
     only = difference(some, "student", "late")
-    assert only.covers == "these 60 clips, one seed in common"
+    assert only.covers == "60 clips, one seed in common"
     assert only.seeds == (1,)
     assert only.by_seed == pytest.approx([only.value])
 
@@ -259,4 +259,4 @@ def test_groups_agree_with_a_difference_and_with_none_there_is_nothing_to_agree_
     for one in evaluate(recipe).results.differences:
         assert (one.value, one.groups_agree) == (0, None)
         assert set(one.by_group.values()) == {0}
-    assert "agree |" not in (tmp_path / "r/tables/differences.md").read_text()
+    assert "same sign |" not in (tmp_path / "r/tables/differences.md").read_text()

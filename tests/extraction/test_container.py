@@ -152,7 +152,7 @@ def test_random_clips_get_their_own_pictures_and_sound(
         (b"PK\x03\x04\x14", "an archive: unpack it"),
         (b"\n<!DOCTYPE html><html>404", "a web page: download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ".*git lfs pull"),
-        (bytes(4096), "zero bytes: download or copy it again"),
+        (bytes(4096), "all zeros: download or copy it again"),
     ],
 )
 def test_what_is_no_media_file_is_called_by_its_name(

@@ -169,7 +169,7 @@ def test_what_is_planned_to_be_there_is_there(extracted: tuple[dict[str, Any], P
     natural = [*map(int, NATURAL)]
     told = text(plan, config.load(ExtractRecipe, folder.parent / "recipe.yaml"), Path("r.yaml"))
     looked = f"decoded: {plan['decoded']} of 12 ({plan['decoded'] / 12:.1%}); damage inside "
-    assert looked + "the files of the others is only found during extraction" in told
+    assert looked + "the other files is only found during extraction" in told
     lost = (~np.isin(np.asarray(store.reasons), natural)).any(axis=1).sum()
     assert plan["clips_lost_to_faults"] == lost == 5
 
@@ -243,7 +243,7 @@ def test_the_time_is_that_of_a_stream_at_work(
     told = text(plan, recipe, Path("r.yaml"))
     assert "that were decoded" not in told  # all were
     assert "clips lost to decode_error (1): c1 (v.mp4: frame 3 is damaged)" in told
-    assert f"{said} on one cpu like this" in told
+    assert f"{said} on one cpu of this machine" in told
     ((folder, failures, clips),) = seen
     assert (folder.exists(), failures, clips) == (False, 1.0, 6)
 

@@ -266,7 +266,7 @@ def test_a_store_keeps_to_the_choice_that_its_first_run_made(
     extract(make_recipe(clips))  # the rule would have said channels_last
     assert {p: p.read_bytes() for p in before} == before
     assert forward_facts(clips / "out/student") == first.model_dump(by_alias=True)
-    with pytest.raises(StoreError, match=r"computed\.precision is 'float32' there and 'bfloat16'"):
+    with pytest.raises(StoreError, match=r"computed\.precision was 'float32', now 'bfloat16'"):
         extract(make_recipe(clips, precision="bfloat16"))
 
 

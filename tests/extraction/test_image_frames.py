@@ -191,9 +191,9 @@ def test_what_is_there_instead_is_said(tmp_path: Path) -> None:
     write_frames(tmp_path / "two", range(1, 4), "left_{:d}.jpg")
     write_frames(tmp_path / "two", range(1, 4), "right_{:d}.jpg")
     said = detail(FrameSource(tmp_path / "two", RGB, fps=60))
-    assert "no frame_{:010d}.jpg; it contains 6 others such as left_1.jpg" in said
+    assert "no frame_{:010d}.jpg; it contains 6 others, such as left_1.jpg" in said
     write_frames(tmp_path / "flow", range(1, 4), "flow_x_{:d}.jpg")  # of an unknown scale
-    assert "others such as flow_x_1.jpg" in detail(FrameSource(tmp_path / "flow", UV, fps=60))
+    assert "others, such as flow_x_1.jpg" in detail(FrameSource(tmp_path / "flow", UV, fps=60))
     packed = gzip.compress(pack(tmp_path / "two", tmp_path / "a.tar").read_bytes())
     (tmp_path / "a.tar").write_bytes(packed)
     said = detail(FrameSource(tmp_path / "a.tar", RGB, fps=60))

@@ -268,7 +268,7 @@ def test_a_store_is_the_same_for_any_number_of_workers_and_goes_on_as_it_began(
     assert shards(videos / "out1") == first
 
     torchs = {"one": both["two"], "two": both["two"]}
-    with pytest.raises(StoreError, match=r"provenance\.engine is 'openvino .*' there and None"):
+    with pytest.raises(StoreError, match=r"provenance\.engine was 'openvino .*', now None"):
         extract(make_recipe(videos, sets=torchs, batch_size=2, out=str(videos / "out1")))
 
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_converted_says_why_before_a_store_is_made(
     choice = {"name": f"own_nets:{factory}", "weights": "random:0", "engine": "openvino"}
     with pytest.raises(ConfigError, match=rf"(?i){reason}.*set engine: torch") as raised:
         extract(make_recipe(videos, sets={"one": {"rgb": choice}}))
-    assert f"own_nets:{factory}: engine openvino cannot compute this network" in str(raised.value)
+    assert f"own_nets:{factory}: engine openvino does not support this network" in str(raised.value)
     assert not (videos / "out").exists()
 
 
@@ -353,7 +353,7 @@ def test_a_network_that_it_computes_faster_is_named_as_an_extraction_starts(
 def test_another_device_than_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_engine, "is_installed", lambda: True)
     choice = BackboneChoice(**TINY)
-    with pytest.raises(ConfigError, match="computes on CPUs and the device is cuda:1"):
+    with pytest.raises(ConfigError, match="runs on CPUs only, but the device is cuda:1"):
         openvino_engine.check(choice, torch.device("cuda:1"))
 
 

@@ -287,4 +287,4 @@ def test_what_lies_behind_the_end_of_a_stream_is_said(tmp_path: Path) -> None:
     clip = Clip("c", {"rgb": FileSource(path)}, 2.5, 3.5, {})
     (found,) = decode_clips([clip], DecodeSettings(Sampling(), Flow(), Audio(), (rgb,)))
     assert found.reasons == {rgb: Reason.OUT_OF_RANGE}
-    assert "then its time stamps begin anew" in found.details[rgb]
+    assert "its timestamps restart there" in found.details[rgb]

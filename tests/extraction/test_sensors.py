@@ -105,7 +105,7 @@ def test_sensors_are_extracted_and_planned_as_media_are(
     ]
     with (folder / "out/failures.csv").open(newline="") as file:
         lines = {(row["clip_id"], row["modality"]): row for row in csv.DictReader(file)}
-    assert lines["c2", "imu"]["detail"] == (f"{folder}/imu.csv: no sample from 5.990 s to 7.010 s")
+    assert lines["c2", "imu"]["detail"] == (f"{folder}/imu.csv: no samples from 5.990 s to 7.010 s")
     assert "max_gap_s" in lines["c2", "imu"]["hint"]
     facts = store.provenance["imu"]["sensor"]
     assert (facts["channels"], facts["rate_hz"], facts["max_gap_s"]) == (["a", "b"], 50, 0.25)
@@ -120,7 +120,7 @@ def test_sensors_are_extracted_and_planned_as_media_are(
     assert planned == store.reasons.tolist()
     found = seen.facts()
     assert found["files"]["count"] == 3
-    assert "no sample from 5.990 s" in found["lost"]["gap"]["c2"]
+    assert "no samples from 5.990 s" in found["lost"]["gap"]["c2"]
 
 
 def test_a_mended_file_and_a_longer_list_are_extracted_by_the_same_command(folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_what_cannot_be_cut_says_where_it_could_be() -> None:
         BackboneChoice.model_validate(sound).stored_shape()
     for change, said in (
         ({"name": "windows", "cut": "input"}, "no trainable parameters"),
-        ({"cut": "stage4", "stored_frames": 12}, "stored_frames=12: is for cut: input"),
+        ({"cut": "stage4", "stored_frames": 12}, "stored_frames=12: requires cut: input"),
         ({"cut": "stage4", "engine": "openvino"}, "for engine torch"),
         ({"cut": "stage4", "layer": -1}, "give only one"),
     ):

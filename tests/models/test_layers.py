@@ -39,7 +39,7 @@ def test_a_layer_that_is_not_there_is_told_with_those_that_are() -> None:
     tree = {"name": "resnet18", "weights": "random:0", "image": (32, 64)}
     with pytest.raises(ConfigError, match=r"layer='layr2': .* it has layer2"):
         _ = BackboneChoice.model_validate({**tree, "layer": "layr2"}).output_shape
-    with pytest.raises(ConfigError, match="layer=4: ResNet has no such block, it has 4"):
+    with pytest.raises(ConfigError, match="layer=4: ResNet has 4 blocks"):
         _ = BackboneChoice.model_validate({**tree, "layer": 4}).output_shape
 
 

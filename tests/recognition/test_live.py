@@ -132,7 +132,7 @@ def test_an_answer_that_takes_longer_than_its_window_is_said_to(
     slow = latency.Latency(("rgb",), 12, 2.3, 2.5)
     monkeypatch.setattr(latency, "latencies", lambda *_: iter([slow]))
     monkeypatch.setattr(latency, "play_hops", lambda *_: iter([latency.Played(2.5, 10, 0, 2.6)]))
-    assert "2.5 s late, longer than a window of 2 s" in live(root, "--measure", "--window", 2)[-1]
+    assert "2.5 s late, more than the window of 2 s" in live(root, "--measure", "--window", 2)[-1]
 
 
 def test_what_is_played_to_measure_is_answered_or_counted(

@@ -195,10 +195,10 @@ def test_a_clip_of_which_nothing_is_left_gets_no_class(
     with PredictionWriter(tmp_path, ["verb", "noun"], truth=False) as writer:
         writer.write(row)
     (written,) = rows(tmp_path)
-    assert written["verb"] == written["action"] == "nothing to see"
+    assert written["verb"] == written["action"] == "no modality"
     assert written["verb_probability"] == ""
     assert written["absent"] == "rgb: dropped; flow: dropped; audio: dropped"
-    assert "nothing to see" in row.sentence()
+    assert "no modality" in row.sentence()
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -274,7 +274,7 @@ def test_a_video_beside_the_answers_is_never_replaced_and_sound_has_none(
     with av.open(tmp_path / "kitchen.predictions.mp4") as file:
         assert file.streams.video
     told = run("predict", root / "run", sound, "--out", tmp_path / "out", "--video")
-    assert f"no video: {sound} has no pictures" in told
+    assert f"note: no overlay for {sound}: it has no video stream" in told
     assert not [*(tmp_path / "out").glob("*.mp4")]
 
 
@@ -333,12 +333,14 @@ def test_a_report_shows_clips_as_videos_while_their_media_are_there(
     out = tmp_path / "report"
     switches = [word for key in ("split=", "costs=false", "draws=0") for word in ("--set", key)]
     words = ["evaluate", root / "run", "--out", out, "--gallery", 2, *switches]
-    (rule,) = [line for line in run(*words).splitlines() if line.startswith("gallery of ")]
+    (rule,) = [line for line in run(*words).splitlines() if line.startswith("gallery: ")]
     videos = sorted(path.name for path in (out / "gallery").iterdir())
-    counts = {kind: sum(kind in name for name in videos) for kind in ("right", "wrong", "rescued")}
+    counts = {
+        kind: sum(kind in name for name in videos) for kind in ("correct", "wrong", "rescued")
+    }
     assert [f"{count} of" in rule for count in counts.values()] == [True] * 3
     page = (out / "index.html").read_text()
-    assert rule.removeprefix("gallery of ") in page
+    assert rule.removeprefix("gallery: ") in page
     for name in videos:
         assert f'src="gallery/{name}#t=0.01"' in page
         with av.open(out / "gallery" / name) as video:
@@ -371,7 +373,7 @@ def test_of_several_files_those_that_cannot_be_read_are_named_after_the_others(
         (str(path), path in good) for path in files if path != text
     ]
     assert {path.name for path in out.glob("*.mp4")} == {"000_first.mp4", "001_last.mp4"}
-    assert told[-1].startswith("Error: 2 files could not be recognised: ")
+    assert told[-1].startswith("Error: 2 files could not be read: ")
     assert f"{text}: decode_error" in told[-1]
     assert f"{rotten}: decode_error" in told[-1]
     assert not any(str(path) in told[-1] for path in good)
@@ -403,7 +405,11 @@ def test_too_short_a_file_is_refused_alone_and_left_out_of_several(tmp_path: Pat
         (["{run}", "{card}"], 1, "model.json"),
         (["{run}", "{video}", "--hop", "1"], 2, "needs --window"),
         (["{run}", "{video}", "--window", "0.001"], 2, "must be at least 0.01"),
-        (["nowhere", "{video}", "--drop", "2"], 2, "must be a probability between 0 and 1"),
+        (
+            ["nowhere", "{video}", "--drop", "2"],
+            2,
+            "--drop 2.0: must be a probability between 0 and 1",
+        ),
         (["{run}", "{video}", "--start", "99"], 2, "ends at"),
         (["{run}", "{video}", "--without", "imu"], 2, "Error: --without 'imu': the model takes"),
         (["{run}", "{video}", "--weights", "rgb"], 2, "write MODALITY=FILE"),
@@ -441,7 +447,7 @@ def test_spans_that_make_no_sense_and_imported_features_are_refused(
         next(recognizer.predict([], Dropout(("imu",)), workers=0))
     other = recognizer.card.model_copy(deep=True)
     other.provenance["rgb"]["weights_sha256"] = "0"
-    with pytest.raises(ConfigError, match=r"rgb\.weights_sha256 is .* here and was 0"):
+    with pytest.raises(ConfigError, match=r"rgb\.weights_sha256 was 0.* in training, now "):
         Recognizer(recognizer.model, other, recognizer.networks)
     imported = recognizer.card.model_copy(update={"provenance": {"rgb": {}}})
     model = open_model(root / "run")

@@ -174,9 +174,9 @@ def test_any_pattern_of_presence_comes_back(data: st.DataObject, tmp_path: Path)
 
 def test_another_recipe_or_other_clips_are_refused_by_name(store: Path) -> None:
     create_store(store, make_spec(), make_clips(10))  # the same: nothing to say
-    with pytest.raises(StoreError, match=r"spec\.clips_per_shard is 4 there and 5 here"):
+    with pytest.raises(StoreError, match=r"spec\.clips_per_shard was 4, now 5"):
         create_store(store, make_spec(clips_per_shard=5), make_clips(10))
-    with pytest.raises(StoreError, match="clips is 10 there and 9 here"):
+    with pytest.raises(StoreError, match="clips was 10, now 9"):
         create_store(store, make_spec(), make_clips(9))
 
 

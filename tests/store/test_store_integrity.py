@@ -117,7 +117,7 @@ def test_a_missing_file_and_foreign_ones_are_found_and_cleaned(store: Path, whol
     (store / "rgb/tokens/c/0/.0.abc.tmp").write_text("x")
     found = reported(store)
     assert "index.h5: the file is missing" in found
-    assert any(line.startswith("notes.txt: foreign file") for line in found)
+    assert any(line.startswith("notes.txt: unexpected file") for line in found)
     repair(store, verify(store))
     finalize(store)
     runner = CliRunner()

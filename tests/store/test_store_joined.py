@@ -87,11 +87,14 @@ def test_label_spaces_that_differ_are_refused_with_the_differences_or_joined(
         ({"split": "test"}, "a different split"),
         ({"classes": ("shut", "open")}, "the same classes in another order"),
         ({"modalities": {"rgb": (4, 6)}}, "rgb, which a previous store has too"),
-        ({"modalities": {"rgb": (5, 6)}}, r"rgb\.tokens is 4 and 5"),
-        ({"dtype": "int8", "modalities": {"rgb": (4, 6)}}, "dtype is 'float16' and 'int8'"),
+        ({"modalities": {"rgb": (5, 6)}}, r"rgb\.tokens differs \(4 and 5\)"),
+        (
+            {"dtype": "int8", "modalities": {"rgb": (4, 6)}},
+            r"dtype differs \('float16' and 'int8'\)",
+        ),
         (
             {"provenance": {"backbone": "other"}, "modalities": {"rgb": (4, 6)}},
-            "provenance is {} and {'backbone': 'other'}",
+            r"provenance differs \({} and {'backbone': 'other'}\)",
         ),
     ],
 )

@@ -136,9 +136,9 @@ def test_a_list_that_grows_survives_a_kill_at_every_call(root: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("clips", "named"),
     [
-        ({"d": "open", "b": "shut"}, r"1 of its clips no longer in the manifest, such as 'c'"),
-        ({**OLD, "b": "open"}, r"clip 'b': verb was 1 and is now 0"),
-        ({**NEW, "c": "shut"}, r"clip 'c': verb was 0 and is now 1"),
+        ({"d": "open", "b": "shut"}, r"no longer lists 1 clip of the store, such as 'c'"),
+        ({**OLD, "b": "open"}, r"clip 'b': verb was 1, now 0"),
+        ({**NEW, "c": "shut"}, r"clip 'c': verb was 0, now 1"),
     ],
 )
 def test_rows_that_are_gone_or_changed_are_named(

@@ -178,7 +178,7 @@ def test_diff_names_what_differs_and_where(pair: Path, tmp_path: Path) -> None:
     assert "split: different in 11 clips, first c00: val and test" in lines
     assert "audio: reason: different in 1 clip, first c05: 2 and 0" in lines
     assert any(line.startswith("audio: tokens of 1 clip differ") for line in lines)
-    assert "the same" in run("diff", pair, pair).output
+    assert "identical" in run("diff", pair, pair).output
 
 
 def test_exported_files_hold_the_tokens(pair: Path, tmp_path: Path) -> None:

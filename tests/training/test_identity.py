@@ -75,11 +75,11 @@ def test_what_changes_numbers_is_refused_and_named(store: Path, tmp_path: Path) 
     recipe = teacher_recipe(store, tmp_path / "r", epochs=3)
     halt(recipe)
     for change in ({"epochs": 4}, {"seed": 1}, {"precision": "bfloat16"}):
-        with pytest.raises(ConfigError, match=f"different recipe \\({next(iter(change))} is"):
+        with pytest.raises(ConfigError, match=f"different recipe \\({next(iter(change))} was"):
             train_teacher(teacher_recipe(store, tmp_path / "r", **({"epochs": 3} | change)))
     (tmp_path / "list").write_text("c001\n")
     fewer = teacher_recipe(store, tmp_path / "r", epochs=3, exclude=str(tmp_path / "list"))
-    with pytest.raises(CheckpointError, match=r"started with exclude not set, now there is .*list"):
+    with pytest.raises(CheckpointError, match=r"started with exclude not set, but now uses .*list"):
         train_teacher(fewer)
 
 

@@ -263,7 +263,7 @@ def test_a_source_that_has_changed_is_told_and_not_trained_on(
         train_baseline(recipe, StopAt(12))
     project.write_text(f"{METHOD}\n# another thought\n")
     with pytest.raises(
-        CheckpointError, match=rf"started with model of .* now there is {project.stem}:Net"
+        CheckpointError, match=rf"started with model of .* but now uses {project.stem}:Net"
     ):
         train_baseline(recipe)
     with caplog.at_level(logging.WARNING):

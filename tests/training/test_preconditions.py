@@ -151,12 +151,12 @@ def test_a_run_begins_with_the_weights_of_another_and_its_like_classes(
     assert longer.best["val_action_top1"] == pytest.approx(
         rows(first)[-1]["val_action_top1"], abs=5
     )
-    assert "all weights but none" in (tmp_path / "longer/log.txt").read_text()
+    assert "newly initialised weights: none" in (tmp_path / "longer/log.txt").read_text()
     heads = {"verb": ("v3", "new", "v0"), "place": ("here", "there")}
     other = write_store(tmp_path / "other", heads=heads, label=0)
     train_teacher(teacher_recipe(other, tmp_path / "other_run", **more))
     log = (tmp_path / "other_run/log.txt").read_text()
-    assert "all weights but place: 2 of 2 classes, verb: 1 of 3 classes" in log
+    assert "newly initialised weights: place: 2 of 2 classes, verb: 1 of 3 classes" in log
     model, _ = load_model(tmp_path / "other_run/last")
     taught, card = load_model(first / "best")
     assert list(card.heads) == ["noun", "verb"]
@@ -183,7 +183,7 @@ def test_features_of_another_network_and_another_size_begin_anew(
         assert torch.equal(tensor, source[name]), name
     size = card.size.model_copy(update={"dim": 32})
     wider = card.model_copy(update={"size": size})
-    with pytest.raises(CheckpointError, match=r"size\.dim is 16 there and 32 here"):
+    with pytest.raises(CheckpointError, match=r"size\.dim is 16 in this model, but 32 in the"):
         begin_from(wider.build(), wider, tmp_path / "r/best")
 
 

@@ -179,4 +179,4 @@ def test_a_finished_run_needs_neither_store_nor_teacher(tmp_path: Path) -> None:
     again = distill(recipe)
     assert again.already_done
     assert again.best == done.best
-    assert "was already done" in again.summary()
+    assert "(already done)" in again.summary()

@@ -131,7 +131,7 @@ def test_each_teacher_has_its_own_folder_and_a_foreign_one_is_refused(
         key = json.loads((folder / "table.json").read_text())
         (folder / "table.json").write_text(json.dumps({**key, "teacher_store": "other"}))
     with pytest.raises(
-        CheckpointError, match=r"different teacher logits \(teacher_store='other' there, '"
+        CheckpointError, match=r"different teacher logits \(teacher_store was 'other', now '"
     ):
         cache(store, teachers[0]).load(tmp_path, CPU, Ranks(), StopFlag())
 

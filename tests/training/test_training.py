@@ -62,7 +62,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(
     before = (teacher / "best/model.safetensors").stat().st_mtime_ns
     assert train_teacher(teacher_recipe(store, teacher)).already_done
     assert (teacher / "best/model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"optimiser\.lr is 0\.005 there and 0\.1 here"):
+    with pytest.raises(ConfigError, match=r"optimiser\.lr was 0\.005, now 0\.1"):
         train_teacher(teacher_recipe(store, teacher, optimiser={"lr": 0.1}))
 
 
@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_its_tokens_elsewhere(store: Path, tmp_path: Path) ->
     moved = {"stage": str(tmp_path / "job2"), "threads": 0}
     train_teacher(teacher_recipe(store, tmp_path / "run", epochs=2, loader=moved))
     assert results(tmp_path / "run") == results(done.run)
-    with pytest.raises(ConfigError, match=r"loader\.label_spaces is 'same' there"):
+    with pytest.raises(ConfigError, match=r"loader\.label_spaces was 'same', now"):
         train_teacher(teacher_recipe(store, done.run, epochs=2, loader={"label_spaces": "join"}))
 
 

@@ -67,7 +67,7 @@ def confusion_table(results: Results, method: Method, head: str) -> Table:
         [names[true], NOTHING if answer < 0 else names[answer], str(clips)]
         for (true, answer), clips in order
     ]
-    return ["class", "answer", "clips"], rows
+    return ["class", "predicted", "clips"], rows
 
 
 def mistake_table(results: Results, method: Method, head: str) -> Table:

@@ -24,12 +24,12 @@ def _sentence(one: Difference, results: Results) -> str:
     if one.value < 0:
         better, other, sign = one.second, one.first, -1
     low, high = sorted((sign * one.low, sign * one.high))
-    numbers = f"{sign * one.value:.1f} points [{low:.1f}, {high:.1f}], {one.covers}"
+    numbers = f"{sign * one.value:.1f} points [{low:.1f}, {high:.1f}] ({one.covers})"
     where = "over the drop curve"
     if one.modalities:
-        where = "with every modality"
+        where = "with all modalities"
     if one.low == one.high == 0:
-        return f"{better} and {other} predict the same {where}: no difference on {one.covers}."
+        return f"{better} and {other} predict the same {where} ({one.covers})."
     verdict = f"{better} is better than {other} {where} by {numbers}."
     if low <= 0:
         verdict = (
@@ -42,13 +42,13 @@ def _of_groups(one: Difference, sign: int) -> str:
     if not one.by_group or one.units == "groups":
         return ""
     each = ", ".join(f"{name} {sign * value + 0.0:+.1f}" for name, value in one.by_group.items())
-    agreeing = _agreeing(one, "groups agree")
-    return f"{agreeing} ({each})." if agreeing else f"By group: {each}."
+    agreeing = _agreeing(one, "positive")
+    return f"By group: {agreeing} ({each})." if agreeing else f"By group: {each}."
 
 
-def _agreeing(one: Difference, agree: str) -> str:
+def _agreeing(one: Difference, how: str) -> str:
     count = one.groups_agree
-    return "" if count is None else f"{count} of {len(one.by_group)} {agree}"
+    return "" if count is None else f"{count} of {len(one.by_group)} {how}"
 
 
 def difference_table(results: Results) -> Table:
@@ -67,7 +67,7 @@ def difference_table(results: Results) -> Table:
 def headline_table(results: Results) -> Table:
     """Return the headline's differences for people: intervals in one cell each."""
     header = ["difference", "modalities", "points", "over seeds", "bootstrap"]
-    header += ["each seed", "groups", "covers"]
+    header += ["per seed", "groups", "sample"]
     rows: list[Cells] = []
     for one in results.differences:
         if one.head == results.main:
@@ -92,7 +92,7 @@ def _ends(low: float | None, high: float | None) -> str:
 
 def _details(one: Difference) -> Cells:
     seeds = " ".join(f"{value:+.1f}" for value in one.by_seed)
-    return seeds, _agreeing(one, "agree"), one.covers
+    return seeds, _agreeing(one, "same sign"), one.covers
 
 
 def group_table(results: Results) -> Table:

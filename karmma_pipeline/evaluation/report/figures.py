@@ -133,7 +133,7 @@ def drop_curve(results: Results) -> Figure:
 
 def subset_bars(results: Results) -> Figure:
     """Return the headline top-1 on every subset of modalities that was evaluated."""
-    title = "Every subset of modalities" if results.every_subset else "Subsets of modalities"
+    title = "All subsets of modalities" if results.every_subset else "Subsets of modalities"
     bars = _SubsetBars(results, len(results.methods), 4)
     for number, method in enumerate(results.methods):
         score = f"{results.main}_top1"

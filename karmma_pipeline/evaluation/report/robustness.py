@@ -7,14 +7,14 @@ from karmma_pipeline.evaluation.report import figures
 from karmma_pipeline.evaluation.report.tables import Cells, Table, mean_of
 from karmma_pipeline.evaluation.results import Method, Results, Robustness
 
-_TESTS = {"missing": "missing", "stale": "stale", "pattern": "missing by list"}
+_TESTS = {"missing": "missing", "stale": "stale", "pattern": "missing (pattern)"}
 
 
 def robustness_table(results: Results) -> Table:
     """Return the headline top-1 of every test, for each share of clips that are affected."""
     header = [
         "test",
-        "modality or list",
+        "modality or pattern",
         "clips affected",
         *(method.name for method in results.methods),
     ]

@@ -100,7 +100,7 @@ def cost_table(results: Results) -> Table:
 
 def probe_table(results: Results) -> Table:
     """Return what a linear classifier of the tokens themselves answers rightly."""
-    header = ["modalities", "head", "top-1", "trained on (clips)", "width", "lambda / width"]
+    header = ["modalities", "head", "top-1", "training clips", "features", "lambda / features"]
     stores = list(dict.fromkeys(probe.store_digest for probe in results.probes))
     rows: list[Cells] = []
     for probe in results.probes:

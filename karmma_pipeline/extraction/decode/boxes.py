@@ -69,7 +69,9 @@ def read_boxes(
     starts, frames = _frames(source)
     stop = starts[-1] + 1 / FPS if clip.stop_s is None else clip.stop_s
     if clip.start_s >= starts[-1] + 1 / FPS:
-        raise MediaFaultError(Reason.OUT_OF_RANGE, f"{source.path}: {source.key}: ends before")
+        raise MediaFaultError(
+            Reason.OUT_OF_RANGE, f"{source.path}: {source.key}: ends before the clip starts"
+        )
     times = sample_times(sampling, *picture_span(clip, clip.start_s, stop, sampling, count), count)
     numbers = covering(starts, times + ROUNDING_S)
     if "rgb" not in clip.media:
@@ -113,7 +115,7 @@ def _frames(source: BoxSource) -> tuple[Times, list[list[_Box]]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {error}") from None
     if not frames:
-        raise MediaFaultError(Reason.TOO_SHORT, f"{where}: no frame")
+        raise MediaFaultError(Reason.TOO_SHORT, f"{where}: no frames")
     starts = np.array([(number - 1) / FPS for number, _ in frames])
     return starts, [boxes for _, boxes in frames]
 
@@ -174,5 +176,5 @@ def _first_picture(source: FrameSource) -> npt.NDArray[Any]:
     except (OSError, tarfile.TarError, StopIteration, cv2.error) as error:
         raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: {error}") from None
     if picture is None:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no frame")
+        raise MediaFaultError(Reason.DECODE_ERROR, f"{source.path}: no frames")
     return picture

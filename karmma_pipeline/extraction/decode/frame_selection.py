@@ -128,7 +128,7 @@ def clamped(
     if stop_s is not None and stop_s > end_s + tolerance_s:
         raise MediaFaultError(Reason.OUT_OF_RANGE, f"stops at {stop_s:.2f} s, but {ends}")
     if stop <= start_s:
-        raise MediaFaultError(Reason.TOO_SHORT, f"nothing from {start_s} to {stop} s")
+        raise MediaFaultError(Reason.TOO_SHORT, f"its span is empty: {start_s} to {stop} s")
     return start_s, stop
 
 

@@ -312,7 +312,7 @@ class DecodePool:
         try:
             return future.result(0)
         except MemoryError:
-            return MediaFaultError(Reason.OUT_OF_MEMORY, "could not get the memory it asked for")
+            return MediaFaultError(Reason.OUT_OF_MEMORY, "memory allocation failed")
         except (ProcessExpired, BrokenProcessPool) as death:
             # A batch system that ends the job signals its processes in any order. If ours is
             # among them, this is no fault of the clip, which must not be marked as lost.
@@ -337,10 +337,10 @@ class DecodePool:
             return MediaFaultError(
                 Reason.TIMEOUT, f"a clip took more than {self.timeout_s:g} s of CPU time"
             )
-        how = "without a result"
+        how = "exited without a result"
         if code is not None:
-            how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        return MediaFaultError(Reason.CRASHED, f"its decode process ended {how}")
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        return MediaFaultError(Reason.CRASHED, f"its decode process {how}")
 
     def _is_done(self, future: _Future) -> bool:
         """Wait for a task; False if it was lost with its pool.

@@ -226,7 +226,7 @@ def _faults_of(decoded: DecodedClip, spec: InputSpec) -> Iterator[None]:
         decoded.reasons[spec], decoded.details[spec] = fault.reason, fault.detail
     except MemoryError:
         decoded.reasons[spec] = Reason.OUT_OF_MEMORY
-        decoded.details[spec] = "could not get the memory it asked for"
+        decoded.details[spec] = "memory allocation failed"
 
 
 def _sound_span(

@@ -88,7 +88,7 @@ def text(plan: Plan, recipe: ExtractRecipe, recipe_path: Path) -> str:
         "files": _files(plan),
         "present": [
             f"{modality}: {_share(count, plan['clips'])}"
-            + (f"; without such a stream: {without:,}" if without else "")
+            + (f"; no {modality} stream: {without:,}" if without else "")
             for modality, count in plan["present"].items()
             for without in [plan["no_stream"].get(modality, 0)]
         ],
@@ -127,8 +127,8 @@ def _files(plan: Plan) -> list[str]:
     lines = [f"{_share(good, files['count'])} {looked}"]
     if plan["decoded"] < plan["clips"]:
         lines.append(
-            f"clips that were decoded: {_share(plan['decoded'], plan['clips'])}; damage inside the "
-            "files of the others is only found during extraction"
+            f"clips decoded: {_share(plan['decoded'], plan['clips'])}; damage inside the "
+            "other files is only found during extraction"
         )
     return lines
 
@@ -186,7 +186,7 @@ def _time(time: Plan, recipe_path: Path) -> list[str]:
     measured = counted(time["measured_on_clips"], "clip")
     rate = f"{per_second(1 / time['seconds_per_clip'])}, measured on {measured}"
     hours, tasks = time["hours"], time["array_tasks"]
-    lines = [f"{about} {_duration(hours)} on one {time['device']} like this ({rate})"]
+    lines = [f"{about} {_duration(hours)} on one {time['device']} of this machine ({rate})"]
     if tasks > 1:
         array = f"sbatch --array=1-{tasks} extract/slurm.sbatch {recipe_path}"
         lines.append(f"{tasks} array tasks of about {_duration(hours / tasks)}: {array}")

@@ -61,8 +61,8 @@ def check(choice: BackboneChoice, device: torch.device) -> None:
         )
     if device.type != "cpu":
         raise ConfigError(
-            f"{choice.name}: engine openvino computes on CPUs and the device is {device}; choose "
-            "device cpu, or set engine: torch."
+            f"{choice.name}: engine openvino runs on CPUs only, but the device is {device}; set "
+            "device: cpu or engine: torch."
         )
 
 
@@ -158,12 +158,12 @@ def _refusal(name: str, error: BaseException) -> ConfigError:
     text = str(error).strip()
     lacking = _OPERATIONS.search(text)
     reason = (
-        f"it does not support {lacking[1]}"
+        f"no conversion rule for {lacking[1]}"
         if lacking
         else (text.splitlines() or [repr(error)])[0][:200]
     )
     return ConfigError(
-        f"{name}: engine openvino cannot compute this network ({reason}); set engine: torch."
+        f"{name}: engine openvino does not support this network ({reason}); set engine: torch."
     )
 
 

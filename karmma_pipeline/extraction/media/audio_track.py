@@ -330,11 +330,15 @@ class SoundArrayReader(MediaReader):
 def _dataset(file: h5py.File, source: SoundArray) -> h5py.Dataset:
     where, at = f"{source.path}: {source.key!r}", plain_dataset(file, source.path, source.key)
     if at.ndim != 1 or at.dtype.kind not in "iuf" or at.dtype.itemsize > 8:
-        raise MediaFaultError(Reason.DECODE_ERROR, f"{where}: {at.shape} {at.dtype}, not samples")
+        raise MediaFaultError(
+            Reason.DECODE_ERROR, f"{where}: expected mono samples [S], found {at.dtype} {at.shape}"
+        )
     if len(at) > LONGEST_S * source.rate:
-        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: {len(at)} samples")
+        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: {len(at)} samples, too many")
     if at.chunks and at.chunks[0] * at.dtype.itemsize > 1 << 30:
-        raise MediaFaultError(Reason.UNSAFE_FILE, f"{where}: chunks of {at.chunks[0]} samples")
+        raise MediaFaultError(
+            Reason.UNSAFE_FILE, f"{where}: chunks of {at.chunks[0]} samples, too large"
+        )
     return at
 
 

@@ -38,7 +38,7 @@ _BEGINNINGS = {
     re.compile(rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!"): "an archive",
     re.compile(rb"\s*<(!doctype|html|\?xml)", re.I): "a web page",
     re.compile(rb"version https://git-lfs"): "a Git LFS pointer",
-    re.compile(rb"\0{64}"): "zero bytes",
+    re.compile(rb"\0{64}"): "all zeros",
 }
 
 

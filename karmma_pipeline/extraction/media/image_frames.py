@@ -228,7 +228,7 @@ def _resolved(path: Path, places: Places, names: tuple[str, ...]) -> Found:
         if len(table):
             return some, table
     pictures = [name for name in places if _PICTURE.fullmatch(name)]
-    holds = f"{len(pictures):,} others such as {min(pictures)}" if pictures else "no images"
+    holds = f"{len(pictures):,} others, such as {min(pictures)}" if pictures else "no images"
     raise MediaFaultError(Reason.FILE_MISSING, f"{path}: no {names[0]}; it contains {holds}")
 
 

@@ -63,21 +63,21 @@ class MediaReader:
     @property
     def video_decoder(self) -> str:
         """What reads its pictures."""
-        raise self._lacks("pictures")
+        raise self._lacks("video")
 
     @property
     def frame_starts(self) -> Times:
         """Start of every frame's interval, seconds, ascending [frames]."""
-        raise self._lacks("pictures")
+        raise self._lacks("video")
 
     @property
     def stop_s(self) -> float:
         """End of the last frame, seconds."""
-        raise self._lacks("pictures")
+        raise self._lacks("video")
 
     def numbers(self, times: Times) -> Numbers:
         """Return which frame is shown at each moment, [T]."""
-        raise self._lacks("pictures")
+        raise self._lacks("video")
 
     def decode(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
         """Yield frames by number in ascending order, each once: uint8 [H, W, 3], RGB.
@@ -85,7 +85,7 @@ class MediaReader:
         Raises:
             MediaFaultError: one of them cannot be decoded.
         """
-        raise self._lacks("pictures")
+        raise self._lacks("video")
 
     def decode_for_several(self, numbers: Numbers) -> Iterator[tuple[int, Pictures]]:
         """Yield frames as `decode` does, in one go through the file for several clips.
@@ -115,11 +115,11 @@ class MediaReader:
     @property
     def audio_rate(self) -> int | None:
         """The track's own rate, Hz; None if the file does not say."""
-        raise self._lacks("sound")
+        raise self._lacks("audio")
 
     def sound_span(self, rate: int) -> tuple[float, float]:
         """Return where the track starts and ends, seconds."""
-        raise self._lacks("sound")
+        raise self._lacks("audio")
 
     def sound(self, start_s: float, stop_s: float, rate: int) -> Sound:
         """Return mono sound, float32 [S] at ``rate`` Hz; outside the track it is silence.
@@ -127,7 +127,7 @@ class MediaReader:
         Raises:
             MediaFaultError: it cannot be decoded there.
         """
-        raise self._lacks("sound")
+        raise self._lacks("audio")
 
     def close(self) -> None:
         """Let go of the source."""

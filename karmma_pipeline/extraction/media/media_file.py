@@ -36,7 +36,7 @@ from karmma_pipeline.modalities import Reason
 if TYPE_CHECKING:
     from karmma_pipeline.extraction.media.decord_video import DecordVideo
 
-_BEGINS_ANEW = " (then its time stamps begin anew; join files with ffmpeg's concat, not with cat)"
+_BEGINS_ANEW = " (its timestamps restart there; join files with ffmpeg's concat, not with cat)"
 
 
 class MediaFile(MediaReader):

@@ -148,7 +148,7 @@ def _read(path: Path, number: int, _key: tuple[int, int]) -> PacketIndex:
         stream = container.streams[number]
         packets = _demuxed(path, container, stream)
         if not packets.shown.any():
-            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frame")
+            raise MediaFaultError(Reason.DECODE_ERROR, f"{path}: no frames")
         codec: Any = stream.codec_context
         rate = codec.framerate or stream.guessed_rate or stream.average_rate
         length_s = float(1 / rate) if rate else _FRAME_S

@@ -112,7 +112,7 @@ class SensorSeries:
             clip = f"the clip from {moments[0]:.3f} to {moments[-1]:.3f} s"
             inside = self._times[0] < moments[-1] and moments[0] < self._times[-1]
             if len(times) < 2 and inside:
-                raise MediaFaultError(Reason.GAP, f"{holds}, but no sample in {clip}")
+                raise MediaFaultError(Reason.GAP, f"{holds}, but no samples in {clip}")
             raise MediaFaultError(Reason.OUT_OF_RANGE, f"{holds}, {clip}")
         before = np.searchsorted(times, moments, side="right") - 1
         after = np.searchsorted(times, moments)
@@ -122,7 +122,7 @@ class SensorSeries:
         n = int(np.argmax(high - low > longest))
         if high[n] - low[n] > longest:
             nan = np.any((self._times > low[n]) & (self._times < high[n]))
-            what = "NaN" if nan else "no sample"
+            what = "NaN" if nan else "no samples"
             detail = f"{self.path}: {what} from {low[n]:.3f} s to {high[n]:.3f} s"
             raise MediaFaultError(Reason.GAP, detail)
 
@@ -132,7 +132,7 @@ class SensorSeries:
             return
         rate = 1 / float(np.median(np.diff(times)))
         if abs(rate / stated - 1) > self._sensor.rate_tolerance:
-            detail = f"{rate:.4g} Hz by its timestamps from {times[0]:.3f} s on, not {stated:g}"
+            detail = f"timestamps from {times[0]:.3f} s on give {rate:.4g} Hz, not {stated:g}"
             raise MediaFaultError(Reason.BAD_CLOCK, f"{self.path}: {detail}")
 
 
@@ -155,7 +155,7 @@ def _clock(path: Path, sensor: Sensor, samples: int, stamps: Values | None) -> T
     if len(wrong) and samples > 1:
         n = int(wrong[0])
         before = times[n - 1] if n else times[0]
-        detail = f"{path}: sample {n + 1}: timestamp {times[n]:.6g} s after {before:.6g} s"
+        detail = f"{path}: sample {n + 1}: timestamp {times[n]:.6g} s follows {before:.6g} s"
         raise MediaFaultError(Reason.BAD_CLOCK, detail)
     first_s = times[0] if sensor.from_first and samples else 0.0
     return times - first_s + sensor.offset_s

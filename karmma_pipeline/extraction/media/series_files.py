@@ -112,7 +112,7 @@ def _text(path: Path, _: Sensor) -> _Columns:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     first = next((i for i, line in enumerate(lines) if line.strip() and line[0] != "#"), None)
     if first is None:
-        raise MediaFaultError(Reason.TOO_SHORT, f"{path}: no sample")
+        raise MediaFaultError(Reason.TOO_SHORT, f"{path}: no samples")
     separator = next((s for s in _SEPARATORS if s in lines[first]), None)
     cells = (
         next(csv.reader([lines[first]], delimiter=separator)) if separator else lines[first].split()
@@ -123,7 +123,7 @@ def _text(path: Path, _: Sensor) -> _Columns:
 
     def take(wanted: Sequence[int]) -> Values:
         if not rows:
-            raise MediaFaultError(Reason.TOO_SHORT, f"{path}: no sample")
+            raise MediaFaultError(Reason.TOO_SHORT, f"{path}: no samples")
         options: dict[str, Any] = {"delimiter": separator, "usecols": wanted, "ndmin": 2}
         try:
             return np.loadtxt(rows, quotechar='"', **options)

@@ -68,9 +68,9 @@ class BackboneChoice(Recipe):
     )
     stored_frames: PositiveInt | None = Field(
         None,
-        description="cut: input: frames that are stored of a clip, as many as `frames` or more. A "
-        "training takes other `frames` of them in each epoch, everything else the middle ones; "
-        "three times as many are best under sampling.mode uniform. null: `frames`.",
+        description="With cut: input, frames to store per clip, at least `frames`. Training "
+        "samples `frames` of them in each epoch; everything else uses the middle ones. With "
+        "sampling.mode uniform, three times `frames` works best. null: `frames`.",
     )
     size: Pixels | None = Field(
         None,
@@ -130,7 +130,7 @@ class BackboneChoice(Recipe):
         if self.cut is not None:
             self._check_cut(self.cut)
         if self.stored_frames is not None and self.cut != INPUT:
-            raise ValueError(f"stored_frames={self.stored_frames}: is for cut: input; leave it out")
+            raise ValueError(f"stored_frames={self.stored_frames}: requires cut: input; remove it")
         seed = parse_seed(self.weights)
         if self.key_map and seed is not None:
             raise ValueError(f"key_map: weights={self.weights!r} has no parameter names to map")
@@ -291,7 +291,7 @@ class BackboneChoice(Recipe):
             return
         if architecture.kind != "video":
             raise ConfigError(
-                f"stored_frames={self.stored_frames}: {self.name} takes no frames; leave it out."
+                f"stored_frames={self.stored_frames}: {self.name} takes no frames; remove it."
             )
         if self.stored_frames < self.frame_count:
             raise ConfigError(

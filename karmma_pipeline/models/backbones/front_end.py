@@ -70,7 +70,7 @@ class Audio(Recipe):
         "radevski (ICCV 2023, the paper's predecessor): dB of power. vggish: log(magnitude + "
         "0.01), 125 to 7500 Hz. ast: Kaldi's log filter banks. auditory_slowfast: "
         "log(magnitude + 1e-6). whisper: log10 of power, at most 8 below its peak. clap: dB "
-        "of power, short sound is repeated. waveform: the samples; standardised_waveform: "
+        "of power, short audio is repeated. waveform: the samples; standardised_waveform: "
         "with mean 0 and variance 1.",
     )
     sample_rate: int = Field(

@@ -94,10 +94,10 @@ def _find(net: nn.Module, layer: int | str) -> nn.Module:
         )
     blocks = [net.get_submodule(path) for path in block_paths(net)]
     if not -len(blocks) <= layer < len(blocks):
-        count = f"it has {len(blocks)}" if blocks else "its blocks are not in a list"
+        count = f"{len(blocks)} blocks" if blocks else "no list of blocks"
         raise ConfigError(
-            f"layer={layer}: {type(net).__name__} has no such block, {count}; use another index "
-            "or the name of a module."
+            f"layer={layer}: {type(net).__name__} has {count}; use another index or the name of a "
+            "module."
         )
     return blocks[layer]
 

@@ -71,7 +71,7 @@ def diff(one: Path, other: Path, stop: StopFlag | None = None) -> Iterator[str]:
     yield from _columns(a, b, left, right)
     for m in a.modalities:
         if m in b.modalities:
-            yield from _tokens(a, b, m, left, right, stop or StopFlag())
+            yield from _tokens(a, b, m, left, right, stop or StopFlag(resumes=False))
 
 
 def _columns(
