@@ -15,7 +15,7 @@ from support.starting import Started, blocked, ignored
 
 from karmma_pipeline.errors import ConfigError, ExitCode, StoppedError
 from karmma_pipeline.jobs import Part, StopFlag, balance, cpu_count, memory_limit
-from karmma_pipeline.jobs.allocation import (
+from karmma_pipeline.jobs.batch_system import (
     JOB,
     ONE_OF_SEVERAL,
     STOP_SIGNALS,

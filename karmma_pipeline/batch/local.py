@@ -12,7 +12,7 @@ from karmma_pipeline.batch.recipe import Resources, Site
 from karmma_pipeline.batch.slurm import threads
 from karmma_pipeline.errors import ExitCode
 from karmma_pipeline.jobs import StopFlag, cpu_count
-from karmma_pipeline.jobs.allocation import ONE_OF_SEVERAL, without
+from karmma_pipeline.jobs.batch_system import ONE_OF_SEVERAL, without
 
 _POLL_INTERVAL_S = 0.2
 

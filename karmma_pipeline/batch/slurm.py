@@ -21,7 +21,7 @@ from karmma_pipeline.batch.progress import StageProgress
 from karmma_pipeline.batch.recipe import Chain, Resources, Site, Sweep
 from karmma_pipeline.errors import KarmmaError
 from karmma_pipeline.extraction.recipe import ExtractRecipe
-from karmma_pipeline.jobs.allocation import JOB, ONE_OF_SEVERAL, PARTS, without
+from karmma_pipeline.jobs.batch_system import JOB, ONE_OF_SEVERAL, PARTS, without
 from karmma_pipeline.store.format import layout
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")

@@ -1,6 +1,6 @@
 """What a batch system tells a process: its part of the work, its limits, and when to stop."""
 
-from karmma_pipeline.jobs.allocation import (
+from karmma_pipeline.jobs.batch_system import (
     Part,
     StopFlag,
     balance,

@@ -15,7 +15,7 @@ from typing import Any
 
 from pebble import CONSTS, ProcessPool
 
-from karmma_pipeline.jobs.allocation import STOP_SIGNALS
+from karmma_pipeline.jobs.batch_system import STOP_SIGNALS
 
 CONSTS.term_timeout = 0.0  # our processes ignore SIGTERM: SIGKILL at once
 

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from karmma_pipeline.errors import ConfigError, KarmmaError
 from karmma_pipeline.jobs import StopFlag
-from karmma_pipeline.jobs.allocation import copies
+from karmma_pipeline.jobs.batch_system import copies
 
 _logger = logging.getLogger(__name__)
 
