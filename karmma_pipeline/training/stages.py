@@ -291,8 +291,8 @@ def _trained_on(recipe: TrainRecipe, train: np.ndarray, val: np.ndarray) -> Iter
     """Say how many clips are trained on and choose the best epoch, too."""
     if both := len(np.intersect1d(train, val)):
         yield (
-            f"val_split={recipe.val_split!r}: {both} of its {counted(len(val), 'clip')} also in "
-            "training; its accuracy does not measure generalisation"
+            f"val_split={recipe.val_split!r}: {both} of its {counted(len(val), 'clip')} are "
+            "also trained on; its accuracy does not measure generalisation"
         )
 
 
