@@ -210,7 +210,7 @@ def test_the_tokens_of_videoprism_are_those_of_transformers(
     assert off.max() <= 8 / 255
     with torch.inference_mode():
         same(backbone(x)[0], net(x.transpose(1, 2)).last_hidden_state[0])
-    with pytest.raises(ConfigError, match="its blocks are not in a list"):
+    with pytest.raises(ConfigError, match="has no list of blocks"):
         _ = choice.model_copy(update={"layer": 0}).raw_grid
 
 
