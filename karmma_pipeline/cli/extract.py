@@ -32,12 +32,14 @@ class _Extract(click.Command):
         """Join the names that follow it, for click's options take a fixed number of values."""
         if "--retry" not in args:
             return super().parse_args(ctx, args)
-        from karmma_pipeline.extraction.again import CHANGED, PASSING
+        from karmma_pipeline.extraction.again import CHANGED
+        from karmma_pipeline.modalities import Reason
 
+        known = {CHANGED, *(reason.label for reason in Reason)}
         joined: list[str] = []
         names: list[str] | None = None
         for arg in args:
-            if names is not None and set(arg.split(",")) <= {*PASSING, CHANGED}:
+            if names is not None and set(arg.split(",")) <= known:
                 names.append(arg)
                 joined[-1] = f"--retry={','.join(names)}"
                 continue

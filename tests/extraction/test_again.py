@@ -284,7 +284,7 @@ def test_only_what_is_asked_for_is_tried_again_where_files_are_the_same(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--retry", "no_stream"], "no_stream"),
+        (["--retry", "no_stream"], "no_stream: is permanent, so"),
         (["--retry=no_stream"], "is permanent, so"),
         (["--retry=slow"], "slow: is not a reason; allowed: file_missing, decode_error"),
     ],
