@@ -29,6 +29,7 @@ import yaml
 from support.epic import write_annotations
 from support.media_files import pack, write_flow, write_frames, write_video
 
+from karmma_pipeline.extraction.recipe import FEW_CLIPS
 from karmma_pipeline.modalities import Reason
 from karmma_pipeline.store import FeatureStore, verify
 
@@ -189,7 +190,9 @@ class Batch:
         reasons = np.asarray(store.reasons)
         faults = (reasons != Reason.PRESENT) & (reasons != Reason.NO_STREAM)
         lost = (faults & (reasons != Reason.NOT_IN_DATASET)).any(axis=1).mean()
-        assert code == (3 if lost > MAX_FAILURES else 0), f"{lost:.0%} lost, exit code {code}"
+        few = len(reasons) < FEW_CLIPS and lost < 1  # of which any number may be lost
+        wanted = 3 if lost > MAX_FAILURES and not few else 0
+        assert code == wanted, f"{lost:.0%} lost, exit code {code}"
         assert not (faulty := verify(self.out / "one")), faulty
         for column, modality in enumerate(store.modalities):
             there = torch.from_numpy(np.flatnonzero(reasons[:, column] == Reason.PRESENT))
