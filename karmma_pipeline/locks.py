@@ -45,7 +45,7 @@ def locked(path: Path, doing: str, remedy: str = "wait for it, or stop it") -> I
 
     Args:
         path: the file that is the lock, inside the folder that is guarded.
-        doing: what a holder does, for the message: "trains into this folder".
+        doing: what a holder does, for the message: "is training in this folder".
         remedy: what the other one is to do.
 
     Raises:

@@ -110,11 +110,13 @@ _HINTS = {
     Reason.UNSAFE_FILE: "The file refers to other files (a playlist, an HDF5 link) or has an "
     f"implausible size; replace it with a file that contains the media itself, {_THEN}.",
     Reason.NO_CHANNEL: "The file lacks an array or a column named in the recipe; correct "
-    f"channels, variable or time under sensors, or the file, {_THEN}.",
+    f"the file, or channels, variable or time of the sensor, {_THEN}.",
     Reason.GAP: "Samples are missing or NaN for longer than max_gap_s; fill the gap in the "
-    f"file, {_THEN}, or raise max_gap_s under sensors {_NEW}.",
+    f"file, {_THEN}, or raise max_gap_s of the sensor and extract to another folder "
+    "(--set out=FOLDER).",
     Reason.BAD_CLOCK: "Timestamps do not increase, or disagree with source_hz; correct the "
-    f"file, {_THEN}, or unit, source_hz or rate_tolerance under sensors {_NEW}.",
+    f"file, {_THEN}, or correct unit, source_hz or rate_tolerance of the sensor and extract to "
+    "another folder (--set out=FOLDER).",
 }
 
 

@@ -63,7 +63,9 @@ class RunFolder:
 
     def _open(self, recipe: Recipe) -> None:
         self._check(recipe)  # before anything is changed in a folder that is not ours
-        self._held.enter_context(locks.locked(self.path / _LOCK, "trains into this folder", ELSE))
+        self._held.enter_context(
+            locks.locked(self.path / _LOCK, "is training in this folder", ELSE)
+        )
         self._check(recipe)
         # The lock comes before the sweep: only whoever holds it may take temporary files for
         # those of a dead process.
@@ -211,7 +213,8 @@ def saved_folder(path: Path, checkpoint: str = "best") -> Path:
         )
     if (path / "spec.json").is_file():
         raise CheckpointError(
-            f"{path}: is a feature store; give a run folder, as written by a training."
+            f"{path}: is a feature store; give a run folder, as written by karmma "
+            "train-teacher, train-baseline or distill."
         )
     if (path / RECIPE).is_file():
         raise CheckpointError(

@@ -83,7 +83,7 @@ def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
     with RunFolder(folder, Recipe()):
         refused = ask()
         assert refused.returncode != 0
-        assert " trains into this folder; choose another" in refused.stderr
+        assert " is training in this folder; choose another" in refused.stderr
     assert ask().returncode == 0
 
 

@@ -238,7 +238,9 @@ class Site(Recipe):
         description="Shell lines to run before the command, such as `module load cuda`.",
     )
     karmma: Line | None = Field(
-        None, description="Program to run; null: the one that submits (in a container: karmma)."
+        None,
+        description="Path of the karmma program; null: the one that runs karmma submit (in a "
+        "container: karmma).",
     )
     container: Container | None = Field(None, description="Run in a container; null: no container.")
     warning_s: PositiveInt = Field(

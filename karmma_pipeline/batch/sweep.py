@@ -281,7 +281,7 @@ def _put_aside(run: Path, out: Path) -> None:
     name = str(run.relative_to(out))
     numbers = itertools.count(1)
     place = next(p for n in numbers if not (p := out / SUPERSEDED / f"{name}.{n}").exists())
-    with locks.locked(run / ".lock", "trains into this folder", "wait until it ends"):
+    with locks.locked(run / ".lock", "is training in this folder", "wait until it finishes"):
         place.parent.mkdir(parents=True, exist_ok=True)
         run.rename(place)
     (place / ".lock").unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def write_gallery(
 
     choice = choose(report.logits(len(recipe.runs) - 1), count, recipe.seed)
     clips = _clips(recipe, choice)
-    with locks.locked(report.folder / ".lock", "writes a report into this folder", runs.ELSE):
+    with locks.locked(report.folder / ".lock", "is writing a report to this folder", runs.ELSE):
         folder = report.folder / "gallery"
         pictures = _pictures(recipe, choice, clips, folder, stop)
         names = {picture.video for picture in pictures}

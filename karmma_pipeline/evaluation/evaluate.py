@@ -82,7 +82,7 @@ def evaluate(recipe: EvaluateRecipe, stop: StopFlag | None = None) -> EvaluateRe
     device = pick_device(recipe.device)
     layout.check_outside(recipe.out)
     runs.check_output(recipe.out, _OURS, "but no report")
-    with locks.locked(recipe.out / ".lock", "writes a report into this folder", runs.ELSE):
+    with locks.locked(recipe.out / ".lock", "is writing a report to this folder", runs.ELSE):
         folders = [saved_folder(run, recipe.checkpoint) for run in recipe.runs]
         cards = [(run, read_card(f)) for run, f in zip(recipe.runs, folders, strict=True)]
         named = [(run, recipe.names.get(str(run), card.name), card) for run, card in cards]

@@ -83,7 +83,7 @@ def _measure_elsewhere(request: str, stop: StopFlag) -> tuple[float, ...]:
                     out, err = process.communicate(given, timeout=_LOOK_S)
                     break
                 given = None  # it is written only once
-                stop.check("nothing of this evaluation was saved")
+                stop.check("no results of this evaluation were saved")
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has forked

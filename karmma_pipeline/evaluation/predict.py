@@ -44,7 +44,7 @@ from karmma_pipeline.store import TokenSource
 
 _logger = logging.getLogger(__name__)
 
-NOTHING_KEPT = "nothing of this evaluation was saved"
+NOTHING_KEPT = "no results of this evaluation were saved"
 
 
 @dataclass(frozen=True)

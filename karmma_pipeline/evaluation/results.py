@@ -88,7 +88,7 @@ class DropCurve(Recipe):
 
     head: str = Field(description="A head, or `action`.")
     protocol: Protocol = Field(description="Which clips count; see SubsetScores.")
-    points: tuple[DropPoint, ...] = Field(description="By rising drop rate.")
+    points: tuple[DropPoint, ...] = Field(description="By increasing drop rate.")
 
     def at(self, rate: float) -> DropPoint | None:
         """Return the point at a drop rate, if it was evaluated."""
@@ -129,7 +129,7 @@ class Calibration(Recipe):
     ece: float = Field(
         description="Expected calibration error: mean |accuracy - confidence| of bins, by clips."
     )
-    bins: tuple[Bin, ...] = Field(description="By rising probability.")
+    bins: tuple[Bin, ...] = Field(description="By increasing probability.")
 
 
 class RobustnessPoint(Recipe):
@@ -226,7 +226,7 @@ class MethodDrop(Recipe):
 
     head: str = Field(description="A head, or `action`.")
     protocol: Protocol = Field(description="Which clips count; see SubsetScores.")
-    points: tuple[OverSeeds, ...] = Field(description="Expected top-1 by rising drop rate.")
+    points: tuple[OverSeeds, ...] = Field(description="Expected top-1 by increasing drop rate.")
     mean: OverSeeds = Field(description="Plain mean of the expected top-1 over all drop rates.")
 
 

@@ -61,8 +61,9 @@ def check_label_space(heads: Mapping[str, Sequence[str]]) -> None:
     sizes = {head: len(names) for head, names in heads.items()}
     if sizes != CLASSES:
         raise ConfigError(
-            f"submission: the heads and classes are {sizes}; the challenge requires {CLASSES} with "
-            "the official ids, which a store made from the official CSV has."
+            f"submission: the store has the heads and classes {sizes}, but the challenge requires "
+            f"{CLASSES} with the official ids; use a store extracted with dataset.kind="
+            "epic_kitchens_100."
         )
 
 

@@ -1,4 +1,4 @@
-"""Progress of an extraction: the shards that remain and whose they are, the bar, the summary."""
+"""Progress of an extraction: remaining shards, their assignment to tasks, bar and summary."""
 
 import shlex
 import sys
@@ -305,8 +305,8 @@ def check_failures(recipe: ExtractRecipe, failed: int, clips: int) -> None:
     if not recipe.allows(failed, clips):
         raise TooManyFailuresError(
             f"{recipe.out / FAILURES}: {failed} of {counted(clips, 'clip')} lost a modality to an "
-            f"error, max_failures={recipe.max_failures} allows {recipe.max_failures:.0%}; the "
-            "stores are complete. See the hints in the table."
+            f"error, but max_failures={recipe.max_failures} allows only {recipe.max_failures:.0%}; "
+            "the stores are complete nevertheless. See the hints in the table."
         )
 
 

@@ -110,8 +110,8 @@ class Decode(Recipe):
     timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Maximum CPU seconds to decode a clip. Beyond, the process is killed and "
-        "the clip retried alone; if that fails too, its reason is timeout.",
+        description="Maximum CPU seconds to decode a clip. Above, the process is killed and "
+        "the clip is retried alone; if that fails too, its reason is timeout.",
     )
     stall_s: float = Field(
         300.0,
@@ -122,7 +122,7 @@ class Decode(Recipe):
     memory_gb: float = Field(
         8.0,
         gt=0,
-        description="Memory limit of a decode process in GB. Beyond, it is killed, and the "
+        description="Memory limit of a decode process in GB. Above, it is killed, and the "
         "reason of its clip is out_of_memory.",
     )
     queue_gb: float = Field(

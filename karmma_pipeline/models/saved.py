@@ -350,7 +350,8 @@ def _begin_alike(
         _same_tokens(card, theirs, m) for m in model.modalities
     ):
         raise CheckpointError(
-            f"{folder}: its tokens come from other backbones than those of this run."
+            f"{folder}: was trained on tokens of other backbones than this run; start from a model "
+            "of the same backbones."
         )
     _begin_suffixes(model, found, ())
     model_of_tokens(model).load_state_dict(model_of_tokens(found).state_dict())

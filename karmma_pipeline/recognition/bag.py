@@ -333,7 +333,7 @@ def _picture(message: Any) -> bytes | npt.NDArray[np.uint8]:
             return data
         return _decoded(data)
     if message.encoding not in _RAW:
-        raise MediaError(f"encoding={message.encoding!r}: supported are {', '.join(_RAW)}.")
+        raise MediaError(f"encoding={message.encoding!r} is not supported, only {', '.join(_RAW)}.")
     channels, name = _RAW[message.encoding]
     rows = np.frombuffer(data, np.uint8).reshape(message.height, message.step)
     pixels = rows[:, : message.width * channels]
@@ -417,9 +417,9 @@ class _Table:
             raise ConfigError(f"{where}: no field {unknown[0]}; it has {', '.join(numbers)}.")
         if len(fields) != self.sensor.channel_count:
             raise ConfigError(
-                f"{where}: the model takes {self.sensor.channel_count} channels, the message "
-                f"has {len(fields)} numeric fields; choose some as "
-                f"{self.topic.name}:FIELD,FIELD, out of {', '.join(numbers)}."
+                f"{where}: the model takes {self.sensor.channel_count} channels, but the message "
+                f"has {len(fields)} numeric fields; select {self.sensor.channel_count} of them "
+                f"with {where}:FIELD,FIELD: {', '.join(numbers)}."
             )
         return fields
 

@@ -70,7 +70,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         folder = layout.spool_folder(self.root, self.shard)
         with files.disk_errors(self._journal_path), self._stack:
-            self._stack.enter_context(locks.locked(folder / "lock", f"writes shard {self.shard}"))
+            self._stack.enter_context(
+                locks.locked(folder / "lock", f"is writing shard {self.shard}")
+            )
             self._journal = self._open(folder / "journal")
             if self._again:
                 reopen(self.catalog, self.shard, self._again)

@@ -95,7 +95,7 @@ def test_a_wrong_list_of_videos_is_named(tmp_path: Path, videos: Any, message: s
     ("change", "message"),
     [
         ({"clip_uid": "../x"}, r"fho_lta_train\.json: clips entry 1: clip_uid='\.\./x'"),
-        ({"verb_label": 2}, r"verb_label=2: the taxonomy has 2"),
+        ({"verb_label": 2}, r"verb_label=2: the taxonomy has 2 classes"),
         ({"verb_label": True}, r"verb_label=True: must be a JSON whole number"),
         ({"action_clip_end_sec": 7}, r"action_clip_end_sec=7\.0: is not after 7\.5"),
         ({"action_clip_start_sec": float("inf")}, r"action_clip_start_sec=inf"),

@@ -226,7 +226,7 @@ def test_of_two_evaluations_into_one_folder_the_second_is_refused(
         child = fork(lambda stop: ask(run, store), tmp_path / "log")
         assert ended(child) == 1
         said = (tmp_path / "log").read_text()
-        assert "writes a report into this folder; choose another" in said
+        assert "is writing a report to this folder; choose another" in said
         assert not (tmp_path / "report/results.json").exists()
         return predict(*arguments)
 

@@ -271,7 +271,7 @@ class StopsAt(StopFlag):
 @pytest.mark.parametrize("looks", [5, 17, 40])  # of the first run: passes of a batch, then tables
 def test_an_evaluation_ends_between_two_passes(place: Path, tmp_path: Path, looks: int) -> None:
     stop = StopsAt(looks)
-    with pytest.raises(StoppedError, match="nothing of this evaluation was saved"):
+    with pytest.raises(StoppedError, match="no results of this evaluation were saved"):
         evaluate(make_recipe(place, runs=[str(place / "run0")], out=str(tmp_path / "r")), stop)
     assert not (tmp_path / "r").exists()
     assert stop.looks == 0

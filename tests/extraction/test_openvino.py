@@ -346,7 +346,7 @@ def test_a_network_that_it_computes_faster_is_named_as_an_extraction_starts(
         said: list[str] = []
         monkeypatch.setattr(inference_networks, "find_spec", lambda _, there=there: there or None)
         configure(Networks(recipe), stores, said.append)
-        told = "faster (1.2 times): set engine: openvino" in said[-1]
+        told = "faster in benchmarks (1.2 times): set engine: openvino" in said[-1]
         assert told == (there and bool(stores))
 
 

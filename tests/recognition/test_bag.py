@@ -155,7 +155,8 @@ def test_the_clock_of_the_recording_is_another(tmp_path: Path) -> None:
         (("audio=/camera",), "sensor_msgs/msg/Image does not contain audio"),
         (
             ("imu=/imu",),
-            r"takes 2 channels, the message has 3 numeric fields; choose some as /imu:FIELD",
+            r"takes 2 channels, but the message has 3 numeric fields; select 2 of them with "
+            r"--topic imu=/imu:FIELD",
         ),
         (("imu=/imu:x,y",), r"no field x; it has linear_acceleration.x"),
         (("rgb",), "write MODALITY=/topic"),

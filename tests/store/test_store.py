@@ -272,7 +272,7 @@ def test_a_second_writer_of_a_shard_is_refused_while_the_first_lives(tmp_path: P
         assert other.stdout is not None
         other.stdout.readline()
         with (
-            pytest.raises(KarmmaError, match="writes shard 0; wait for it"),
+            pytest.raises(KarmmaError, match="is writing shard 0; wait for it"),
             ShardWriter(tmp_path / "s", 0),
         ):
             pass

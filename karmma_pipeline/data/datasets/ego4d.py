@@ -177,5 +177,7 @@ class _ActionReader:
     def _label(self, entry: Any, head: str) -> int:
         number = annotations.field(entry, f"{head}_label", int, UNKNOWN)
         if not UNKNOWN <= number < len(self.heads[head]):
-            raise ValueError(f"{head}_label={number}: the taxonomy has {len(self.heads[head])}")
+            raise ValueError(
+                f"{head}_label={number}: the taxonomy has {len(self.heads[head])} classes"
+            )
         return number

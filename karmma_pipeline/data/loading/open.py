@@ -87,7 +87,7 @@ class DeviceStore(TokenSource):
         if needed > free:
             raise StoreError(
                 f"{self.path}: loader.cache=device: the tokens need {needed / 1e9:.1f} GB, "
-                f"{self.device} has {free / 1e9:.1f} GB free; use map."
+                f"but only {free / 1e9:.1f} GB are free on {self.device}; set loader.cache=map."
             )
 
     def _load(self, modality: str) -> tuple[Tensor, tuple[Tensor, ...]]:

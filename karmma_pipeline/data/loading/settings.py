@@ -19,7 +19,7 @@ class LoaderSettings(Recipe):
     cache: Literal["map", "device"] = Field(
         "map",
         description="Where tokens are read from. map: memory-mapped files, kept in the page "
-        "cache as far as it allows, shared by all ranks. device: all tokens are copied to the "
+        "cache as far as memory allows, shared by all ranks. device: all tokens are copied to the "
         "device.",
     )
     stage: Path | None = Field(

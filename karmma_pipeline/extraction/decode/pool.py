@@ -1,4 +1,4 @@
-"""Pool of decode processes: a process that hangs or crashes costs its clip, never the run."""
+"""Pool of decode processes: one that hangs or crashes loses its clip, never the run."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def window_starts(sensor: Sensor, start_s: float, stop_s: float) -> Times:
     count, hop, samples = sensor.windows, sensor.hop, _samples(sensor)
     room_s = stop_s - start_s - samples / sensor.rate_hz
     if room_s < -_ROUNDING_S and sensor.short == "absent":
-        needed = f"{samples} samples at {sensor.rate_hz:g} Hz are {samples / sensor.rate_hz:.3f} s"
-        detail = f"from {start_s:.3f} to {stop_s:.3f} s; {needed}"
+        needed = f"{samples} samples at {sensor.rate_hz:g} Hz span {samples / sensor.rate_hz:.3f} s"
+        detail = f"the clip spans {start_s:.3f} to {stop_s:.3f} s, but {needed}"
         raise MediaFaultError(Reason.TOO_SHORT, detail)
     room_s = max(0.0, room_s)
     if hop is None:

@@ -104,7 +104,7 @@ def time_per_clip(recipe: ExtractRecipe, manifest: Manifest, seen: Survey) -> di
     views = recipe.views.count
     there = Counter(clip_id for (clip_id, _), found in seen.outcomes.items() if found == FOUND)
     if not there:
-        return {"problem": "not measured: no clip has its files"}
+        return {"problem": "not measured: no clip has all its files"}
     # Of clips that have more or less, those that have most.
     most = max(there.values())
     usable = [n for n, clip in enumerate(seen.clips) if there[clip.clip_id] == most]

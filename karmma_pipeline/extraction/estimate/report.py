@@ -138,7 +138,7 @@ def _problems(plan: Plan, recipe: ExtractRecipe) -> list[str]:
     kinds: dict[str, Collection[str]] = {
         **{f"{state} files": paths for state, paths in plan["files"]["faulty"].items()},
         **{f"clips lost to {reason}": clips for reason, clips in plan["lost"].items()},
-        "clips with the video and span of another clip": [
+        "clips with the same video, start and stop as another clip": [
             " = ".join(pair) for pair in plan["same_video_and_span"]
         ],
         "videos in several splits": plan["videos_in_several_splits"],

@@ -1,4 +1,4 @@
-"""The frozen backbones of all sets on one device: how each computes, batches in, tokens out."""
+"""The frozen backbones of all sets on one device: compute settings, and batches to tokens."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -308,7 +308,7 @@ def _advice(name: str) -> str:
     """Return what to add to a line on a network that torch computes on a CPU; may be empty."""
     if name not in _FASTER or find_spec("openvino") is None:
         return ""
-    return f"; openvino is installed and was faster ({_FASTER[name]}): set engine: openvino"
+    return f"; openvino was faster in benchmarks ({_FASTER[name]}): set engine: openvino"
 
 
 def _users(recipe: ExtractRecipe, key: str) -> str:

@@ -108,12 +108,14 @@ class SensorSeries:
             or moments[0] < self._times[0] - longest
             or (moments[-1] > self._times[-1] + longest)
         ):
-            holds = f"{self.path}: from {self.start_s:.3f} to {self.stop_s:.3f} s"
-            clip = f"the clip from {moments[0]:.3f} to {moments[-1]:.3f} s"
+            holds = f"{self.path}: covers {self.start_s:.3f} to {self.stop_s:.3f} s"
+            clip = f"{moments[0]:.3f} to {moments[-1]:.3f} s"
             inside = self._times[0] < moments[-1] and moments[0] < self._times[-1]
             if len(times) < 2 and inside:
-                raise MediaFaultError(Reason.GAP, f"{holds}, but no samples in {clip}")
-            raise MediaFaultError(Reason.OUT_OF_RANGE, f"{holds}, {clip}")
+                raise MediaFaultError(
+                    Reason.GAP, f"{holds}, but has no samples in the clip, {clip}"
+                )
+            raise MediaFaultError(Reason.OUT_OF_RANGE, f"{holds}, but the clip spans {clip}")
         before = np.searchsorted(times, moments, side="right") - 1
         after = np.searchsorted(times, moments)
         # Before the first and after the last sample the hole reaches up to the moment itself.

@@ -208,7 +208,7 @@ def architecture(where: str) -> Architecture:
     if family is None:
         raise ConfigError(
             f"name='hf:{where}': model_type={config.model_type!r} is not supported; supported "
-            f"are {', '.join(FAMILIES)}; for others, define a custom Architecture "
+            f"types: {', '.join(FAMILIES)}; for others, define a custom Architecture "
             "(docs/extending.md)."
         )
     processor = _read(getattr(transformers, family.processor), folder, where)

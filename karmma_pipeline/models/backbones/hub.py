@@ -101,8 +101,8 @@ def fetch(repository: str, name: str, folder: Path | None = None) -> Path:
         reason = one_line(error, 300)
         if isinstance(error, hub.errors.RepositoryNotFoundError):
             raise CheckpointError(
-                f"{name}: no such repository on the hub{names.near(name)}; a gated repository "
-                "needs accepted terms and HF_TOKEN."
+                f"{name}: no such repository on the hub{names.near(name)}; if the "
+                "repository is gated, accept its terms on the hub and set HF_TOKEN."
             ) from None
         raise CheckpointError(
             f"{repository}: the download failed ({type(error).__name__}: {reason}); run `karmma "
