@@ -42,7 +42,7 @@ def refused(path: Path) -> str:
             "report: modality.csv, line 2: missing='sound' is not a modality; the store has rgb, "
             "flow, audio; join several with +.",
         ),
-        ({"submission": {}}, "report: submission: the heads and classes are {'noun': 3"),
+        ({"submission": {}}, "report: submission: the store has the heads and classes {'noun': 3"),
         ({"split": "tset"}, "no clip is in split='tset'; its splits: train, val."),
         ({"exclude": "ids.txt"}, "has no clip 'nobody'; write one clip id per line."),
         ({"groups": {"tail": {"tool": "ids.txt"}}}, "groups.tail: head 'tool' is unknown"),

@@ -57,7 +57,10 @@ def test_a_list_of_patterns(place: Path, name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"submission": {}}, "submission: the heads and classes are {'noun': 3, 'verb': 4}"),
+        (
+            {"submission": {}},
+            "submission: the store has the heads and classes {'noun': 3, 'verb': 4}",
+        ),
         ({"groups": {"unseen": "nowhere.csv"}}, "nowhere.csv: the list cannot be read"),
         ({"groups": {"tail": {"tool": "class.csv"}}}, "groups.tail: head 'tool' is unknown"),
         ({"groups": {"tail": {"verb": "class.csv"}}}, "'no such verb' is neither a class id nor"),
