@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,35 @@ def with_grid(y: Tensor, frames: tuple[int, int], grid: tuple[int, int]) -> Part
     return Parts(whole, torch.unflatten(y[:, :extra], 0, frames).flatten(1, 2) if extra else None)
 
 
+class Activations:
+    """The activations at a cut as tokens, and back.
+
+    Attributes:
+        channels_last: whether their last axis has the channels, else the one of `channel_axis`.
+        channel_axis: 1 in [B, D, ...].
+    """
+
+    channels_last: bool
+    channel_axis: ClassVar[int] = 1
+
+    def as_tokens(self, x: Tensor) -> Tensor:
+        """Turn an activation into tokens [B, N, D]."""
+        return (x if self.channels_last else x.movedim(self.channel_axis, -1)).flatten(1, -2)
+
+    def of_tokens(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Turn tokens [B, N, D] back into the activation of a grid."""
+        x = torch.unflatten(tokens, 1, tuple(grid))
+        return x if self.channels_last else x.movedim(-1, self.channel_axis).contiguous()
+
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        """Return the sides of an activation: its shape without batch and channels."""
+        sides = list(x.shape)
+        del sides[-1 if self.channels_last else self.channel_axis]
+        return tuple(sides[1:])
+
+
 @dataclass(frozen=True, eq=False)
-class Stages:
+class Stages(Activations):
     """Modules that are called one after another; serves as the `feature_map` of an Architecture.
 
     Attributes:
@@ -222,19 +249,6 @@ class Stages:
         for path in self.split(cut)[0]:
             parent, _, name = path.rpartition(".")
             net.get_submodule(parent)._modules[name] = nn.Identity()
-
-    def as_tokens(self, x: Tensor) -> Tensor:
-        """Turn an activation into tokens [B, N, D]."""
-        return (x if self.channels_last else x.movedim(1, -1)).flatten(1, -2)
-
-    def of_tokens(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """Turn tokens [B, N, D] back into the activation of a grid."""
-        x = torch.unflatten(tokens, 1, tuple(grid))
-        return x if self.channels_last else x.movedim(-1, 1).contiguous()
-
-    def grid(self, x: Tensor) -> tuple[int, ...]:
-        """Return the sides of an activation: its shape without batch and channels."""
-        return tuple(x.shape[1:-1] if self.channels_last else x.shape[2:])
 
 
 def _modules(net: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from karmma_pipeline.errors import ConfigError
-from karmma_pipeline.models.backbones.layers import Parts, Reached, block_paths
+from karmma_pipeline.models.backbones.layers import Activations, Parts, Reached, block_paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class _Call(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
+class Chain(Activations):
     """The blocks between which a network can be cut, for one size of input; see `Stages`.
 
     Attributes:
@@ -99,6 +99,8 @@ class Chain:
     frames: int | None
     parts: int
     channels_last: bool
+
+    channel_axis = 2  # of an activation by clip, [B, P, D, ...]
 
     def activation(self, cut: str) -> tuple[tuple[int, ...], int]:
         """Return the grid and the channels of what goes into a stage, as the watched pass had it.
@@ -155,19 +157,6 @@ class Chain:
             else:  # which `finish` may ask for its sizes
                 module._parameters = dict.fromkeys(module._parameters)
                 module._buffers = dict.fromkeys(module._buffers)
-
-    def as_tokens(self, x: Tensor) -> Tensor:
-        """Turn an activation [B, P, ...] into rows [B, N, D]."""
-        return (x if self.channels_last else x.movedim(2, -1)).flatten(1, -2)
-
-    def of_tokens(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """Turn rows [B, N, D] back into the activation of a grid."""
-        x = torch.unflatten(tokens, 1, tuple(grid))
-        return x if self.channels_last else x.movedim(-1, 2).contiguous()
-
-    def grid(self, x: Tensor) -> tuple[int, ...]:
-        """Return the sides of an activation, passes first."""
-        return tuple(x.shape[1:-1] if self.channels_last else (x.shape[1], *x.shape[3:]))
 
 
 def in_passes(x: Tensor, frames: int | None) -> Tensor:
