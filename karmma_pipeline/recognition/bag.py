@@ -28,8 +28,6 @@ from karmma_pipeline.recognition.clips import Recording
 
 _logger = logging.getLogger(__name__)
 
-SUFFIX = ".mcap"
-
 Clock = Literal["header", "log"]
 
 _PICTURES = ("rgb", "flow")
